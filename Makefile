@@ -1,0 +1,37 @@
+# Every target works in .venv of this checkout and sets up what it needs. PYTHON chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint types docs bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: .venv/dev  ## make .venv with everything that development needs
+
+demo: .venv/core  ## train on procedural faces and see how good the model is (about 8 minutes on 2 cores)
+	$(BIN)/partialfc demo --out runs/demo
+
+test: .venv/dev  ## run the tests, with branch coverage
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: .venv/dev  ## ruff and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/dev  ## mypy
+	$(BIN)/mypy
+
+clean:  ## remove the environment and the runs
+	rm -rf .venv runs

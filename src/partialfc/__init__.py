@@ -1,0 +1,1 @@
+"""Partial FC: face recognition trained on millions of identities."""

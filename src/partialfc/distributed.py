@@ -1,0 +1,185 @@
+"""Process groups and collectives: the only module that talks to torch.distributed.
+
+Every function takes the process group it works on; None means "the default group, if one was started". With one
+process, or none started, each is the same code path without communication. Functions that communicate say how often.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partialfc.errors import InputError
+
+Group = dist.ProcessGroup
+
+# torch 2.13 gave the two a new name and deprecated the one that 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def rank_of(group: Group | None = None) -> int:
+    """This process's number in `group`, 0 without a process group."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def world_size_of(group: Group | None = None) -> int:
+    """The number of processes in `group`, 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine, as torchrun tells it; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The contiguous rows [start, stop) of `total` that this process owns; `group` owns all of them together.
+
+    Ranks differ by at most one row, whatever divides what, and a rank may own none.
+    """
+
+    start: int
+    stop: int
+    total: int
+    group: Group | None = None
+
+    @staticmethod
+    def of(total: int, group: Group | None = None) -> Shard:
+        """This process's share of `total` rows."""
+        start, stop = split_evenly(total, world_size_of(group), rank_of(group))
+        return Shard(start, stop, total, group)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def rank(self) -> int:
+        return rank_of(self.group)
+
+    @property
+    def world_size(self) -> int:
+        return world_size_of(self.group)
+
+
+def split_evenly(total: int, parts: int, part: int) -> tuple[int, int]:
+    """Start and stop of one of `parts` contiguous parts of range(total) whose sizes differ by at most one."""
+    return total * part // parts, total * (part + 1) // parts
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_seconds: float = 1800.0) -> Iterator[None]:
+    """Start the default group from torchrun's environment (gloo on the CPU, NCCL on CUDA), and end it afterwards.
+
+    Without torchrun's variables, or with one process, it starts nothing.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start the processes with torchrun.")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce(tensor: Tensor, op: str = "sum", group: Group | None = None) -> Tensor:
+    """Replace `tensor`, in place, by its "sum", "max" or "min" over the ranks. One collective."""
+    if world_size_of(group) > 1:
+        ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        dist.all_reduce(tensor, ops[op], group=group)
+    return tensor
+
+
+def row_counts(rows: int, device: torch.device, group: Group | None = None) -> list[int]:
+    """How many rows each rank brings, in rank order. One collective, and a host read."""
+    world_size = world_size_of(group)
+    if world_size == 1:
+        return [rows]
+    counts = torch.zeros(world_size, dtype=torch.int64, device=device)
+    counts[rank_of(group)] = rows
+    return all_reduce(counts, group=group).tolist()
+
+
+def all_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Tensor:
+    """Concatenate every rank's rows, in rank order, on every rank. One collective.
+
+    Args:
+        tensor: (counts[rank], ...) of one dtype and trailing shape on all ranks.
+        counts: the rows of each rank, as `row_counts` gives them.
+    """
+    if world_size_of(group) == 1:
+        return tensor
+    widest = max(counts)
+    padded = tensor.new_zeros((widest, *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    gathered = tensor.new_empty((widest * len(counts), *tensor.shape[1:]))
+    _all_gather(gathered, padded, group=group)
+    if min(counts) == widest:
+        return gathered
+    return torch.cat([gathered[r * widest : r * widest + count] for r, count in enumerate(counts)])
+
+
+def reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Tensor:
+    """Sum (sum of counts, ...) over the ranks and keep this rank's rows: (counts[rank], ...). One collective."""
+    if world_size_of(group) == 1:
+        return tensor
+    widest = max(counts)
+    own = counts[rank_of(group)]
+    if min(counts) < widest:
+        parts = tensor.split(counts)
+        tensor = tensor.new_zeros((widest * len(counts), *tensor.shape[1:]))
+        for r, part in enumerate(parts):
+            tensor[r * widest : r * widest + len(part)] = part
+    result = tensor.new_empty((widest, *tensor.shape[1:]))
+    _reduce_scatter(result, tensor.contiguous(), group=group)
+    return result[:own]
+
+
+def broadcast(tensor: Tensor, source: int = 0, group: Group | None = None) -> Tensor:
+    """Replace `tensor`, in place, by the one of rank `source`. One collective."""
+    if world_size_of(group) > 1:
+        dist.broadcast(tensor, group_src=source, group=group)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device | None = None, group: Group | None = None) -> bool:
+    """Whether `flag` is true on any rank: the same answer everywhere. One collective, and a host read."""
+    if world_size_of(group) == 1:
+        return flag
+    return bool(all_reduce(torch.tensor([int(flag)], device=device), "max", group).item())
+
+
+def barrier(group: Group | None = None) -> None:
+    """Wait for all ranks. One collective."""
+    if world_size_of(group) > 1:
+        dist.barrier(group=group)
+
+
+def gather_json(value: Any, device: torch.device | None = None, group: Group | None = None) -> list[Any]:
+    """Every rank's `value` (anything JSON can hold), in rank order, on every rank. Two collectives.
+
+    JSON rather than torch's object collectives, which pickle.
+    """
+    if world_size_of(group) == 1:
+        return [value]
+    device = device or torch.device("cpu")
+    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    counts = row_counts(len(encoded), device, group)
+    everything = bytes(all_gather_rows(encoded, counts, group).cpu().numpy())
+    stops = torch.tensor(counts).cumsum(0).tolist()
+    return [json.loads(everything[stop - count : stop]) for count, stop in zip(counts, stops, strict=True)]

@@ -1,0 +1,67 @@
+"""Backbones: networks from aligned face images to embeddings, by name.
+
+Each takes images (B, 3, S, S), normalised to [-1, 1], and optionally `keys`, int64 (B,), one random number a sample
+from which its random parts draw; each returns embeddings (B, embedding_dim), not normalised.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from partialfc.backbones import iresnet, mini
+from partialfc.errors import InputError
+from partialfc.keyed_random import derive_key
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    **{name: partial(iresnet.IResNet, blocks) for name, blocks in iresnet.BLOCKS.items()},
+    "mini": mini.Mini,
+}
+
+
+def check_backbone(name: str) -> None:
+    """Raise an InputError that lists the choices, the nearest first, unless `name` is a backbone."""
+    if name in BACKBONES:
+        return
+    nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise InputError(f"There is no backbone {name!r}: choose one of {', '.join(BACKBONES)}.{hint}")
+
+
+def create_backbone(
+    name: str, *, embedding_dim: int = 512, image_size: int = 112, seed: int = 0, **options: Any
+) -> nn.Module:
+    """A backbone with fresh weights, in training mode.
+
+    Args:
+        name: a key of BACKBONES.
+        embedding_dim: D, the width of the output.
+        image_size: S, the side of the square input.
+        seed: the weights are a pure function of it; the global generator is left as it was.
+        options: what this backbone takes besides, for instance `dropout=0.4` for an IResNet.
+
+    Raises:
+        InputError: unknown name, unknown option, or a value that this backbone cannot take.
+    """
+    check_backbone(name)
+    builder = BACKBONES[name]
+    accepted = [option for option in inspect.signature(builder).parameters if option not in _COMMON]
+    for option in options:
+        if option not in accepted:
+            choices = f"its options are {', '.join(accepted)}" if accepted else "it has no options of its own"
+            raise InputError(f"Backbone {name} does not take the option {option!r}: {choices}.")
+    if embedding_dim < 1:
+        raise InputError(f"embedding_dim {embedding_dim} is no width: choose a positive number.")
+    # torch's layers draw their first weights from the global generator, so it is lent to them and put back.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_key(seed, "backbone", name))
+        return builder(embedding_dim=embedding_dim, image_size=image_size, **options)
+
+
+_COMMON = ("blocks", "embedding_dim", "image_size")

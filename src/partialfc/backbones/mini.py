@@ -1,0 +1,67 @@
+"""Mini: a small residual network for training on a CPU in minutes.
+
+It keeps what an aligned face asks for (an embedding from the flattened last map) and spends its operations where a CPU
+is quick: plain 3 × 3 convolutions on small maps, after a stem that folds each 4 × 4 patch into channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.errors import InputError
+
+
+class Block(nn.Module):
+    """x ↦ shortcut(x) + BN(conv(PReLU(BN(conv(x))))); the first convolution carries the stride."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(x))))) + shortcut
+
+
+class Mini(nn.Module):
+    """Images (B, 3, S, S), normalised to [-1, 1], to embeddings (B, embedding_dim), not normalised.
+
+    Args:
+        embedding_dim: D, the width of the output.
+        image_size: S, a multiple of 16.
+
+    Raises:
+        InputError: `image_size` is no positive multiple of 16.
+    """
+
+    def __init__(self, *, embedding_dim: int = 512, image_size: int = 112) -> None:
+        super().__init__()
+        if image_size < 16 or image_size % 16:
+            raise InputError(f"image_size {image_size} does not suit the mini network: choose a multiple of 16.")
+        self.stem = nn.Conv2d(3, 48, 4, stride=4, bias=False)
+        self.bn = nn.BatchNorm2d(48)
+        self.prelu = nn.PReLU(48)
+        self.layer1 = Block(48, 48, stride=1)
+        self.layer2 = Block(48, 96, stride=2)
+        self.layer3 = Block(96, 192, stride=2)
+        self.fc = nn.Linear(192 * (image_size // 16) ** 2, embedding_dim)
+        self.features = nn.BatchNorm1d(embedding_dim)
+        self.features.weight.requires_grad_(False)  # the embedding's scale is lost in the cosine, so it stays 1
+
+    def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Embeddings (B, D) of images (B, 3, S, S); `keys` is accepted as by every backbone, and not needed."""
+        x = self.prelu(self.bn(self.stem(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = x.flatten(1)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.features(self.fc(x.to(self.fc.weight.dtype)))

@@ -1,0 +1,129 @@
+"""Verification on pairs: the family of LFW, CFP-FP, AgeDB-30, CALFW, CPLFW and RFW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from partialfc.data.verification import PairSet
+from partialfc.distributed import Group, all_gather_rows, rank_of, split_evenly, world_size_of
+from partialfc.errors import InputError
+from partialfc.evaluation.metrics import fold_accuracy, roc, tar_at_far
+from partialfc.model import Model, check_images, embed
+
+FARS = (1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """How well embeddings tell pairs of one person from pairs of two.
+
+    Args:
+        accuracy, accuracy_std: mean and population standard deviation over the 10 test folds.
+        thresholds: (10,) squared distances below which the folds called a pair "same".
+        auc: area under the ROC.
+        equal_error_rate: where false accepts and false rejects are equally frequent.
+        tar_at_far: from each rate of `FARS` to the highest TAR whose FAR does not exceed it.
+        scores: float64 (P,), the cosine of each pair.
+        is_same: bool (P,), the truth.
+    """
+
+    accuracy: float
+    accuracy_std: float
+    thresholds: NDArray[np.float64]
+    auc: float
+    equal_error_rate: float
+    tar_at_far: dict[float, float]
+    scores: NDArray[np.float64]
+    is_same: NDArray[np.bool_]
+
+    @property
+    def cosine_threshold(self) -> float:
+        """The mean of the folds' thresholds as a cosine: a squared distance d of unit vectors is 2 - 2 cosine."""
+        return 1.0 - float(self.thresholds.mean()) / 2.0
+
+    def summary(self) -> dict[str, Any]:
+        """The result without its scores, as JSON can hold it."""
+        return {
+            "pairs": len(self.is_same),
+            "accuracy": self.accuracy,
+            "accuracy_std": self.accuracy_std,
+            "cosine_threshold": self.cosine_threshold,
+            "auc": self.auc,
+            "equal_error_rate": self.equal_error_rate,
+            "tar_at_far": {f"{far:g}": tar for far, tar in self.tar_at_far.items()},
+        }
+
+
+def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairResult:
+    """The protocol on embeddings (2P, D), not normalised; pair i is the rows 2i and 2i + 1, its truth `is_same` (P,).
+
+    Raises:
+        InputError: embeddings that are not finite, not two for each answer, fewer pairs than the 10 folds, or pairs of
+            one kind only.
+    """
+    rows = np.asarray(embeddings.detach().cpu() if isinstance(embeddings, Tensor) else embeddings, dtype=np.float64)
+    same = np.asarray(is_same, dtype=bool)
+    if rows.ndim != 2 or same.ndim != 1 or len(rows) != 2 * len(same):
+        raise InputError(f"{len(rows)} embeddings do not make {same.size} pairs: give two embeddings for each pair.")
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"{np.count_nonzero(~finite)} of {len(rows)} embeddings hold NaN or infinity, first that of image "
+            f"{int(np.argmin(finite))}: the model diverged, use one saved earlier."
+        )
+    if same.all() or not same.any():
+        raise InputError(f"All {len(same)} pairs are of one kind: give pairs of the same person and of two persons.")
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    units = rows / np.where(norms > 0, norms, 1.0)
+    left, right = units[0::2], units[1::2]
+    folds = fold_accuracy(np.sum((left - right) ** 2, axis=1), same)
+    scores = np.sum(left * right, axis=1)
+    curve = roc(scores[same], scores[~same])
+    return PairResult(
+        accuracy=folds.mean,
+        accuracy_std=folds.std,
+        thresholds=folds.thresholds,
+        auc=curve.auc,
+        equal_error_rate=curve.equal_error_rate,
+        tar_at_far={far: tar_at_far(scores[same], scores[~same], far) for far in FARS},
+        scores=scores,
+        is_same=same,
+    )
+
+
+def evaluate_pair_set(
+    model: Model, pairs: PairSet, *, flip: bool = True, batch_size: int = 256, group: Group | None = None
+) -> PairResult:
+    """The protocol on images, which the ranks of `group` embed together; every rank returns the same result.
+
+    The images are cut into the same batches at any world size, and a rank takes whole batches: the result does not
+    depend on the world size, as long as the ranks compute alike (same device, same number of threads).
+    One collective.
+
+    Raises:
+        InputError: images of another size than the model's, and what `evaluate_pairs` refuses.
+    """
+    check_images(pairs.images, model.config)
+    embeddings = embed_across_ranks(model, pairs.images, flip=flip, batch_size=batch_size, group=group)
+    return evaluate_pairs(embeddings, pairs.is_same)
+
+
+def embed_across_ranks(
+    model: Model, images: NDArray[np.uint8] | Tensor, *, flip: bool, batch_size: int, group: Group | None
+) -> Tensor:
+    """`embed` with the batches shared out over the ranks of `group`: all embeddings (N, D) on every rank.
+
+    One collective.
+    """
+    batches = -(-len(images) // batch_size)
+    world_size = world_size_of(group)
+    cuts = [split_evenly(batches, world_size, rank) for rank in range(world_size)]
+    counts = [min(stop * batch_size, len(images)) - min(start * batch_size, len(images)) for start, stop in cuts]
+    start, stop = cuts[rank_of(group)]
+    own = embed(model, images[start * batch_size : stop * batch_size], flip=flip, batch_size=batch_size)
+    return all_gather_rows(own, counts, group)

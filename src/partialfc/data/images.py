@@ -1,0 +1,63 @@
+"""Encoded images to RGB pixels and back, by Pillow."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# Pillow opens more formats than these; some of them start other programs (EPS runs Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 1 << 26  # 64 megapixels: more is a decompression bomb, not a face
+_TOO_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to 8 bits without a word
+
+
+class UnreadableImage(Exception):
+    """Bytes that are no image, or a damaged one. The message says what is wrong, and with which image if known."""
+
+
+def decode_image(encoded: bytes) -> np.ndarray:
+    """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image to RGB.
+
+    Grey, palette and CMYK images are converted, transparency is dropped. The EXIF orientation is ignored, since aligned
+    faces are upright as stored.
+
+    Returns:
+        uint8 (H, W, 3), red first.
+
+    Raises:
+        UnreadableImage: Pillow refuses the bytes (truncated files included), or the image is larger than
+            64 megapixels or deeper than 8 bits a channel in grey.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UnreadableImage(f"the image claims {width} x {height} pixels")
+            if image.mode in _TOO_DEEP:
+                raise UnreadableImage(f"the image has more than 8 bits a channel (Pillow mode {image.mode})")
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
+        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UnreadableImage(reason or type(error).__name__) from error
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 90) -> bytes:
+    """Encode uint8 (H, W, 3) RGB as JPEG (with loss), `quality` from 1 to 95."""
+    return _encode(image, "JPEG", quality=quality)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encode uint8 (H, W, 3) RGB as PNG (without loss)."""
+    return _encode(image, "PNG")
+
+
+def _encode(image: np.ndarray, image_format: str, **options: int) -> bytes:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image is uint8 (H, W, 3), not {image.dtype} {image.shape}")
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(stream, image_format, **options)
+    return stream.getvalue()

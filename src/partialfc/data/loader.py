@@ -1,0 +1,310 @@
+"""Batches in the endless order: which image stands where is a pure function of the seed.
+
+Position p of the endless order is place p % N of epoch p // N, and every epoch is a keyed permutation of the N images.
+Step k of the global batch takes the positions [k * G, (k + 1) * G): a batch that crosses the end of an epoch is filled
+up with the first images of the next, so that none is dropped or partial, each image is seen once an epoch, and the step
+number alone is the position to resume from, at any world size.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from partialfc import keyed_random
+from partialfc.data.images import UnreadableImage
+from partialfc.data.sources import Source, check_label, read_image
+from partialfc.distributed import split_evenly
+from partialfc.errors import InputError, JobError
+
+ColorOrder = Literal["rgb", "bgr"]
+_MAX_ATTEMPTS = 1000  # replacements tried for one position
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one micro-batch of one rank.
+
+    Attributes:
+        images: uint8 (B, H, W, 3), RGB.
+        labels: int64 (B,).
+        positions: int64 (B,), each image's place in the endless order.
+        step: the optimizer step it belongs to.
+        micro_step: which of the step's micro-batches it is.
+        unreadable: records that could not be read and were replaced by others, name -> what is wrong.
+    """
+
+    images: Tensor
+    labels: Tensor
+    positions: Tensor
+    step: int = 0
+    micro_step: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def order(positions: Tensor, images: int, seed: int) -> Tensor:
+    """Which image stands at each place of the endless order.
+
+    Args:
+        positions: int64 (B,), from 0.
+        images: N, the number of images.
+        seed: the run's seed.
+
+    Returns:
+        int64 (B,) in [0, N).
+    """
+    epochs = positions // images
+    indices = torch.empty_like(positions)
+    for epoch in epochs.unique().tolist():
+        chosen = epochs == epoch
+        key = keyed_random.derive_key(seed, "order", epoch)
+        indices[chosen] = keyed_random.permute(positions[chosen] % images, images, key)
+    return indices
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that a worker must know to make any micro-batch of its rank: picklable, and never changed."""
+
+    source: Source
+    global_batch_size: int
+    micro_steps: int
+    seed: int
+    rank: int
+    world_size: int
+    num_classes: int
+    color_order: ColorOrder
+    image_size: int
+
+    def positions(self, step: int, micro_step: int) -> Tensor:
+        """The places in the endless order that a micro-batch of this rank takes: int64 (B,)."""
+        start, stop = split_evenly(self.global_batch_size, self.world_size, self.rank)
+        first, last = split_evenly(stop - start, self.micro_steps, micro_step)
+        offset = step * self.global_batch_size + start
+        return torch.arange(offset + first, offset + last)
+
+    def read(self, step: int, micro_step: int) -> Batch:
+        """Read and decode a micro-batch."""
+        positions = self.positions(step, micro_step)
+        indices = order(positions, len(self.source), self.seed)
+        images = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
+        labels = np.empty(len(positions), np.int64)
+        unreadable: dict[str, str] = {}
+        for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist(), strict=True)):
+            labels[row], images[row] = self._read_one(position, index, unreadable)
+        if self.color_order == "bgr":
+            images = np.ascontiguousarray(images[..., ::-1])
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions, step, micro_step, unreadable)
+
+    def _read_one(self, position: int, index: int, unreadable: dict[str, str]) -> tuple[int, np.ndarray]:
+        """The label and image at `index`, or of another one, drawn by (seed, position), if that is unreadable."""
+        for attempt in range(_MAX_ATTEMPTS):
+            try:
+                sample, image = read_image(self.source, index)
+            except UnreadableImage as error:
+                unreadable[self.source.name(index)] = str(error)
+                key = keyed_random.derive_key(self.seed, "replacement", position)
+                index = int(keyed_random.bits(key, torch.tensor(attempt))) % len(self.source)
+                continue
+            check_label(sample, self.num_classes)
+            if image.shape[:2] != (self.image_size, self.image_size):
+                raise InputError(
+                    f"{sample.name} is {image.shape[1]} x {image.shape[0]} and not {self.image_size} x "
+                    f"{self.image_size} like the others: align all images to one size first."
+                )
+            return sample.label, image
+        raise InputError(f"{self.source.path}: {_MAX_ATTEMPTS} records drawn in a row cannot be read.")
+
+
+class _Places(Sampler[tuple[int, int]]):
+    """(step, micro_step) of every micro-batch from one step up to another, in order."""
+
+    def __init__(self, first_step: int, last_step: int, micro_steps: int) -> None:
+        self.first_step, self.last_step, self.micro_steps = first_step, last_step, micro_steps
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in range(self.first_step, self.last_step):
+            for micro_step in range(self.micro_steps):
+                yield step, micro_step
+
+
+class _MicroBatches(Dataset[Batch | InputError]):
+    """Micro-batches by (step, micro_step). A user's mistake comes back as a value: torch would rewrite its message."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch | InputError:
+        try:
+            return self.plan.read(*place)
+        except InputError as error:
+            return error
+
+
+class Loader:
+    """Reads a rank's micro-batches, in worker processes if asked to, from any step on.
+
+    Rank r of W takes the r-th of W even parts of a step's positions (`distributed.split_evenly`) and cuts it into
+    `micro_steps` even parts of at most `micro_batch_size` images; all ranks have the same number of micro-steps. A part
+    is empty where a rank's share is smaller than that number. Nothing is drawn from a global random generator.
+
+    A record that cannot be read is named in `unreadable` and replaced by another one, drawn by (seed, position): a
+    batch keeps its size, and a resumed run makes the same choice.
+
+    Attributes:
+        micro_steps: micro-batches a step.
+        steps_per_epoch: optimizer steps an epoch, not a whole number in general.
+        num_classes, image_size: as given, or as found in the data.
+        unreadable: unreadable records met so far by this rank, name -> what is wrong.
+        max_unreadable: how many of them are allowed.
+
+    Args:
+        source: the training set.
+        global_batch_size: images an optimizer step takes over all ranks.
+        micro_batch_size: images that a rank holds at once, at most.
+        seed: the run's seed.
+        rank, world_size: this process and the number of processes.
+        workers: reading processes; 0 reads in this one.
+        max_unreadable: by default 10, or a thousandth of the images where that is more.
+        num_classes: by default the source's.
+        color_order: "bgr" for sets whose images were stored with red and blue exchanged; they are changed back.
+        image_size: height and width that all images must have; by default those of the first readable one.
+        prefetch: micro-batches that each worker reads ahead.
+
+    Raises:
+        InputError: a size is not positive, or the images have no common square size.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        max_unreadable: int | None = None,
+        num_classes: int | None = None,
+        color_order: ColorOrder = "rgb",
+        image_size: int | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
+            if value < 1:
+                raise InputError(f"{name} is {value}, but a batch has at least one image.")
+        if workers < 0:
+            raise InputError(f"workers is {workers}: give 0 to read without worker processes, or their number.")
+        self.source = source
+        self.workers = workers
+        self.prefetch = prefetch
+        self.max_unreadable = max(10, len(source) // 1000) if max_unreadable is None else max_unreadable
+        self.num_classes = num_classes or source.num_classes
+        self.unreadable: dict[str, str] = {}
+        self.image_size = image_size or self._find_image_size()
+        largest_share = -(-global_batch_size // world_size)
+        self.micro_steps = -(-largest_share // micro_batch_size)
+        self.steps_per_epoch = len(source) / global_batch_size
+        self._plan = _Plan(
+            source,
+            global_batch_size,
+            self.micro_steps,
+            seed,
+            rank,
+            world_size,
+            self.num_classes,
+            color_order,
+            self.image_size,
+        )
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.source)
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """The micro-batches of the steps from `first_step` up to, not including, `last_step`, in order.
+
+        Raises:
+            InputError: a label lies outside [0, num_classes), an image has another size, or more than `max_unreadable`
+                records are unreadable. The message names the record.
+            JobError: a worker process died.
+        """
+        micro_batches: DataLoader[Any] = DataLoader(
+            _MicroBatches(self._plan),
+            batch_size=None,
+            sampler=_Places(first_step, last_step, self.micro_steps),
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch if self.workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # without one, torch draws the workers' seeds from its global generator
+        )
+        for outcome in _guarded(micro_batches):
+            if isinstance(outcome, InputError):
+                raise outcome
+            for name, reason in outcome.unreadable.items():
+                self._count(name, reason)
+            yield outcome
+
+    def _find_image_size(self) -> int:
+        for index in range(len(self.source)):
+            try:
+                sample, image = read_image(self.source, index)
+            except UnreadableImage as error:
+                self._count(self.source.name(index), str(error))
+                continue
+            if image.shape[0] != image.shape[1]:
+                raise InputError(
+                    f"{sample.name} is {image.shape[1]} x {image.shape[0]}, but images must be square: align them."
+                )
+            return image.shape[0]
+        raise InputError(f"None of the {len(self.source)} images of {self.source.path} can be read.")
+
+    def _count(self, name: str, reason: str) -> None:
+        self.unreadable.setdefault(name, reason)
+        if len(self.unreadable) > self.max_unreadable:
+            raise InputError(
+                f"{len(self.unreadable)} records cannot be read, more than the {self.max_unreadable} allowed by "
+                f"max_unreadable; the last is {reason}."
+            )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the main process: it may want one more batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _guarded(micro_batches: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate, turning the death of a worker into a JobError here rather than into an exception anywhere."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(micro_batches)
+    if in_main_thread and handler is not None:
+        # torch installs a handler that raises in whatever line happens to run when a worker dies, be it the middle of
+        # an optimizer step. Without it, the iterator finds out at its next batch, within 5 seconds.
+        signal.signal(signal.SIGCHLD, handler)
+    while True:
+        try:
+            outcome = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise JobError(
+                f"A process that reads the data died ({error}): is memory, or shared memory (/dev/shm), exhausted?"
+            ) from error
+        yield outcome

@@ -62,6 +62,21 @@ def normal(key: int, counters: Tensor) -> Tensor:
     return radius * torch.cos(2.0 * math.pi * uniform(key, counters * 2 + 1))
 
 
+def normal_rows(key: int, start: int, stop: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Standard normals for rows [start, stop) of an endless table: (stop − start, width) float32.
+
+    Both Box-Muller numbers of one draw are used and float32 suffices, because tables of centers are large.
+    """
+    pairs = (width + 1) // 2
+    counters = torch.arange(start * pairs, stop * pairs, dtype=torch.int64, device=device)
+    drawn = bits(key, counters)
+    # (0, 1], so that the logarithm is finite.
+    radius = (_shift_right(drawn, 40) + 1).float().mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    angle = (drawn & 0xFFFFFF).float().mul_(2.0 * math.pi * 2.0**-24)
+    both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return both.view(stop - start, 2 * pairs)[:, :width]
+
+
 def permute(positions: Tensor, size: int, key: int) -> Tensor:
     """Where a keyed permutation of range(size) sends `positions` (int64): a shuffle that needs no memory.
 

@@ -1,0 +1,229 @@
+"""Optimizers that read and write exactly the sampled rows of the centers.
+
+A row that was not sampled rests: neither its value nor its state changes, weight decay and momentum included
+(arXiv 2203.15565; FACTS of the method in docs/head.md). With sample rate 1 both optimizers are torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from partialfc.errors import InputError
+from partialfc.head.softmax import CenterGradient, class_rows
+
+
+class RowGradients:
+    """The link between a head's centers and their optimizer, hung on the parameter as `row_gradients`.
+
+    Attributes:
+        step: optimizer steps taken; the negatives of a step are drawn from it.
+        deferred: what backward left for `step()` to compute, one entry a micro-step (update="deferred").
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.deferred: list[CenterGradient] = []
+
+    def tiles(self, centers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows (n,) int64 and their gradient (n, D), tile by tile; together each row at most once.
+
+        A tile must be applied before the next is asked for, or not at all: it is computed from its own rows only.
+        """
+        if len(self.deferred) == 1:
+            (only,) = self.deferred
+            for first, last in only.tile_bounds():
+                yield only.tile_rows(first, last), only.tile_gradient(centers, first, last)
+        elif self.deferred:
+            yield from self._merged_tiles(centers)
+
+    def _merged_tiles(self, centers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same over the union of several micro-steps' classes."""
+        sub_centers = self.deferred[0].batch.margin.sub_centers
+        classes = torch.cat([part.batch.classes for part in self.deferred]).unique()
+        size = min(part.batch.tile_classes() for part in self.deferred)
+        for tile in classes.split(size):
+            rows = class_rows(tile, sub_centers)
+            gradient = self.deferred[0].scaled_embeddings.new_zeros((len(rows), centers.shape[1]))
+            for part in self.deferred:
+                ends = torch.stack([tile[0], tile[-1] + 1])
+                first, last = torch.searchsorted(part.batch.classes, ends).tolist()
+                if first < last:
+                    places = torch.searchsorted(rows, part.tile_rows(first, last))
+                    gradient.index_add_(0, places, part.tile_gradient(centers, first, last))
+            yield rows, gradient
+
+
+def row_gradients_of(parameter: Tensor) -> RowGradients | None:
+    """The link that a head hung on its centers, None on any other parameter."""
+    return getattr(parameter, "row_gradients", None)
+
+
+class _RowwiseOptimizer(Optimizer):
+    """What the two optimizers share: where the rows and their gradients come from, and when a step is skipped."""
+
+    # torch.amp.GradScaler then calls step() itself and leaves its findings in these two attributes.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the rows that have a gradient.
+
+        Raises:
+            InputError: a parameter has a dense gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        overflowed = self.found_inf is not None and bool(self.found_inf)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                link = row_gradients_of(parameter)
+                updated = False
+                for rows, gradient in _row_tiles(parameter, link) if not overflowed else ():
+                    if self.grad_scale is not None:
+                        gradient = gradient / self.grad_scale
+                    self._update_rows(parameter, rows, gradient.to(_update_dtype(parameter)), group)
+                    updated = True
+                if link is not None:
+                    link.deferred.clear()
+                    link.step += updated
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those that a deferred update has not computed yet included."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                link = row_gradients_of(parameter)
+                if link is not None:
+                    link.deferred.clear()
+
+    def row_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state tensors of `parameter`, one row a row of it; created if it has none yet."""
+        state = self.state[parameter]
+        if not state:
+            state.update(self._initial_state(parameter))
+        return state
+
+    def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _update_rows(self, parameter: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def _update_dtype(parameter: Tensor) -> torch.dtype:
+    """Updates are computed in float32 at least."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _row_tiles(parameter: Tensor, link: RowGradients | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and gradients of one parameter, from its sparse gradient and from what was deferred."""
+    gradient = parameter.grad
+    if gradient is not None:
+        if not gradient.is_sparse:
+            raise InputError(
+                f"A parameter of shape {tuple(parameter.shape)} has a dense gradient, but row-wise optimizers update "
+                "sparse rows: give it to an optimizer of torch.optim and only the head's parameters to this one."
+            )
+        rows, values = gradient._indices()[0], gradient._values()
+        # Autograd forgets that one backward's rows are sorted and distinct; only a sum of several is coalesced.
+        if bool((rows.diff() <= 0).any()):
+            gradient = gradient.coalesce()
+            rows, values = gradient.indices()[0], gradient.values()
+        if len(rows):
+            yield rows, values
+    if link is not None:
+        yield from link.tiles(parameter)
+
+
+class RowwiseSGD(_RowwiseOptimizer):
+    """SGD with momentum and weight decay on the sampled rows; the rule of torch.optim.SGD for each of them.
+
+    Args:
+        params: the head's parameters.
+        lr, momentum, weight_decay: as in torch.optim.SGD.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    def __init__(self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
+        if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
+            raise InputError(
+                "RowwiseSGD needs lr >= 0, momentum in [0, 1) and weight_decay >= 0, "
+                f"not {lr}, {momentum}, {weight_decay}."
+            )
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+
+    def _update_rows(self, parameter: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        buffer = self.row_state(parameter)["momentum_buffer"]
+        values = parameter[rows].to(gradient.dtype)
+        velocity = buffer[rows].to(gradient.dtype)
+        gradient = gradient.add(values, alpha=group["weight_decay"])
+        velocity.mul_(group["momentum"]).add_(gradient)
+        values.add_(velocity, alpha=-group["lr"])
+        buffer[rows] = velocity.to(buffer.dtype)
+        parameter[rows] = values.to(parameter.dtype)
+
+
+class RowwiseAdamW(_RowwiseOptimizer):
+    """AdamW on the sampled rows (Loshchilov and Hutter, ICLR 2019, algorithm 2).
+
+    Each row counts its own steps for the bias correction, since rows are sampled unequally often.
+
+    Args:
+        params: the head's parameters.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        if lr < 0 or not all(0 <= beta < 1 for beta in betas) or eps < 0 or weight_decay < 0:
+            raise InputError(
+                "RowwiseAdamW needs lr >= 0, betas in [0, 1), eps >= 0 and weight_decay >= 0, "
+                f"not {lr}, {betas}, {eps}, {weight_decay}."
+            )
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {
+            "step": torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+    def _update_rows(self, parameter: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.row_state(parameter)
+        beta1, beta2 = group["betas"]
+        state["step"][rows] += 1
+        steps = state["step"][rows].double()[:, None]
+        mean = state["exp_avg"][rows].to(gradient.dtype).lerp_(gradient, 1 - beta1)
+        square = state["exp_avg_sq"][rows].to(gradient.dtype).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        step_size = (group["lr"] / (1 - beta1**steps)).to(gradient.dtype)
+        root_correction = (1 - beta2**steps).sqrt().to(gradient.dtype)
+        values = parameter[rows].to(gradient.dtype).mul_(1 - group["lr"] * group["weight_decay"])
+        values -= step_size * mean / (square.sqrt() / root_correction + group["eps"])
+        state["exp_avg"][rows] = mean.to(state["exp_avg"].dtype)
+        state["exp_avg_sq"][rows] = square.to(state["exp_avg_sq"].dtype)
+        parameter[rows] = values.to(parameter.dtype)

@@ -1,0 +1,358 @@
+"""PartialFC: the sharded and sampled margin softmax as an ordinary module."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from partialfc import keyed_random
+from partialfc.distributed import Group, Shard, all_gather_rows, all_reduce, reduce_scatter_rows, row_counts
+from partialfc.errors import InputError
+from partialfc.head import softmax
+from partialfc.head.margins import CosFace, Margin, MarginBatch
+from partialfc.head.optim import RowGradients
+from partialfc.head.sampling import sample_classes
+
+Update = Literal["sparse", "deferred"]
+_INITIAL_DEVIATION = 0.01
+_INITIAL_CHUNK = 1 << 22  # elements drawn at once
+_WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
+
+
+class NonFiniteEmbeddings(InputError):
+    """The backbone gave NaN or infinity; every rank raises it in the same step, and nothing was updated."""
+
+
+@dataclass(frozen=True)
+class HeadFigures:
+    """Figures of the last forward pass, on the device, the same on all ranks.
+
+    Attributes:
+        target_cosine: () mean cosine between embeddings and their own class centers.
+        conflict_share: () part of the negatives left out as conflicts.
+        sampled: classes that the step used on this rank.
+    """
+
+    target_cosine: Tensor
+    conflict_share: Tensor
+    sampled: int
+
+
+class PartialFC(nn.Module):
+    """Margin-based softmax over sampled classes, sharded by class over the ranks (An et al., CVPR 2022, 2203.15565).
+
+    Never wrap it, or a module that holds it, in DistributedDataParallel or FSDP: each rank owns other rows. Give its
+    parameters to `RowwiseSGD` or `RowwiseAdamW`, and those of the backbone to any optimizer.
+
+    Args:
+        num_classes: C, over all ranks.
+        embedding_dim: D.
+        sample_rate: part of the classes that a step uses, in [0, 1]; 0 uses the positives only, 1 all classes.
+        margin: `CosFace`, `ArcFace` or another `Margin`.
+        scale: s, multiplies every logit.
+        conflict_threshold: a negative whose cosine is above it is taken for the same person under another label and
+            left out of that sample's denominator (PFC*); the paper uses 0.4. None keeps all.
+        conflict_as_zero_logit: the reference implementation's version of it, which counts such a negative as e^0.
+        update: "sparse" leaves a sparse gradient of exactly the sampled rows in `centers.grad`; "deferred" stores no
+            gradient, and the optimizer's step computes it tile by tile.
+        seed: initial centers and negatives are functions of it.
+        scratch_bytes: the most memory for tiles of samples × classes.
+        group: the processes that share the classes; None for all.
+
+    Attributes:
+        centers: (L × K, D), this rank's rows; K = margin.sub_centers, row = local class × K + sub-center.
+        shard: which classes are this rank's.
+        figures: `HeadFigures` of the last forward pass.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        sample_rate: float = 1.0,
+        margin: Margin | None = None,
+        scale: float = 64.0,
+        conflict_threshold: float | None = None,
+        *,
+        conflict_as_zero_logit: bool = False,
+        update: Update = "sparse",
+        seed: int = 0,
+        scratch_bytes: int = 256 << 20,
+        group: Group | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_dim = embedding_dim
+        self.sample_rate = sample_rate
+        self.margin = CosFace() if margin is None else margin
+        self.scale = scale
+        self.conflict_threshold = conflict_threshold
+        self.conflict_as_zero_logit = conflict_as_zero_logit
+        self.update = update
+        self.seed = seed
+        self.scratch_bytes = scratch_bytes
+        self._check_arguments()
+        self.shard = Shard.of(num_classes, group)
+        self.centers = nn.Parameter(self._initial_centers(device, dtype))
+        self.row_gradients = RowGradients()
+        self.figures: HeadFigures | None = None
+        for name, value in self.margin.initial_state().items():
+            self.register_buffer(f"margin_{name}", value.to(device))
+
+    def _check_arguments(self) -> None:
+        if self.num_classes < 1 or self.embedding_dim < 1:
+            raise InputError(
+                f"PartialFC needs at least 1 class and 1 dimension, not {self.num_classes} and {self.embedding_dim}."
+            )
+        if not 0 <= self.sample_rate <= 1:
+            raise InputError(
+                f"sample_rate is {self.sample_rate}; it is a part of the classes, from 0 (positives only) to 1."
+            )
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise InputError(f"scale is {self.scale}; it must be a positive number, such as 64.")
+        widest = self.scale * (1 + self.margin.negatives_bound)
+        if widest > _WIDEST_LOGITS:
+            raise InputError(
+                f"scale {self.scale} would overflow: with {type(self.margin).__name__} the logits spread over "
+                f"{widest:g}, and float32's exponentials allow {_WIDEST_LOGITS:g}; lower the scale."
+            )
+        if self.conflict_threshold is not None and not -1 <= self.conflict_threshold <= 1:
+            raise InputError(
+                f"conflict_threshold is {self.conflict_threshold}; it is a cosine in [-1, 1], such as 0.4."
+            )
+        if self.update not in self.margin.updates:
+            raise InputError(
+                f"update is {self.update!r}; {type(self.margin).__name__} works with "
+                f"{', '.join(sorted(self.margin.updates))}."
+            )
+
+    def _initial_centers(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+        """Normal with deviation 0.01, a function of (seed, class) wherever the class lives."""
+        width = self.embedding_dim
+        first, last = (self.shard.start * self.margin.sub_centers, self.shard.stop * self.margin.sub_centers)
+        centers = torch.empty(last - first, width, dtype=dtype, device=device)
+        key = keyed_random.derive_key(self.seed, "centers")
+        step = max(1, _INITIAL_CHUNK // width)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            values = keyed_random.normal_rows(key, start, stop, width, device=centers.device)
+            centers[start - first : stop - first] = values * _INITIAL_DEVIATION
+        return centers
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken; the negatives of a step are drawn from it. Set it when resuming."""
+        return self.row_gradients.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.row_gradients.step = value
+
+    def margin_state(self) -> dict[str, Tensor]:
+        """The margin's running figures by their own names: the same on every rank."""
+        return {name: self.get_buffer(f"margin_{name}").clone() for name in self.margin.initial_state()}
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}, sample_rate={self.sample_rate}, "
+            f"margin={self.margin}, scale={self.scale}, classes={self.shard.start}:{self.shard.stop}, "
+            f"update={self.update!r}"
+        )
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of the global batch; the same value on every rank.
+
+        Under world size W it takes five collectives, and backward one. The embeddings' gradient is W times that of the
+        mean loss, because DistributedDataParallel averages the backbone's gradients over the ranks.
+
+        Args:
+            embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
+            labels: (B,) int64 class numbers in [0, C).
+
+        Returns:
+            () float64 for float64 embeddings, float32 otherwise.
+
+        Raises:
+            InputError: wrong shapes, dtypes or devices, or a label out of range (on all ranks alike).
+            NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
+        """
+        self._check_inputs(embeddings, labels)
+        # Parameters lose attributes when a module is copied or moved to another storage.
+        self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
+        return _SampledSoftmax.apply(embeddings, self.centers, labels, self)
+
+    def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
+        inside_ddp = getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+        rows = len(self.shard) * self.margin.sub_centers
+        resharded = type(self.centers.data) is not Tensor or self.centers.shape != (rows, self.embedding_dim)
+        if inside_ddp or resharded or getattr(self, "_is_replica", False):
+            raise InputError(
+                "PartialFC stands inside a parallel wrapper, which would overwrite its shards with rank 0's: "
+                "wrap the backbone alone and call the head beside it."
+            )
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim or not embeddings.is_floating_point():
+            raise InputError(
+                f"embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; the head expects floating point "
+                f"of (B, {self.embedding_dim})."
+            )
+        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
+            raise InputError(
+                f"labels are {tuple(labels.shape)} of {labels.dtype}; the head expects int64 of ({len(embeddings)},)."
+            )
+        if not embeddings.device == labels.device == self.centers.device:
+            raise InputError(
+                f"embeddings are on {embeddings.device}, labels on {labels.device} and centers on "
+                f"{self.centers.device}; move all to one device."
+            )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One forward pass: the global batch, this rank's part of the classes, and the figures of both passes."""
+
+    counts: list[int]
+    unit_embeddings: Tensor
+    norms: Tensor
+    batch: softmax.ShardBatch
+    targets: softmax.TargetTerms
+    negatives: softmax.NegativeSums
+    terms: softmax.LossTerms
+
+
+def _gather_batch(head: PartialFC, embeddings: Tensor, labels: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    """The global batch, checked: rows of each rank, (G, D) embeddings and (G,) labels. Three collectives."""
+    group = head.shard.group
+    counts = row_counts(len(embeddings), embeddings.device, group)
+    embeddings = all_gather_rows(embeddings.contiguous(), counts, group)
+    labels = all_gather_rows(labels, counts, group)
+    outside = ((labels < 0) | (labels >= head.num_classes)).nonzero()[:, 0]
+    if len(outside):
+        raise InputError(
+            f"label {int(labels[outside[0]])} lies outside [0, {head.num_classes}): the data has more classes than "
+            "the head."
+        )
+    if not bool(torch.isfinite(embeddings).all()):
+        raise NonFiniteEmbeddings(
+            f"embeddings of step {head.step} contain NaN or infinity: lower the learning rate or check the input."
+        )
+    return counts, embeddings, labels
+
+
+def _forward(
+    head: PartialFC, centers: Tensor, local_embeddings: Tensor, local_labels: Tensor, *, keep_tiles: bool
+) -> _Step:
+    """Everything before backward. Five collectives."""
+    shard, margin = head.shard, head.margin
+    counts, embeddings, labels = _gather_batch(head, local_embeddings, local_labels)
+    unit_embeddings, norms = softmax.normalise_rows(embeddings.double())
+    compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    margin_batch = MarginBatch(norms, keyed_random.derive_key(head.seed, "margin", head.step), head.margin_state())
+    classes = sample_classes(
+        labels.unique(),
+        num_classes=head.num_classes,
+        sample_rate=head.sample_rate,
+        seed=head.seed,
+        step=head.step,
+        start=shard.start,
+        stop=shard.stop,
+    )
+    owned = ((labels >= shard.start) & (labels < shard.stop)).nonzero()[:, 0]
+    targets = softmax.target_terms(centers, unit_embeddings, owned, labels[owned] - shard.start, margin)
+    target_cosine = torch.zeros_like(norms)
+    target_cosine[owned] = targets.cosine
+    all_reduce(target_cosine, group=shard.group)
+    target_places = torch.full_like(labels, -1)
+    target_places[owned] = torch.searchsorted(classes, labels[owned])
+    batch = softmax.ShardBatch(
+        embeddings=unit_embeddings.to(compute_dtype),
+        classes=classes - shard.start,
+        target_places=target_places,
+        target_cosine=target_cosine,
+        margin=margin,
+        margin_batch=margin_batch,
+        scale=head.scale,
+        shift=softmax.exponent_shift(head.scale, margin.negatives_bound, head.num_classes),
+        conflict_threshold=head.conflict_threshold,
+        conflict_as_zero_logit=head.conflict_as_zero_logit,
+        scratch_bytes=head.scratch_bytes,
+    )
+    negatives = softmax.sum_negatives(centers, batch, keep_tiles=keep_tiles)
+    everything = torch.cat([negatives.sums, negatives.conflicts[None], torch.full_like(norms[:1], len(classes))])
+    all_reduce(everything, group=shard.group)
+    sums, conflicts, sampled = everything[:-2], everything[-2], everything[-1]
+    terms = softmax.loss_terms(sums, target_cosine, margin_batch, margin, head.scale, batch.shift)
+    head.figures = HeadFigures(
+        target_cosine=target_cosine.mean(),
+        conflict_share=conflicts / ((sampled - 1) * len(labels)).clamp_min(1),
+        sampled=len(classes),
+    )
+    if head.training:
+        for name, value in margin.updated_state(target_cosine, margin_batch).items():
+            head.get_buffer(f"margin_{name}").copy_(value)
+    return _Step(counts, unit_embeddings, norms, batch, targets, negatives, terms)
+
+
+class _SampledSoftmax(torch.autograd.Function):
+    """The loss of the global batch with respect to the local embeddings and the local centers."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC) -> Tensor:
+        # What is deferred holds no tiles: several micro-steps may wait for the optimizer.
+        keep_tiles = head.update == "sparse" and ctx.needs_input_grad[1]
+        step = _forward(head, centers, embeddings, labels, keep_tiles=keep_tiles)
+        ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
+        ctx.save_for_backward(centers)
+        return step.terms.loss.mean().to(step.batch.embeddings.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        head, step = ctx.head, ctx.step
+        (centers,) = ctx.saved_tensors
+        factor = loss_gradient.double() / len(step.norms)
+        return (
+            _embeddings_gradient(head, step, factor).to(ctx.dtype),
+            _centers_gradient(head, step, factor, centers),
+            None,
+            None,
+        )
+
+
+def _embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Tensor:
+    """(B, D), times the world size since DDP averages. One collective."""
+    group = head.shard.group
+    gradient = softmax.embedding_gradient(
+        step.negatives, step.targets, step.terms, step.batch, step.unit_embeddings, step.norms
+    )
+    gradient = reduce_scatter_rows(gradient, step.counts, group)
+    start = sum(step.counts[: head.shard.rank])
+    own = slice(start, start + len(gradient))
+    gradient = gradient + (step.terms.norm_slope[own, None] * step.unit_embeddings[own]).to(gradient.dtype)
+    return gradient * (factor * head.shard.world_size).to(gradient.dtype)
+
+
+def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Tensor) -> Tensor | None:
+    """The sampled rows as a sparse tensor, or None where the optimizer will compute them."""
+    prepared = softmax.center_gradient(
+        step.targets, step.terms, step.batch, step.unit_embeddings, factor, step.negatives.tiles
+    )
+    if head.update == "deferred":
+        head.row_gradients.deferred.append(prepared)
+        return None
+    bounds = list(prepared.tile_bounds())
+    rows = prepared.tile_rows(0, len(step.batch.classes))
+    values = torch.empty(len(rows), centers.shape[1], dtype=centers.dtype, device=centers.device)
+    for first, last in bounds:
+        k = head.margin.sub_centers
+        values[first * k : last * k] = prepared.tile_gradient(centers, first, last)
+    return torch.sparse_coo_tensor(rows[None], values, centers.shape, check_invariants=False)

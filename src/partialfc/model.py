@@ -54,6 +54,8 @@ class ModelConfig:
     template: str = "arcface-112"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.backbone, str):
+            raise InputError(f"backbone {self.backbone!r} of a model must be a name.")
         check_backbone(self.backbone)
         for name in ("embedding_dim", "image_size"):
             value = getattr(self, name)

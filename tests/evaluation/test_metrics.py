@@ -1,0 +1,151 @@
+"""Threshold metrics against brute force, scikit-learn, and the LFW protocol written out in loops."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.model_selection import KFold
+
+from partialfc.errors import InputError
+from partialfc.evaluation.metrics import fold_accuracy, roc, tar_at_far
+
+# Few distinct values, so that ties within and between the two lists are the rule.
+scores = st.lists(st.integers(-4, 4).map(lambda value: value / 4), min_size=1, max_size=40)
+rates = st.one_of(st.integers(0, 40).map(lambda count: count / 40), st.floats(0, 1))
+
+
+def brute_force_tar(genuine: list[float], impostor: list[float], far: float) -> float:
+    best = 0.0
+    for threshold in [*genuine, *impostor, float("inf")]:
+        passing = sum(score >= threshold for score in impostor) / len(impostor)
+        if passing <= far:
+            best = max(best, sum(score >= threshold for score in genuine) / len(genuine))
+    return best
+
+
+@given(genuine=scores, impostor=scores, far=rates)
+@settings(max_examples=150, deadline=None)
+def test_tar_at_far_equals_brute_force_and_scikit_learn(
+    genuine: list[float], impostor: list[float], far: float
+) -> None:
+    tar = tar_at_far(genuine, impostor, far)
+    assert tar == brute_force_tar(genuine, impostor, far)
+    truth = [1] * len(genuine) + [0] * len(impostor)
+    fars, tars, _ = roc_curve(truth, genuine + impostor, drop_intermediate=False)
+    assert tar == tars[fars <= far].max()
+
+
+def test_tar_at_far_moves_ties_together() -> None:
+    impostor = [0.9, 0.5, 0.5, 0.1]
+    genuine = [0.95, 0.7, 0.5, 0.3]
+    assert tar_at_far(genuine, impostor, 0.0) == 0.25
+    assert tar_at_far(genuine, impostor, 0.25) == 0.5
+    assert tar_at_far(genuine, impostor, 0.5) == 0.5  # both 0.5 pass or neither: the second may not pass alone
+    assert tar_at_far(genuine, impostor, 0.75) == 1.0
+    assert tar_at_far(genuine, impostor, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("count", [3000, 29_997, 100_000])
+@pytest.mark.parametrize("far", [1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.7])
+def test_far_is_never_exceeded_and_never_wasted(count: int, far: float) -> None:
+    impostor = np.arange(count, dtype=np.float64)
+    # A genuine score between any two impostor scores: TAR then counts how many impostors may pass.
+    tar = tar_at_far(impostor + 0.5, impostor, far)
+    passing = round(tar * count) - 1
+    assert passing / count <= far < (passing + 1) / count
+
+
+@given(genuine=scores, impostor=scores)
+@settings(max_examples=100, deadline=None)
+def test_roc_equals_scikit_learn(genuine: list[float], impostor: list[float]) -> None:
+    curve = roc(genuine, impostor)
+    truth = [1] * len(genuine) + [0] * len(impostor)
+    fars, tars, thresholds = roc_curve(truth, genuine + impostor, drop_intermediate=False)
+    np.testing.assert_array_equal(curve.thresholds, thresholds)
+    np.testing.assert_allclose(curve.far, fars, rtol=1e-15)
+    np.testing.assert_allclose(curve.tar, tars, rtol=1e-15)
+    assert curve.auc == pytest.approx(roc_auc_score(truth, genuine + impostor), abs=1e-12)
+
+
+def test_equal_error_rate() -> None:
+    assert roc([3, 4], [1, 2]).equal_error_rate == 0.0
+    assert roc([1, 2], [3, 4]).equal_error_rate == 1.0
+    assert roc([1.0], [1.0]).equal_error_rate == 0.5
+    # Accepting 0.6 and above: one of four impostors in, one of four genuine out.
+    assert roc([0.9, 0.8, 0.6, 0.2], [0.7, 0.5, 0.4, 0.1]).equal_error_rate == pytest.approx(0.25)
+
+
+@given(genuine=scores, impostor=scores)
+@settings(max_examples=50, deadline=None)
+def test_equal_error_rate_lies_between_the_operating_points_around_it(
+    genuine: list[float], impostor: list[float]
+) -> None:
+    curve = roc(genuine, impostor)
+    misses = 1 - curve.tar
+    rate = curve.equal_error_rate
+    assert np.minimum(curve.far, misses).max() - 1e-12 <= rate <= np.maximum(curve.far, misses).min() + 1e-12
+
+
+def looped_protocol(distances: np.ndarray, same: np.ndarray) -> tuple[float, float, list[float]]:
+    """The protocol as its description says, in loops."""
+    accuracies, chosen = [], []
+    for train, test in KFold(10, shuffle=False).split(distances):
+        best, best_accuracy = 0.0, -1.0
+        for number in range(400):
+            threshold = number * 0.01
+            accuracy = np.mean((distances[train] < threshold) == same[train])
+            if accuracy > best_accuracy:
+                best, best_accuracy = threshold, accuracy
+        chosen.append(best)
+        accuracies.append(np.mean((distances[test] < best) == same[test]))
+    mean = sum(accuracies) / 10
+    return mean, (sum((accuracy - mean) ** 2 for accuracy in accuracies) / 10) ** 0.5, chosen
+
+
+@given(seed=st.integers(0, 2**32 - 1), pairs=st.integers(10, 83), grid=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_fold_accuracy_equals_the_protocol_in_loops(seed: int, pairs: int, grid: bool) -> None:
+    generator = np.random.default_rng(seed)
+    same = generator.random(pairs) < 0.5
+    distances = np.clip(generator.normal(np.where(same, 1.2, 1.9), 0.5), 0, 4)
+    if grid:  # distances that stand exactly on thresholds
+        distances = np.round(distances * 100) * 0.01
+    result = fold_accuracy(distances, same)
+    mean, std, chosen = looped_protocol(distances, same)
+    assert result.mean == pytest.approx(mean, abs=1e-12)
+    assert result.std == pytest.approx(std, abs=1e-12)
+    np.testing.assert_array_equal(result.thresholds, chosen)
+
+
+def test_fold_accuracy_uses_the_first_best_threshold_and_a_strict_below() -> None:
+    distances = np.tile([0.5, 1.5], 10)
+    same = np.tile([True, False], 10)
+    result = fold_accuracy(distances, same)
+    assert result.mean == 1.0
+    assert result.std == 0.0
+    np.testing.assert_allclose(result.thresholds, 0.51)  # at 0.50 itself, 0.5 is not below
+
+
+def test_fold_accuracy_is_measured_on_folds_that_had_no_say() -> None:
+    # The first fold's pairs contradict all others, so its own threshold is wrong for it throughout.
+    distances = np.concatenate([[1.5, 0.5], np.tile([0.5, 1.5], 9)])
+    same = np.tile([True, False], 10)
+    result = fold_accuracy(distances, same)
+    np.testing.assert_array_equal(result.accuracies, [0.0] + [1.0] * 9)
+    assert result.std == pytest.approx(0.3)
+
+
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(InputError, match="9 pairs cannot be cut into 10 folds"):
+        fold_accuracy(np.zeros(9), np.zeros(9, dtype=bool))
+    with pytest.raises(InputError, match="NaN"):
+        fold_accuracy(np.full(20, np.nan), np.zeros(20, dtype=bool))
+    with pytest.raises(InputError, match="20 distances but 10 answers"):
+        fold_accuracy(np.zeros(20), np.zeros(10, dtype=bool))
+    with pytest.raises(InputError, match="genuine"):
+        roc([], [0.5])
+    with pytest.raises(InputError, match="impostor scores hold NaN"):
+        tar_at_far([0.5], [float("nan")], 0.1)
+    with pytest.raises(InputError, match="false accept rate 2"):
+        tar_at_far([0.5], [0.5], 2)

@@ -140,7 +140,8 @@ def _data_pieces(tensor: Tensor) -> Iterator[memoryview]:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, to read or to fill."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # view(-1) would keep the stride of a tensor of one element, which may be anything.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 class VerifiedFiles:
@@ -181,10 +182,7 @@ class VerifiedFiles:
         Raises:
             DamagedCheckpoint: a block differs from what was written, or cannot be read.
         """
-        stop = start + len(target)
-        if stop > self.records[name].size:
-            raise self._damaged(name, f"is too short for bytes {start:,} to {stop:,}")
-        position = start
+        position, stop = start, start + len(target)
         while position < stop:
             number, offset = divmod(position, self.block_bytes)
             part = memoryview(self._block(name, number))[offset : offset + stop - position]
@@ -198,10 +196,11 @@ class VerifiedFiles:
     def layout(self, name: str) -> dict[str, TensorLayout]:
         """The tensors of safetensors file `name`, in the order in which it holds them."""
         if name not in self._layouts:
+            length = int.from_bytes(self._bytes(name, 0, 8), "little")
+            header = self._bytes(name, 8, 8 + length)
             try:
-                length = int.from_bytes(self._bytes(name, 0, 8), "little")
-                self._layouts[name] = _parse_header(self._bytes(name, 8, 8 + length), 8 + length)
-            except (ValueError, TypeError, KeyError) as error:
+                self._layouts[name] = _parse_header(header, 8 + length, self.records[name].size)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise self._damaged(name, f"has a header that is no safetensors header ({error})") from error
         return self._layouts[name]
 
@@ -237,6 +236,8 @@ class VerifiedFiles:
         return layouts[key]
 
     def _bytes(self, name: str, start: int, stop: int) -> bytes:
+        if stop > self.records[name].size:
+            raise self._damaged(name, f"is too short for bytes {start:,} to {stop:,}")
         result = bytearray(stop - start)
         self.read(name, start, memoryview(result))
         return bytes(result)
@@ -275,7 +276,7 @@ def _read_at(descriptor: int, start: int, stop: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _parse_header(encoded: bytes, origin: int) -> dict[str, TensorLayout]:
+def _parse_header(encoded: bytes, origin: int, size: int) -> dict[str, TensorLayout]:
     layouts = {}
     for key, entry in json.loads(encoded).items():
         if key == "__metadata__":
@@ -284,5 +285,7 @@ def _parse_header(encoded: bytes, origin: int) -> dict[str, TensorLayout]:
         layout = TensorLayout(_DTYPES[entry["dtype"]], tuple(entry["shape"]), origin + start, origin + stop)
         if stop - start != prod(layout.shape) * layout.dtype.itemsize:
             raise ValueError(f"tensor {key} does not fit its place")
+        if layout.stop > size:
+            raise ValueError(f"tensor {key} ends past the file")
         layouts[key] = layout
     return dict(sorted(layouts.items(), key=lambda item: item[1].start))

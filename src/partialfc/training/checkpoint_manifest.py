@@ -79,12 +79,8 @@ def read_manifest(folder: Path) -> Manifest:
         body = json.loads(path.read_bytes())
         if body["format"] != FORMAT or body.pop("sha256") != _digest(body):
             raise ValueError("its SHA-256 does not match")
-        if body["version"] != VERSION:
-            raise InputError(
-                f"{folder} has checkpoint format version {body['version']}, and this partialfc reads version "
-                f"{VERSION}: use the partialfc that wrote it."
-            )
-        return _parse(body)
+        if body["version"] == VERSION:
+            return _parse(body)
     except OSError as error:
         raise DamagedCheckpoint(
             f"{path} cannot be read ({error.strerror}): this checkpoint is damaged, use the step before it."
@@ -93,6 +89,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpoint(
             f"{path} is not what was written ({error}): this checkpoint is damaged, use the step before it."
         ) from error
+
+    raise InputError(
+        f"{folder} has checkpoint format version {body['version']}, and this partialfc reads version {VERSION}: "
+        "use the partialfc that wrote it."
+    )
 
 
 def _parse(body: Mapping[str, Any]) -> Manifest:

@@ -1,0 +1,50 @@
+"""How strongly each nuisance disturbs a procedural face, and how far identities differ: the difficulty of the task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FaceSettings:
+    """Strengths of what tells two shots of one person apart, and of what tells two people apart.
+
+    The defaults are those of every figure in the documentation. 0 switches a nuisance off.
+    """
+
+    identity_spread: float = 1.0
+    """Factor on every identity trait: smaller makes all people more alike."""
+    group_shift: float = 0.55
+    """Standard deviation, in units of the trait, of the means of the four groups."""
+    yaw: float = 20.0
+    """Standard deviation of the turn of the head in degrees, cut off at twice that."""
+    pitch: float = 9.0
+    """Standard deviation of the nod of the head in degrees, cut off at twice that."""
+    roll: float = 8.0
+    """Standard deviation of the tilt of the head in degrees; alignment takes most of it back."""
+    expression: float = 1.0
+    """Factor on smile, open mouth, brows and lids."""
+    age: float = 1.0
+    """Factor on the drift of age between shots: wrinkles, sagging, grey hair."""
+    hairstyle: float = 1.0
+    """Factor on how hairline, fringe and volume vary between shots of one person."""
+    lighting: float = 1.0
+    """Factor on how directional, how coloured and how dim the light gets."""
+    white_balance: float = 0.14
+    """Standard deviation of the logarithm of the gain of the red and of the blue channel."""
+    exposure: float = 0.30
+    """Standard deviation of the logarithm of the exposure."""
+    tone_curve: float = 0.35
+    """Standard deviation of the bend of the tone curve (contrast of dark and bright parts)."""
+    detector: float = 0.028
+    """Standard deviation of the detector's error at each landmark, in distances between the eyes."""
+    blur: float = 1.0
+    """Factor on the blur of the camera."""
+    noise: float = 0.016
+    """Typical standard deviation of the sensor noise; 1 is the range from black to white."""
+    glasses: float = 0.16
+    """Share of shots with glasses."""
+    mask: float = 0.04
+    """Share of shots with a medical mask."""
+    jpeg_quality: tuple[int, int] = (75, 95)
+    """Lowest and highest JPEG quality with which a set is written."""

@@ -68,7 +68,10 @@ class Margin:
         return {}
 
     def updated_state(self, target_cosine: Tensor, batch: MarginBatch) -> dict[str, Tensor]:
-        """The state after a batch. It sees the global batch, so all ranks compute the same."""
+        """The state that takes a batch in, before the batch's own logits are computed with it (training only).
+
+        `batch.state` is the former one. It sees the global batch, so all ranks compute the same.
+        """
         return batch.state
 
 

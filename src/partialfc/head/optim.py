@@ -66,36 +66,46 @@ def row_gradients_of(parameter: Tensor) -> RowGradients | None:
 class _RowwiseOptimizer(Optimizer):
     """What the two optimizers share: where the rows and their gradients come from, and when a step is skipped."""
 
-    # torch.amp.GradScaler then calls step() itself and leaves its findings in these two attributes.
+    # torch.amp.GradScaler then calls step() itself and leaves its findings in the attributes `grad_scale` and
+    # `found_inf`, which must not exist otherwise: it multiplies what it finds and deletes them after the step.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the rows that have a gradient.
 
         Raises:
-            InputError: a parameter has a dense gradient.
+            InputError: a parameter has a dense gradient, or a GradScaler unscaled gradients that do not exist yet.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        overflowed = self.found_inf is not None and bool(self.found_inf)
+        overflowed = bool(getattr(self, "found_inf", False))
         for group in self.param_groups:
             for parameter in group["params"]:
                 link = row_gradients_of(parameter)
-                updated = False
-                for rows, gradient in _row_tiles(parameter, link) if not overflowed else ():
-                    if self.grad_scale is not None:
-                        gradient = gradient / self.grad_scale
-                    self._update_rows(parameter, rows, gradient.to(_update_dtype(parameter)), group)
-                    updated = True
+                # A rank whose shard has no sampled class counts the step like the others: they draw from its number.
+                happens = not overflowed and (parameter.grad is not None or (link is not None and bool(link.deferred)))
+                if happens:
+                    self._update_parameter(parameter, link, group)
                 if link is not None:
                     link.deferred.clear()
-                    link.step += updated
+                    link.step += happens
         return loss
+
+    def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if link is not None and link.deferred and hasattr(self, "found_inf") and grad_scale is None:
+            raise InputError(
+                "GradScaler.unscale_ cannot reach the gradient of update='deferred', which step() computes: leave it "
+                "out for the head's optimizer, since scaler.step unscales by itself."
+            )
+        for rows, gradient in _row_tiles(parameter, link):
+            gradient = gradient.to(_update_dtype(parameter))
+            if grad_scale is not None:
+                gradient = gradient / grad_scale
+            self._update_rows(parameter, rows, gradient, group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that a deferred update has not computed yet included."""
@@ -105,6 +115,24 @@ class _RowwiseOptimizer(Optimizer):
                 link = row_gradients_of(parameter)
                 if link is not None:
                     link.deferred.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, on the device of the parameters.
+
+        Raises:
+            InputError: the state belongs to other rows than the parameters have.
+        """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for parameter, number in zip(group["params"], saved["params"], strict=False):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if len(value) != len(parameter):
+                        raise InputError(
+                            f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was "
+                            "saved for another number of classes or processes."
+                        )
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            state.update({name: value.to(parameter.device) for name, value in state.items()})
 
     def row_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state tensors of `parameter`, one row a row of it; created if it has none yet."""

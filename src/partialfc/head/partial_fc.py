@@ -162,6 +162,11 @@ class PartialFC(nn.Module):
         """The margin's running figures by their own names: the same on every rank."""
         return {name: self.get_buffer(f"margin_{name}").clone() for name in self.margin.initial_state()}
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those that a deferred update has not computed yet included."""
+        super().zero_grad(set_to_none)
+        self.row_gradients.deferred.clear()
+
     def extra_repr(self) -> str:
         return (
             f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}, sample_rate={self.sample_rate}, "
@@ -233,6 +238,8 @@ def _gather_batch(head: PartialFC, embeddings: Tensor, labels: Tensor) -> tuple[
     """The global batch, checked: rows of each rank, (G, D) embeddings and (G,) labels. Three collectives."""
     group = head.shard.group
     counts = row_counts(len(embeddings), embeddings.device, group)
+    if sum(counts) == 0:
+        raise InputError("the global batch is empty: the head needs at least one image on one rank.")
     embeddings = all_gather_rows(embeddings.contiguous(), counts, group)
     labels = all_gather_rows(labels, counts, group)
     outside = ((labels < 0) | (labels >= head.num_classes)).nonzero()[:, 0]
@@ -256,7 +263,6 @@ def _forward(
     counts, embeddings, labels = _gather_batch(head, local_embeddings, local_labels)
     unit_embeddings, norms = softmax.normalise_rows(embeddings.double())
     compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    margin_batch = MarginBatch(norms, keyed_random.derive_key(head.seed, "margin", head.step), head.margin_state())
     classes = sample_classes(
         labels.unique(),
         num_classes=head.num_classes,
@@ -271,6 +277,7 @@ def _forward(
     target_cosine = torch.zeros_like(norms)
     target_cosine[owned] = targets.cosine
     all_reduce(target_cosine, group=shard.group)
+    margin_batch = _margin_batch(head, norms, target_cosine)
     target_places = torch.full_like(labels, -1)
     target_places[owned] = torch.searchsorted(classes, labels[owned])
     batch = softmax.ShardBatch(
@@ -296,10 +303,19 @@ def _forward(
         conflict_share=conflicts / ((sampled - 1) * len(labels)).clamp_min(1),
         sampled=len(classes),
     )
-    if head.training:
-        for name, value in margin.updated_state(target_cosine, margin_batch).items():
-            head.get_buffer(f"margin_{name}").copy_(value)
     return _Step(counts, unit_embeddings, norms, batch, targets, negatives, terms)
+
+
+def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor) -> MarginBatch:
+    """What the margin sees; in training its running figures take this batch in first, as published margins do."""
+    key = keyed_random.derive_key(head.seed, "margin", head.step)
+    batch = MarginBatch(norms, key, head.margin_state())
+    if not head.training:
+        return batch
+    state = head.margin.updated_state(target_cosine, batch)
+    for name, value in state.items():
+        head.get_buffer(f"margin_{name}").copy_(value)
+    return MarginBatch(norms, key, state)
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -309,7 +325,8 @@ class _SampledSoftmax(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC) -> Tensor:
         # What is deferred holds no tiles: several micro-steps may wait for the optimizer.
         keep_tiles = head.update == "sparse" and ctx.needs_input_grad[1]
-        step = _forward(head, centers, embeddings, labels, keep_tiles=keep_tiles)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            step = _forward(head, centers, embeddings, labels, keep_tiles=keep_tiles)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
         ctx.save_for_backward(centers)
         return step.terms.loss.mean().to(step.batch.embeddings.dtype)
@@ -320,12 +337,10 @@ class _SampledSoftmax(torch.autograd.Function):
         head, step = ctx.head, ctx.step
         (centers,) = ctx.saved_tensors
         factor = loss_gradient.double() / len(step.norms)
-        return (
-            _embeddings_gradient(head, step, factor).to(ctx.dtype),
-            _centers_gradient(head, step, factor, centers),
-            None,
-            None,
-        )
+        with torch.autocast(centers.device.type, enabled=False):
+            embeddings_gradient = _embeddings_gradient(head, step, factor).to(ctx.dtype)
+            centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
+        return embeddings_gradient, centers_gradient, None, None
 
 
 def _embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Tensor:

@@ -68,9 +68,10 @@ class ShardBatch:
     scratch_bytes: int
 
     def tile_classes(self) -> int:
-        """Classes in a tile: about four arrays of (G, tile) live at once."""
-        per_class = len(self.embeddings) * self.margin.sub_centers * self.embeddings.element_size()
-        return max(1, min(max(1, len(self.classes)), self.scratch_bytes // (4 * max(1, per_class))))
+        """Classes in a tile: about four arrays of (G, tile) and three of (tile, D) live at once."""
+        numbers = 4 * len(self.embeddings) + 3 * self.embeddings.shape[1]
+        per_class = numbers * self.margin.sub_centers * self.embeddings.element_size()
+        return max(1, min(len(self.classes), self.scratch_bytes // per_class))
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,8 @@ def embedding_gradient(
     # ŵ − cos ê is what the projection leaves of a target center: in float64, since it is small where cos is near 1.
     tangent = targets.unit_centers - targets.cosine[:, None] * unit_embeddings[targets.samples]
     gradient[targets.samples] += (terms.target_slope[targets.samples][:, None] * tangent).to(dtype)
-    return gradient / norms.to(dtype)[:, None]
+    # An embedding of zeros has no direction: without this its gradient would be the factor over _TINY.
+    return gradient.masked_fill_(norms[:, None] <= _TINY, 0.0) / norms.to(dtype)[:, None]
 
 
 @dataclass(frozen=True)

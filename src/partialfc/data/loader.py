@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -202,6 +202,8 @@ class Loader:
         for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
             if value < 1:
                 raise InputError(f"{name} is {value}, but a batch has at least one image.")
+        if color_order not in get_args(ColorOrder):
+            raise InputError(f"color_order is {color_order!r}: choose rgb or bgr.")
         if workers < 0:
             raise InputError(f"workers is {workers}: give 0 to read without worker processes, or their number.")
         self.source = source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from partialfc.data.recordio import LABEL_LIMIT, Record, RecordReader, Unreadabl
 from partialfc.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-_PROBED = 16  # records looked at to tell a damaged file from one that does not fit its index
+_PROBED = 16  # records tried, to tell a damaged file from one that does not fit its index
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,13 @@ class RecordSource:
 
     def _check_fit(self) -> None:
         """Refuse a file of another format, and an index that belongs to another file."""
-        for place in range(min(_PROBED, len(self._reader))):
-            try:
+        for place in np.linspace(0, len(self._reader) - 1, _PROBED, dtype=np.int64).tolist():
+            with contextlib.suppress(UnreadableRecord):
                 self._reader.read(place)
-            except UnreadableRecord:
-                continue
-            return
+                return
         raise InputError(
-            f"None of the first records of {self.path} can be read: either it is no RecordIO file, or the .idx beside "
-            "it belongs to another (remove that, and the records are found by a scan)."
+            f"No record tried in {self.path} can be read: either it is no RecordIO file, or the .idx beside it "
+            "belongs to another (remove that, and the records are found by a scan)."
         )
 
     def _read_header(self) -> Record | None:
@@ -159,7 +158,11 @@ class RecordSource:
             if not self._is_bookkeeping(len(self._reader) - 1):
                 return None
             raise InputError(f"The header record is damaged, get a fresh copy of the file: {error}.") from error
-        return first if first.is_bookkeeping else None
+        if not first.is_bookkeeping:
+            return None
+        if not (np.isfinite(first.labels).all() and 1 <= first.labels[0] <= first.labels[1]):
+            raise InputError(f"The header record of {self.path} is damaged: get a fresh copy of the file.")
+        return first
 
     def _is_bookkeeping(self, place: int) -> bool:
         try:
@@ -190,21 +193,18 @@ class RecordSource:
 
     def _count_classes(self, header: Record | None) -> int:
         if header is None:
-            return 1 + max(self._labels(), default=-1)
+            return self._largest_label() + 1
         first, stop = float(header.labels[0]), float(header.labels[1])
         if stop < LABEL_LIMIT:
             return int(stop - first)
         return len(self._reader) - self._stop
 
-    def _labels(self) -> list[int]:
-        """The labels of all readable records: a pass through the file."""
-        labels = []
-        for index in range(len(self)):
-            try:
-                labels.append(self.read(index).label)
-            except UnreadableRecord:
-                continue
-        return labels
+    def _largest_label(self) -> int:
+        """The largest class id, by a pass over the heads of all records."""
+        labels = self._reader.first_labels(self._start, self._stop)
+        for index in np.flatnonzero(np.isfinite(labels) & ((labels % 1 != 0) | (labels >= LABEL_LIMIT)))[:1]:
+            class_of(labels[index : index + 1], self.name(int(index)))
+        return int(np.nanmax(labels, initial=0))
 
 
 class FolderSource:
@@ -214,15 +214,17 @@ class FolderSource:
 
     def __init__(self, path: Path, num_classes: int | None = None) -> None:
         self.path = path
-        with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
         files: list[bytes] = []
         stops: list[int] = []
-        for name in names:
-            with os.scandir(path / name) as entries:
-                images = sorted(entry.name for entry in entries if _is_image(entry.name))
-            files += [os.fsencode(image) for image in images]
-            stops.append(len(files))
+        try:
+            with os.scandir(path) as entries:
+                names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            for name in names:
+                images = sorted(image for image in os.listdir(path / name) if _is_image(image))
+                files += [os.fsencode(image) for image in images]
+                stops.append(len(files))
+        except OSError as error:
+            raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from error
         if not files:
             raise InputError(f"No .rec and no identity folders with images in {path}: give the folder that holds them.")
         # One block of bytes: a list of strings would be copied into every worker as its reference counts change.

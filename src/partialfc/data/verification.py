@@ -1,7 +1,7 @@
 """Verification pairs: the `.bin` files of LFW, CFP-FP, AgeDB-30 and their kin.
 
-Such a file is a pickle of (images, is_same), and a pickle is a program. Here it is read by an unpickler that knows two
-dozen harmless instructions and maps the few NumPy names of these files to constructors of our own, so that the worst
+Such a file is a pickle of (images, is_same), and a pickle is a program. Here it is read by an unpickler that knows the
+harmless instructions and maps the few NumPy names of these files to constructors of our own, so that the worst
 file ends in an error message.
 """
 
@@ -29,7 +29,9 @@ _OPCODE_NAMES = (
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE "
     "GLOBAL STACK_GLOBAL REDUCE BUILD"
 )
-_OPCODES = frozenset(_OPCODE_NAMES.split())
+_OPCODES = {
+    opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes if opcode.name in _OPCODE_NAMES.split()
+}
 _DTYPES = {"u1": "u1", "b1": "?", "i4": "i4", "i8": "i8"}
 # Decoded images may take this many times the bytes of the file, or 1 GiB: a plain PNG reaches some 200.
 _MAX_GROWTH, _ALWAYS_ALLOWED = 1000, 1 << 30
@@ -155,10 +157,20 @@ def _unpickle(content: bytes) -> Any:
 
     The pass before the reading refuses other instructions and every length that exceeds the file.
     """
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name not in _OPCODES:
-            raise _Refused(f"it holds the instruction {opcode.name}")
-        if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+    stream = io.BytesIO(content)
+    name = ""
+    while name != "STOP":
+        code = stream.read(1)
+        if code not in _OPCODES:
+            raise _Refused(f"it holds the instruction {code!r}" if code else "it ends in the middle")
+        opcode = _OPCODES[code]
+        name = opcode.name
+        argument: Any = None
+        if name == "STRING":  # pickletools takes it for ASCII, but Python 2 wrote images with it
+            stream.readline()
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(stream)
+        if name in ("PUT", "LONG_BINPUT") and int(argument) > len(content):
             raise _Refused("it numbers more objects than it has bytes")
     return _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
 

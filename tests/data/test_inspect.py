@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pictures import picture
+
+from partialfc.data.inspect import inspect
+from partialfc.data.recordio import RecordReader
+from partialfc.errors import InputError
+
+HASH = "48204531bb415f7710f324dcea8d98aaace2f2aaaa20721a85719a482f50be5f"
+
+
+def test_three_layouts_have_the_same_counts_and_hash(with_header: Path, im2rec: Path, unpacked: Path) -> None:
+    reports = [inspect(path) for path in (with_header, im2rec, unpacked)]
+    assert [report.pop("format") for report in reports] == ["recordio-header", "recordio", "folder"]
+    assert reports[0] == reports[1] == reports[2]
+    assert reports[0] == {
+        "images": 48,
+        "classes": 8,
+        "unreadable": 0,
+        "min_per_class": 6,
+        "max_per_class": 6,
+        "sha256_of_decoded": HASH,
+        "unreadable_records": [],
+    }
+
+
+def test_the_hash_is_the_one_that_is_defined(numbered: Callable[..., Path]) -> None:
+    digests = [hashlib.sha256(b"%d\n" % (n // 2) + picture(n).tobytes()).hexdigest() for n in range(5)]
+    expected = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+    assert inspect(numbered(5))["sha256_of_decoded"] == expected
+
+
+def test_unreadable_records_and_empty_classes(copy_of: Callable[[Path], Path], with_header: Path) -> None:
+    folder = copy_of(with_header)
+    os.truncate(folder / "train.rec", 100_000)
+    report = inspect(folder)
+    assert (report["images"], report["unreadable"]) == (15, 33)
+    assert (report["min_per_class"], report["max_per_class"]) == (0, 6)
+    assert len(report["unreadable_records"]) == 20
+    assert report["unreadable_records"][0].startswith("record 16 of")
+
+
+def test_nothing_readable(numbered: Callable[..., Path]) -> None:
+    report = inspect(numbered(2, broken=(0, 1)))
+    assert report["images"] == 0
+    assert report["sha256_of_decoded"] == hashlib.sha256(b"").hexdigest()
+
+
+def test_a_label_outside_the_range(with_header: Path) -> None:
+    with pytest.raises(InputError, match=r"record 43 of .* is 7, outside the range \[0, 7\)"):
+        inspect(with_header, num_classes=7)
+
+
+def test_progress(numbered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("partialfc.data.inspect._CHUNK", 4)
+    seen: list[tuple[int, int]] = []
+    inspect(numbered(10), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_what_was_opened_is_closed(im2rec: Path) -> None:
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(3):
+        RecordReader(im2rec / "train.rec").read(0)
+    assert not before or len(os.listdir("/proc/self/fd")) == before

@@ -135,6 +135,28 @@ def test_saving_over_something_else_is_refused(tmp_path: Path) -> None:
     assert load_model(tmp_path / "empty").config == CONFIG
 
 
+def test_a_backbone_that_could_not_be_loaded_again_is_not_saved(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_model(folder, make_backbone(), CONFIG)
+    with pytest.raises(ValueError, match=r"is it wrapped\?\): .* is missing"):
+        save_model(folder, nn.Sequential(make_backbone(1)), CONFIG)
+    with pytest.raises(ValueError, match="is no r18 as its config says"):
+        save_model(folder, make_backbone(1), ModelConfig("r18", embedding_dim=8, image_size=16))
+    assert same_weights(load_model(folder).backbone, make_backbone())
+
+
+def test_paths_that_have_no_name_or_are_links_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model", make_backbone(1), CONFIG)
+    monkeypatch.chdir(tmp_path / "model")
+    assert same_weights(load_model(".").backbone, make_backbone(1))
+    with pytest.raises(InputError, match="/ holds no model"):
+        load_model("/")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    save_model(tmp_path / "link", make_backbone(2), CONFIG)
+    assert (tmp_path / "link").is_symlink()
+    assert same_weights(load_model(tmp_path / "model").backbone, make_backbone(2))
+
+
 def change_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     values = {**json.loads(path.read_text()), **changes}

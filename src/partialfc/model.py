@@ -91,23 +91,32 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
     until that is done the old one stays, in `folder` or, for an instant, where `load_model` also looks. Other files in
     the folder are kept.
 
+    Args:
+        folder: the model folder; its parents are made if need be.
+        backbone: the network itself, without a wrapper.
+        config: what the network is.
+
     Raises:
         InputError: `folder` is a file or a folder with something other than a model in it.
+        ValueError: `backbone` is not what `config` says, so that it could not be loaded again.
     """
-    folder = Path(folder)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    differences = _differences(weights, _architecture(config).state_dict())
+    if differences:
+        raise ValueError(f"the backbone is no {config.backbone} as its config says (is it wrapped?): {differences}")
+    folder = Path(folder).resolve()
     recover(folder)
     replaces = folder.exists()
     if replaces and not (folder / CONFIG_NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder} is not a model folder and would be overwritten: give a new path to save to.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = folder.with_name(f".{folder.name}.new"), _old(folder)
+    new, old = folder.parent / f".{folder.name}.new", _old(folder)
     if new.exists():
         shutil.rmtree(new)  # left by a save that was interrupted
     if replaces:
         shutil.copytree(folder, new, ignore=shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME))
     else:
         new.mkdir()
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     save_file(weights, new / WEIGHTS_NAME, metadata={"format": "pt"})
     text = json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
     (new / CONFIG_NAME).write_text(text, encoding="utf-8")
@@ -135,7 +144,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
 
 def find_model(path: Path) -> Path:
     """The model folder that `path` is, or that the run folder `path` holds; InputError if neither."""
-    for folder in (path, path / "model" / "best", path / "model" / "last"):
+    resolved = path.resolve()
+    for folder in (resolved, resolved / "model" / "best", resolved / "model" / "last"):
         for candidate in (folder, _old(folder)):
             if (candidate / CONFIG_NAME).is_file():
                 return candidate
@@ -188,25 +198,35 @@ def build(
     Raises:
         InputError: a weight is missing, is left over, or has another shape.
     """
-    with torch.device("meta"):  # the weights come from the file: none need be drawn first
-        backbone = create_backbone(config.backbone, embedding_dim=config.embedding_dim, image_size=config.image_size)
+    backbone = _architecture(config)
     expected = backbone.state_dict()
-    differences = [f"{key} is missing" for key in expected if key not in weights]
-    differences += [f"{key} is left over" for key in weights if key not in expected]
-    differences += [
-        f"{key} is {tuple(weights[key].shape)} and should be {tuple(expected[key].shape)}"
-        for key in expected
-        if key in weights and weights[key].shape != expected[key].shape
-    ]
+    differences = _differences(weights, expected)
     if differences:
-        more = f", and {len(differences) - 3} more differences" if len(differences) > 3 else ""
         raise InputError(
             f"The weights of {name} do not fit {config.backbone} with embedding_dim {config.embedding_dim} at "
-            f"image_size {config.image_size}: {', '.join(differences[:3])}{more}."
+            f"image_size {config.image_size}: {differences}."
         )
     typed = {key: weights[key].to(device, expected[key].dtype) for key in expected}
     backbone.load_state_dict(typed, assign=True)
     return backbone.eval()
+
+
+def _architecture(config: ModelConfig) -> nn.Module:
+    """The backbone that `config` names, on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return create_backbone(config.backbone, embedding_dim=config.embedding_dim, image_size=config.image_size)
+
+
+def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """What tells the names and shapes of two state_dicts apart, in a few words; nothing if they agree."""
+    found = [f"{key} is missing" for key in expected if key not in weights]
+    found += [f"{key} is left over" for key in weights if key not in expected]
+    found += [
+        f"{key} is {tuple(weights[key].shape)} and should be {tuple(expected[key].shape)}"
+        for key in expected
+        if key in weights and weights[key].shape != expected[key].shape
+    ]
+    return ", ".join(found[:3]) + (f", and {len(found) - 3} more differences" if len(found) > 3 else "")
 
 
 def embed(model: Model, images: np.ndarray | Tensor, *, flip: bool = True, batch_size: int = 256) -> Tensor:
@@ -275,7 +295,7 @@ def recover(folder: Path) -> None:
 
 def _old(folder: Path) -> Path:
     """Where a model stands while its successor takes its place."""
-    return folder.with_name(f".{folder.name}.old")
+    return folder.parent / f".{folder.name}.old"
 
 
 def _flush(path: Path) -> None:

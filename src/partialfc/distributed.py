@@ -42,6 +42,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def launched_rank() -> int:
+    """This process's number among all that torchrun started, also while no process group is up; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @dataclass(frozen=True)
 class Shard:
     """The contiguous rows [start, stop) of `total` that this process owns; `group` owns all of them together.

@@ -1,0 +1,295 @@
+"""The command line: options from typed signatures, results for people or as JSON, one sentence for a mistake.
+
+No logic of its own: every command calls one function of the package and shows what it returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json as json_module
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from partialfc.bench.head import bench_head
+from partialfc.data.face_sets import write_face_sets
+from partialfc.data.inspect import inspect
+from partialfc.demo import demo
+from partialfc.distributed import launched_rank
+from partialfc.errors import InputError, JobError
+from partialfc.evaluation.benchmarks import evaluate_benchmarks, table, write_results
+from partialfc.model import load_model
+from partialfc.training.assemble import choose_device
+from partialfc.training.config import TrainConfig
+from partialfc.training.loop import train
+from partialfc.training.progress import track
+from partialfc.training.recipes import RECIPES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0 done, 1 the job failed, 2 the input was wrong, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run(arguments)
+    except InputError as error:
+        return _complain(error, 2)
+    except (JobError, OSError) as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted; a training run goes on from its last checkpoint with --resume", 130)
+    return 0
+
+
+def _complain(message: object, status: int) -> int:
+    print(f"partialfc: error: {message}", file=sys.stderr)
+    return status
+
+
+def _run(arguments: list[str]) -> None:
+    recipe, arguments = _recipe_and_config_first(arguments)
+    chosen = build_parser(recipe).parse_args(arguments)
+    path, options = chosen.command, chosen[chosen.command]
+    if "command" in options:
+        path, options = f"{path} {options.command}", options[options.command]
+    COMMANDS[path](options)
+
+
+def _recipe_and_config_first(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe, and the words with `--config FILE` before all other options of the command.
+
+    So the order of precedence is defaults, recipe, file, flags, wherever they stand on the line.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe", nargs="?")
+    finder.add_argument("--config", action="append", nargs="?", default=[])
+    found, rest = finder.parse_known_args(arguments)
+    options = [word for path in found.config for word in ("--config", path) if word is not None]
+    if found.recipe is not None:
+        options += ["--recipe", found.recipe]
+    return found.recipe, [*rest[:1], *options, *rest[1:]]
+
+
+class _Parser(ArgumentParser):
+    """A parser that says what is wrong in one sentence and takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"partialfc: error: {self._one_sentence(message)}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _one_sentence(self, message: str) -> str:
+        sentence = " ".join(message.split()).rstrip(".")
+        sentence = re.sub(r"Parser key \"([^\"]+)\":", r"option \1:", sentence)
+        sentence = re.sub(r"<class '(\w+)'>", r"\1", sentence).replace("typing.", "")
+        sentence = re.sub(r"Expected a Literal\[([^\]]*)\]", r"expected one of \1", sentence)
+        unknown = re.search(r"unrecognized arguments: (--[\w.-]+)|does not accept option '([\w.]+)'", sentence)
+        if unknown:
+            wrong = unknown[1] or f"--{unknown[2]}"
+            nearest = difflib.get_close_matches(wrong, self._all_options(), n=1)
+            hint = f"did you mean {nearest[0]}" if nearest else "see --help for the options"
+            return f"unknown option {wrong} ({hint}; options are not abbreviated)."
+        return f"{sentence}."
+
+    def _all_options(self) -> list[str]:
+        options: list[str] = []
+        for action in self._actions:
+            options += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in dict(action.choices).values():
+                    options += parser._all_options()
+        return options
+
+
+def build_parser(recipe: str | None = None) -> ArgumentParser:
+    """The parser of the whole command line; `recipe` sets the defaults of `train`."""
+    parser = _Parser(prog="partialfc", description="Train face recognition with Partial FC, and see how good it is.")
+    commands = parser.add_subcommands(dest="command")
+    for name, help_text, build in (
+        ("demo", "the whole job on procedural faces, on this machine", _demo_parser),
+        ("train", "train a model, evaluating on the way", partial(_train_parser, recipe)),
+        ("evaluate", "run benchmarks on a trained model", _evaluate_parser),
+        ("data", "look at data sets, or write procedural ones", _data_parser),
+        ("bench", "measure the project's own speed and memory", _bench_parser),
+    ):
+        commands.add_subcommand(name, build(), help=help_text)
+    return parser
+
+
+def _with_json(parser: ArgumentParser) -> ArgumentParser:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output, nothing else")
+    return parser
+
+
+def _demo_parser() -> ArgumentParser:
+    parser = _Parser(description="Render procedural faces, train on them, and test on identities never seen.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of data, run and report")
+    parser.add_argument("--seed", type=int, default=0, help="faces and training are functions of it")
+    return _with_json(parser)
+
+
+def _train_parser(recipe: str | None = None) -> ArgumentParser:
+    parser = _Parser(description="Train a model; start with torchrun for several processes.")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), help="a complete configuration to start from")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder of the run")
+    parser.add_argument(
+        "--eval", nargs="+", default=[], metavar="NAME=PATH", help="verification .bin files to evaluate on the way"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on if the folder holds a run, else start")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_class_arguments(TrainConfig)
+    if recipe in RECIPES:
+        parser.set_defaults(_flatten(RECIPES[recipe]().to_dict()))
+    return _with_json(parser)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _Parser(description="Run benchmarks on a model folder or a run folder.")
+    parser.add_argument("model", type=Path, help="model folder or run folder")
+    parser.add_argument("--benchmark", nargs="+", required=True, metavar="NAME=PATH", help="verification .bin files")
+    parser.add_argument("--out", type=Path | None, default=None, help="write results.json and score files there")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--batch_size", type=int, default=256, help="images at once")
+    return _with_json(parser)
+
+
+def _data_parser() -> ArgumentParser:
+    parser = _Parser(description="Look at data sets, or write procedural ones.")
+    commands = parser.add_subcommands(dest="command")
+    look = _Parser(description="Count, check and hash a training set.")
+    look.add_argument("path", type=Path, help="folder with a .rec file, .rec file, or folder of identity folders")
+    commands.add_subcommand("inspect", _with_json(look), help="health and counts of a training set")
+    faces = _Parser(description="Write procedural faces: a training set, and pairs of other identities.")
+    faces.add_argument("--out", type=Path, required=True, help="new folder for train/ and pairs.bin")
+    faces.add_argument("--identities", type=int, default=1000, help="identities of the training set")
+    faces.add_argument("--shots", type=int, default=8, help="images of each")
+    faces.add_argument("--pairs", type=int, default=6000, help="pairs, half of them genuine")
+    faces.add_argument("--pair_identities", type=int, default=1000, help="further identities, for the pairs only")
+    faces.add_argument("--size", type=int, default=112, help="side of the images in pixels")
+    faces.add_argument("--seed", type=int, default=0, help="all faces are functions of it")
+    faces.add_argument("--layout", type=Literal["recordio", "folder"], default="recordio", help="format of train/")
+    commands.add_subcommand("faces", _with_json(faces), help="procedural faces in the real formats")
+    return parser
+
+
+def _bench_parser() -> ArgumentParser:
+    parser = _Parser(description="Measure the project's own speed and memory.")
+    commands = parser.add_subcommands(dest="command")
+    head = _Parser(description="Time a step of the head, one line of JSON a variant.")
+    head.add_argument("--classes", type=int, required=True, help="number of classes")
+    head.add_argument("--embedding-dim", type=int, default=512, help="width of the embeddings")
+    head.add_argument("--batch-size", type=int, default=128, help="images a step")
+    head.add_argument("--sample-rate", type=float, default=0.1, help="part of the classes that a step uses")
+    head.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
+    head.add_argument("--baseline", action="store_true", help="also the dense way of the reference implementation")
+    head.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    commands.add_subcommand("head", _with_json(head), help="step time and memory of the head")
+    return parser
+
+
+def _run_demo(options: Namespace) -> None:
+    summary = demo(options.out, seed=options.seed, quiet=options.json)
+    _show(options.json, summary.to_dict(), summary.text())
+
+
+def _run_train(options: Namespace) -> None:
+    instantiated = _train_parser().instantiate(options)
+    config = TrainConfig(**{field.name: instantiated[field.name] for field in dataclasses.fields(TrainConfig)})
+    config.check()
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return
+    result = train(config, options.out, benchmarks=named_paths(options.eval), resume=options.resume, quiet=options.json)
+    if launched_rank() == 0:
+        _show(options.json, result.to_dict(), result.text())
+
+
+def _run_evaluate(options: Namespace) -> None:
+    model = load_model(options.model, choose_device(options.device))
+    results = evaluate_benchmarks(model, named_paths(options.benchmark), batch_size=options.batch_size)
+    if options.out is not None:
+        write_results(options.out, results)
+    _show(options.json, {name: result.summary() for name, result in results.items()}, table(results))
+
+
+def _run_inspect(options: Namespace) -> None:
+    with track("inspecting", quiet=options.json) as progress:
+        facts = inspect(options.path, progress=progress)
+    _show(options.json, facts, "\n".join(f"{name:>18}  {value}" for name, value in facts.items()))
+
+
+def _run_faces(options: Namespace) -> None:
+    with track("rendering", quiet=options.json) as progress:
+        facts = write_face_sets(
+            options.out,
+            identities=options.identities,
+            shots=options.shots,
+            pairs=options.pairs,
+            pair_identities=options.pair_identities,
+            size=options.size,
+            seed=options.seed,
+            layout=options.layout,
+            progress=progress,
+        )
+    _show(options.json, facts, "\n".join(f"{name:>16}  {value}" for name, value in facts.items()))
+
+
+def _run_bench_head(options: Namespace) -> None:
+    for line in bench_head(
+        num_classes=options.classes,
+        embedding_dim=options.embedding_dim,
+        batch_size=options.batch_size,
+        sample_rate=options.sample_rate,
+        steps=options.steps,
+        baseline=options.baseline,
+        device=choose_device(options.device),
+    ):
+        print(json_module.dumps(line), flush=True)
+
+
+COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    "demo": _run_demo,
+    "train": _run_train,
+    "evaluate": _run_evaluate,
+    "data inspect": _run_inspect,
+    "data faces": _run_faces,
+    "bench head": _run_bench_head,
+}
+
+
+def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
+    """NAME=PATH words as a dictionary.
+
+    Raises:
+        InputError: a word has no name or no path, or a name stands twice.
+    """
+    named: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"benchmark {pair!r} is not NAME=PATH: write for example lfw=data/lfw.bin.")
+        if name in named:
+            raise InputError(f"benchmark name {name!r} is given twice: give each file its own name.")
+        named[name] = Path(path)
+    return named
+
+
+def _show(as_json: bool, result: Any, text: str) -> None:
+    print(json_module.dumps(result) if as_json else text)

@@ -1,0 +1,82 @@
+"""From a configuration to the parts of a run: device, data, networks, optimizers, benchmarks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from partialfc.backbones import create_backbone
+from partialfc.data.loader import Loader
+from partialfc.data.sources import open_source
+from partialfc.distributed import local_rank, rank_of, world_size_of
+from partialfc.errors import InputError
+from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+from partialfc.keyed_random import derive_key
+from partialfc.training.config import TrainConfig
+from partialfc.training.state import TrainState
+
+
+def choose_device(name: str) -> torch.device:
+    """This process's device for "auto", "cpu" or "cuda"; InputError if a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but PyTorch sees no GPU: use --device cpu, or auto.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_loader(config: TrainConfig) -> Loader:
+    """The training data, with this rank's share of it."""
+    data = config.data
+    return Loader(
+        open_source(data.path, num_classes=data.num_classes),
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        seed=config.seed,
+        rank=rank_of(),
+        world_size=world_size_of(),
+        workers=data.workers,
+        max_unreadable=data.max_unreadable,
+        color_order=data.color_order,
+    )
+
+
+def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> TrainState:
+    """Networks and optimizers at step 0: functions of the configuration and of what the data says of itself."""
+    torch.manual_seed(derive_key(config.seed, "backbone"))
+    backbone = create_backbone(
+        config.backbone.name, embedding_dim=config.backbone.embedding_dim, image_size=loader.image_size
+    ).to(device, memory_format=torch.channels_last)
+    head = PartialFC(
+        loader.num_classes,
+        config.backbone.embedding_dim,
+        config.head.sample_rate,
+        config.head.build_margin(),
+        config.head.scale,
+        config.head.conflict_threshold,
+        conflict_as_zero_logit=config.head.conflict_as_zero_logit,
+        update=config.head.update,
+        seed=config.seed,
+        device=device,
+    )
+    facts = {"images": len(loader), "classes": loader.num_classes, "image_size": loader.image_size}
+    optimizers = build_optimizers(config, backbone, head)
+    return TrainState(backbone, head, *optimizers, facts, loader.source.identities)
+
+
+def build_optimizers(
+    config: TrainConfig, backbone: nn.Module, head: PartialFC
+) -> tuple[torch.optim.Optimizer, RowwiseSGD | RowwiseAdamW]:
+    """The same rule for backbone and head, row-wise for the head."""
+    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    chosen = config.optimizer
+    if chosen.name == "adamw":
+        dense = torch.optim.AdamW(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
+        return dense, RowwiseAdamW(head.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay)
+    return (
+        torch.optim.SGD(parameters, lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay),
+        RowwiseSGD(head.parameters(), lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay),
+    )

@@ -1,0 +1,226 @@
+"""The configuration of a training run: one frozen dataclass a component; a field's docstring is its help text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from partialfc.backbones import check_backbone
+from partialfc.errors import InputError
+from partialfc.head.margins import ArcFace, CosFace, Margin
+
+LR_BATCH = 512
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training images and the order they are seen in."""
+
+    path: str = ""
+    """A folder with a .rec file, a .rec file, or a folder of one folder an identity."""
+    global_batch_size: int = 128
+    """Images an optimizer step takes, over all processes."""
+    micro_batch_size: int = 128
+    """The most images a process holds at once; smaller than its share means accumulation."""
+    workers: int = 2
+    """Reading processes beside each training process; 0 reads in the training process."""
+    flip: bool = True
+    """Mirror every other image, drawn anew each epoch."""
+    color_order: Literal["rgb", "bgr"] = "rgb"
+    """The order of the channels in the stored images."""
+    num_classes: int | None = None
+    """Classes of the head; null takes them from the data."""
+    max_unreadable: int | None = None
+    """Unreadable images that are skipped before the run stops; null means a thousandth of the set, at least 10."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The network from images to embeddings."""
+
+    name: str = "r50"
+    """Its name, such as r18, r50, r100 or mini."""
+    embedding_dim: int = 512
+    """Width of the embedding."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The sampled margin softmax."""
+
+    sample_rate: float = 0.1
+    """Part of the classes that a step uses: 0 for positives only, 1 for all."""
+    margin: Literal["cosface", "arcface", "none"] = "cosface"
+    """Which margin the target class gets."""
+    margin_value: float | None = None
+    """The margin: a cosine for cosface (null is 0.4), radians for arcface (null is 0.5)."""
+    margin_gradient: Literal["exact", "straight_through"] = "exact"
+    """ArcFace only: the exact gradient, or 1 as in the reference implementation."""
+    scale: float = 64.0
+    """What cosines are multiplied with before the softmax."""
+    conflict_threshold: float | None = None
+    """Leave out negatives with a cosine above it, as the same person under another label; the paper uses 0.4."""
+    conflict_as_zero_logit: bool = False
+    """Count such negatives with logit 0, as the reference implementation does."""
+    update: Literal["sparse", "deferred"] = "sparse"
+    """Store the gradient of the sampled rows, or compute it inside the optimizer's step."""
+
+    def build_margin(self) -> Margin:
+        """The margin object; InputError for an impossible value."""
+        if self.margin == "arcface":
+            return ArcFace(0.5 if self.margin_value is None else self.margin_value, self.margin_gradient)
+        if self.margin == "cosface":
+            return CosFace(0.4 if self.margin_value is None else self.margin_value)
+        return Margin()
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer of backbone and head."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: float = 0.05
+    """Peak learning rate."""
+    lr_scaling: Literal["per_512", "absolute"] = "per_512"
+    """Whether lr is for 512 images of global batch, and grows in proportion, or holds as it stands."""
+    momentum: float = 0.9
+    """SGD only."""
+    weight_decay: float = 5e-4
+    """Weight decay of backbone and sampled centers."""
+    max_grad_norm: float = 5.0
+    """The backbone's gradient is scaled down to this norm; 0 for never."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of the run and course of the learning rate."""
+
+    epochs: float = 20.0
+    """Passes over the data."""
+    warmup_epochs: float = 0.0
+    """Linear rise at the start."""
+    kind: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    """How it falls afterwards."""
+    power: float = 2.0
+    """Exponent of the polynomial."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a run writes, and how often."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 is once an epoch. There is always one at the end."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 is once an epoch. There is always one at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training images."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Network."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """Softmax."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Length and learning rate."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """What is written."""
+    seed: int = 0
+    """Initial weights, order, augmentation and sampled classes are functions of it."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Arithmetic of the backbone; auto is bf16 on a GPU that has it and float32 elsewhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+
+    def check(self) -> None:
+        """Raise InputError, naming the key, for values that no run can have."""
+        at_least = [
+            ("data.global_batch_size", self.data.global_batch_size, 1),
+            ("data.micro_batch_size", self.data.micro_batch_size, 1),
+            ("data.workers", self.data.workers, 0),
+            ("data.num_classes", self.data.num_classes, 1),
+            ("data.max_unreadable", self.data.max_unreadable, 0),
+            ("backbone.embedding_dim", self.backbone.embedding_dim, 1),
+            ("optimizer.lr", self.optimizer.lr, 0),
+            ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
+            ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
+            ("schedule.warmup_epochs", self.schedule.warmup_epochs, 0),
+            ("schedule.power", self.schedule.power, 0),
+            ("output.log_every", self.output.log_every, 1),
+            ("output.evaluate_every", self.output.evaluate_every, 0),
+            ("output.checkpoint_every", self.output.checkpoint_every, 0),
+            ("output.keep", self.output.keep, 1),
+        ]
+        for key, value, least in at_least:
+            if value is not None and not value >= least:
+                raise InputError(f"{key} is {value}; it must be at least {least}.")
+        if not self.data.path:
+            raise InputError("data.path is missing: give the training images with --data.path.")
+        check_backbone(self.backbone.name)
+        if not 0 <= self.head.sample_rate <= 1:
+            raise InputError(f"head.sample_rate is {self.head.sample_rate}; it is a part, from 0 to 1.")
+        if not 0 <= self.optimizer.momentum < 1:
+            raise InputError(f"optimizer.momentum is {self.optimizer.momentum}; it must lie in [0, 1).")
+        if not self.schedule.epochs > 0:
+            raise InputError(f"schedule.epochs is {self.schedule.epochs}; it must be more than 0.")
+        if self.schedule.warmup_epochs > self.schedule.epochs:
+            raise InputError(
+                f"schedule.warmup_epochs is {self.schedule.warmup_epochs}, more than the {self.schedule.epochs} epochs "
+                "of the run: shorten it."
+            )
+        self.head.build_margin()
+
+    def peak_lr(self) -> float:
+        """The learning rate at the top of the schedule for this global batch."""
+        if self.optimizer.lr_scaling == "absolute":
+            return self.optimizer.lr
+        return self.optimizer.lr * self.data.global_batch_size / LR_BATCH
+
+    def describe_lr(self) -> str:
+        """The rule behind `peak_lr`, in words."""
+        if self.optimizer.lr_scaling == "absolute":
+            return f"lr {self.peak_lr():g} (absolute; for another batch size, scale it in proportion)"
+        return (
+            f"lr {self.peak_lr():g} = {self.optimizer.lr:g} x global batch {self.data.global_batch_size} / {LR_BATCH}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """YAML that `--config` takes back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+# Keys that may differ between a run and its continuation: they change where, how fast and how often, not what.
+FREE_KEYS = frozenset({"data.path", "data.workers", "data.max_unreadable", "output", "device"})
+
+
+def differing_key(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+    """The first dotted key, free ones aside, at which two nested configurations differ."""
+    for key in {**old, **new}:
+        name = prefix + key
+        left, right = old.get(key), new.get(key)
+        if name in FREE_KEYS or left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            inner = differing_key(left, right, name + ".")
+            if inner is None:
+                continue
+            return inner
+        return name
+    return None

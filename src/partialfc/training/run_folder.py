@@ -1,0 +1,79 @@
+"""The folder of a run: who may write there, and what is where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from partialfc.distributed import Group, barrier, rank_of
+from partialfc.errors import InputError
+from partialfc.training.config import TrainConfig, differing_key
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, `checkpoints/` and `model/{best,last}/` under one root."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def model(self, which: str) -> Path:
+        """The folder of the "best" or "last" model."""
+        return self.root / "model" / which
+
+
+def open_run_folder(root: Path, config: TrainConfig, *, resume: bool, group: Group | None = None) -> RunFolder:
+    """Make the folder of a new run, or check that the run in it can be continued. One collective.
+
+    Raises:
+        InputError: the folder holds something and is not to be resumed, or the run in it had another configuration.
+    """
+    folder = RunFolder(root)
+    _check(folder, config, resume)
+    barrier(group)  # every rank looks before rank 0 writes
+    if rank_of(group) == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        folder.config.write_text(config.to_yaml(), encoding="utf-8")
+    return folder
+
+
+def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
+    root = folder.root
+    if root.is_file():
+        raise InputError(f"{root} is a file: give another folder with --out.")
+    if not root.is_dir() or not any(root.iterdir()):
+        return
+    if not folder.config.is_file():
+        raise InputError(f"{root} is not empty and holds no run: give another folder with --out.")
+    if not resume:
+        raise InputError(f"{root} holds another run: continue it with --resume, or give another folder with --out.")
+    key = differing_key(_read_config(folder.config), config.to_dict())
+    if key is not None:
+        raise InputError(
+            f"{root} holds a run with another {key}: resume with the configuration in {folder.config}, "
+            "or give another folder with --out."
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable as YAML: restore it, or give another folder with --out.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no configuration: restore it, or give another folder with --out.")
+    return values

@@ -1,0 +1,118 @@
+"""Everything that a run must remember, and its way into a checkpoint and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from partialfc.distributed import Shard
+from partialfc.errors import InputError
+from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+from partialfc.training.checkpoint import Checkpoint, RowTensors, save_checkpoint
+
+
+@dataclass
+class TrainState:
+    """Tensors and counters of a run.
+
+    Attributes:
+        done: optimizer steps done; with the seed it is also the position in the data and in the sampling.
+        skipped: steps left out because a gradient was not finite.
+        best_score, best_step: the best mean accuracy over the benchmarks, and when.
+        facts: what must be the same when the run goes on, such as the number of images.
+    """
+
+    backbone: nn.Module
+    head: PartialFC
+    backbone_optimizer: Optimizer
+    head_optimizer: RowwiseSGD | RowwiseAdamW
+    facts: dict[str, Any]
+    identities: list[str] | None = None
+    done: int = 0
+    skipped: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+
+    def row_tensors(self) -> RowTensors:
+        """The centers and their optimizer state, with the global rows they are."""
+        shard, k = self.head.shard, self.head.margin.sub_centers
+        rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
+        centers = self.head.centers.detach()
+        return RowTensors(rows, {"centers": centers, **self.head_optimizer.row_state(self.head.centers)})
+
+    def save(self, root: Path, config: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint; every rank calls it."""
+        margin_state = {name: value.tolist() for name, value in self.head.margin_state().items()}
+        save_checkpoint(
+            root,
+            self.done,
+            tensors={
+                "backbone": self.backbone.state_dict(),
+                "backbone-optimizer": optimizer_tensors(self.backbone, self.backbone_optimizer),
+            },
+            rows=self.row_tensors(),
+            state={
+                "facts": self.facts,
+                "skipped": self.skipped,
+                "head_step": self.head.step,
+                "best_score": self.best_score,
+                "best_step": self.best_step,
+                "margin_state": margin_state,
+                "config": config,
+            },
+            documents=None if self.identities is None else {"identities": self.identities},
+            keep=keep,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take everything from a checkpoint written at any world size.
+
+        Raises:
+            InputError: it belongs to other data.
+        """
+        for name, value in self.facts.items():
+            saved = checkpoint.state["facts"].get(name)
+            if saved != value:
+                raise InputError(
+                    f"{checkpoint.folder} was trained on data with {name} {saved}, but now {name} is {value}: "
+                    "resume with the same data, or start a new run."
+                )
+        self.backbone.load_state_dict(checkpoint.tensors("backbone"))
+        load_optimizer_tensors(self.backbone, self.backbone_optimizer, checkpoint.tensors("backbone-optimizer"))
+        rows = self.row_tensors()
+        for name, tensor in rows.tensors.items():
+            checkpoint.read_rows(name, rows.shard.start, tensor)
+        for name, value in checkpoint.state["margin_state"].items():
+            buffer = self.head.get_buffer(f"margin_{name}")
+            buffer.copy_(torch.tensor(value, dtype=buffer.dtype))
+        self.done = checkpoint.step
+        self.head.step = checkpoint.state["head_step"]
+        self.skipped = checkpoint.state["skipped"]
+        self.best_score = checkpoint.state["best_score"]
+        self.best_step = checkpoint.state["best_step"]
+
+
+def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter name>.<state key>`."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    names = dict(module.named_parameters())
+    for full_name, value in tensors.items():
+        name, key = full_name.rsplit(".", 1)
+        # A count of steps stays where it was; everything else lives beside its parameter.
+        place = value.device if key == "step" else names[name].device
+        optimizer.state[names[name]][key] = value.to(place)

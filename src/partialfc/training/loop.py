@@ -157,6 +157,7 @@ class _Trainer:
                 self.state.backbone, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.total_steps = max(1, round(config.schedule.epochs * self.loader.steps_per_epoch))
+        self.buffers_before = [buffer.clone() for buffer in self.state.backbone.buffers()]
         self.results: dict[str, dict[str, Any]] = {}
         self.images_done, self.seconds_done = 0, 0.0
         self.skipped_in_a_row = 0
@@ -201,12 +202,15 @@ class _Trainer:
                 group["lr"] = self.lr
         state.head.step = step
         state.backbone.train()
+        buffers = list(state.backbone.buffers())
+        torch._foreach_copy_(self.buffers_before, buffers)
         figures = self._forward_and_backward(micro_batches)
         if figures and bool(torch.isfinite(figures["grad_norm"])):
             state.backbone_optimizer.step()
             state.head_optimizer.step()
             self.skipped_in_a_row = 0
         else:
+            torch._foreach_copy_(buffers, self.buffers_before)  # BatchNorm has seen what was not finite
             self._skip()
         state.backbone_optimizer.zero_grad()
         state.head_optimizer.zero_grad()

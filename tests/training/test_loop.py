@@ -1,0 +1,184 @@
+"""The training loop on the fixtures: what it writes, and that an interruption leaves no trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from partialfc.data.images import encode_png
+from partialfc.data.loader import Batch
+from partialfc.errors import InputError, JobError
+from partialfc.model import load_model
+from partialfc.training import loop
+from partialfc.training.checkpoint_reading import Checkpoint, steps_in
+from partialfc.training.config import (
+    BackboneConfig,
+    DataConfig,
+    HeadConfig,
+    OptimizerConfig,
+    OutputConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from partialfc.training.metrics_log import read_metrics
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+PAIRS = {"lfw": FIXTURES / "verification" / "lfw.bin"}
+
+
+def small_config(**changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        data=DataConfig(path=str(FIXTURES / "insightface"), global_batch_size=10, micro_batch_size=4, workers=0),
+        backbone=BackboneConfig("mini", 16),
+        head=HeadConfig(sample_rate=0.5, scale=16.0),
+        optimizer=OptimizerConfig(lr=0.05, lr_scaling="absolute"),
+        schedule=ScheduleConfig(epochs=2, warmup_epochs=0.3),
+        output=OutputConfig(log_every=1, checkpoint_every=3, keep=2),
+    )
+    return replace(base, **changes)
+
+
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics without what depends on the machine's load."""
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+
+
+def final_tensors(root: Path) -> dict[str, torch.Tensor]:
+    """Everything that the last checkpoint holds."""
+    checkpoint = Checkpoint(root / "checkpoints" / f"step-{steps_in(root / 'checkpoints')[-1]:08d}")
+    tensors = {
+        f"{group}/{k}": v for group in ("backbone", "backbone-optimizer") for k, v in checkpoint.tensors(group).items()
+    }
+    for name, shape in checkpoint.row_shapes.items():
+        tensors[f"rows/{name}"] = checkpoint.rows(name, 0, shape[0])
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption."""
+    root = tmp_path_factory.mktemp("straight") / "run"
+    loop.train(small_config(), root, benchmarks=PAIRS, quiet=True)
+    return root
+
+
+def test_a_run_writes_what_it_should(straight: Path) -> None:
+    lines = read_metrics(straight / "metrics.jsonl")
+    train_lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train_lines] == list(range(1, 11))  # 2 epochs of 48 images by 10, rounded
+    for key in (
+        "loss",
+        "lr",
+        "lr_head",
+        "images_per_second",
+        "data_wait",
+        "target_cosine",
+        "grad_norm",
+        "conflict_share",
+    ):
+        assert all(isinstance(line[key], float) for line in train_lines), key
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    assert [line["step"] for line in evaluations] == [5, 10]  # once an epoch and at the end
+    assert steps_in(straight / "checkpoints") == [9, 10]
+    assert load_model(straight).config.image_size == 112
+    assert (straight / "model" / "last" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 8])
+def test_an_interrupted_run_goes_on_bit_by_bit(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    """Stopped inside the step after `stop_after`, in the middle of its micro-steps, and resumed."""
+    original, seen = loop._Trainer._loss, []
+
+    def failing(self: loop._Trainer, batch: Batch) -> torch.Tensor:
+        seen.append(batch)
+        if batch.step == stop_after and batch.micro_step == 1:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    root = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_loss", failing)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(small_config(), root, benchmarks=PAIRS, quiet=True)
+    result = loop.train(small_config(), root, benchmarks=PAIRS, resume=True, quiet=True)
+    assert result.steps == 10
+    expected, actual = final_tensors(straight), final_tensors(root)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+    assert timeless(read_metrics(root / "metrics.jsonl")) == timeless(read_metrics(straight / "metrics.jsonl"))
+
+
+def test_resuming_a_finished_run_evaluates_only(straight: Path) -> None:
+    before = final_tensors(straight)
+    result = loop.train(small_config(), straight, benchmarks=PAIRS, resume=True, quiet=True)
+    assert result.steps == 10
+    assert result.benchmarks["lfw"]["pairs"] == 40
+    assert all(torch.equal(tensor, before[name]) for name, tensor in final_tensors(straight).items())
+
+
+def test_a_folder_with_another_run_is_refused(straight: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds another run.*--resume"):
+        loop.train(small_config(), straight, quiet=True)
+    with pytest.raises(InputError, match=r"another head\.scale"):
+        loop.train(small_config(head=HeadConfig(scale=8.0, sample_rate=0.5)), straight, resume=True, quiet=True)
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no run"):
+        loop.train(small_config(), tmp_path, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_other_data_is_refused_at_resume(straight: Path, tmp_path: Path) -> None:
+    config = small_config()
+    config = replace(config, data=replace(config.data, num_classes=9))
+    with pytest.raises(InputError, match=r"another data\.num_classes"):
+        loop.train(config, straight, resume=True, quiet=True)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop._Trainer._loss
+
+    def poisoned(self: loop._Trainer, batch: Batch) -> torch.Tensor:
+        if batch.step == 2:
+            batch = replace(batch, images=batch.images.float() * float("nan"))
+        return original(self, batch)
+
+    monkeypatch.setattr(loop._Trainer, "_loss", poisoned)
+    loop.train(small_config(), tmp_path / "run", quiet=True)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [0, 0] + [1] * 8
+    assert all(torch.isfinite(tensor).all() for tensor in final_tensors(tmp_path / "run").values())
+
+
+def test_ten_skipped_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop._Trainer._loss
+    monkeypatch.setattr(
+        loop._Trainer,
+        "_loss",
+        lambda self, batch: original(self, replace(batch, images=batch.images.float() * float("inf"))),
+    )
+    with pytest.raises(JobError, match=r"10 steps in a row"):
+        loop.train(small_config(schedule=ScheduleConfig(epochs=4)), tmp_path / "run", quiet=True)
+
+
+def test_too_many_unreadable_records_stop_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for identity in range(2):
+        (folder / str(identity)).mkdir(parents=True)
+    for number in range(6):
+        image = torch.full((32, 32, 3), 40 * number, dtype=torch.uint8).numpy()
+        (folder / str(number % 2) / f"{number}.png").write_bytes(encode_png(image))
+    (folder / "1" / "broken.png").write_bytes(b"\x89PNG but no more")
+    config = small_config()
+    data = replace(config.data, path=str(folder), global_batch_size=7, max_unreadable=0)
+    with pytest.raises(InputError, match=r"broken\.png"):
+        loop.train(replace(config, data=data), tmp_path / "run", quiet=True)
+    loop.train(replace(config, data=replace(data, max_unreadable=1)), tmp_path / "run2", quiet=True)
+    last = read_metrics(tmp_path / "run2" / "metrics.jsonl")[-1]
+    assert last["step"] == 2

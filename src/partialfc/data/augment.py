@@ -37,5 +37,7 @@ def augment(images: Tensor, positions: Tensor, seed: int, *, flip: bool = True) 
     if not flip:
         return normalise(images)
     mirrored = keyed_random.bits(keyed_random.derive_key(seed, "flip"), positions.to(images.device)) < 0
-    # Both versions are computed: choosing rows by a mask would make a GPU wait for the host.
-    return normalise(torch.where(mirrored.view(-1, 1, 1, 1), images.flip(2), images))
+    # Choosing whole rows of both versions is several times as fast as torch.where on a CPU, and choosing by a mask
+    # would make a GPU wait for the host.
+    rows = torch.arange(len(images), device=images.device) + len(images) * mirrored
+    return normalise(torch.cat((images, images.flip(2))).index_select(0, rows))

@@ -303,10 +303,13 @@ def _guarded(micro_batches: DataLoader[Any]) -> Iterator[Any]:
             outcome = next(iterator)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, EOFError, OSError) as error:
+            # A worker that dies in the middle of a hand-over leaves an EOFError or OSError; an exception that was
+            # raised in a worker comes as "Caught ...".
+            died = micro_batches.num_workers and not str(error).startswith("Caught")
+            if not died or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
                 raise
             raise JobError(
-                f"A process that reads the data died ({error}): is memory, or shared memory (/dev/shm), exhausted?"
+                f"A process that reads the data died ({error!r}): is memory, or shared memory (/dev/shm), exhausted?"
             ) from error
         yield outcome

@@ -25,6 +25,7 @@ MAX_LENGTH = (1 << 29) - 1
 WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
 CHUNK_HEAD = struct.Struct("<II")
 _CHUNK_AND_RECORD_HEAD = struct.Struct("<IIIfQ")
+_ID_LIMIT = 1 << 62  # ids are u64, keys int64
 _TEXT_BLOCK = 1 << 24  # bytes of .idx text parsed at a time
 
 
@@ -110,25 +111,26 @@ def scan_records(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
     """
     starts, ids = array("q"), array("q")
     size = path.stat().st_size
-    sound = 0
+    sound = False
     if not size:
         return range(0), np.zeros(0, np.int64)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         place = 0
         while place < size:
-            stop = _record_stop(data, place)
-            starts.append(place)
-            if stop >= 0 and (stop == size or _begins_record(data, stop)):
-                sound += 1
-                ids.append(_identifier(data, place))
+            identifier, stop = _record_at(data, place, size)
+            if stop:
+                sound = True
+                starts.append(place)
+                ids.append(identifier)
                 place = stop
                 continue
-            # Either this record's head or length is damaged, or what follows it.
-            ids.append(ids[-1] + 1 if ids else 0)
-            place = _next_start(data, place + 4)
-            if 0 <= stop < place:
-                starts.append(stop)
-                ids.append(ids[-1] + 1)
+            begins = _begins_record(data, place)
+            # If not even a head stands here, the length of the record before may have led past the next one.
+            resume = _next_start(data, 4 + (place if begins or not starts else starts[-1]))
+            if begins or resume > place:
+                ids.append(ids[-1] + 1 if ids else 0)
+                starts.append(place)
+            place = resume
     if not sound:
         return range(0), np.zeros(0, np.int64)
     keys = np.frombuffer(ids, np.int64)
@@ -144,27 +146,27 @@ def _begins_record(data: mmap.mmap, place: int) -> bool:
     return magic == MAGIC and lrec >> 29 in (WHOLE, FIRST)
 
 
-def _record_stop(data: mmap.mmap, place: int) -> int:
-    """Where the record that begins at `place` ends, padding included; -1 if no whole record stands there."""
+def _record_at(data: mmap.mmap, place: int, size: int) -> tuple[int, int]:
+    """The id of the record at `place`, -1 if not to be had, and where it ends, 0 if no whole record stands there."""
+    if place + _CHUNK_AND_RECORD_HEAD.size <= size:
+        magic, lrec, _, _, identifier = _CHUNK_AND_RECORD_HEAD.unpack_from(data, place)
+        if magic == MAGIC and 16 <= lrec <= MAX_LENGTH:  # the usual case: a record in one part
+            stop = place + CHUNK_HEAD.size + padded(lrec)
+            return (identifier if identifier < _ID_LIMIT else -1), (stop if stop <= size else 0)
     expected = (WHOLE, FIRST)
-    while place + CHUNK_HEAD.size <= len(data):
+    identifier = -1
+    while place + CHUNK_HEAD.size <= size:
         magic, lrec = CHUNK_HEAD.unpack_from(data, place)
-        flag = lrec >> 29
+        flag, length = lrec >> 29, lrec & MAX_LENGTH
         if magic != MAGIC or flag not in expected:
-            return -1
-        place += CHUNK_HEAD.size + padded(lrec & MAX_LENGTH)
+            break
+        if flag == FIRST and length >= 16 and place + _CHUNK_AND_RECORD_HEAD.size <= size:
+            identifier = _CHUNK_AND_RECORD_HEAD.unpack_from(data, place)[4]
+        place += CHUNK_HEAD.size + padded(length)
         if flag in (WHOLE, LAST):
-            return place if place <= len(data) else -1
+            return (identifier if identifier < _ID_LIMIT else -1), (place if place <= size else 0)
         expected = (MIDDLE, LAST)
-    return -1
-
-
-def _identifier(data: mmap.mmap, place: int) -> int:
-    """The id in the head of the record at `place`; -1 if its first chunk is too short to hold it."""
-    if place + _CHUNK_AND_RECORD_HEAD.size > len(data):
-        return -1
-    _, lrec, _, _, identifier = _CHUNK_AND_RECORD_HEAD.unpack_from(data, place)
-    return identifier if lrec & MAX_LENGTH >= 16 and identifier < 1 << 62 else -1
+    return -1, 0
 
 
 def _next_start(data: mmap.mmap, start: int) -> int:

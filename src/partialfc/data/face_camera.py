@@ -49,12 +49,12 @@ class Camera:
         return first, second, third
 
 
-def make_camera(normal: Draws, settings: FaceSettings) -> Camera:
-    """Pose and distance from the normal draws of the shots."""
+def make_camera(shot: Draws, settings: FaceSettings) -> Camera:
+    """Pose and distance from the draws of the shots."""
     degrees = torch.pi / 180
 
     def angle(name: str, deviation: float) -> Tensor:
-        return (normal[name] * deviation).clamp(-2 * deviation, 2 * deviation) * degrees
+        return (shot[name] * deviation).clamp(-2 * deviation, 2 * deviation) * degrees
 
     yaw, pitch, roll = angle("yaw", settings.yaw), angle("pitch", settings.pitch), angle("roll", settings.roll)
     zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
@@ -65,7 +65,7 @@ def make_camera(normal: Draws, settings: FaceSettings) -> Camera:
     first, second, third = (torch.stack(rows, dim=1).view(-1, 3, 3) for rows in (turn, nod, tilt))
     rotation = (third[:, :, :, None] * second[:, None]).sum(2)
     rotation = (rotation[:, :, :, None] * first[:, None]).sum(2)
-    distance = torch.exp(normal["distance"] * 0.28) * 7.0
+    distance = torch.exp(shot["distance"] * 0.28) * 7.0
     return Camera(rotation.float(), distance.float())
 
 
@@ -129,32 +129,31 @@ def _blurred(light: Tensor, sigma: Tensor) -> Tensor:
     return light
 
 
-def develop(light: Tensor, tone: Tensor, normal: Draws, uniform: Draws, settings: FaceSettings) -> Tensor:
+def develop(light: Tensor, tone: Tensor, shot: Draws, settings: FaceSettings) -> Tensor:
     """From linear light (N, 3, H, W) to the picture, uint8 (N, H, W, 3): lens, exposure, balance, curve, noise.
 
     Args:
         light: linear light, about 0 to 1.
         tone: mean linear brightness of the skin (N,): cameras expose for it in part, as people's cameras do.
-        normal: the normal draws of the shot.
-        uniform: the uniform draws of the shot.
+        shot: the draws of the shots, (N,).
         settings: strengths.
     """
     count, _, height, width = light.shape
     sharpness = settings.blur * height / 112
-    light = _blurred(light, (0.45 + 1.5 * uniform["blur"] ** 2) * sharpness)
-    gain = torch.exp(normal["exposure"] * settings.exposure) * 0.34 / (0.06 + tone) ** 0.75
-    balance = torch.stack([normal["balance_red"], torch.zeros_like(gain), normal["balance_blue"]], dim=1)
+    light = _blurred(light, (0.45 + 1.5 * shot["blur"] ** 2) * sharpness)
+    gain = torch.exp(shot["exposure"] * settings.exposure) * 0.34 / (0.06 + tone) ** 0.75
+    balance = torch.stack([shot["balance_red"], torch.zeros_like(gain), shot["balance_blue"]], dim=1)
     gains = gain[:, None] * torch.exp(balance * settings.white_balance)
     light = light * gains.float()[:, :, None, None]
     grey = light.mean(1, keepdim=True)
-    light = torch.lerp(grey, light, torch.exp(0.25 * normal["saturation"]).float()[:, None, None, None]).clamp_min(0)
+    light = torch.lerp(grey, light, torch.exp(0.2 * shot["saturation"]).float()[:, None, None, None]).clamp_min(0)
     light = light / (1 + 0.22 * light)  # the shoulder of the film: highlights bend instead of clipping
-    bend = (normal["tone_curve"] * settings.tone_curve).float()[:, None, None, None]
+    bend = (shot["tone_curve"] * settings.tone_curve).float()[:, None, None, None]
     picture = torch.sqrt(light)
     picture = picture + bend * picture * (1 - picture) * (picture - 0.35)
     table = _noise_table(3 * height * width, light.device)
-    start = (uniform["noise_start"] * _NOISE_TABLE).long()
-    power = (settings.noise * (0.3 + 1.4 * uniform["noise_power"] ** 2)).float()[:, None, None, None]
+    start = (shot["noise_start"] * _NOISE_TABLE).long()
+    power = (settings.noise * (0.3 + 1.4 * shot["noise_power"] ** 2)).float()[:, None, None, None]
     picture = torch.addcmul(picture, table.index_select(0, start).view(count, 3, height, width), power)
     return picture.mul(255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,8 +14,12 @@ from partialfc.data.face_settings import FaceSettings
 from partialfc.keyed_random import derive_key
 
 GROUPS = 4
+MOLES = 5
 
-# Draws are named, so that adding one changes none of the others.
+# Draws are cut off there: no monsters.
+_LONGEST = 2.4
+
+# Numbers of samples by name.
 Draws = dict[str, Tensor]
 
 _SHOT_NORMALS: tuple[str, ...] = (
@@ -86,37 +91,11 @@ def jpeg_quality(seed: int, identities: Tensor, shots: Tensor, settings: FaceSet
     return lowest + (place * (highest - lowest + 1)).long()
 
 
-def _table(values: Tensor, names: tuple[str, ...]) -> Draws:
+def _by_name(values: Tensor, names: tuple[str, ...]) -> Draws:
     return dict(zip(names, values.unbind(1), strict=True))
 
 
-def draw_traits(seed: int, identities: Tensor, settings: FaceSettings) -> Tensor:
-    """Traits of identities (int64 (B,)): float64 (B, len(TRAITS)), standard normal around the mean of the group."""
-    counters = _keys(seed, "face identity", identities)[:, None] + torch.arange(len(TRAITS), device=identities.device)
-    own = keyed_random.normal(derive_key(seed, "face traits"), counters).clamp(-2.4, 2.4)
-    means = _group_means(settings.group_shift).to(identities.device)[group_of(identities)]
-    return own * settings.identity_spread + means
-
-
-def draw_spots(seed: int, identities: Tensor, count: int) -> Tensor:
-    """Uniform numbers for the `count` moles of each identity: float64 (B, count, 4)."""
-    steps = torch.arange(count * 4, device=identities.device)
-    counters = _keys(seed, "face spots", identities)[:, None] + steps
-    return keyed_random.uniform(derive_key(seed, "face spots"), counters).view(-1, count, 4)
-
-
-def draw_shot(seed: int, identities: Tensor, shots: Tensor) -> tuple[Draws, Draws]:
-    """The nuisances of a shot: standard normal draws and uniform draws in [0, 1), each float64 (B,) by name."""
-    start = shot_keys(seed, identities, shots)[:, None]
-    normals = start + torch.arange(len(_SHOT_NORMALS), device=identities.device)
-    uniforms = start + torch.arange(len(_SHOT_UNIFORMS), device=identities.device)
-    return (
-        _table(keyed_random.normal(derive_key(seed, "face normals"), normals).clamp(-2.4, 2.4), _SHOT_NORMALS),
-        _table(keyed_random.uniform(derive_key(seed, "face uniforms"), uniforms), _SHOT_UNIFORMS),
-    )
-
-
-def _moods(normal: Draws, traits: Draws, settings: FaceSettings) -> list[Tensor]:
+def _moods(normal: Draws, settings: FaceSettings) -> list[Tensor]:
     """Moods of a shot in the order of MOODS. Most faces are calm: smiles and open mouths are one-sided."""
     strength = settings.expression
     values = {
@@ -133,21 +112,70 @@ def _moods(normal: Draws, traits: Draws, settings: FaceSettings) -> list[Tensor]
     return [values[name] for name in MOODS]
 
 
-def measures_of(traits: Tensor, normal: Draws, settings: FaceSettings) -> tuple[Draws, Tensor, Draws]:
-    """Everything that is linear in traits and moods.
+@dataclass(frozen=True)
+class Plan:
+    """All numbers of a batch of shots, float32: what to draw, before any pixel is.
 
-    Args:
-        traits: float64 (B, len(TRAITS)).
-        normal: the normal draws of the shot.
-
-    Returns:
-        The measures by name, each (B,); the bumps (B, K, 5); and traits and moods by name, age including its drift.
+    `measures` (B, M), `traits` (B, traits + moods; age includes its drift), `bumps` (B, K, 5), `normals` and `uniforms`
+    of the shot (B, ...), `moles` (B, MOLES, 4) of the identity; `keys` int64 (B,) to draw more from.
     """
-    by_name = _table(traits, TRAITS)
-    moods = torch.stack(_moods(normal, by_name, settings), dim=1)
-    by_name["age"] = by_name["age"] + moods[:, MOODS.index("ageing")]
-    inputs = torch.cat([torch.stack([by_name[name] for name in TRAITS], dim=1), moods], dim=1)
-    means, weights = (table.to(traits.device) for table in _linear_map())
-    values = means + inputs @ weights
-    measures = _table(values[:, : len(MEASURES)], tuple(MEASURES))
-    return measures, values[:, len(MEASURES) :].view(len(traits), -1, 5), by_name | _table(moods, MOODS)
+
+    measures: Tensor
+    traits: Tensor
+    bumps: Tensor
+    normals: Tensor
+    uniforms: Tensor
+    moles: Tensor
+    keys: Tensor
+
+    def part(self, chosen: slice | Tensor) -> Plan:
+        """The plan of some of the samples."""
+        return Plan(*(getattr(self, field)[chosen] for field in self.__dataclass_fields__))
+
+    def measure_columns(self) -> Draws:
+        """Measures by name as (B, 1, 1), ready to meet pictures."""
+        return _by_name(self.measures[:, :, None, None], tuple(MEASURES))
+
+    def trait_columns(self) -> Draws:
+        """Traits and moods by name as (B, 1, 1)."""
+        return _by_name(self.traits[:, :, None, None], (*TRAITS, *MOODS))
+
+    def shot(self) -> Draws:
+        """Standard normal and uniform draws of the shot by name, (B,)."""
+        return _by_name(self.normals, _SHOT_NORMALS) | _by_name(self.uniforms, _SHOT_UNIFORMS)
+
+    def shot_columns(self) -> Draws:
+        """The same as (B, 1, 1)."""
+        return _by_name(self.normals[:, :, None, None], _SHOT_NORMALS) | _by_name(
+            self.uniforms[:, :, None, None], _SHOT_UNIFORMS
+        )
+
+
+def make_plan(seed: int, identities: Tensor, shots: Tensor, settings: FaceSettings) -> Plan:
+    """Draw everything about shots (int64 (B,)) of identities (int64 (B,))."""
+    device = identities.device
+    person = _keys(seed, "face identity", identities)[:, None]
+    traits = keyed_random.normal(derive_key(seed, "face traits"), person + torch.arange(len(TRAITS), device=device))
+    means = _group_means(settings.group_shift).to(device)[group_of(identities)]
+    traits = traits.clamp(-_LONGEST, _LONGEST) * settings.identity_spread + means
+    spots = keyed_random.uniform(derive_key(seed, "face moles"), person + torch.arange(4 * MOLES, device=device))
+    keys = shot_keys(seed, identities, shots)
+    counters = keys[:, None] + torch.arange(max(len(_SHOT_NORMALS), len(_SHOT_UNIFORMS)), device=device)
+    normals = keyed_random.normal(derive_key(seed, "face normals"), counters[:, : len(_SHOT_NORMALS)])
+    normals = normals.clamp(-_LONGEST, _LONGEST)
+    uniforms = keyed_random.uniform(derive_key(seed, "face uniforms"), counters[:, : len(_SHOT_UNIFORMS)])
+    moods = torch.stack(_moods(_by_name(normals, _SHOT_NORMALS), settings), dim=1)
+    traits[:, TRAITS.index("age")] += moods[:, MOODS.index("ageing")]
+    traits = torch.cat([traits, moods], dim=1)
+    # In double precision, so that the order of a sum, which may depend on the batch, does not show in float32.
+    start, weights = (table.to(device) for table in _linear_map())
+    values = (start + traits @ weights).float()
+    return Plan(
+        measures=values[:, : len(MEASURES)],
+        traits=traits.float(),
+        bumps=values[:, len(MEASURES) :].view(len(values), -1, 5),
+        normals=normals.float(),
+        uniforms=uniforms.float(),
+        moles=spots.float().view(-1, MOLES, 4),
+        keys=keys,
+    )

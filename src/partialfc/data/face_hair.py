@@ -51,7 +51,7 @@ def strand_coordinates(a: Tensor, b: Tensor, trait: Draws) -> tuple[Tensor, Tens
 
 def paint_hair(canvas: Canvas, distance: Tensor) -> None:
     """Lay the hair over the face: ragged edge, darker roots, strands, a soft sheen across the top."""
-    strands = canvas.noise[:, 2]
+    strands = canvas.strands
     ragged = distance + 0.035 * strands
     cover = canvas.cover(ragged, 1.5)
     depth = 0.62 + 0.38 * (ragged * 6).clamp(0, 1)

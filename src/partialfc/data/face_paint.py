@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.data.face_draws import Draws
-
-MOLES = 5
+from partialfc.data.face_draws import MOLES, Draws
 
 # Skin from light to dark and hair from fair to black, as square roots of reflectances.
 _SKIN_RAMP = ((0.95, 0.80, 0.71), (0.87, 0.68, 0.56), (0.70, 0.50, 0.385), (0.45, 0.30, 0.225))
@@ -26,8 +24,9 @@ class Canvas:
     """A batch of pictures in the making, with what the brushes need.
 
     Places `a`, `b` and the side of the face `side` (-1 or 1) are (N, H, W); `measure`, `trait` and `dice` hold one
-    number a sample as (N, 1, 1); `edge` (N, 1, 1) is 1 over the width of a pixel on the map; `noise` (N, 3, H, W) is
-    the skin's own pattern (broad, fine) and, third, strands of hair; `albedo` (N, 3, H, W) is painted in place.
+    number a sample as (N, 1, 1); `edge` (N, 1, 1) is 1 over the width of a pixel on the map; `skin_noise` (N, 2, H, W)
+    is the skin's own pattern, broad and fine, and `strands` (N, H, W) that of the hair; `skin` and `hair` (N, 3) are
+    reflectances; `albedo` (N, 3, H, W) is painted in place.
     """
 
     a: Tensor
@@ -37,14 +36,15 @@ class Canvas:
     measure: Draws
     trait: Draws
     dice: Draws
-    noise: Tensor
+    skin_noise: Tensor
+    strands: Tensor
     skin: Tensor
     hair: Tensor
     albedo: Tensor
 
     def cover(self, distance: Tensor, softness: float = 1.0) -> Tensor:
         """Coverage of pixels whose signed distance from a shape is `distance` (positive inside), on the map."""
-        return torch.addcmul(_HALF.to(distance), distance, self.edge / softness).clamp_(0, 1)
+        return (distance * (self.edge / softness)).add_(0.5).clamp_(0, 1)
 
     def paint(self, colour: Tensor, cover: Tensor) -> None:
         """Lay a colour, (N, 3) or (N, 3, H, W), over the picture where `cover` (N, H, W) says."""
@@ -54,9 +54,6 @@ class Canvas:
     def dim(self, cover: Tensor, strength: Tensor | float) -> None:
         """Darken the picture by up to `strength` where `cover` (N, H, W) says."""
         self.albedo.mul_((1 - cover * strength)[:, None])
-
-
-_HALF = torch.tensor(0.5)
 
 
 def ramp(stops: tuple[tuple[float, float, float], ...], position: Tensor) -> Tensor:
@@ -104,7 +101,7 @@ def _bell(x: Tensor, y: Tensor, wide_x: float, wide_y: float) -> Tensor:
 
 def _skin(canvas: Canvas) -> None:
     trait, measure = canvas.trait, canvas.measure
-    broad, fine = canvas.noise[:, 0], canvas.noise[:, 1]
+    broad, fine = canvas.skin_noise.unbind(1)
     width = canvas.a.abs()
     canvas.albedo.copy_(canvas.skin[:, :, None, None] * (1 + 0.07 * broad + 0.02 * fine)[:, None])
     flush = (0.35 + 0.14 * trait["blush"] + 0.10 * canvas.dice["blush"]).clamp(0, 0.9)
@@ -122,13 +119,21 @@ def _skin(canvas: Canvas) -> None:
 
 
 def _moles(canvas: Canvas, moles: Tensor) -> None:
-    count = moles.float()[:, :, :, None, None]
+    spots = moles[:, :, :, None, None]
+    square = (canvas.a * canvas.a).addcmul_(canvas.b, canvas.b)
+    dots = torch.zeros_like(square)
     for number in range(MOLES):
-        a, b, size, strength = count[:, number].unbind(1)
-        radius = 0.012 + 0.012 * size * size
-        away = torch.sqrt((canvas.a - (a - 0.5) * 1.7) ** 2 + (canvas.b - (b * 1.35 - 0.50)) ** 2)
+        a, b, size, strength = spots[:, number].unbind(1)
+        a, b = (a - 0.5) * 1.7, b * 1.35 - 0.50
         # A spot smaller than a pixel fades instead of vanishing between pixels.
-        canvas.dim(canvas.cover(radius - away, 1.2), (1.4 * (strength - 0.5)).clamp(0, 0.6))
+        radius = 0.012 + 0.012 * size * size
+        wide = radius + 0.7 / canvas.edge
+        # 1 - r^2 / wide^2, with r^2 = |p|^2 - 2 p.c + |c|^2.
+        depth = (1.5 * (strength - 0.4)).clamp(0, 0.7) * (1.6 * radius / wide).clamp_max(1)
+        scale = depth / (wide * wide)
+        dot = torch.addcmul(square * -scale, canvas.a, 2 * a * scale).addcmul_(canvas.b, 2 * b * scale)
+        dots.add_(dot.add_(depth - (a * a + b * b) * scale).clamp_min_(0))
+    canvas.dim(dots.clamp_max_(0.7), 1.0)
 
 
 def _lines(canvas: Canvas) -> None:
@@ -169,7 +174,7 @@ def _beard(canvas: Canvas) -> None:
         torch.sqrt((width / (measure["mouth_width"] + 0.02)) ** 2 + ((b - measure["mouth_b"] - 0.01) / 0.13) ** 2) - 1
     )
     region = torch.maximum(jaw.clamp(0, 1) * (free * 4).clamp(0, 1), upper_lip.clamp(0, 1))
-    strands = 1 + 0.15 * canvas.noise[:, 1] + 0.08 * canvas.noise[:, 2]
+    strands = 1 + 0.15 * canvas.skin_noise[:, 1] + 0.08 * canvas.strands
     canvas.paint(canvas.hair * 0.8, region * (amount * strands).clamp(0, 0.95))
 
 
@@ -203,7 +208,7 @@ def _eyes(canvas: Canvas) -> None:
     x = canvas.a.abs() - measure["eye_a"]
     flat = canvas.b + measure["skew"] * canvas.a - measure["eye_b"]
     y = flat + measure["eye_tilt"] * x
-    u = x / measure["eye_width"]
+    u = (x / measure["eye_width"]).clamp_(-1.3, 1.3)  # further out the lids' parabolas mean nothing
     belly = 1 - u * u
     upper = y + measure["eye_upper"].clamp_min(0.014) * belly * (1 + measure["eye_skew"].clamp(-0.7, 0.7) * u)
     lower = measure["eye_lower"].clamp_min(0.012) * belly - y
@@ -252,4 +257,4 @@ def _brows(canvas: Canvas) -> None:
     ends = torch.minimum(width - measure["brow_in"], measure["brow_out"] - width)
     shape = canvas.cover(torch.minimum(thick - y.abs(), ends * 0.6), 1.5)
     density = (0.74 + 0.09 * trait["brow_dense"]).clamp(0.35, 0.95)
-    canvas.paint(canvas.hair * 0.55, shape * (density * (1 + 0.22 * canvas.noise[:, 1])).clamp_(0, 0.97))
+    canvas.paint(canvas.hair * 0.55, shape * (density * (1 + 0.22 * canvas.skin_noise[:, 1])).clamp_(0, 0.97))

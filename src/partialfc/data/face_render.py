@@ -1,7 +1,8 @@
-"""From draws to light: surface, rays, paint and shading of one batch of faces."""
+"""From the plan of a batch of shots to its pictures: surface, rays, paint, light, photograph."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -9,23 +10,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partialfc import keyed_random
-from partialfc.data import face_hair, face_paint, face_scene, face_surface, face_worn
-from partialfc.data.face_camera import Camera
-from partialfc.data.face_draws import Draws
+from partialfc.data import face_camera, face_hair, face_light, face_paint, face_scene, face_surface, face_worn
+from partialfc.data.face_draws import Draws, Plan
 from partialfc.data.face_settings import FaceSettings
 from partialfc.keyed_random import derive_key
 
 _NOISE_SIZE = 128
-_MAP_PER_PIXEL = 1.5
+_MAP_PER_PIXEL = 1.25
+# The throat and the middle of the back of the head, in head coordinates.
+_NECK = ((0.0, 0.75, -0.15), (0.0, 0.0, -0.2))
 
 
-def column(draws: Draws) -> Draws:
-    """Numbers (N,) as float32 (N, 1, 1), ready to meet pictures."""
-    return {name: value.float()[:, None, None] for name, value in draws.items()}
+@dataclass(frozen=True)
+class Shoot:
+    """A batch on its way to pictures: numbers by name as (N, 1, 1), the heads, the camera, and its framing."""
+
+    measure: Draws
+    trait: Draws
+    dice: Draws
+    shot: Draws
+    moles: Tensor
+    surface: face_surface.Surface
+    camera: face_camera.Camera
+    landmarks: Tensor
+    settings: FaceSettings
+
+    def wears(self, name: str) -> Tensor:
+        """1 where the shot wears `name` ("glasses" or "mask"), else 0: (N, 1, 1)."""
+        return face_worn.wears(self.dice, name, self.settings)
 
 
 @lru_cache(maxsize=4)
-def pattern(device: torch.device) -> Tensor:
+def _pattern(device: torch.device) -> Tensor:
     """Three fixed patterns (1, 3, S, S) of unit deviation: broad clouds, fine grain, strands along the second axis."""
     size = _NOISE_SIZE
     white = keyed_random.normal(derive_key("face pattern"), torch.arange(3 * size * size)).view(1, 3, size, size)
@@ -49,58 +65,61 @@ def pattern(device: torch.device) -> Tensor:
     return torch.cat([broad / broad.std(), fine, strands / strands.std()], dim=1).float().to(device)
 
 
-def build_surface(
-    measure: Draws, bumps: Tensor, trait: Draws, dice: Draws, size: int, settings: FaceSettings
+def render_plan(plan: Plan, seed: int, size: int, aligned: bool, settings: FaceSettings) -> tuple[Tensor, Tensor]:
+    """Pictures, uint8 (N, S, S, 3), and the pixels of their landmarks, float32 (N, 5, 2)."""
+    measure, trait, dice, shot = plan.measure_columns(), plan.trait_columns(), plan.shot_columns(), plan.shot()
+    surface = _build_surface(plan.bumps, measure, trait, dice, size, settings)
+    camera = face_camera.make_camera(shot, settings)
+    landmarks = _landmarks_of(surface, measure)
+    shoot = Shoot(measure, trait, dice, shot, plan.moles, surface, camera, landmarks, settings)
+    flat = camera.project(landmarks)
+    matrices = face_camera.frame(flat, plan.keys, seed, size, settings, aligned)
+    light, tone = _render_light(shoot, *face_camera.plane_of_pixels(matrices, size))
+    return face_camera.develop(light, tone, shot, settings), face_camera.landmark_pixels(matrices, flat)
+
+
+def _build_surface(
+    bumps: Tensor, measure: Draws, trait: Draws, dice: Draws, size: int, settings: FaceSettings
 ) -> face_surface.Surface:
     """The heads of a batch, hair and mask included, on maps fit for pictures of `size` pixels."""
     steps = face_surface.map_steps(2 * round(size * _MAP_PER_PIXEL / 2), bumps.device)
-    safe = bumps.float()
+    safe = bumps.clone()
     safe[:, :, 2:4].clamp_(min=0.02)
-    factor = 1 + face_surface.sum_of_bumps(safe, steps)
+    factor = face_surface.sum_of_bumps(safe, steps).add_(1)
     b = steps[:, None]
-    covered = (face_worn.mask_distance(steps, b, measure, dice) * 20 + 0.5).clamp(0, 1) * face_worn.wears(
-        dice, "mask", settings
-    )
-    factor = torch.lerp(factor, torch.maximum(factor, face_worn.mask_factor(steps, b)), covered)
+    worn = face_worn.wears(dice, "mask", settings)
+    if bool(worn.any()):
+        covered = (face_worn.mask_distance(steps, b, measure, dice) * 20 + 0.5).clamp(0, 1) * worn
+        factor = torch.lerp(factor, torch.maximum(factor, face_worn.mask_factor(steps, b)), covered)
     distance = face_hair.hair_distance(steps, b, measure, trait, dice)
-    factor = factor + face_hair.hair_height(distance, b, measure, trait, dice)
+    factor = factor.add_(face_hair.hair_height(distance, b, measure, trait, dice))
     radii = torch.cat([measure[name][:, 0] for name in ("radius_x", "radius_y", "radius_z")], dim=1)
     return face_surface.Surface(radii, factor[:, None])
 
 
-def landmarks_of(surface: face_surface.Surface, measure: Draws) -> Tensor:
+def _landmarks_of(surface: face_surface.Surface, measure: Draws) -> Tensor:
     """The five landmarks in head coordinates (N, 5, 3): eyes, nose tip, mouth corners, image-left ones first."""
-    one = {
-        name: measure[name][:, 0, 0] for name in ("eye_a", "eye_b", "nose_b", "mouth_width", "mouth_b", "mouth_curve")
-    }
-    skew = measure["skew"][:, 0, 0]
-    corner = one["mouth_b"] + one["mouth_curve"]
-    places = [
-        (-one["eye_a"], one["eye_b"] + skew * one["eye_a"]),
-        (one["eye_a"], one["eye_b"] - skew * one["eye_a"]),
-        (torch.zeros_like(skew), one["nose_b"]),
-        (-one["mouth_width"], corner + skew * one["mouth_width"]),
-        (one["mouth_width"], corner - skew * one["mouth_width"]),
-    ]
-    return face_surface.points_at(surface, torch.stack([torch.stack(place, dim=1) for place in places], dim=1))
+    eye_a, eye_b, nose_b, mouth_width, mouth_b, curve, skew = (
+        measure[name][:, 0, 0] for name in ("eye_a", "eye_b", "nose_b", "mouth_width", "mouth_b", "mouth_curve", "skew")
+    )
+    corner = mouth_b + curve
+    a = torch.stack([-eye_a, eye_a, torch.zeros_like(eye_a), -mouth_width, mouth_width], dim=1)
+    b = torch.stack([eye_b, eye_b, nose_b, corner, corner], dim=1)
+    upright = a.new_tensor([1.0, 1.0, 0.0, 1.0, 1.0])
+    b = b - upright * skew[:, None] * a
+    # The canvas is painted at a minus this lean (see _paint_head).
+    lean = 0.4 * skew[:, None] * (b - 0.2)
+    return face_surface.points_at(surface, torch.stack([a + lean, b], dim=-1))
 
 
-def _paint_head(
-    hits: face_surface.Hits,
-    measure: Draws,
-    trait: Draws,
-    dice: Draws,
-    moles: Tensor,
-    edge: Tensor,
-    settings: FaceSettings,
-) -> tuple[face_paint.Canvas, Tensor]:
+def _paint_head(shoot: Shoot, hits: face_surface.Hits, edge: Tensor) -> tuple[face_paint.Canvas, Tensor]:
     """The painted head and how deep in the hair each pixel lies (N, H, W)."""
+    measure, trait, dice = shoot.measure, shoot.trait, shoot.dice
     count = len(hits.a)
-    own = 1.3 * trait["freckle"], 1.3 * trait["skin_warm"]
-    skin_grid = torch.stack([hits.a * 0.9 + own[0], hits.b * 0.9 + own[1]], dim=-1)
+    skin_grid = face_surface.interleave(hits.a * 0.9 + 1.3 * trait["freckle"], hits.b * 0.9 + 1.3 * trait["skin_warm"])
     across, along = face_hair.strand_coordinates(hits.a, hits.b, trait)
-    hair_grid = torch.stack([across + dice["hair_noise"], along], dim=-1)
-    patterns = pattern(hits.a.device).expand(count, -1, -1, -1)
+    hair_grid = face_surface.interleave(across + dice["hair_noise"], along)
+    patterns = _pattern(hits.a.device).expand(count, -1, -1, -1)
     skin_noise, hair_noise = (
         F.grid_sample(planes, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
         for planes, grid in ((patterns[:, :2], skin_grid), (patterns[:, 2:], hair_grid))
@@ -114,139 +133,74 @@ def _paint_head(
         measure=measure,
         trait=trait,
         dice=dice,
-        noise=torch.cat([skin_noise, hair_noise], dim=1),
+        skin_noise=skin_noise,
+        strands=hair_noise[:, 0],
         skin=face_paint.skin_colour(flat_trait),
         hair=face_paint.hair_colour(flat_trait, dice["hair_tone"][:, 0, 0]),
         albedo=torch.empty(count, 3, *hits.a.shape[1:], device=hits.a.device),
     )
-    face_paint.paint_face(canvas, moles)
+    face_paint.paint_face(canvas, shoot.moles)
     distance = face_hair.hair_distance(hits.a, hits.b, measure, trait, dice)
     face_hair.paint_hair(canvas, distance)
-    face_worn.paint_temples(canvas, face_worn.wears(dice, "glasses", settings))
-    face_worn.paint_mask(canvas, face_worn.wears(dice, "mask", settings))
+    # What nobody wears would be painted with coverage 0: left out, it changes no bit.
+    for name, brush in (("glasses", face_worn.paint_temples), ("mask", face_worn.paint_mask)):
+        worn = shoot.wears(name)
+        if bool(worn.any()):
+            brush(canvas, worn)
     return canvas, distance
 
 
-class Lamp:
-    """Light of a batch of shots: a lamp from one side and the sky around, in head coordinates.
-
-    Attributes:
-        towards: unit direction towards the lamp (N, 3).
-        colour, ambient: light of the lamp and of the surroundings (N, 3).
-        up, eye: unit directions upwards and towards the camera (N, 3).
-        ground: how much of the ambient light comes from below (N, 1, 1).
-    """
-
-    def __init__(self, camera: Camera, normal: Draws, uniform: Draws, settings: FaceSettings) -> None:
-        strength = settings.lighting
-        side, rise = normal["light_side"] * 0.75 * strength, 0.45 + 0.35 * normal["light_up"] * strength
-        direction = torch.stack([torch.sin(side), -torch.tan(rise.clamp(-0.4, 1.2)), torch.cos(side)], dim=1)
-        direction = (direction / direction.square().sum(1, keepdim=True).sqrt()).float()
-        self.towards = (camera.rotation * direction[:, :, None]).sum(1)
-        share = (0.40 + 0.15 * normal["ambient"] * strength).clamp(0.12, 0.85)
-        power = torch.exp(0.2 * normal["light_power"] * strength)
-        warm = 0.16 * normal["light_warm"] * strength
-        tint = torch.stack([1 + warm, torch.ones_like(warm), 1 - warm], dim=1)
-        self.colour = ((1 - share) * power)[:, None] * tint * 1.25
-        self.ambient = share[:, None] * (2 - tint) * 0.95
-        self.colour, self.ambient = self.colour.float(), self.ambient.float()
-        self.up, self.eye = -camera.rotation[:, 1], camera.rotation[:, 2]
-        self.ground = (0.35 + 0.4 * uniform["ground"]).float()[:, None, None]
-
-
-def _dot(normals: Tensor, direction: Tensor) -> Tensor:
-    x, y, z = direction[:, :, None, None].unbind(1)
-    return torch.addcmul(torch.addcmul(normals[:, 0] * x, normals[:, 1], y), normals[:, 2], z)
-
-
-def _shade(albedo: Tensor, gloss: Tensor, shape: Tensor, lamp: Lamp) -> Tensor:
-    """Linear light (N, 3, H, W) that the painted head sends to the camera.
-
-    Args:
-        albedo: reflectances (N, 3, H, W).
-        gloss: strength of the sheen (N, H, W).
-        shape: normals, openness and visibility of the lamp (N, 5, H, W).
-        lamp: the light.
-    """
-    openness, visible = shape[:, 3], shape[:, 4]
-    facing = (_dot(shape, lamp.towards) + 0.18).clamp_min_(0) * (1 / 1.18)
-    lit = facing * (0.12 + 0.88 * visible)
-    sky = _dot(shape, lamp.up) * 0.5 + 0.5
-    around = (lamp.ground + (1 - lamp.ground) * sky) * openness
-    light = lit[:, None] * lamp.colour[:, :, None, None]
-    light = torch.addcmul(light, around[:, None].expand_as(light), lamp.ambient[:, :, None, None])
-    # Light that scatters under the skin reddens the border of the shadow.
-    light[:, 0].add_(0.10 * lit * (1 - lit).clamp_min_(0))
-    half = lamp.towards + lamp.eye
-    half = half / half.square().sum(1, keepdim=True).sqrt()
-    sheen = _dot(shape, half).clamp_min_(0)
-    for _ in range(4):
-        sheen = sheen * sheen
-    sheen = sheen * gloss * visible
-    return torch.addcmul(albedo * light, sheen[:, None].expand_as(light), lamp.colour[:, :, None, None])
-
-
-def _wear_glasses(
-    picture: Tensor,
-    ray: tuple[Tensor, Tensor, Tensor],
-    camera: Camera,
-    eye: Tensor,
-    edge: Tensor,
-    dice: Draws,
-    worn: Tensor,
-) -> None:
+def _wear_glasses(shoot: Shoot, picture: Tensor, ray: tuple[Tensor, Tensor, Tensor], pixel: Tensor) -> None:
     """Draw the glasses, in a plane before the eyes, over the picture (N, 3, H, W) in place."""
-    origin = camera.origin()[:, :, None, None]
-    depth = eye[:, 2, None, None] + 0.11
-    reach = (depth - origin[:, 2]) / ray[2]
+    worn = shoot.wears("glasses")
+    if not bool(worn.any()):
+        return
+    origin = shoot.camera.origin()[:, :, None, None]
+    eye = shoot.landmarks[:, 1, :, None, None]
+    reach = (eye[:, 2] + 0.11 - origin[:, 2]) / ray[2]
     x = origin[:, 0] + reach * ray[0]
-    y = origin[:, 1] + reach * ray[1] - eye[:, 1, None, None]
-    frame, glass = face_worn.glasses_cover(x, y, eye[:, 0, None, None], edge, dice)
-    shine = (0.10 + 0.12 * (x * 1.5 - y * 2.5 + dice["light_side"]).sin()) * glass * worn
-    picture.mul_((1 - 0.10 * glass * worn)[:, None]).add_((shine * 0.5)[:, None])
-    colour = face_worn.frame_colour(dice)
+    y = origin[:, 1] + reach * ray[1] - eye[:, 1]
+    frame, glass = face_worn.glasses_cover(x, y, eye[:, 0], 1 / pixel, shoot.dice)
+    glass = glass * worn
+    shine = (0.10 + 0.12 * (x * 1.5 - y * 2.5 + shoot.dice["light_side"]).sin()) * glass
+    picture.mul_((1 - 0.10 * glass)[:, None]).add_((shine * 0.5)[:, None])
+    colour = face_worn.frame_colour(shoot.dice)
     torch.lerp(picture, colour[:, :, None, None], (frame * worn)[:, None], out=picture)
 
 
-def render_light(
-    surface: face_surface.Surface, camera: Camera, plane: tuple[Tensor, Tensor, Tensor], measure: Draws, trait: Draws,
-    normal: Draws, uniform: Draws, moles: Tensor, eye: Tensor, settings: FaceSettings,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The picture in linear light (N, 3, H, W) and the mean reflectance of the skin (N,).
-
-    Args:
-        surface: the heads.
-        camera: their poses.
-        plane: points of the picture plane behind the pixels and the width of a pixel (see plane_of_pixels).
-        measure, trait: of the identities, as (N, 1, 1).
-        normal, uniform: draws of the shots (N,).
-        moles: uniform numbers of the moles (N, MOLES, 4).
-        eye: the image-right eye in head coordinates (N, 3).
-        settings: strengths.
-    """
-    plane_x, plane_y, pixel = plane
-    dice = column(normal) | column(uniform)
+def _render_light(shoot: Shoot, plane_x: Tensor, plane_y: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
+    """The picture in linear light (N, 3, H, W) and the mean reflectance of the skin (N,)."""
+    surface, camera = shoot.surface, shoot.camera
     ray = camera.rays(plane_x, plane_y)
     hits = face_surface.intersect(surface, camera.origin(), ray, pixel)
-    canvas, in_hair = _paint_head(hits, measure, trait, dice, moles, 0.72 / pixel, settings)
-    lamp = Lamp(camera, normal, uniform, settings)
+    canvas, in_hair = _paint_head(shoot, hits, 0.72 / pixel)
+    lamp = face_light.make_lamp(camera, shoot.shot, shoot.settings)
     steps = face_surface.map_steps(surface.factor.shape[-1], plane_x.device)
-    shape = torch.cat(
-        [
-            face_surface.sample_map(face_surface.normals_of(surface, steps), hits.a, hits.b),
-            face_surface.sample_map(face_surface.occlusion_and_shadow(surface, lamp.towards), hits.a, hits.b),
-        ],
-        dim=1,
-    )
+    normals = face_surface.sample_map(face_surface.normals_of(surface, steps), hits.a, hits.b)
+    exposure = face_surface.sample_map(face_surface.occlusion_and_shadow(surface, lamp.towards), hits.a, hits.b)
     gloss = 0.10 - 0.08 * (in_hair * 20).clamp(0, 1)
-    head = _shade(canvas.albedo, gloss, shape, lamp)
-    neck = camera.project(
-        torch.tensor([[[0.0, 0.75, -0.15], [0.0, 0.0, -0.2]]], device=pixel.device).expand(len(pixel), -1, -1)
-    )
+    head = face_light.shade(canvas.albedo, gloss, normals, exposure, lamp)
+    neck = camera.project(torch.tensor([_NECK], device=pixel.device).expand(len(pixel), -1, -1))
     typical = lamp.colour * 0.42 + lamp.ambient * 0.55
     picture = face_scene.paint_scene(
-        (plane_x, plane_y), neck, pattern(pixel.device), dice, trait, canvas.skin * typical, canvas.hair * typical
+        (plane_x, plane_y),
+        neck,
+        _pattern(pixel.device),
+        shoot.dice,
+        shoot.trait,
+        canvas.skin * typical,
+        canvas.hair * typical,
     )
     picture = torch.lerp(picture, head, hits.coverage[:, None])
-    _wear_glasses(picture, ray, camera, eye, 1 / pixel, dice, face_worn.wears(dice, "glasses", settings))
+    _wear_glasses(shoot, picture, ray, pixel)
     return picture, canvas.skin.mean(1)
+
+
+def order_by_work(plan: Plan, settings: FaceSettings) -> Tensor:
+    """An order of the samples (int64 (B,)) in which those that wear the same things are neighbours.
+
+    So most small batches need neither glasses nor masks. The pictures do not depend on it.
+    """
+    shot = plan.shot()
+    worn = 2 * face_worn.wears(shot, "mask", settings) + face_worn.wears(shot, "glasses", settings)
+    return torch.argsort(worn, stable=True)

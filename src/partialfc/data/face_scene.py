@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partialfc.data.face_draws import Draws
+from partialfc.data.face_surface import interleave
 
 
 def _any_colour(tone: Tensor, hue: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def paint_scene(
     x, y = plane
     count = len(x)
     scale = 0.10 + 0.25 * dice["back_scale"]
-    grid = torch.stack([x * scale + 2 * dice["back_x"] - 1, y * scale + 2 * dice["back_y"] - 1], dim=-1)
+    grid = interleave(x * scale + (2 * dice["back_x"] - 1), y * scale + (2 * dice["back_y"] - 1))
     broad = F.grid_sample(
         noise[:, :1].expand(count, -1, -1, -1), grid, mode="bilinear", padding_mode="reflection", align_corners=True
     )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.data import face_camera, face_draws, face_paint, face_render
-from partialfc.data.face_draws import GROUPS, group_of, jpeg_quality
+from partialfc.data.face_draws import GROUPS, group_of, jpeg_quality, make_plan
+from partialfc.data.face_render import order_by_work, render_plan
 from partialfc.data.face_settings import FaceSettings
 
 __all__ = ["GROUPS", "FaceSettings", "Faces", "group_of", "jpeg_quality", "render_faces"]
@@ -22,6 +22,9 @@ __all__ = ["GROUPS", "FaceSettings", "Faces", "group_of", "jpeg_quality", "rende
 # Pixels rendered at once: the dozens of intermediate planes then stay within a processor's cache.
 _PIXELS_AT_ONCE = 1 << 16
 _PIXELS_AT_ONCE_CUDA = 1 << 22
+# Samples whose numbers are drawn at once.
+_PLANNED_AT_ONCE = 4096
+_ALLOCATOR_LESSON = 30 << 20  # bytes; glibc learns from blocks below 32 MiB
 
 
 @dataclass(frozen=True)
@@ -73,31 +76,14 @@ def render_faces(
     step = max(1, together // size**2)
     images = torch.empty(len(identities), size, size, 3, dtype=torch.uint8, device=identities.device)
     landmarks = torch.empty(len(identities), 5, 2, device=identities.device)
+    # Freeing one large block teaches glibc's allocator to keep blocks up to that size instead of returning them to the
+    # system; else every intermediate plane is paged in afresh, which takes longer than the arithmetic on it.
+    torch.empty(_ALLOCATOR_LESSON, dtype=torch.uint8)
     with torch.no_grad():
-        for start in range(0, len(identities), step):
-            part = slice(start, start + step)
-            images[part], landmarks[part] = _render(seed, identities[part], shots[part], size, aligned, settings)
+        for start in range(0, len(identities), _PLANNED_AT_ONCE):
+            planned = slice(start, start + _PLANNED_AT_ONCE)
+            plan = make_plan(seed, identities[planned], shots[planned], settings)
+            for chosen in order_by_work(plan, settings).split(step):
+                pictures, points = render_plan(plan.part(chosen), seed, size, aligned, settings)
+                images[start + chosen], landmarks[start + chosen] = pictures, points
     return Faces(images, landmarks, group_of(identities))
-
-
-def _render(
-    seed: int, identities: Tensor, shots: Tensor, size: int, aligned: bool, settings: FaceSettings
-) -> tuple[Tensor, Tensor]:
-    traits = face_draws.draw_traits(seed, identities, settings)
-    normal, uniform = face_draws.draw_shot(seed, identities, shots)
-    moles = face_draws.draw_spots(seed, identities, face_paint.MOLES)
-    measures, bumps, named = face_draws.measures_of(traits, normal, settings)
-    measure, trait = face_render.column(measures), face_render.column(named)
-    dice = face_render.column(normal) | face_render.column(uniform)
-    surface = face_render.build_surface(measure, bumps, trait, dice, size, settings)
-    camera = face_camera.make_camera(normal, settings)
-    points = face_render.landmarks_of(surface, measure)
-    flat = camera.project(points)
-    keys = face_draws.shot_keys(seed, identities, shots)
-    matrices = face_camera.frame(flat, keys, seed, size, settings, aligned)
-    plane = face_camera.plane_of_pixels(matrices, size)
-    light, tone = face_render.render_light(
-        surface, camera, plane, measure, trait, normal, uniform, moles, points[:, 1], settings
-    )
-    images = face_camera.develop(light, tone, normal, uniform, settings)
-    return images, face_camera.landmark_pixels(matrices, flat)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Target = Callable[[Tensor, Tensor], Tensor]
+"""(G,) target cosines and (G,) embedding norms to (G,) logits before the scale."""
 
 
 def dense_loss(
@@ -14,53 +18,97 @@ def dense_loss(
     labels: Tensor,
     classes: Tensor,
     *,
-    margin: str,
-    m: float,
     scale: float,
+    target: Target,
+    negatives: Callable[[Tensor, Tensor], Tensor] = lambda cosine, target_cosine: cosine,
+    regulariser: Callable[[Tensor], Tensor] | None = None,
     conflict_threshold: float | None = None,
     conflict_as_zero_logit: bool = False,
+    sub_centers: int = 1,
 ) -> Tensor:
     """Mean loss over the batch of the margin softmax over `classes`, differentiable in embeddings and centers.
 
     Args:
-        embeddings: (G, D) float64.
-        centers: (C, D) float64, all classes.
+        embeddings: (G, D).
+        centers: (C × sub_centers, D), all classes.
         labels: (G,) class numbers, each of them among `classes`.
         classes: (S,) sampled class numbers.
-        margin: "CosFace", "ArcFace" or "none"; m is its margin.
+        target: the margin.
+        negatives: (G, S) cosines and (G, 1) target cosines to (G, S) logits before the scale.
+        regulariser: (G,) norms to (G,) terms of the loss.
     """
+    cosine = dense_cosines(embeddings, centers, sub_centers)[:, classes]
+    own = labels[:, None] == classes
+    target_cosine = cosine[own]
+    target_logit = scale * target(target_cosine, embeddings.norm(dim=1))
+    weights = torch.exp(scale * negatives(cosine, target_cosine[:, None]) - target_logit[:, None])
+    if conflict_threshold is not None:
+        counted_as = torch.exp(-target_logit[:, None]) if conflict_as_zero_logit else torch.zeros(())
+        weights = torch.where(cosine > conflict_threshold, counted_as, weights)
+    weights = torch.where(own, 0.0, weights)
+    # −log(e^t / (e^t + Σ e^l)) as log(1 + Σ e^(l − t)): the usual form has no digits left when the loss is small.
+    loss = torch.log1p(weights.sum(dim=1))
+    if regulariser is not None:
+        loss = loss + regulariser(embeddings.norm(dim=1))
+    return loss.mean()
+
+
+def dense_cosines(embeddings: Tensor, centers: Tensor, sub_centers: int = 1) -> Tensor:
+    """(G, C) cosines of each embedding and each class's nearest center."""
     unit_embeddings = embeddings / embeddings.norm(dim=1, keepdim=True)
     unit_centers = centers / centers.norm(dim=1, keepdim=True)
-    losses = []
-    for unit_embedding, label in zip(unit_embeddings, labels.tolist(), strict=True):
-        target_logit = scale * with_margin(unit_embedding @ unit_centers[label], margin, m)
-        # −log(e^t / (e^t + Σ e^l)) as log(1 + Σ e^(l − t)): the usual form has no digits left when the loss is small.
-        total = torch.zeros((), dtype=torch.float64)
-        for number in classes.tolist():
-            cosine = unit_embedding @ unit_centers[number]
-            if number == label:
-                continue
-            if conflict_threshold is None or cosine.item() <= conflict_threshold:
-                total = total + torch.exp(scale * cosine - target_logit)
-            elif conflict_as_zero_logit:
-                total = total + torch.exp(-target_logit)
-        losses.append(torch.log1p(total))
-    return torch.stack(losses).mean()
+    return (unit_embeddings @ unit_centers.T).unflatten(1, (-1, sub_centers)).max(dim=2).values
 
 
-def with_margin(cosine: Tensor, margin: str, m: float) -> Tensor:
-    if margin == "none":
-        return cosine
-    if margin == "CosFace":
-        return cosine - m
-    if margin == "ArcFace":
-        theta = torch.arccos(cosine)
-        if theta.item() > math.pi - m:
-            return cosine - m * math.sin(m)
-        return torch.cos(theta + m)
-    raise ValueError(margin)
+def no_margin(cosine: Tensor, norms: Tensor) -> Tensor:
+    return cosine
+
+
+def cosface(m: float) -> Target:
+    return lambda cosine, norms: cosine - m
+
+
+def arcface(m: float) -> Target:
+    return lambda cosine, norms: arcface_logit(cosine, torch.full_like(cosine, m))
+
+
+def arcface_straight_through(m: float) -> Target:
+    """ArcFace's value with the gradient of a plain cosine."""
+    return lambda cosine, norms: cosine + (arcface(m)(cosine, norms) - cosine).detach()
+
+
+def arcface_logit(cosine: Tensor, m: Tensor) -> Tensor:
+    """cos(θ + m), and past θ = π − m its usual monotone continuation."""
+    theta = torch.arccos(cosine)
+    return torch.where(theta > math.pi - m, cosine - m * torch.sin(m), torch.cos(theta + m))
+
+
+def sgd_step(
+    values: Tensor, gradient: Tensor, velocity: Tensor, *, lr: float, momentum: float, weight_decay: float
+) -> Tensor:
+    """The values after one step of SGD."""
+    return values - lr * (momentum * velocity + gradient + weight_decay * values)
+
+
+def adamw_step(
+    values: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    steps: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> Tensor:
+    """The values after a step of AdamW that follows `steps` others."""
+    mean = (betas[0] * mean + (1 - betas[0]) * gradient) / (1 - betas[0] ** (steps + 1))
+    square = (betas[1] * square + (1 - betas[1]) * gradient**2) / (1 - betas[1] ** (steps + 1))
+    return values * (1 - lr * weight_decay) - lr * mean / (square.sqrt() + eps)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """The length of the difference over the length of what is expected."""
-    return float((value.double() - expected).norm() / expected.norm())
+    """The length of the difference over the length of what is expected (of the difference where that is zero)."""
+    length = expected.double().norm().item()
+    return float((value.double() - expected.double()).norm()) / (length or 1.0)

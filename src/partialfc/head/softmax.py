@@ -68,10 +68,10 @@ class ShardBatch:
     scratch_bytes: int
 
     def tile_classes(self) -> int:
-        """Classes in a tile: about four arrays of (G, tile) and three of (tile, D) live at once."""
+        """The most classes in a tile: about four arrays of (G, tile) and three of (tile, D) live at once."""
         numbers = 4 * len(self.embeddings) + 3 * self.embeddings.shape[1]
         per_class = numbers * self.margin.sub_centers * self.embeddings.element_size()
-        return max(1, min(len(self.classes), self.scratch_bytes // per_class))
+        return max(1, self.scratch_bytes // per_class)
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,8 @@ def loss_terms(
         (regulariser_by_norm,) = _gradients(regulariser, [norms])
     excess = torch.log(sums) + shift - scale * logit.detach()
     negatives = torch.sigmoid(excess)
-    loss = torch.nn.functional.softplus(excess)
+    # Past its threshold softplus(x) is x: e^-40 is below float64's last digit, e^-20 (the default) is not.
+    loss = torch.nn.functional.softplus(excess, threshold=40.0)
     if regulariser is not None:
         loss = loss + regulariser.detach()
     return LossTerms(

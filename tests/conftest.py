@@ -1,0 +1,1 @@
+"""Its place makes `reference` and `distributed_workers` importable from every test."""

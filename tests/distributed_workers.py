@@ -1,0 +1,40 @@
+"""Starts groups of processes for tests: gloo on the CPU, as torchrun would start them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from partialfc import distributed
+
+Worker = Callable[[int, Path], None]
+
+
+def run_ranks(world_size: int, worker: Worker, folder: Path) -> None:
+    """Run `worker(rank, folder)` in `world_size` fresh processes that form the default process group.
+
+    The worker is a function of a module; it leaves its results in the folder. A failure in it fails the caller.
+    """
+    # The parent keeps the store, as torchrun does, on a port that the system picks: no race for a free one.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    mp.spawn(_start, args=(world_size, store.port, worker, folder), nprocs=world_size)
+
+
+def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    with distributed.process_group(torch.device("cpu"), timeout_seconds=60):
+        worker(rank, folder)

@@ -1,0 +1,132 @@
+"""Short stories that every rank of a group plays alike; the tests in the parent process look at what they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import head_cases
+from partialfc.distributed import Group, rank_of, split_evenly, world_size_of
+from partialfc.errors import InputError
+from partialfc.head.margins import ArcFace
+from partialfc.head.optim import RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+
+CLASSES, INPUTS, DIM, BATCH = 203, 7, 12, 13
+
+
+def work(rank: int, folder: Path) -> None:
+    """Everything at the world sizes 2, 3 and 4, in subgroups of four processes."""
+    for world_size in (2, 3, 4):
+        group = dist.new_group(list(range(world_size))) if world_size < 4 else None
+        if rank < world_size:
+            head_cases.run_cases(folder, group)
+            run_scenarios(folder, group)
+
+
+def run_scenarios(folder: Path, group: Group | None = None) -> None:
+    """Play all scenarios; the results go to a file of the rank."""
+    results = {name: play(group) for name, play in SCENARIOS.items()}
+    torch.save(results, folder / f"scenarios-{world_size_of(group)}-{rank_of(group)}.pt")
+
+
+def _training(group: Group | None) -> dict[str, Tensor]:
+    """Six steps of a small float64 backbone under DDP beside the head, each of two micro-steps."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, DIM)).double()
+    backbone: nn.Module = net
+    if world_size_of(group) > 1:
+        backbone = DistributedDataParallel(net, process_group=group)
+    head = PartialFC(CLASSES, DIM, 0.1, ArcFace(0.5), 16.0, seed=3, dtype=torch.float64, group=group)
+    optimizers = [
+        torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9),
+        RowwiseSGD(head.parameters(), lr=0.05, weight_decay=1e-2),
+    ]
+    generator = torch.Generator().manual_seed(2)
+    start, stop = split_evenly(BATCH, world_size_of(group), rank_of(group))
+    losses, gradients, sampled = [], torch.empty(0), []
+    for _ in range(6):
+        for _ in range(2):
+            images = torch.randn(BATCH, INPUTS, generator=generator, dtype=torch.float64)
+            labels = torch.randint(CLASSES, (BATCH,), generator=generator)
+            loss = head(backbone(images[start:stop]), labels[start:stop])
+            (loss / 2).backward()
+            losses.append(loss.detach())
+        gradients = torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+        sampled.append(head.centers.grad.coalesce().indices()[0] + head.shard.start)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {
+        "losses": torch.stack(losses),
+        "gradients": gradients,
+        "backbone": nn.utils.parameters_to_vector(net.parameters()).detach(),
+        "centers": head.centers.detach(),
+        "sampled": sampled[-1],
+        "step": torch.tensor(head.step),
+    }
+
+
+def _errors(group: Group | None) -> dict[str, str]:
+    """Bad input on the last rank alone, then nobody's input; "untouched" if the head then works as if nothing was."""
+    rank, world_size = rank_of(group), world_size_of(group)
+    found = {}
+    head = PartialFC(50, 4, 0.5, update="deferred", group=group)
+    optimizer = RowwiseSGD(head.parameters())
+    before = head.centers.detach().clone()
+    good = torch.ones(2, 4), torch.tensor([1, 49])
+    is_last = rank == world_size - 1
+    bad = {
+        "label too large": (good[0], torch.tensor([1, 50])),
+        "label negative": (good[0], torch.tensor([-1, 3])),
+        "nan": (torch.full((2, 4), torch.nan), good[1]),
+        "infinite": (torch.full((2, 4), torch.inf), good[1]),
+    }
+    for name, batch in bad.items():
+        found[name] = _message(head, *(batch if is_last else good))
+    found["nobody's"] = _message(head, torch.ones(0, 4), torch.zeros(0, dtype=torch.int64))
+    optimizer.step()
+    found["untouched"] = str(torch.equal(before, head.centers) and head.step == 0 and not head.row_gradients.deferred)
+    found["afterwards"] = _message(head, *good)
+    return found
+
+
+def _wrapped(group: Group | None) -> dict[str, str]:
+    """What the head says inside DistributedDataParallel, alone or within another module."""
+    if world_size_of(group) == 1:
+        return {}
+    count = 12 * world_size_of(group)
+    batch = torch.ones(1, 4), torch.tensor([1])
+    head = DistributedDataParallel(PartialFC(count, 4, group=group), process_group=group)
+    both = DistributedDataParallel(BackboneAndHead(PartialFC(count, 4, group=group)), process_group=group)
+    return {"head": _message(head, *batch), "module": _message(both, *batch)}
+
+
+class BackboneAndHead(nn.Module):
+    """What must not be wrapped."""
+
+    def __init__(self, head: PartialFC) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(4, 4)
+        self.head = head
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.backbone(images), labels)
+
+
+def _message(module: nn.Module, embeddings: Tensor, labels: Tensor) -> str:
+    """What the InputError says, "" if there is none."""
+    try:
+        module(embeddings, labels)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+SCENARIOS: dict[str, Callable[[Group | None], Any]] = {"training": _training, "errors": _errors, "wrapped": _wrapped}

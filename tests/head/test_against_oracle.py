@@ -1,0 +1,156 @@
+"""Loss, gradients, figures and updates of the head against a dense float64 computation, at world sizes 1 to 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import example_margins
+import reference
+from head_cases import ADAMW, MARGINS, SGD, STEP, Case, build, cases
+from partialfc.head.sampling import sample_classes
+
+CASES = cases()
+Results = dict[str, dict[str, Tensor]]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+# Gradients are handed back in the dtype of the embeddings.
+EMBEDDING_TOLERANCE = TOLERANCE | {torch.bfloat16: 4e-3, torch.float16: 1e-3}
+everywhere = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+each_case = pytest.mark.parametrize("name", list(CASES))
+
+
+def oracle_options(case: Case, t: float) -> dict[str, Any]:
+    """What `reference.dense_loss` needs to know about a case; t is the running figure of the curricular margin."""
+    margins: dict[str, dict[str, Any]] = {
+        "none": {"target": reference.no_margin},
+        "cosface": {"target": reference.cosface(0.4)},
+        "arcface": {"target": reference.arcface(0.5)},
+        "straight": {"target": reference.arcface_straight_through(0.5)},
+        "curricular": example_margins.curricular_oracle(0.5, t),
+        "magnitude": example_margins.magnitude_oracle(0.1, 0.02),
+        "noisy": example_margins.noisy_oracle(0.35, 0.05, case.seed, STEP),
+        "three centers": {"target": reference.arcface(torch.pi / 10)},
+    }
+    return margins[case.margin] | {
+        "scale": case.scale,
+        "conflict_threshold": case.threshold,
+        "conflict_as_zero_logit": case.zero_logit,
+        "sub_centers": MARGINS[case.margin].sub_centers,
+    }
+
+
+def sampled_classes(case: Case, labels: Tensor) -> Tensor:
+    return sample_classes(
+        labels.unique(),
+        num_classes=case.num_classes,
+        sample_rate=case.sample_rate,
+        seed=case.seed,
+        step=STEP,
+        start=0,
+        stop=case.num_classes,
+    )
+
+
+class Oracle:
+    """A case computed densely in float64: mean loss of each micro-step, gradients of their mean, figures."""
+
+    def __init__(self, case: Case) -> None:
+        built = build(case, 1)
+        self.embeddings = built.embeddings.double().requires_grad_()
+        self.centers = built.centers.double().requires_grad_()
+        self.losses, self.sampled = [], []
+        t = 0.3
+        for embeddings, labels in zip(
+            self.embeddings.chunk(case.micro_steps), built.labels.chunk(case.micro_steps), strict=True
+        ):
+            classes = sampled_classes(case, labels)
+            cosine = reference.dense_cosines(embeddings, self.centers, MARGINS[case.margin].sub_centers).detach()
+            self.target_cosine = cosine[torch.arange(len(labels)), labels].mean()
+            t = 0.99 * t + 0.01 * float(self.target_cosine)
+            options = oracle_options(case, t)
+            self.losses.append(reference.dense_loss(embeddings, self.centers, labels, classes, **options))
+            self.sampled.append(classes)
+            negatives = cosine[:, classes].masked_fill(labels[:, None] == classes, -2)
+            conflicts = (negatives > (case.threshold if case.threshold is not None else 2)).sum()
+            self.conflict_share = float(conflicts) / max(1, (len(classes) - 1) * len(labels))
+        torch.stack(self.losses).mean().backward()
+        assert self.embeddings.grad is not None
+        assert self.centers.grad is not None
+        self.embeddings_gradient, self.gradient = self.embeddings.grad, self.centers.grad
+        k = MARGINS[case.margin].sub_centers
+        self.rows = (torch.cat(self.sampled).unique()[:, None] * k + torch.arange(k)).flatten()
+
+
+@pytest.fixture(scope="module")
+def oracles() -> dict[str, Oracle]:
+    return {name: Oracle(case) for name, case in CASES.items()}
+
+
+@each_case
+@everywhere
+def test_loss_and_gradients(
+    name: str, world_size: int, merged_results: Callable[[int], Results], oracles: dict[str, Oracle]
+) -> None:
+    case, result, oracle = CASES[name], merged_results(world_size)[name], oracles[name]
+    tolerance = TOLERANCE[case.dtype]
+    for loss, expected in zip(result["losses"], oracle.losses, strict=True):
+        assert reference.relative_error(loss, expected.detach()) < tolerance
+    assert (
+        reference.relative_error(result["embeddings_gradient"], oracle.embeddings_gradient)
+        < EMBEDDING_TOLERANCE[case.dtype]
+    )
+    assert torch.equal(result["rows"], oracle.rows)
+    assert reference.relative_error(result["values"], oracle.gradient[oracle.rows]) < tolerance
+
+
+@each_case
+@everywhere
+def test_figures(
+    name: str, world_size: int, merged_results: Callable[[int], Results], oracles: dict[str, Oracle]
+) -> None:
+    case, result, oracle = CASES[name], merged_results(world_size)[name], oracles[name]
+    assert float(result["target_cosine"]) == pytest.approx(float(oracle.target_cosine), abs=1e-12)
+    assert float(result["conflict_share"]) == pytest.approx(oracle.conflict_share, abs=1e-12)
+    assert result["sampled"].tolist() == [len(classes) for classes in oracle.sampled]
+    assert result["steps"].tolist() == [STEP + 1] * world_size
+    if case.margin == "curricular":
+        expected = 0.99 * 0.3 + 0.01 * float(oracle.target_cosine)
+        assert float(result["margin t"]) == pytest.approx(expected, abs=1e-12)
+
+
+@each_case
+@everywhere
+def test_step_moves_the_sampled_rows_and_no_other(
+    name: str, world_size: int, merged_results: Callable[[int], Results], oracles: dict[str, Oracle]
+) -> None:
+    case, result, oracle = CASES[name], merged_results(world_size)[name], oracles[name]
+    rows = oracle.rows
+    rest = torch.ones(len(result["centers"]), dtype=torch.bool)
+    rest[rows] = False
+    before = {key.removesuffix(" before"): value for key, value in result.items() if key.endswith(" before")}
+    assert torch.equal(result["centers"], build(case, 1).centers)
+    for key, value in (before | {"centers": result["centers"]}).items():
+        assert torch.equal(result[f"{key} after"][rest], value[rest])
+        assert not torch.equal(result[f"{key} after"][rows], value[rows])
+    values, gradient = result["centers"].double()[rows], oracle.gradient[rows]
+    state = {key: value[rows].double() for key, value in before.items()}
+    if case.optimizer == "sgd":
+        expected = reference.sgd_step(values, gradient, state["momentum_buffer"], **SGD)
+    else:
+        expected = reference.adamw_step(values, gradient, state["exp_avg"], state["exp_avg_sq"], 3, **ADAMW)
+    assert reference.relative_error(result["centers after"][rows], expected) < TOLERANCE[case.dtype]
+
+
+@each_case
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_same_at_every_world_size(name: str, world_size: int, merged_results: Callable[[int], Results]) -> None:
+    case, result, alone = CASES[name], merged_results(world_size)[name], merged_results(1)[name]
+    assert torch.equal(result["rows"], alone["rows"])
+    tolerance = 1e-13 if case.dtype == torch.float64 else 1e-6
+    assert torch.allclose(result["losses"].double(), alone["losses"].double(), rtol=tolerance, atol=0)
+    # What is computed again in tiles of another shape may differ in the cosines' last digit, times the scale.
+    assert reference.relative_error(result["centers after"], alone["centers after"]) < 4 * tolerance

@@ -1,0 +1,45 @@
+"""The head on several processes beside a DDP backbone: one process's gradients, and errors that all ranks raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from reference import relative_error
+
+Scenario = Callable[[str, int], list[Any]]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ddp_backbone_gets_the_gradient_of_one_process(world_size: int, scenario: Scenario) -> None:
+    (alone,) = scenario("training", 1)
+    ranks = scenario("training", world_size)
+    for rank in ranks:
+        assert relative_error(rank["losses"], alone["losses"]) < 1e-12
+        assert relative_error(rank["gradients"], alone["gradients"]) < 1e-10
+        assert relative_error(rank["backbone"], alone["backbone"]) < 1e-12
+        assert int(rank["step"]) == 6
+    assert relative_error(torch.cat([rank["centers"] for rank in ranks]), alone["centers"]) < 1e-12
+    assert torch.equal(torch.cat([rank["sampled"] for rank in ranks]), alone["sampled"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_bad_input_of_one_rank_is_an_error_on_all(world_size: int, scenario: Scenario) -> None:
+    for found in scenario("errors", world_size):
+        assert "label 50 lies outside [0, 50)" in found["label too large"]
+        assert "label -1 lies outside [0, 50)" in found["label negative"]
+        assert "NaN or infinity" in found["nan"]
+        assert "NaN or infinity" in found["infinite"]
+        assert "global batch is empty" in found["nobody's"]
+        assert found["untouched"] == "True"
+        assert found["afterwards"] == ""
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_refuses_to_stand_inside_ddp(world_size: int, scenario: Scenario) -> None:
+    for found in scenario("wrapped", world_size):
+        assert "wrap the backbone alone" in found["head"]
+        assert "wrap the backbone alone" in found["module"]

@@ -10,20 +10,18 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from partialfc.distributed import Shard, split_evenly
+from distributed_workers import run_ranks
+from partialfc.distributed import Shard, barrier, split_evenly
 from partialfc.errors import InputError, JobError
 from partialfc.training import checkpoint, checkpoint_io, checkpoint_reading
 from partialfc.training.checkpoint import (
@@ -704,29 +702,23 @@ def test_wrong_rows_and_targets_are_mistakes(tmp_path: Path) -> None:
 # Real processes
 
 
-def save_and_load_in_a_process(rank: int, world_size: int, root: Path, store: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
-    whole = head_rows(20)
-    shard = Shard.of(20)
+def save_and_load_on_a_rank(rank: int, folder: Path) -> None:
+    root, whole, shard = folder / "checkpoints", head_rows(20), Shard.of(20)
     tensors = {"backbone": {"conv": torch.full((3, 3), float(rank))}}
     for step in (1, 2):
         rows = RowTensors(shard, {name: rows[shard.start : shard.stop] for name, rows in whole.items()})
         save_checkpoint(root, step, tensors=tensors, rows=rows, state={"step": step}, block_bytes=64)
     if rank == 0:
         flip(root / "step-00000002" / "head-00002-of-00003.safetensors", -1)
-    dist.barrier()
+    barrier()
     read = load_latest(root, lambda opened: (opened.step, opened.rows("centers", shard.start, shard.stop)))
     assert read is not None
     assert read[0] == 1
     assert torch.equal(read[1], whole["centers"][shard.start : shard.stop])
-    dist.destroy_process_group()
 
 
 def test_three_processes_save_and_agree_and_one_reads(tmp_path: Path) -> None:
-    mp.spawn(save_and_load_in_a_process, args=(3, tmp_path / "checkpoints", tmp_path / "store"), nprocs=3)
+    run_ranks(3, save_and_load_on_a_rank, tmp_path)
     refused: list[str] = []
     opened = newest(tmp_path / "checkpoints", warn=refused.append)
     assert opened is not None

@@ -1,0 +1,200 @@
+"""Measurements that need a GPU and wait for a machine that has one.
+
+    python benchmarks/gpu_backlog.py            run what is pending, one after another
+    python benchmarks/gpu_backlog.py NAME ...   run these, if they are pending
+    python benchmarks/gpu_backlog.py --again    run even what is done
+    python benchmarks/gpu_backlog.py --list     say what is done and what is pending
+
+Each measurement is a process of its own that ends within nine minutes; its result is docs/gpu/NAME.json, with the
+hardware, the versions, the date, the command and the figures. A result that is there is not measured again, so an
+interrupted run is continued by the same command. To add a measurement, add an `Item` to `ITEMS`: its command prints
+figures as JSON objects, one a line, and exits with 0, or with 75 if it saved its work and wants to be run again.
+
+Exit status: 0 all done, 1 something failed or has to be continued, 2 wrong input or no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "gpu"
+CONTINUE = 75  # EX_TEMPFAIL of sysexits.h
+LINES_KEPT = 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """One measurement.
+
+    Attributes:
+        name: of the item and of its result file.
+        question: what the figures answer.
+        arguments: what the Python interpreter is started with, in the root of the checkout.
+        issue: which issue of the project asked for it.
+        timeout_seconds: after which it is ended as failed.
+    """
+
+    name: str
+    question: str
+    arguments: tuple[str, ...]
+    issue: str
+    timeout_seconds: float = 540.0
+
+
+def head_item(classes: int, sample_rate: float, batch_size: int, issue: str = "A") -> Item:
+    """The step of the head beside the dense baseline, at one size."""
+    words = f"--classes {classes} --embedding-dim 512 --batch-size {batch_size} --sample-rate {sample_rate} --steps 20"
+    return Item(
+        f"head-{classes // 1000}k-rate{sample_rate}-batch{batch_size}",
+        f"Time and peak memory of a step of the head at {classes:,} classes, rate {sample_rate}, batch {batch_size}, "
+        "beside a dense head written the usual way.",
+        ("-m", "partialfc", "bench", "head", *words.split(), "--baseline"),
+        issue,
+    )
+
+
+ITEMS = [
+    Item(
+        "gpu-tests",
+        "Do the tests that need a CUDA device pass?",
+        ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"),
+        "A",
+    ),
+    head_item(100_000, 0.1, 128),
+    head_item(360_000, 0.1, 512),
+    head_item(1_000_000, 0.1, 1024),
+    head_item(1_000_000, 1.0, 1024),
+    head_item(10_000_000, 0.1, 1024),
+    Item(
+        "long-training-r18",
+        "How far does an IResNet-18 get on the procedural faces of the demo when it is trained longer?",
+        ("benchmarks/long_training.py", "--minutes", "8", "--out", "runs/long-training-r18"),
+        "A",
+    ),
+]
+
+
+def hardware() -> dict[str, Any] | None:
+    """What the measurements run on; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "gpus": torch.cuda.device_count(),
+        "gpu_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def run_item(item: Item, results: Path, machine: dict[str, Any]) -> str:
+    """Run one measurement and keep its result if it is done: "done", or what went wrong in a few words."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *item.arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=item.timeout_seconds)
+    except subprocess.TimeoutExpired:
+        return f"failed: not finished after {item.timeout_seconds:.0f} seconds"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # it leads its own group, its workers included
+            process.communicate()
+    if process.returncode == CONTINUE:
+        return "to be continued: run this again"
+    if process.returncode != 0:
+        sys.stderr.write(output)
+        return f"failed: exit status {process.returncode}"
+    figures, words = parse_output(output)
+    result = {
+        "name": item.name,
+        "question": item.question,
+        "issue": item.issue,
+        "command": shlex.join(["python", *item.arguments]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 1),
+        "machine": machine,
+        "figures": figures,
+        "output": words[-LINES_KEPT:],
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    beside = results / f".{item.name}.json.writing"
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(beside, results / f"{item.name}.json")
+    return "done"
+
+
+def parse_output(output: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines that are JSON objects, and the others."""
+    figures, words = [], []
+    for line in output.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            figures.append(value)
+        elif line.strip():
+            words.append(line)
+    return figures, words
+
+
+def main(argv: Sequence[str] | None = None, items: Sequence[Item] = tuple(ITEMS), results: Path = RESULTS) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Run the measurements that wait for a GPU.", allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which measurements; all if none is named")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is pending")
+    parser.add_argument("--again", action="store_true", help="measure again what is done")
+    options = parser.parse_args(argv)
+    unknown = set(options.names) - {item.name for item in items}
+    if unknown:
+        parser.error(f"no measurement is called {', '.join(sorted(unknown))}; --list shows their names")
+    chosen = [item for item in items if not options.names or item.name in options.names]
+    if options.list:
+        for item in chosen:
+            state = "done   " if (results / f"{item.name}.json").exists() else "pending"
+            print(f"{state}  {item.issue}  {item.name}: {item.question}")
+        return 0
+    pending = [item for item in chosen if options.again or not (results / f"{item.name}.json").exists()]
+    if not pending:
+        print("Nothing is pending.")
+        return 0
+    machine = hardware()
+    if machine is None:
+        print(f"This machine has no CUDA device, which {len(pending)} pending measurements need.", file=sys.stderr)
+        return 2
+    return run_all(pending, results, machine)
+
+
+def run_all(items: Sequence[Item], results: Path, machine: dict[str, Any]) -> int:
+    """Run all, whatever fails; the exit status."""
+    outcomes = []
+    for number, item in enumerate(items, start=1):
+        minutes = item.timeout_seconds / 60
+        print(f"[{number}/{len(items)}] {item.name} (at most {minutes:.0f} minutes)", flush=True)
+        outcomes.append(run_item(item, results, machine))
+        print(f"[{number}/{len(items)}] {item.name}: {outcomes[-1]}", flush=True)
+    return 0 if all(outcome == "done" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

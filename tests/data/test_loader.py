@@ -177,7 +177,7 @@ class TestWorkers:
         source = Pictures(30)
         source.deadly = (int(order(torch.tensor([20]), 30, 1)),)
         handler = signal.getsignal(signal.SIGCHLD)
-        with pytest.raises(JobError, match=r"process that reads the data died .*pid"):
+        with pytest.raises(JobError, match=r"data died \(worker 0, pid \d+, exit status -9\)"):
             list(loader(source, workers=1).batches(0, 4))
         assert signal.getsignal(signal.SIGCHLD) == handler
 

@@ -310,6 +310,17 @@ def _guarded(micro_batches: DataLoader[Any]) -> Iterator[Any]:
             if not died or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
                 raise
             raise JobError(
-                f"A process that reads the data died ({error!r}): is memory, or shared memory (/dev/shm), exhausted?"
+                f"A process that reads the data died ({_dead_workers(iterator) or repr(error)}): is memory, or shared "
+                "memory (/dev/shm), exhausted?"
             ) from error
         yield outcome
+
+
+def _dead_workers(iterator: Any) -> str:
+    """Which of the workers behind torch's iterator died, and of what."""
+    dead = []
+    for number, worker in enumerate(getattr(iterator, "_workers", [])):
+        worker.join(timeout=1)
+        if worker.exitcode:
+            dead.append(f"worker {number}, pid {worker.pid}, exit status {worker.exitcode}")
+    return "; ".join(dead)

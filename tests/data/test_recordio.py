@@ -251,6 +251,46 @@ class TestDamage:
         with pytest.raises(UnreadableRecord, match=r"record 1 .*no next part"):
             reader.read(1)
 
+    def test_a_length_that_leads_to_a_later_record(self, damaged: Callable) -> None:
+        reader = damaged(lambda content, at: struct.pack_into("<I", content, at[1] + 4, at[3] - at[1] - 8))
+        assert readable(reader) == {n: bytes([n]) * (n + 10) for n in (0, 2, 3, 4)}
+
+    @given(st.integers(0, 40), st.binary(min_size=1, max_size=60))
+    @settings(max_examples=300, deadline=None)
+    def test_only_what_is_hit_is_lost(
+        self, tmp_path_factory: pytest.TempPathFactory, place: int, damage: bytes
+    ) -> None:
+        path = tmp_path_factory.mktemp("hit") / "a.rec"
+        given = [bytes([n, *MAGIC_BYTES, *MAGIC_BYTES[: n % 4]]) * 3 for n in range(12)]
+        offsets = [*write_raw(path, [build_payload(0.0, n, body) for n, body in enumerate(given)])]
+        size = path.stat().st_size
+        start = place * (size - len(damage)) // 40
+        content = bytearray(path.read_bytes())
+        content[start : start + len(damage)] = damage
+        path.write_bytes(content)
+        found = list(readable(RecordReader(path)).values())
+        stops = [*offsets[1:], size]
+        spared = [n for n in range(12) if stops[n] <= start or offsets[n] >= start + len(damage)]
+        assert [body for body in found if body in [given[n] for n in spared]] == [given[n] for n in spared]
+
+    def test_parts_shorter_than_a_head(self, tmp_path: Path) -> None:
+        """The magic may stand in the record's own head, as its id."""
+        magic = struct.unpack("<I", MAGIC_BYTES)[0]
+        write_raw(tmp_path / "a.rec", [build_payload(float(n), magic, b"body") for n in range(3)])
+        reader = RecordReader(tmp_path / "a.rec")
+        assert list(reader.keys) == [0, 1, 2]
+        assert [reader.read(place).identifier for place in range(3)] == [magic] * 3
+        assert reader.first_labels(1, 3).tolist() == [1, 2]
+
+    def test_a_magic_that_begins_no_record_is_passed_over(self, damaged: Callable) -> None:
+        """A middle part of a record whose first part is lost."""
+
+        def damage(content: bytearray, at: list[int]) -> None:
+            content[at[2] : at[2] + 4] = b"oops"
+            content[at[2] + 12 : at[2] + 20] = struct.pack("<II", 0xCED7230A, 2 << 29 | 4)
+
+        assert sorted(readable(damaged(damage))) == [0, 1, 3, 4]
+
     def test_index_entries_that_point_nowhere(self, copy_of: Copy, im2rec: Path) -> None:
         folder = copy_of(im2rec)
         index = (folder / "train.idx").read_text().splitlines()

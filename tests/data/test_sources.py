@@ -103,6 +103,15 @@ class TestRecordSource:
         with pytest.raises(InputError, match="header record is damaged"):
             open_source(folder)
 
+    def test_a_damaged_header_of_a_truncated_file_leaves_images_only(self, copy_of: Copy, with_header: Path) -> None:
+        """Nothing in such a file tells that it had a header: its missing records are unreadable images."""
+        folder = copy_of(with_header)
+        os.truncate(folder / "train.rec", 100_000)
+        with (folder / "train.rec").open("r+b") as file:
+            file.write(b"oops")
+        source = open_source(folder)
+        assert (len(source), source.format) == (57, "recordio")
+
     def test_a_header_of_nonsense_is_an_error(self, tmp_path: Path) -> None:
         write_header_layout(tmp_path / "train.rec", 4, (float("nan"), 5.0), 2)
         with pytest.raises(InputError, match=r"header record of .* is damaged"):
@@ -216,6 +225,14 @@ class TestNoSource:
             open_source(tmp_path)
         (tmp_path / "identity").mkdir()
         with pytest.raises(InputError, match=r"No \.rec and no identity folders"):
+            open_source(tmp_path)
+
+    def test_a_folder_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: Path) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr("os.scandir", refuse)
+        with pytest.raises(InputError, match=r"Cannot read .*: Permission denied"):
             open_source(tmp_path)
 
     def test_several_rec_files(self, tmp_path: Path, copy_of: Copy, im2rec: Path) -> None:

@@ -209,6 +209,19 @@ class TestMalice:
         with pytest.raises(InputError, match=r"an array of|without plain data|it asks for|it holds the instruction"):
             read_pairs(written(tmp_path / "a.bin", (ENCODED, array), protocol))
 
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (b"cnumpy\ndtype\n(Vu1\nI00\nI01\ntR(I3\nV!\nNNNtb.", "structured dtype"),
+            (b"cnumpy\ndtype\n(I1\nI00\nI01\ntR.", "int for a string"),
+            (b"cnumpy\nndarray\n(tR(I1\n(I4\ntNI00\nNtb.", "without plain data"),
+            (b"(cnumpy\nndarray\n(tR(I1\nI0\ntt.", "two lists"),
+        ],
+    )
+    def test_half_built_arrays(self, tmp_path: Path, content: bytes, reason: str) -> None:
+        with pytest.raises(InputError, match=reason):
+            read_pairs(written(tmp_path / "a.bin", content))
+
     def test_text_in_another_encoding(self, tmp_path: Path) -> None:
         content = b"c_codecs\nencode\n(Vx\nVrot13\ntR."
         with pytest.raises(InputError, match="the encoding 'rot13'"):

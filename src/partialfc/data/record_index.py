@@ -34,11 +34,12 @@ def padded(length: int) -> int:
     return (length + 3) & ~3
 
 
-def find_aligned_magic(data: bytes | mmap.mmap, start: int) -> int:
-    """The first place from `start` on where the magic stands at a multiple of 4 in `data`, -1 if there is none."""
-    place = data.find(MAGIC_BYTES, start)
+def find_aligned_magic(data: bytes | mmap.mmap, start: int, stop: int | None = None) -> int:
+    """The first place in [start, stop) where the magic stands at a multiple of 4 in `data`, -1 if there is none."""
+    stop = len(data) if stop is None else stop
+    place = data.find(MAGIC_BYTES, start, stop)
     while place >= 0 and place % 4:
-        place = data.find(MAGIC_BYTES, place + 1)
+        place = data.find(MAGIC_BYTES, place + 1, stop)
     return place
 
 
@@ -148,23 +149,24 @@ def _begins_record(data: mmap.mmap, place: int) -> bool:
 
 def _record_at(data: mmap.mmap, place: int, size: int) -> tuple[int, int]:
     """The id of the record at `place`, -1 if not to be had, and where it ends, 0 if no whole record stands there."""
-    if place + _CHUNK_AND_RECORD_HEAD.size <= size:
-        magic, lrec, _, _, identifier = _CHUNK_AND_RECORD_HEAD.unpack_from(data, place)
-        if magic == MAGIC and 16 <= lrec <= MAX_LENGTH:  # the usual case: a record in one part
-            stop = place + CHUNK_HEAD.size + padded(lrec)
-            return (identifier if identifier < _ID_LIMIT else -1), (stop if stop <= size else 0)
-    expected = (WHOLE, FIRST)
     identifier = -1
+    if place + _CHUNK_AND_RECORD_HEAD.size <= size:
+        _, lrec, _, _, found = _CHUNK_AND_RECORD_HEAD.unpack_from(data, place)
+        if lrec & MAX_LENGTH >= 16 and found < _ID_LIMIT:
+            identifier = found
+    expected = (WHOLE, FIRST)
     while place + CHUNK_HEAD.size <= size:
         magic, lrec = CHUNK_HEAD.unpack_from(data, place)
-        flag, length = lrec >> 29, lrec & MAX_LENGTH
+        flag = lrec >> 29
         if magic != MAGIC or flag not in expected:
             break
-        if flag == FIRST and length >= 16 and place + _CHUNK_AND_RECORD_HEAD.size <= size:
-            identifier = _CHUNK_AND_RECORD_HEAD.unpack_from(data, place)[4]
-        place += CHUNK_HEAD.size + padded(length)
+        start = place + CHUNK_HEAD.size
+        place = start + padded(lrec & MAX_LENGTH)
+        # A length that is wrong can lead exactly to a later record: the ones that it leaps over show it.
+        if place > size or find_aligned_magic(data, start, place) >= 0:
+            break
         if flag in (WHOLE, LAST):
-            return (identifier if identifier < _ID_LIMIT else -1), (place if place <= size else 0)
+            return identifier, place
         expected = (MIDDLE, LAST)
     return -1, 0
 

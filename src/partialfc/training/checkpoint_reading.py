@@ -153,8 +153,6 @@ def folder_name(step: int) -> str:
 
 def steps_in(root: Path) -> list[int]:
     """The steps that have a folder in `root`, ascending."""
-    if not root.is_dir():
-        return []
     return sorted(int(match[1]) for path in root.iterdir() if (match := STEP_FOLDER.fullmatch(path.name)))
 
 

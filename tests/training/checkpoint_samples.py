@@ -85,6 +85,8 @@ def names(root: Path) -> list[str]:
 
 
 class Meeting:
+    """Where the threads that play the ranks exchange values."""
+
     def __init__(self, size: int) -> None:
         self.size = size
         self.barrier = threading.Barrier(size, timeout=30)
@@ -92,6 +94,8 @@ class Meeting:
 
 
 class Seat:
+    """One rank's place at a meeting; it stands where the process group would."""
+
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.meeting, self.rank = meeting, rank
 
@@ -106,7 +110,8 @@ class SeatedShard(Shard):
         return self.group.meeting.size
 
 
-def gather_json(value: Any, device: torch.device | None = None, group: Seat | None = None) -> list[Any]:
+def gather_json(value: Any, *, group: Seat) -> list[Any]:
+    """As the real one: every rank's value, in rank order, on every rank."""
     group.meeting.values[group.rank] = json.dumps(value)
     group.meeting.barrier.wait()
     values = [json.loads(each) for each in group.meeting.values]

@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import head_cases
 import pytest
+import rank_scenarios
 import torch
 from torch import Tensor
 
-import head_cases
-import rank_scenarios
 from distributed_workers import run_ranks
 
 Results = dict[str, dict[str, Tensor]]

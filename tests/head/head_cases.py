@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from example_margins import Curricular, Magnitude, Noisy, ThreeCenters
 from torch import Tensor
 
-from example_margins import Curricular, Magnitude, Noisy, ThreeCenters
 from partialfc import keyed_random
 from partialfc.distributed import Group, rank_of, split_evenly, world_size_of
 from partialfc.head.margins import ArcFace, CosFace, Margin

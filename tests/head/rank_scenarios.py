@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import head_cases
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import head_cases
 from partialfc.distributed import Group, rank_of, split_evenly, world_size_of
 from partialfc.errors import InputError
 from partialfc.head.margins import ArcFace

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import example_margins
 import pytest
 import torch
+from head_cases import ADAMW, MARGINS, SGD, STEP, Case, build, cases
 from torch import Tensor
 
-import example_margins
 import reference
-from head_cases import ADAMW, MARGINS, SGD, STEP, Case, build, cases
 from partialfc.head.sampling import sample_classes
 
 CASES = cases()

@@ -185,7 +185,7 @@ class RowwiseSGD(_RowwiseOptimizer):
     """
 
     def __init__(self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
-        if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
+        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):
             raise InputError(
                 "RowwiseSGD needs lr >= 0, momentum in [0, 1) and weight_decay >= 0, "
                 f"not {lr}, {momentum}, {weight_decay}."
@@ -227,7 +227,7 @@ class RowwiseAdamW(_RowwiseOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        if lr < 0 or not all(0 <= beta < 1 for beta in betas) or eps < 0 or weight_decay < 0:
+        if not (lr >= 0 and all(0 <= beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
             raise InputError(
                 "RowwiseAdamW needs lr >= 0, betas in [0, 1), eps >= 0 and weight_decay >= 0, "
                 f"not {lr}, {betas}, {eps}, {weight_decay}."

@@ -1,0 +1,196 @@
+"""The module: what it refuses, what it reports, and how it behaves in other people's loops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from example_margins import Curricular, OnlySparse
+from head_cases import pending_gradient
+from torch import Tensor, nn
+
+from partialfc.errors import InputError
+from partialfc.head.margins import ArcFace, CosFace
+from partialfc.head.optim import RowwiseSGD
+from partialfc.head.partial_fc import NonFiniteEmbeddings, PartialFC
+
+LABELS = torch.tensor([0, 4, 4])
+
+
+def embeddings(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.linspace(-1, 1, 24).view(3, 8).sin().to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 0}, "at least 1 class"),
+        ({"embedding_dim": 0}, "at least 1 class and 1 dimension"),
+        ({"sample_rate": -0.1}, "sample_rate is -0.1"),
+        ({"sample_rate": 1.1}, "from 0 .positives only. to 1"),
+        ({"sample_rate": math.nan}, "sample_rate is nan"),
+        ({"scale": 0.0}, "scale is 0.0"),
+        ({"scale": math.inf}, "scale is inf"),
+        ({"scale": 101.0}, "scale 101.0 would overflow"),
+        ({"margin": Curricular(), "scale": 70.0}, "with Curricular the logits spread over 210"),
+        ({"conflict_threshold": 1.5}, "conflict_threshold is 1.5"),
+        ({"conflict_threshold": math.nan}, "conflict_threshold is nan"),
+        ({"update": "defered"}, "update is 'defered'; CosFace works with deferred, sparse"),
+        ({"margin": OnlySparse(), "update": "deferred"}, "OnlySparse works with sparse"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PartialFC(**({"num_classes": 5, "embedding_dim": 8} | arguments))
+
+
+@pytest.mark.parametrize("update", ["sparse", "deferred"])
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((embeddings()[:, :7], LABELS), r"embeddings are \(3, 7\)"),
+        ((embeddings()[0], LABELS), r"embeddings are \(8,\)"),
+        ((embeddings().long(), LABELS), "expects floating point"),
+        ((embeddings(), LABELS[:2]), r"labels are \(2,\)"),
+        ((embeddings(), LABELS.int()), "expects int64"),
+        ((embeddings(), LABELS[:, None]), r"labels are \(3, 1\)"),
+        ((embeddings(), torch.tensor([0, 4, 5])), r"label 5 lies outside \[0, 5\)"),
+        ((embeddings(), torch.tensor([0, -1, 4])), r"label -1 lies outside \[0, 5\)"),
+        ((embeddings() / 0, LABELS), "NaN or infinity"),
+        ((embeddings().to("meta"), LABELS), "embeddings are on meta"),
+        ((embeddings(), LABELS.to("meta")), "labels on meta"),
+        ((embeddings()[:0], LABELS[:0]), "batch is empty"),
+    ],
+)
+def test_bad_batches_are_refused_and_nothing_is_touched(
+    batch: tuple[Tensor, Tensor], message: str, update: Any
+) -> None:
+    head = PartialFC(5, 8, margin=Curricular(), scale=32.0, update=update)
+    optimizer = RowwiseSGD(head.parameters())
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        head(*batch)
+    optimizer.step()
+    assert head.step == 0
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_non_finite_embeddings_have_an_error_of_their_own() -> None:
+    head = PartialFC(5, 8)
+    head.step = 12
+    with pytest.raises(NonFiniteEmbeddings, match="embeddings of step 12"):
+        head(torch.full((3, 8), math.nan), LABELS)
+
+
+def test_a_replica_and_a_resharded_parameter_are_refused() -> None:
+    replica = PartialFC(5, 8)
+    replica._is_replica = True
+    resharded = PartialFC(5, 8)
+    resharded.centers = nn.Parameter(resharded.centers[:3].detach())
+    for head in (replica, resharded):
+        with pytest.raises(InputError, match="stands inside a parallel wrapper"):
+            head(embeddings(), LABELS)
+
+
+def test_initial_centers_are_a_function_of_the_seed() -> None:
+    first, again, other = PartialFC(700, 64, seed=1), PartialFC(700, 64, seed=1), PartialFC(700, 64, seed=2)
+    assert torch.equal(first.centers, again.centers)
+    assert not torch.equal(first.centers, other.centers)
+    assert float(first.centers.detach().std()) == pytest.approx(0.01, rel=0.02)
+    # A head of more classes begins with the same ones.
+    assert torch.equal(PartialFC(900, 64, seed=1).centers[:700], first.centers)
+
+
+def test_initial_centers_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = PartialFC(700, 64).centers
+    monkeypatch.setattr("partialfc.head.partial_fc._INITIAL_CHUNK", 1000)
+    assert torch.equal(PartialFC(700, 64).centers, whole)
+
+
+def test_global_generators_are_left_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    head = PartialFC(300, 8, 0.1)
+    head(embeddings().requires_grad_(), LABELS).backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dtypes_of_loss_and_gradients(dtype: torch.dtype) -> None:
+    head = PartialFC(5, 8)
+    batch = embeddings(dtype).requires_grad_()
+    loss = head(batch, LABELS)
+    loss.backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert batch.grad is not None
+    assert batch.grad.dtype == dtype
+    assert head.centers.grad is not None
+    assert head.centers.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("update", ["sparse", "deferred"])
+def test_autocast_changes_nothing(update: Any) -> None:
+    results = []
+    for enabled in (False, True):
+        head = PartialFC(50, 8, update=update)
+        batch = embeddings().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = head(batch, LABELS)
+            loss.backward()
+        RowwiseSGD(head.parameters()).step()
+        results.append((loss.detach(), batch.grad, head.centers.detach()))
+    for plain, autocast in zip(*results, strict=True):
+        assert torch.equal(plain, autocast)
+
+
+def test_without_gradients_it_is_a_metric() -> None:
+    for update in ("sparse", "deferred"):
+        head = PartialFC(50, 8, 0.5, update=update)
+        with torch.no_grad():
+            loss = head(embeddings(), LABELS)
+        assert not loss.requires_grad
+        assert head.figures is not None
+        assert not head.row_gradients.deferred
+        assert torch.equal(loss, head(embeddings(), LABELS).detach())
+
+
+def test_running_figures_move_in_training_only() -> None:
+    head = PartialFC(50, 8, margin=Curricular(), scale=32.0).eval()
+    head(embeddings(), LABELS)
+    assert float(head.margin_state()["t"]) == pytest.approx(0.3)
+    head.train()
+    head(embeddings(), LABELS)
+    assert head.figures is not None
+    expected = 0.99 * 0.3 + 0.01 * float(head.figures.target_cosine)
+    assert float(head.margin_state()["t"]) == pytest.approx(expected)
+    assert "margin_t" in head.state_dict()
+
+
+def test_scaled_loss_scales_the_gradients() -> None:
+    results = []
+    for factor in (1.0, -3.0):
+        head = PartialFC(20, 8, 0.5, ArcFace(), dtype=torch.float64)
+        batch = embeddings(torch.float64).requires_grad_()
+        (factor * head(batch, LABELS)).backward()
+        assert batch.grad is not None
+        results.append((batch.grad / factor, pending_gradient(head)[1] / factor))
+    for plain, scaled in zip(*results, strict=True):
+        torch.testing.assert_close(scaled, plain)
+
+
+def test_it_can_be_moved_to_another_dtype() -> None:
+    head = PartialFC(20, 8, margin=CosFace(), update="deferred")
+    optimizer = RowwiseSGD(head.parameters())
+    head(embeddings(), LABELS).backward()
+    optimizer.step()
+    head = head.double()
+    head(embeddings(torch.float64), LABELS).backward()
+    RowwiseSGD(head.parameters()).step()
+    assert head.step == 2
+
+
+def test_extra_repr_names_what_matters() -> None:
+    assert "num_classes=20, embedding_dim=8, sample_rate=0.3" in repr(PartialFC(20, 8, 0.3))

@@ -1,0 +1,111 @@
+"""The sample: exact totals, uniform, independent over steps, and blind to how the classes are sharded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from partialfc.distributed import split_evenly
+from partialfc.head.sampling import BLOCK, sample_bound, sample_classes, sample_size
+
+NOBODY = torch.zeros(0, dtype=torch.int64)
+
+
+def sample(positives: Tensor, num_classes: int, rate: float, step: int = 0, seed: int = 0, parts: int = 1) -> Tensor:
+    """The union over `parts` shards."""
+    bounds = [split_evenly(num_classes, parts, part) for part in range(parts)]
+    return torch.cat(
+        [
+            sample_classes(
+                positives, num_classes=num_classes, sample_rate=rate, seed=seed, step=step, start=start, stop=stop
+            )
+            for start, stop in bounds
+        ]
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), num_classes=st.integers(1, 3 * BLOCK + 5), rate=st.floats(0, 1), parts=st.integers(1, 7))
+def test_union_of_shards_is_one_valid_sample(data: st.DataObject, num_classes: int, rate: float, parts: int) -> None:
+    labels = data.draw(st.lists(st.integers(0, num_classes - 1), min_size=1, max_size=40))
+    positives = torch.tensor(labels).unique()
+    alone = sample(positives, num_classes, rate, step=3, seed=9)
+    assert torch.equal(sample(positives, num_classes, rate, step=3, seed=9, parts=parts), alone)
+    assert bool((alone.diff() > 0).all())
+    assert 0 <= int(alone[0]) <= int(alone[-1]) < num_classes
+    assert bool(torch.isin(positives, alone).all())
+    assert sample_size(num_classes, rate) <= len(alone) <= sample_bound(num_classes, rate, len(labels))
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.999])
+@pytest.mark.parametrize("num_classes", [1, 7, 10, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 54321])
+def test_total_is_exact_when_no_block_is_full_of_positives(num_classes: int, rate: float) -> None:
+    assert len(sample(NOBODY, num_classes, rate)) == sample_size(num_classes, rate)
+    assert sample_size(num_classes, rate) == math.floor(rate * num_classes + 0.5)
+    sampled = sample(NOBODY, num_classes, rate)
+    if len(sampled):
+        again = sample(sampled[:1], num_classes, rate)
+        assert len(again) == sample_size(num_classes, rate)
+
+
+def test_positives_beyond_a_blocks_quota_are_all_used() -> None:
+    positives = torch.arange(0, 2 * BLOCK, 3)
+    assert torch.equal(sample(positives[positives < BLOCK], BLOCK, 0.1), positives[positives < BLOCK])
+    # The second block keeps its own quota.
+    first_only = positives[positives < BLOCK]
+    assert len(sample(first_only, 2 * BLOCK, 0.1)) == len(first_only) + sample_size(2 * BLOCK, 0.1) - sample_size(
+        BLOCK, 0.1
+    )
+
+
+def test_rate_zero_is_the_positives_and_one_is_everything() -> None:
+    positives = torch.tensor([3, 5000, 9999])
+    assert torch.equal(sample(positives, 10_000, 0.0, parts=3), positives)
+    assert torch.equal(sample(positives, 10_000, 1.0, parts=3), torch.arange(10_000))
+
+
+def test_an_empty_shard_samples_nothing() -> None:
+    for rate in (0.0, 0.5, 1.0):
+        assert (
+            len(sample_classes(torch.tensor([1]), num_classes=4, sample_rate=rate, seed=0, step=0, start=2, stop=2))
+            == 0
+        )
+
+
+@pytest.mark.parametrize("num_classes", [1000, 2 * BLOCK, BLOCK + 1500])
+def test_every_negative_is_drawn_equally_often_and_apart_from_the_others(num_classes: int) -> None:
+    """χ² of inclusion, of inclusion of pairs of neighbours, and of one step after another."""
+    steps, rate = 1500, 0.1
+    positives = torch.tensor([0, 17, 500])
+    drawn = torch.zeros(steps, num_classes)
+    for step in range(steps):
+        drawn[step, sample(positives, num_classes, rate, step)] = 1
+    assert bool(drawn[:, positives].all())
+    negatives = torch.ones(num_classes, dtype=torch.bool)
+    negatives[positives] = False
+    drawn = drawn[:, negatives]
+    assert bool((drawn.sum(dim=1) + 3 == sample_size(num_classes, rate)).all())
+    share = float(drawn.mean())
+    variance = share * (1 - share)
+    # Blocks of unequal size round their quotas, so the expected share is that of a class's own block.
+    blocks = (torch.arange(num_classes)[negatives] // BLOCK).unique(return_inverse=True)[1]
+    expected = torch.stack([drawn[:, blocks == block].mean() for block in range(int(blocks.max()) + 1)])[blocks]
+    chi_square = float((((drawn.sum(dim=0) - steps * expected) ** 2) / (steps * variance)).sum())
+    assert abs(chi_square - num_classes) < 5 * (2 * num_classes) ** 0.5
+    for left, right in ((drawn[:, :-1], drawn[:, 1:]), (drawn[:-1], drawn[1:]), (drawn[:, :-64], drawn[:, 64:])):
+        together = float((left * right).mean())
+        deviation = (share**2 * (1 - share**2) / left.numel()) ** 0.5
+        assert abs(together - share**2) < 6 * deviation + share / num_classes
+
+
+def test_seeds_and_steps_draw_differently() -> None:
+    samples = [sample(NOBODY, 50_000, 0.1, step, seed) for step in range(3) for seed in range(3)]
+    for number, one in enumerate(samples):
+        for other in samples[:number]:
+            shared = len(one) + len(other) - len(torch.cat([one, other]).unique())
+            assert abs(shared - 500) < 6 * 500**0.5

@@ -1,0 +1,146 @@
+"""Every collective at world size 1 in this process and at 3 in others, with uneven rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distributed_workers import run_ranks
+from partialfc import distributed
+from partialfc.errors import InputError
+
+CPU = torch.device("cpu")
+WORLD_SIZE = 3
+
+
+def collect(rank: int, folder: Path) -> None:
+    """Use every function once on each rank and leave what it gave."""
+    rows = torch.full((rank, 2), float(rank))
+    counts = distributed.row_counts(rank, CPU)
+    everything = torch.arange(6.0).view(3, 2) + 10 * rank
+    pair = dist.new_group([0, 2])
+    in_pair = rank != 1
+    results: dict[str, Any] = {
+        "facts": [distributed.rank_of(), distributed.world_size_of(), distributed.local_rank()],
+        "launched": distributed.launched_rank(),
+        "counts": counts,
+        "gathered": distributed.all_gather_rows(rows, counts),
+        "gathered evenly": distributed.all_gather_rows(torch.tensor([rank]), [1, 1, 1]),
+        "gathered bfloat16": distributed.all_gather_rows(rows.bfloat16(), counts).float(),
+        "scattered": distributed.reduce_scatter_rows(everything, [0, 1, 2]),
+        "scattered evenly": distributed.reduce_scatter_rows(everything, [1, 1, 1]),
+        "reduced": [float(distributed.all_reduce(torch.tensor(float(rank)), op)) for op in ("sum", "max", "min")],
+        "broadcast": distributed.broadcast(torch.tensor([rank]), source=1),
+        "any": [distributed.any_rank(rank == 2), distributed.any_rank(False)],
+        "json": distributed.gather_json({"rank": rank, "text": "é" * rank}),
+        "shard": [getattr(distributed.Shard.of(10), name) for name in ("start", "stop", "total", "rank", "world_size")],
+        "pair": [distributed.rank_of(pair), distributed.world_size_of(pair)] if in_pair else [],
+        "pair's sum": float(distributed.all_reduce(torch.tensor(rank + 1.0), group=pair)) if in_pair else 0.0,
+        "pair's second": distributed.broadcast(torch.tensor([rank]), 1, pair) if in_pair else torch.tensor([-1]),
+    }
+    distributed.barrier()
+    torch.save(results, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(WORLD_SIZE, collect, folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+
+
+def test_facts(ranks: list[dict[str, Any]]) -> None:
+    assert [result["facts"] for result in ranks] == [[0, 3, 0], [1, 3, 1], [2, 3, 2]]
+    assert [result["launched"] for result in ranks] == [0, 1, 2]
+    assert [result["shard"] for result in ranks] == [[0, 3, 10, 0, 3], [3, 6, 10, 1, 3], [6, 10, 10, 2, 3]]
+
+
+def test_rows_are_gathered_in_rank_order(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["counts"] == [0, 1, 2]
+        assert torch.equal(result["gathered"], torch.tensor([[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]))
+        assert torch.equal(result["gathered"], result["gathered bfloat16"])
+        assert torch.equal(result["gathered evenly"], torch.arange(3))
+
+
+def test_rows_are_summed_and_handed_back(ranks: list[dict[str, Any]]) -> None:
+    total = 3 * torch.arange(6.0).view(3, 2) + 30
+    assert torch.equal(torch.cat([result["scattered"] for result in ranks]), total)
+    assert [len(result["scattered"]) for result in ranks] == [0, 1, 2]
+    assert torch.equal(torch.cat([result["scattered evenly"] for result in ranks]), total)
+
+
+def test_reductions_are_the_same_everywhere(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["reduced"] == [3.0, 2.0, 0.0]
+        assert result["broadcast"].tolist() == [1]
+        assert result["any"] == [True, False]
+        assert result["json"] == [{"rank": rank, "text": "é" * rank} for rank in range(3)]
+
+
+def test_subgroups_count_their_own_ranks(ranks: list[dict[str, Any]]) -> None:
+    assert [result["pair"] for result in ranks] == [[0, 2], [], [1, 2]]
+    assert [result["pair's sum"] for result in ranks] == [4.0, 0.0, 4.0]
+    assert [result["pair's second"].item() for result in ranks] == [2, -1, 2]
+
+
+def test_one_process_is_the_same_code_without_communication() -> None:
+    rows = torch.arange(6.0).view(3, 2)
+    assert (distributed.rank_of(), distributed.world_size_of()) == (0, 1)
+    assert distributed.row_counts(3, CPU) == [3]
+    assert distributed.all_gather_rows(rows, [3]) is rows
+    assert distributed.reduce_scatter_rows(rows, [3]) is rows
+    assert distributed.all_reduce(rows, "max") is rows
+    assert distributed.broadcast(rows) is rows
+    assert distributed.any_rank(True)
+    assert not distributed.any_rank(False)
+    assert distributed.gather_json({"a": 1}) == [{"a": 1}]
+    distributed.barrier()
+    shard = distributed.Shard.of(5)
+    assert (len(shard), shard.rank, shard.world_size) == (5, 0, 1)
+
+
+@given(total=st.integers(0, 10_000), parts=st.integers(1, 64))
+def test_split_evenly_covers_everything_once(total: int, parts: int) -> None:
+    bounds = [distributed.split_evenly(total, parts, part) for part in range(parts)]
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == total
+    assert all(left[1] == right[0] for left, right in zip(bounds, bounds[1:], strict=False))
+    sizes = {stop - start for start, stop in bounds}
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_without_torchrun_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with distributed.process_group(CPU):
+        assert not dist.is_initialized()
+    assert distributed.local_rank() == distributed.launched_rank() == 0
+
+
+def test_half_of_torchruns_variables_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="RANK, MASTER_ADDR is not: start the processes with torchrun"):
+        distributed.process_group(CPU).__enter__()
+    assert os.environ["WORLD_SIZE"] == "2"
+
+
+def fail(rank: int, folder: Path) -> None:
+    raise RuntimeError(f"rank {rank} has had enough")
+
+
+def test_a_failing_worker_fails_its_test(tmp_path: Path) -> None:
+    worker: Callable[[int, Path], None] = fail
+    with pytest.raises(Exception, match="rank 0 has had enough"):
+        run_ranks(1, worker, tmp_path)

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from partialfc.bench.head import bench_head
-from partialfc.data.face_sets import write_face_sets
+from partialfc.data.face_world import FaceWorld
 from partialfc.data.inspect import inspect
 from partialfc.demo import demo
 from partialfc.distributed import launched_rank
@@ -139,7 +139,7 @@ def _demo_parser() -> ArgumentParser:
 def _train_parser(recipe: str | None = None) -> ArgumentParser:
     parser = _Parser(description="Train a model; start with torchrun for several processes.")
     parser.add_argument("--recipe", choices=tuple(RECIPES), help="a complete configuration to start from")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder of the run")
     parser.add_argument(
         "--eval", nargs="+", default=[], metavar="NAME=PATH", help="verification .bin files to evaluate on the way"
@@ -178,13 +178,7 @@ def _data_parser() -> ArgumentParser:
     commands.add_subcommand("inspect", _with_json(look), help="health and counts of a training set")
     faces = _Parser(description="Write procedural faces: a training set, and pairs of other identities.")
     faces.add_argument("--out", type=Path, required=True, help="new folder for train/ and pairs.bin")
-    faces.add_argument("--identities", type=int, default=1000, help="identities of the training set")
-    faces.add_argument("--shots", type=int, default=8, help="images of each")
-    faces.add_argument("--pairs", type=int, default=6000, help="pairs, half of them genuine")
-    faces.add_argument("--pair_identities", type=int, default=1000, help="further identities, for the pairs only")
-    faces.add_argument("--size", type=int, default=112, help="side of the images in pixels")
-    faces.add_argument("--seed", type=int, default=0, help="all faces are functions of it")
-    faces.add_argument("--layout", type=Literal["recordio", "folder"], default="recordio", help="format of train/")
+    faces.add_class_arguments(FaceWorld)
     commands.add_subcommand("faces", _with_json(faces), help="procedural faces in the real formats")
     return parser
 
@@ -236,18 +230,9 @@ def _run_inspect(options: Namespace) -> None:
 
 
 def _run_faces(options: Namespace) -> None:
+    world = FaceWorld(**{field.name: options[field.name] for field in dataclasses.fields(FaceWorld)})
     with track("rendering", quiet=options.json) as progress:
-        facts = write_face_sets(
-            options.out,
-            identities=options.identities,
-            shots=options.shots,
-            pairs=options.pairs,
-            pair_identities=options.pair_identities,
-            size=options.size,
-            seed=options.seed,
-            layout=options.layout,
-            progress=progress,
-        )
+        facts = world.write(options.out, progress=progress)
     _show(options.json, facts, "\n".join(f"{name:>16}  {value}" for name, value in facts.items()))
 
 

@@ -94,7 +94,8 @@ def process_group(device: torch.device, timeout_seconds: float = 1800.0) -> Iter
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start the processes with torchrun.")
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Beside a GPU's NCCL, gloo carries what lives on the host, such as the checkpoints' agreements.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield

@@ -49,7 +49,10 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
     torch.manual_seed(derive_key(config.seed, "backbone"))
     backbone = create_backbone(
         config.backbone.name, embedding_dim=config.backbone.embedding_dim, image_size=loader.image_size
-    ).to(device, memory_format=torch.channels_last)
+    ).to(device)
+    for parameter in backbone.parameters():
+        if parameter.ndim == 4:  # convolutions are quicker with the channels last
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     head = PartialFC(
         loader.num_classes,
         config.backbone.embedding_dim,

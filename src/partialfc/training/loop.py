@@ -173,6 +173,7 @@ class _Trainer:
         ):
             for note in [*self.notes, self._description(first)]:
                 self.progress.message(note)
+            self.progress.update(first)
             clock = _Clock.start()
             while state.done < self.total_steps:
                 figures = self._step([clock.next_batch(batches) for _ in range(self.loader.micro_steps)])
@@ -311,7 +312,7 @@ class _Trainer:
                 f"data.max_unreadable allows; one is {min(names)}."
             )
         values = {name: float(value) for name, value in figures.items()}
-        line = {
+        line: dict[str, Any] = {
             "kind": "train",
             "step": state.done,
             "epoch": state.done / self.loader.steps_per_epoch,

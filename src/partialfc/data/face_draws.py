@@ -28,6 +28,7 @@ _SHOT_NORMALS: tuple[str, ...] = (
     "hair_part", "hair_side", "hair_tone", "beard", "lens_width", "lens_height", "frame_a", "frame_b", "frame_scale",
     "back_a", "back_b", "blush",
 )  # fmt: skip
+_HAIRSTYLE = ("hairline", "hair_volume", "fringe", "hair_part", "hair_side", "hair_tone", "beard")
 _SHOT_UNIFORMS: tuple[str, ...] = (
     "glasses", "glasses_style", "glasses_tone", "glasses_round", "mask", "mask_tone", "mask_top", "blur", "noise_start",
     "noise_power", "back_x", "back_y", "back_tone", "back_hue", "back_tone_2", "back_hue_2", "back_scale", "cloth_tone",
@@ -163,6 +164,7 @@ def make_plan(seed: int, identities: Tensor, shots: Tensor, settings: FaceSettin
     counters = keys[:, None] + torch.arange(max(len(_SHOT_NORMALS), len(_SHOT_UNIFORMS)), device=device)
     normals = keyed_random.normal(derive_key(seed, "face normals"), counters[:, : len(_SHOT_NORMALS)])
     normals = normals.clamp(-_LONGEST, _LONGEST)
+    normals[:, [_SHOT_NORMALS.index(name) for name in _HAIRSTYLE]] *= settings.hairstyle
     uniforms = keyed_random.uniform(derive_key(seed, "face uniforms"), counters[:, : len(_SHOT_UNIFORMS)])
     moods = torch.stack(_moods(_by_name(normals, _SHOT_NORMALS), settings), dim=1)
     traits[:, TRAITS.index("age")] += moods[:, MOODS.index("ageing")]

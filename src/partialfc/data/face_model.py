@@ -66,7 +66,7 @@ MEASURES: dict[str, tuple[float, Weights]] = {
     "mouth_width": (0.278, {"mouth_width": 0.032, "smile": 0.034, "pucker": -0.035, "mouth_open": -0.008}),
     "lip_upper": (0.050, {"upper_lip": 0.0155, "smile": -0.007, "pucker": 0.008, "age": -0.004}),
     "lip_lower": (0.066, {"lower_lip": 0.017, "smile": -0.005, "pucker": 0.010, "age": -0.004}),
-    "lip_bow": (0.014, {"lip_bow": 0.010}),
+    "lip_bow": (0.020, {"lip_bow": 0.020}),
     "mouth_curve": (0.006, {"mouth_curve": 0.016, "smile": -0.050, "pucker": 0.010, "frown": 0.014}),
     "mouth_gap": (-0.005, {"mouth_open": 0.055, "smile": 0.010}),
     # Hair: where the forehead ends, how far the sides come in, how it grows.
@@ -146,8 +146,8 @@ BUMPS: dict[str, Bump] = {
         "mouth_height": (0, 0.022, 0, 0, 0)}),
     "under lip": Bump(0.0, 0.725, 0.16, 0.045, -0.030, {
         "chin_forward": (0, 0, 0, 0, -0.006), "mouth_height": (0, 0.02, 0, 0, 0), "mouth_open": (0, 0.05, 0, 0, 0.01)}),
-    "chin": Bump(0.0, 0.88, 0.15, 0.105, 0.060, {
-        "chin_length": (0, 0.030, 0, 0, 0.020), "chin_width": (0, 0, 0.036, 0, 0), "chin_forward": (0, 0, 0, 0, 0.016),
+    "chin": Bump(0.0, 0.88, 0.185, 0.115, 0.055, {
+        "chin_length": (0, 0.030, 0, 0, 0.016), "chin_width": (0, 0, 0.032, 0, 0), "chin_forward": (0, 0, 0, 0, 0.014),
         "mouth_open": (0, 0.045, 0, 0, 0.01)}),
     "chin cleft": Bump(0.0, 0.90, 0.030, 0.060, 0.0, {"chin_cleft": (0, 0, 0, 0, -0.010)}),
     "fold": Bump(0.33, 0.43, 0.045, 0.11, -0.010, {

@@ -14,7 +14,7 @@ from torch import Tensor
 from partialfc.data.face_draws import MOLES, Draws
 
 # Skin from light to dark and hair from fair to black, as square roots of reflectances.
-_SKIN_RAMP = ((0.95, 0.80, 0.71), (0.87, 0.68, 0.56), (0.70, 0.50, 0.385), (0.45, 0.30, 0.225))
+_SKIN_RAMP = ((0.96, 0.80, 0.70), (0.89, 0.68, 0.55), (0.71, 0.50, 0.375), (0.46, 0.30, 0.22))
 _HAIR_RAMP = ((0.72, 0.58, 0.40), (0.47, 0.34, 0.23), (0.28, 0.20, 0.15), (0.12, 0.105, 0.10))
 _IRIS_RAMP = ((0.42, 0.55, 0.64), (0.42, 0.50, 0.40), (0.36, 0.25, 0.16), (0.20, 0.13, 0.09))
 
@@ -74,7 +74,7 @@ def skin_colour(trait: Draws) -> Tensor:
 
 def hair_colour(trait: Draws, tone_shift: Tensor) -> Tensor:
     """Reflectance of the hair (N, 3): fair to black, red, and greying with age."""
-    colour = ramp(_HAIR_RAMP, 0.62 + 0.22 * trait["hair_dark"] + 0.05 * tone_shift)
+    colour = ramp(_HAIR_RAMP, 0.60 + 0.26 * trait["hair_dark"] + 0.05 * tone_shift)
     red = (0.22 * (trait["hair_red"] - 0.6)).clamp(0, 0.5)
     colour = colour * torch.stack([1 + red, 1 - 0.2 * red, 1 - 0.6 * red], dim=1)
     grey = (0.45 * (trait["age"] - 0.9)).clamp(0, 0.85)[:, None]
@@ -109,7 +109,7 @@ def _skin(canvas: Canvas) -> None:
         width, canvas.b - measure["nose_b"], 0.12, 0.12
     )
     redness = redness * (flush * (1 + 0.3 * broad))
-    canvas.albedo[:, 1:].mul_((1 - 0.24 * redness)[:, None])
+    canvas.albedo[:, 1:].mul_((1 - 0.32 * redness)[:, None])
     around_eye = _bell(width - measure["eye_a"] + 0.06, canvas.b - measure["eye_b"] - 0.02, 0.16, 0.10)
     canvas.dim(around_eye, 0.20 + 0.03 * trait["eye_bag"] + 0.03 * trait["age"])
     # Freckles: peaks of the fine pattern, on nose and cheeks.
@@ -148,7 +148,7 @@ def _lines(canvas: Canvas) -> None:
     ends = (along * (1.2 - along) * 5).clamp(0, 1)
     canvas.dim(canvas.cover(0.006 - (width - line).abs(), 2.2) * ends, strength.clamp(0, 0.45))
     waves = torch.sin((b + 0.10 * canvas.a * canvas.a) * 52 + 3 * trait["brow_line"])
-    strength = (0.05 * trait["brow_line"] + 0.07 * trait["age"] + 0.05 * trait["brow_raise"] - 0.03).clamp(0, 0.22)
+    strength = (0.12 * trait["brow_line"] + 0.07 * trait["age"] + 0.05 * trait["brow_raise"] - 0.03).clamp(0, 0.3)
     canvas.dim((waves - 0.3).clamp_min_(0) * _bell(canvas.a, b + 0.43, 0.60, 0.16), strength)
 
 
@@ -185,7 +185,7 @@ def _mouth(canvas: Canvas) -> None:
     belly = 1 - square
     y = canvas.b + measure["skew"] * canvas.a - measure["mouth_b"] - measure["mouth_curve"] * square
     gap = measure["mouth_gap"].clamp_min(0) * belly.clamp_min(0)
-    bow = measure["lip_bow"] * (1 / (1 + 30 * square) - 0.35)
+    bow = measure["lip_bow"] * (1 / (1 + 16 * square) - 0.40)
     top = y + 0.35 * gap + measure["lip_upper"] * belly * (1 + 0.4 * square) - bow
     bottom = gap + measure["lip_lower"] * belly - y
     lips = canvas.cover(torch.minimum(top, bottom), 1.3)

@@ -39,7 +39,7 @@ def paint_scene(
     broad = F.grid_sample(
         noise[:, :1].expand(count, -1, -1, -1), grid, mode="bilinear", padding_mode="reflection", align_corners=True
     )
-    mix = 0.5 + 0.9 * broad + 0.25 * dice["back_a"][:, None] * x[:, None] + 0.2 * dice["back_b"][:, None] * y[:, None]
+    mix = 0.5 + 0.30 * broad + 0.25 * dice["back_a"][:, None] * x[:, None] + 0.2 * dice["back_b"][:, None] * y[:, None]
     first = _any_colour(dice["back_tone"], dice["back_hue"])[:, :, None, None]
     second = _any_colour(dice["back_tone_2"], dice["back_hue_2"])[:, :, None, None]
     picture = first + mix.clamp(0, 1) * (second - first)
@@ -50,15 +50,16 @@ def paint_scene(
         torch.lerp(picture, colour, cover, out=picture)
 
     long = ((trait["hair_length"] - 0.1) * 1.6).clamp(0, 1)
-    curtain = 0.80 + 0.10 * long - (x - back[:, 0]).abs() - 0.10 * (y - 0.4) ** 2
-    curtain = torch.minimum(torch.minimum(curtain, 1.75 - y), y + 0.35) - (1 - long) * 2
+    half = (0.90 + 0.08 * long) * torch.sqrt((1 - ((y - 0.35).clamp_max(0) / 1.5) ** 2).clamp_min(0)) - 0.07
+    curtain = torch.minimum(half - (x - back[:, 0]).abs() - 0.06 * (y - 0.4).clamp_min(0), 1.75 - y) - (1 - long) * 2
     lay((hair * 0.45)[:, :, None, None], curtain, 0.12)
     across = (x - throat[:, 0]) / (0.46 + 0.10 * ((y - 1.0).clamp(0, 1) ** 2))
     light = (
         0.62 + 0.38 * ((y - throat[:, 1] - 0.45) * 1.4).clamp(-0.7, 1) + 0.22 * dice["light_side"].clamp(-1, 1) * across
     )
     lay(skin[:, :, None, None] * light[:, None], torch.minimum((1 - across.abs()) * 0.4, y - 0.35), 0.05)
-    collar = y - 1.52 - 0.30 * (x - throat[:, 0]) ** 2 + 0.22 / (1 + 9 * (x - throat[:, 0]) ** 2) * -1
+    aside = (x - throat[:, 0]) ** 2
+    collar = y - 1.24 - 0.22 * aside - 0.30 / (1 + 9 * aside)
     cloth = _any_colour(dice["cloth_tone"] * 0.7, dice["cloth_hue"])[:, :, None, None]
     lay(cloth * (1 + 0.2 * broad), collar, 0.06)
     return picture

@@ -136,9 +136,14 @@ def write_pair_set(
     encoded = list(_encoded_images(seed, people.flatten(), takes, size, settings, workers, progress))
     about = _about(seed, identities, size, settings) | {"pairs": pairs, "folds": FOLDS}
     partial = about_path.with_name(f".{about_path.name}.partial")
-    partial.write_text(json.dumps(about, indent=2) + "\n")
-    write_pairs(path, encoded, is_same.tolist())
-    partial.rename(about_path)
+    try:
+        partial.write_text(json.dumps(about, indent=2) + "\n")
+        write_pairs(path, encoded, is_same.tolist())
+        partial.rename(about_path)
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def draw_pairs(seed: int, identities: range, pairs: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc.backbones import BACKBONES, create_backbone
 from partialfc.errors import InputError
@@ -85,3 +86,13 @@ def test_every_backbone_has_a_frozen_scale_and_no_other_frozen_parameter() -> No
             backbone = create_backbone(name, image_size=32)
         frozen = [key for key, parameter in backbone.named_parameters() if not parameter.requires_grad]
         assert frozen == ["features.weight"], name
+
+
+def test_mini_costs_little() -> None:
+    """The demo's time rests on this: about 28 million multiply-adds and 1.1 million parameters at its size."""
+    with torch.device("meta"):
+        backbone = create_backbone("mini", embedding_dim=128, image_size=64).eval()
+        with FlopCounterMode(display=False) as counter:
+            backbone(torch.empty(1, 3, 64, 64))
+    assert 20e6 < counter.get_total_flops() / 2 < 32e6
+    assert sum(parameter.numel() for parameter in backbone.parameters()) < 1.2e6

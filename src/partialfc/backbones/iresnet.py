@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from partialfc.backbones.precision import full_precision
 from partialfc.errors import InputError
 from partialfc.keyed_random import bits, derive_key, uniform
 
@@ -126,7 +127,7 @@ class IResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = self.bn2(x).flatten(1)
         # A sum over up to 25,088 features loses too much in 16 bits, so the last two layers leave autocast.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = x.to(self.fc.weight.dtype)
             if self.training and self.dropout > 0.0:
                 x = keyed_dropout(x, self.dropout, keys)

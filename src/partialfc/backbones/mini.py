@@ -6,20 +6,23 @@ is quick: plain 3 × 3 convolutions on small maps, after a stem that folds each 
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from partialfc.backbones.precision import full_precision
 from partialfc.errors import InputError
 
 
 class Block(nn.Module):
-    """x ↦ shortcut(x) + BN(conv(PReLU(BN(conv(x))))); the first convolution carries the stride."""
+    """x ↦ ReLU(shortcut(x) + BN(conv(ReLU(BN(conv(x)))))); the first convolution carries the stride.
+
+    ReLU rather than IResNet's PReLU, whose backward pass alone takes 14 % of a training step on a CPU.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.prelu = nn.PReLU(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample: nn.Module | None = None
@@ -30,7 +33,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(x))))) + shortcut
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
 
 class Mini(nn.Module):
@@ -50,7 +54,6 @@ class Mini(nn.Module):
             raise InputError(f"image_size {image_size} does not suit the mini network: choose a multiple of 16.")
         self.stem = nn.Conv2d(3, 48, 4, stride=4, bias=False)
         self.bn = nn.BatchNorm2d(48)
-        self.prelu = nn.PReLU(48)
         self.layer1 = Block(48, 48, stride=1)
         self.layer2 = Block(48, 96, stride=2)
         self.layer3 = Block(96, 192, stride=2)
@@ -60,8 +63,8 @@ class Mini(nn.Module):
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Embeddings (B, D) of images (B, 3, S, S); `keys` is accepted as by every backbone, and not needed."""
-        x = self.prelu(self.bn(self.stem(images)))
+        x = F.relu(self.bn(self.stem(images)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         x = x.flatten(1)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return self.features(self.fc(x.to(self.fc.weight.dtype)))

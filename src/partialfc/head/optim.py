@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from partialfc.errors import InputError
 from partialfc.head.softmax import CenterGradient, class_rows
 
+_NUMBERS_AT_ONCE = 1 << 20
+
 
 class RowGradients:
     """The link between a head's centers and their optimizer, hung on the parameter as `row_gradients`.
@@ -167,8 +169,9 @@ def _row_tiles(parameter: Tensor, link: RowGradients | None) -> Iterator[tuple[T
         if bool((rows.diff() <= 0).any()):
             gradient = gradient.coalesce()
             rows, values = gradient.indices()[0], gradient.values()
-        if len(rows):
-            yield rows, values
+        # A few rows at a time: their temporaries then stay in the cache.
+        size = max(1, _NUMBERS_AT_ONCE // max(1, parameter.shape[1]))
+        yield from zip(rows.split(size), values.split(size), strict=True)
     if link is not None:
         yield from link.tiles(parameter)
 

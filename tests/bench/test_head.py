@@ -1,0 +1,151 @@
+"""The measurements measure what they say: the dense head is right, phases add up, memory is seen and refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from partialfc.bench import head as bench
+from partialfc.bench import head_variants, machine
+from partialfc.bench.head import bench_head
+from partialfc.bench.head_variants import DenseHead, HeadConfiguration, Phases, dense_step, our_steps
+from partialfc.errors import InputError, JobError
+from partialfc.head.optim import RowwiseSGD
+from reference import cosface, dense_loss, relative_error
+
+SMALL = HeadConfiguration(num_classes=300, embedding_dim=16, batch_size=8, sample_rate=0.1, device="cpu")
+PHASES = {"sampling", "forward", "backward", "optimizer"}
+
+
+def test_dense_head_computes_the_loss() -> None:
+    head = DenseHead(SMALL)
+    embeddings, labels = SMALL.batch(0)
+    classes, places = head.sample(labels)
+    loss = head(embeddings, classes, places)
+    loss.backward()
+    assert head.centers.grad is not None
+    assert not head.centers.grad.is_sparse
+    exact = embeddings.detach().double().requires_grad_()
+    centers = head.centers.detach().double().requires_grad_()
+    expected = dense_loss(exact, centers, labels, classes, scale=64.0, target=cosface(0.4))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert embeddings.grad is not None
+    assert exact.grad is not None
+    assert centers.grad is not None
+    assert relative_error(embeddings.grad, exact.grad) < 1e-4
+    assert relative_error(head.centers.grad, centers.grad) < 1e-4
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.1, 30), (1.0, 300), (0.0, None)])
+def test_dense_head_samples_the_positives_and_fills_up(rate: float, count: int | None) -> None:
+    head = DenseHead(HeadConfiguration(300, 4, 8, rate, "cpu"))
+    labels = torch.tensor([7, 7, 299, 0])
+    classes, places = head.sample(labels)
+    assert len(classes) == (count or 3)
+    assert torch.equal(classes[places], labels)
+    assert bool((classes.diff() > 0).all())
+
+
+def test_dense_step_moves_every_row_and_ours_only_the_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.nn.Parameter] = []
+
+    def remembering(optimizer: Any) -> Any:
+        def make(parameters: Any, *args: Any, **options: Any) -> Any:
+            (parameter,) = parameters
+            seen.append(parameter)
+            return optimizer([parameter], *args, **options)
+
+        return make
+
+    monkeypatch.setattr(head_variants, "RowwiseSGD", remembering(RowwiseSGD))
+    monkeypatch.setattr(torch.optim, "SGD", remembering(torch.optim.SGD))
+    steps = our_steps(SMALL) | {"dense baseline": dense_step(SMALL)}
+    ours, dense = seen
+    for variant, step in steps.items():
+        parameter, count = (dense, 300) if variant == "dense baseline" else (ours, 30)
+        before = parameter.detach().clone()
+        phases = Phases("cpu")
+        step(*SMALL.batch(0), phases)
+        assert set(phases.seconds) == PHASES
+        assert int((parameter.detach() != before).any(dim=1).sum()) == count
+
+
+def test_results_of_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measure_peak", lambda configuration, variant: 1234)
+    results = list(bench_head(300, 16, 8, 0.1, steps=2, baseline=True))
+    assert [result["variant"] for result in results] == ["partialfc sparse", "partialfc deferred", "dense baseline"]
+    for result in results:
+        assert set(result["phases_ms"]) == PHASES
+        assert 0 < result["step_ms_min"] <= result["step_ms_median"]
+        assert result["peak_bytes"] == 1234
+        assert result["configuration"]["num_classes"] == 300
+        assert result["hardware"]["torch"] == torch.__version__
+    assert [result["variant"] for result in bench_head(300, 16, 8, steps=1, update="sparse")] == ["partialfc sparse"]
+
+
+def test_memory_is_that_of_the_variant_in_its_own_process() -> None:
+    configuration = HeadConfiguration(20_000, 256, 4, 0.0, "cpu")
+    centers = 20_000 * 256 * 4
+    assert 1.9 * centers < bench.measure_peak(configuration, "deferred") < 10 * centers
+
+
+def test_memory_can_be_measured_in_this_process() -> None:
+    assert bench.run_for_memory(SMALL, "dense baseline") >= 0
+
+
+def test_a_killed_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "run_for_memory", kill_itself)
+    with pytest.raises(JobError, match="'sparse' was killed"):
+        bench.measure_peak(SMALL, "sparse")
+
+
+def kill_itself(configuration: HeadConfiguration, variant: str) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 0}, "--classes is 0"),
+        ({"embedding_dim": -1}, "--embedding-dim is -1"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"sample_rate": 1.5}, "--sample-rate is 1.5"),
+        ({"sample_rate": float("nan")}, "--sample-rate is nan"),
+        ({"device": "abacus"}, "'cpu' or 'cuda'"),
+        ({"device": "meta"}, "'cpu' or 'cuda'"),
+        ({"device": "cuda:99"}, "PyTorch sees"),
+        ({"num_classes": 10**10}, "GiB are free: lower --classes"),
+        ({"num_classes": 10**10, "baseline": True}, "leave out --baseline or lower --classes"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_allocated(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        next(bench_head(**({"num_classes": 100} | arguments)))
+
+
+def test_memory_facts_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 << 20 < machine.peak_resident_bytes() < 1 << 40
+    assert 1 << 20 < machine.available_bytes("cpu") < 1 << 50
+    facts = machine.describe("cpu")
+    assert facts["cpu"]
+    assert int(facts["cores"]) >= 1
+    # Where there is no /proc, the standard library answers.
+    monkeypatch.setattr(machine, "_first_field", lambda path, name: "")
+    assert 1 << 20 < machine.peak_resident_bytes() < 1 << 40
+    assert 1 << 20 < machine.available_bytes("cpu") < 1 << 50
+
+
+def test_fields_of_a_missing_file_are_empty(tmp_path: Path) -> None:
+    facts = tmp_path / "facts"
+    facts.write_text("a: 1\nb:\t2 kB\n")
+    assert machine._first_field(facts, "b") == "2 kB"
+    assert machine._first_field(facts, "c") == ""
+    assert machine._first_field(tmp_path / "none", "a") == ""

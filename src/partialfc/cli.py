@@ -12,7 +12,6 @@ import json as json_module
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -113,14 +112,17 @@ def build_parser(recipe: str | None = None) -> ArgumentParser:
     """The parser of the whole command line; `recipe` sets the defaults of `train`."""
     parser = _Parser(prog="partialfc", description="Train face recognition with Partial FC, and see how good it is.")
     commands = parser.add_subcommands(dest="command")
-    for name, help_text, build in (
-        ("demo", "the whole job on procedural faces, on this machine", _demo_parser),
-        ("train", "train a model, evaluating on the way", partial(_train_parser, recipe)),
-        ("evaluate", "run benchmarks on a trained model", _evaluate_parser),
-        ("data", "look at data sets, or write procedural ones", _data_parser),
-        ("bench", "measure the project's own speed and memory", _bench_parser),
-    ):
-        commands.add_subcommand(name, build(), help=help_text)
+    commands.add_subcommand("demo", _demo_parser(), help="the whole job on procedural faces, on this machine")
+    commands.add_subcommand("train", _train_parser(recipe), help="train a model, evaluating on the way")
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="run benchmarks on a trained model")
+    data, bench = _Parser(), _Parser()
+    commands.add_subcommand("data", data, help="look at data sets, or write procedural ones")
+    below = data.add_subcommands(dest="command")
+    below.add_subcommand("inspect", _inspect_parser(), help="health and counts of a training set")
+    below.add_subcommand("faces", _faces_parser(), help="procedural faces in the real formats")
+    commands.add_subcommand("bench", bench, help="measure the project's own speed and memory")
+    below = bench.add_subcommands(dest="command")
+    below.add_subcommand("head", _bench_head_parser(), help="step time and memory of the head")
     return parser
 
 
@@ -164,38 +166,35 @@ def _evaluate_parser() -> ArgumentParser:
     parser = _Parser(description="Run benchmarks on a model folder or a run folder.")
     parser.add_argument("model", type=Path, help="model folder or run folder")
     parser.add_argument("--benchmark", nargs="+", required=True, metavar="NAME=PATH", help="verification .bin files")
-    parser.add_argument("--out", type=Path | None, default=None, help="write results.json and score files there")
+    parser.add_argument("--out", type=Path, default=None, help="write results.json and score files there")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=int, default=256, help="images at once")
     return _with_json(parser)
 
 
-def _data_parser() -> ArgumentParser:
-    parser = _Parser(description="Look at data sets, or write procedural ones.")
-    commands = parser.add_subcommands(dest="command")
-    look = _Parser(description="Count, check and hash a training set.")
-    look.add_argument("path", type=Path, help="folder with a .rec file, .rec file, or folder of identity folders")
-    commands.add_subcommand("inspect", _with_json(look), help="health and counts of a training set")
-    faces = _Parser(description="Write procedural faces: a training set, and pairs of other identities.")
-    faces.add_argument("--out", type=Path, required=True, help="new folder for train/ and pairs.bin")
-    faces.add_class_arguments(FaceWorld)
-    commands.add_subcommand("faces", _with_json(faces), help="procedural faces in the real formats")
-    return parser
+def _inspect_parser() -> ArgumentParser:
+    parser = _Parser(description="Count, check and hash a training set.")
+    parser.add_argument("path", type=Path, help="folder with a .rec file, .rec file, or folder of identity folders")
+    return _with_json(parser)
 
 
-def _bench_parser() -> ArgumentParser:
-    parser = _Parser(description="Measure the project's own speed and memory.")
-    commands = parser.add_subcommands(dest="command")
-    head = _Parser(description="Time a step of the head, one line of JSON a variant.")
-    head.add_argument("--classes", type=int, required=True, help="number of classes")
-    head.add_argument("--embedding-dim", type=int, default=512, help="width of the embeddings")
-    head.add_argument("--batch-size", type=int, default=128, help="images a step")
-    head.add_argument("--sample-rate", type=float, default=0.1, help="part of the classes that a step uses")
-    head.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
-    head.add_argument("--baseline", action="store_true", help="also the dense way of the reference implementation")
-    head.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    commands.add_subcommand("head", _with_json(head), help="step time and memory of the head")
-    return parser
+def _faces_parser() -> ArgumentParser:
+    parser = _Parser(description="Write procedural faces: a training set, and pairs of other identities.")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for train/ and pairs.bin")
+    parser.add_class_arguments(FaceWorld)
+    return _with_json(parser)
+
+
+def _bench_head_parser() -> ArgumentParser:
+    parser = _Parser(description="Time a step of the head, one line of JSON a variant.")
+    parser.add_argument("--classes", type=int, required=True, help="number of classes")
+    parser.add_argument("--embedding-dim", type=int, default=512, help="width of the embeddings")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    parser.add_argument("--sample-rate", type=float, default=0.1, help="part of the classes that a step uses")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
+    parser.add_argument("--baseline", action="store_true", help="also the dense way of the reference implementation")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    return _with_json(parser)
 
 
 def _run_demo(options: Namespace) -> None:
@@ -244,7 +243,7 @@ def _run_bench_head(options: Namespace) -> None:
         sample_rate=options.sample_rate,
         steps=options.steps,
         baseline=options.baseline,
-        device=choose_device(options.device),
+        device=choose_device(options.device).type,
     ):
         print(json_module.dumps(line), flush=True)
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from partialfc.data.face_sets import Layout, write_pair_set, write_training_set
+from partialfc.data.face_sets import FOLDS, Layout, write_pair_set, write_training_set
+from partialfc.data.faces import GROUPS
 from partialfc.errors import InputError
 
 FIRST_HELD_OUT = 1_000_000
@@ -25,7 +26,7 @@ class FaceWorld:
         layout: format of the training set.
 
     Raises:
-        InputError: the people of the training set would reach those of the pairs.
+        InputError: the numbers make no set, or the people of the training set would reach those of the pairs.
     """
 
     identities: int = 1_000
@@ -39,6 +40,14 @@ class FaceWorld:
     def __post_init__(self) -> None:
         if not 0 < self.identities <= FIRST_HELD_OUT:
             raise InputError(f"identities is {self.identities}; it lies between 1 and {FIRST_HELD_OUT:,}.")
+        if self.shots < 1:
+            raise InputError(f"shots is {self.shots}; an identity has at least 1 image.")
+        if self.pairs < 1 or self.pairs % (2 * FOLDS):
+            raise InputError(f"pairs is {self.pairs}; {FOLDS} balanced folds take a multiple of {2 * FOLDS}.")
+        if self.pair_identities < 2 * GROUPS:
+            raise InputError(f"pair_identities is {self.pair_identities}; impostors take at least {2 * GROUPS}.")
+        if self.image_size < 16:
+            raise InputError(f"image_size is {self.image_size}; a face takes at least 16 pixels.")
 
     def write(
         self, folder: Path, *, take_over: bool = False, progress: Callable[[int, int], None] | None = None

@@ -24,7 +24,10 @@ PHASES = {"sampling", "forward", "backward", "optimizer"}
 
 def test_dense_head_computes_the_loss() -> None:
     head = DenseHead(SMALL)
+    torch.manual_seed(0)
     embeddings, labels = SMALL.batch(0)
+    # Nearer to their own centers: past a loss of 69.08 the clamped probability saturates.
+    embeddings = (embeddings.detach() + 300 * head.centers[labels].detach()).requires_grad_()
     classes, places = head.sample(labels)
     loss = head(embeddings, classes, places)
     loss.backward()
@@ -92,7 +95,8 @@ def test_results_of_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_that_of_the_variant_in_its_own_process() -> None:
     configuration = HeadConfiguration(20_000, 256, 4, 0.0, "cpu")
     centers = 20_000 * 256 * 4
-    assert 1.9 * centers < bench.measure_peak(configuration, "deferred") < 10 * centers
+    beyond_centers_and_momentum = bench.measure_peak(configuration, "deferred") - 2 * centers
+    assert -(1 << 20) < beyond_centers_and_momentum < 150 << 20
 
 
 def test_memory_can_be_measured_in_this_process() -> None:

@@ -21,7 +21,7 @@ from partialfc.head.sampling import sample_bound
 WARM_UP = 2
 _MEMORY_STEPS = 2
 _GIB = 1 << 30
-_SCRATCH = 512 << 20  # tiles at work and tiles kept
+_SCRATCH = 512 << 20  # tiles at work and tiles kept, at most
 
 
 def bench_head(

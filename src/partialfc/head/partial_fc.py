@@ -20,7 +20,7 @@ from partialfc.head.sampling import sample_classes
 
 Update = Literal["sparse", "deferred"]
 _INITIAL_DEVIATION = 0.01
-_INITIAL_CHUNK = 1 << 22  # elements drawn at once
+_INITIAL_CHUNK = 1 << 20  # elements drawn at once
 _WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
 
 

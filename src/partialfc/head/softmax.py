@@ -25,6 +25,7 @@ from partialfc.head.margins import Margin, MarginBatch
 
 _LARGEST_EXPONENT = 85.0  # exp(88.7) is the largest float32; a sum over the batch's tile stays below it
 _TINY = 1e-12
+_CPU_SCRATCH = 32 << 20  # fresh pages cost a CPU more than computing a tile again (docs/performance.md)
 
 
 def normalise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,11 @@ class ShardBatch:
         """The most classes in a tile: about four arrays of (G, tile) and three of (tile, D) live at once."""
         numbers = 4 * len(self.embeddings) + 3 * self.embeddings.shape[1]
         per_class = numbers * self.margin.sub_centers * self.embeddings.element_size()
-        return max(1, self.scratch_bytes // per_class)
+        return max(1, self.scratch() // per_class)
+
+    def scratch(self) -> int:
+        """The bytes that tiles at work may take, and kept ones again."""
+        return min(self.scratch_bytes, _CPU_SCRATCH) if self.embeddings.device.type == "cpu" else self.scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ def sum_negatives(centers: Tensor, batch: ShardBatch, *, keep_tiles: bool) -> Ne
         pull=torch.zeros_like(embeddings),
         conflicts=torch.zeros((), dtype=torch.float64, device=embeddings.device),
     )
-    budget = batch.scratch_bytes if keep_tiles else 0
+    budget = batch.scratch() if keep_tiles else 0
     size = batch.tile_classes()
     for first in range(0, len(batch.classes), size):
         last = min(first + size, len(batch.classes))

@@ -86,6 +86,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     lr_scaling: Literal["per_512", "absolute"] = "per_512"
     """Whether lr is for 512 images of global batch, and grows in proportion, or holds as it stands."""
+    head_lr_factor: float = 1.0
+    """The head's learning rate over the backbone's."""
     momentum: float = 0.9
     """SGD only."""
     weight_decay: float = 5e-4
@@ -141,7 +143,7 @@ class TrainConfig:
     seed: int = 0
     """Initial weights, order, augmentation and sampled classes are functions of it."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Arithmetic of the backbone; auto is bf16 on a GPU that has it and float32 elsewhere."""
+    """Arithmetic of the backbone; auto is bf16 where the processor multiplies it faster, and float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
 
@@ -155,6 +157,7 @@ class TrainConfig:
             ("data.max_unreadable", self.data.max_unreadable, 0),
             ("backbone.embedding_dim", self.backbone.embedding_dim, 1),
             ("optimizer.lr", self.optimizer.lr, 0),
+            ("optimizer.head_lr_factor", self.optimizer.head_lr_factor, 0),
             ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
             ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
             ("schedule.warmup_epochs", self.schedule.warmup_epochs, 0),

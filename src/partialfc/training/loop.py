@@ -22,7 +22,7 @@ from partialfc.evaluation.pairs import evaluate_pair_set
 from partialfc.head.partial_fc import NonFiniteEmbeddings
 from partialfc.keyed_random import derive_key
 from partialfc.model import Model, ModelConfig, save_model
-from partialfc.training.assemble import build_state, choose_device, open_loader
+from partialfc.training.assemble import build_state, choose_device, open_loader, wants_bf16
 from partialfc.training.checkpoint import load_latest
 from partialfc.training.config import TrainConfig
 from partialfc.training.metrics_log import MetricsLog
@@ -147,6 +147,7 @@ class _Trainer:
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)
         self.folder = open_run_folder(out, config, resume=resume)
         self.state = build_state(config, self.loader, device)
+        self.bf16 = wants_bf16(config.precision, device)
         self.notes: list[str] = []
         if resume:
             load_latest(self.folder.checkpoints, self.state.restore, warn=self.notes.append)
@@ -198,9 +199,10 @@ class _Trainer:
         # Whatever draws from torch's own generator, such as dropout, draws the same after a resume.
         torch.manual_seed(derive_key(self.config.seed, "step", step, rank_of()))
         self.lr = self._learning_rate(step)
-        for optimizer in (state.backbone_optimizer, state.head_optimizer):
+        self.lr_head = self.lr * self.config.optimizer.head_lr_factor
+        for optimizer, lr in ((state.backbone_optimizer, self.lr), (state.head_optimizer, self.lr_head)):
             for group in optimizer.param_groups:
-                group["lr"] = self.lr
+                group["lr"] = lr
         state.head.step = step
         state.backbone.train()
         buffers = list(state.backbone.buffers())
@@ -246,15 +248,10 @@ class _Trainer:
         labels = batch.labels.to(self.device, non_blocking=True)
         positions = batch.positions.to(self.device, non_blocking=True)
         inputs = augment(images, positions, self.config.seed, flip=self.config.data.flip)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._wants_bf16()):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             embeddings = self.network(inputs.contiguous(memory_format=torch.channels_last))
         loss: Tensor = self.state.head(embeddings.float(), labels)
         return loss
-
-    def _wants_bf16(self) -> bool:
-        if self.config.precision == "auto":
-            return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return self.config.precision == "bf16"
 
     def _images_in_micro_step(self, number: int) -> int:
         """Images of one micro-step over all ranks, whose shares may be uneven."""
@@ -318,7 +315,7 @@ class _Trainer:
             "epoch": state.done / self.loader.steps_per_epoch,
             **values,
             "lr": self.lr,
-            "lr_head": self.lr,
+            "lr_head": self.lr_head,
             "images_per_second": clock.images / clock.seconds,
             "data_wait": clock.waited / clock.seconds,
             "sampled_classes": state.head.figures.sampled if state.head.figures else 0,
@@ -364,7 +361,7 @@ class _Trainer:
         return (
             f"{start}: {config.backbone.name} on {len(loader):,} images of {loader.num_classes:,} identities, "
             f"{self.total_steps:,} steps of {config.data.global_batch_size}, {config.describe_lr()}, "
-            f"{self.world_size} x {self.device.type}"
+            f"{self.world_size} x {self.device.type} in {'bf16' if self.bf16 else 'float32'}"
         )
 
     def _result(self) -> TrainResult:

@@ -1,0 +1,59 @@
+"""An IResNet-18 trained longer on the demo's procedural faces: how far the demo's score is from the ceiling.
+
+    python benchmarks/long_training.py --minutes 8 --out runs/long
+
+Resumable by itself: it trains for so many minutes, and exits with status 75 if it is not done, 0 when it is. The result
+is the last line, as JSON: accuracy on the demo's test pairs, images seen, and where it was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from partialfc.demo import WORLD
+from partialfc.training.metrics_log import read_metrics
+
+NOT_DONE = 75
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for training in this call")
+    parser.add_argument("--out", type=Path, default=Path("runs/long"), help="folder of data and run")
+    parser.add_argument("--recipe", default="demo-r18", help="recipe of the training")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of partialfc train")
+    arguments = parser.parse_args()
+    data, run = arguments.out / "data", arguments.out / "run"
+    replace(WORLD).write(data, take_over=True)
+    command = [sys.executable, "-m", "partialfc", "train", "--recipe", arguments.recipe, "--resume"]
+    command += ["--data.path", str(data / "train"), "--eval", f"pairs={data / 'pairs.bin'}", "--out", str(run)]
+    command += ["--output.checkpoint_every", "250", *arguments.options]
+    try:
+        status = subprocess.run(command, timeout=60 * arguments.minutes, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return NOT_DONE
+    if status:
+        return status
+    best = max((line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "evaluation"), key=_accuracy)
+    last = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"][-1]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    result = {"recipe": arguments.recipe, "accuracy": best["accuracy"], "accuracy_std": best["accuracy_std"]}
+    print(
+        json.dumps(result | {"best_step": best["step"], "steps": last["step"], "epochs": last["epoch"], "on": device})
+    )
+    return 0
+
+
+def _accuracy(line: dict[str, float]) -> float:
+    return line["accuracy"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

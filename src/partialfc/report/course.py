@@ -1,0 +1,163 @@
+"""The parts of a report about the training itself: what was trained, and the curves of how it went."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+from partialfc.report.axes import value_format
+from partialfc.report.facts import RunFacts, as_number
+from partialfc.report.plots import Line, line_chart
+from partialfc.training.config import HeadConfig
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A figure of the training lines that gets a plot."""
+
+    key: str
+    name: str
+    hint: str
+    percent: bool = False
+    from_zero: bool = True
+    may_log: bool = False
+
+
+_CURVES = (
+    _Curve("loss", "Loss", "Margin softmax of the step; falls as the network learns.", from_zero=False),
+    _Curve(
+        "target_cosine",
+        "Target cosine",
+        "Mean cosine of an image with the center of its own class; should rise.",
+        from_zero=False,
+    ),
+    _Curve("lr", "Learning rate", "Of the backbone, and dashed of the head where it differs."),
+    _Curve(
+        "grad_norm", "Gradient norm", "Of the backbone, before clipping; spikes show an unsteady run.", may_log=True
+    ),
+    _Curve(
+        "conflict_share", "Share of conflicts", "Sampled negatives left out as probably the same person.", percent=True
+    ),
+    _Curve("images_per_second", "Speed, images/s", "All processes together; evaluation and saving not counted."),
+    _Curve("data_wait", "Waiting for data", "Part of the time in which training waited for images.", percent=True),
+)
+
+
+def trained_section(facts: RunFacts) -> str:
+    """Everything about the run that is one line: network, data, head, length and speed."""
+    known = [(term, value) for term, value in _trained_facts(facts) if value]
+    items = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in known)
+    return f'<h2>What was trained</h2><div class="card"><dl>{items}</dl></div>' if items else ""
+
+
+def _trained_facts(facts: RunFacts) -> list[tuple[str, str]]:
+    images, classes = facts.images, as_number(facts.counts.get("classes"))
+    batch, epochs = as_number(facts.setting("data.global_batch_size")), as_number(facts.setting("schedule.epochs"))
+    rate, seconds = as_number(facts.setting("head.sample_rate")), facts.seconds
+    seen = facts.steps * batch if batch else None
+    peak = facts.last("gpu_peak_bytes")
+    side = facts.model.image_size if facts.model else as_number(facts.counts.get("image_size"))
+    backbone = _words(
+        facts.setting("backbone.name"), _labelled("embedding of", facts.setting("backbone.embedding_dim"))
+    )
+    return [
+        ("Backbone", backbone),
+        ("Input", f"{side:.0f} × {side:.0f} pixels" if side else ""),
+        ("Training images", _count(images)),
+        ("Identities", _count(classes)),
+        ("Head", _words(_margin(facts), _labelled("scale", facts.setting("head.scale")))),
+        ("Sample rate", _sampling(rate, facts.last("sampled_classes"))),
+        ("Conflict threshold", _words(facts.setting("head.conflict_threshold") or "none")),
+        ("Optimizer", _words(facts.setting("optimizer.name"), facts.setting("schedule.kind"))),
+        ("Steps", _count(facts.steps) + (f" × {batch:,.0f} images" if batch and facts.steps else "")),
+        ("Images seen", _words(_count(seen), f"{seen / images:.3g} epochs" if seen and images else None)),
+        ("Epochs planned", f"{epochs:g}" if epochs else ""),
+        ("Speed", f"{seen / seconds:,.0f} images/s" if seen and seconds else ""),
+        ("Time of the steps", _duration(seconds)),
+        ("GPU memory, peak", f"{peak / 2**30:.1f} GiB" if peak else ""),
+        ("Seed", _words(facts.setting("seed"))),
+    ]
+
+
+def _words(*parts: object) -> str:
+    return ", ".join(str(part) for part in parts if part is not None and part != "")
+
+
+def _labelled(label: str, value: object) -> str | None:
+    if value is None:
+        return None
+    number = as_number(value)
+    return f"{label} {value if number is None else f'{number:g}'}"
+
+
+def _margin(facts: RunFacts) -> str:
+    """The margin by name and size; one that is not set has the size that the head gives it."""
+    name, value = facts.setting("head.margin"), facts.setting("head.margin_value")
+    if value is None and name in ("arcface", "cosface"):
+        value = getattr(HeadConfig(margin=name).build_margin(), "m", None)
+    return " ".join(str(part) for part in (name, value) if part is not None)
+
+
+def _count(value: float | None) -> str:
+    return f"{value:,.0f}" if value else ""
+
+
+def _sampling(rate: float | None, sampled: float | None) -> str:
+    """The sample rate, and what it came to."""
+    words = "" if rate is None else "positives only" if rate == 0 else f"{rate:g}"
+    return _words(words, f"{sampled:,.0f} classes a step" if sampled else None)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def curves_section(facts: RunFacts) -> str:
+    """A plot for each figure that the log has, and for the accuracy on each benchmark."""
+    charts = [chart for curve in _CURVES if (chart := _chart(facts, curve))]
+    charts += [_accuracy_chart(facts, name) for name in facts.benchmarks]
+    return f'<h2>How it went</h2><div class="grid">{"".join(charts)}</div>' if charts else ""
+
+
+def _chart(facts: RunFacts, curve: _Curve) -> str:
+    """The plot of a figure; nothing if the log has no finite value of it, or it is switched off."""
+    points = facts.curve(curve.key)
+    finite = [value for _, value in points if math.isfinite(value)]
+    off = curve.key == "conflict_share" and facts.setting("head.conflict_threshold") is None and not any(finite)
+    if not finite or off:
+        return ""
+    lines = [Line(curve.name.lower(), points)]
+    head = facts.curve("lr_head")
+    if curve.key == "lr" and head != points and any(math.isfinite(value) for _, value in head):
+        lines.append(Line("of the head", head))
+    svg = line_chart(
+        lines,
+        name=curve.name,
+        last_step=facts.steps,
+        percent=curve.percent,
+        from_zero=curve.from_zero,
+        may_log=curve.may_log,
+    )
+    return _figure(curve.name, f"{finite[-1]:.2%}" if curve.percent else value_format(finite[-1]), svg, curve.hint)
+
+
+def _accuracy_chart(facts: RunFacts, benchmark: str) -> str:
+    course = [each for each in facts.evaluations if each.benchmark == benchmark]
+    points = [(float(each.step), each["accuracy"] or 0.0) for each in course]
+    spread = [each["accuracy_std"] or 0.0 for each in course]
+    name = f"Accuracy on {benchmark}"
+    svg = line_chart([Line("accuracy", points)], name=name, last_step=facts.steps, percent=True, spread=spread)
+    return _figure(name, f"{points[-1][1]:.2%}", svg, "Mean of ten folds; the band is their standard deviation.")
+
+
+def _figure(name: str, value: str, svg: str, hint: str) -> str:
+    return (
+        f'<figure class="card"><figcaption><b>{escape(name)}</b><span>last {escape(value)}</span></figcaption>'
+        f'{svg}<div class="hint">{escape(hint)}</div></figure>'
+    )

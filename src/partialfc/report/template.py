@@ -66,7 +66,7 @@ svg text { fill: var(--faint); font-variant-numeric: tabular-nums; }
 .s1 { stroke: var(--blue); }
 .s2 { stroke: var(--orange); stroke-dasharray: 5 3; }
 .chance { stroke: var(--plain); stroke-dasharray: 3 3; stroke-width: 1.2; }
-.band { fill: var(--blue); fill-opacity: 0.16; stroke: none; }
+.band { fill: var(--blue); fill-opacity: 0.16; stroke-opacity: 0.3; stroke-width: 1; }
 .dot { fill: var(--card); stroke-width: 1.6; }
 .area { stroke-width: 1.5; fill-opacity: 0.28; stroke-linejoin: round; }
 .genuine { fill: var(--blue); stroke: var(--blue); }

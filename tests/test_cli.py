@@ -98,6 +98,9 @@ def test_train_on_every_layout_and_evaluate(
     assert json.loads((tmp_path / "scores" / "results.json").read_text()) == printed
     scores = np.load(tmp_path / "scores" / "lfw-scores.npz")
     assert scores["scores"].shape == (40,)
+    assert run("report", tmp_path / "header", "--benchmark", f"lfw={LFW}", "--json") == 0
+    page = Path(json.loads(capsys.readouterr().out)["report"])
+    assert page.read_text().startswith("<!DOCTYPE html>")
     assert run("evaluate", tmp_path / "header", "--benchmark", f"lfw={LFW}") == 0
     assert "accuracy" in capsys.readouterr().out
 

@@ -23,8 +23,10 @@ from partialfc.data.inspect import inspect
 from partialfc.demo import demo
 from partialfc.distributed import launched_rank
 from partialfc.errors import InputError, JobError
-from partialfc.evaluation.benchmarks import evaluate_benchmarks, table, write_results
+from partialfc.evaluation.benchmarks import evaluate_benchmarks, read_benchmarks, table, write_results
+from partialfc.evaluation.pairs import evaluate_pair_set
 from partialfc.model import load_model
+from partialfc.report.page import write_report
 from partialfc.training.assemble import choose_device
 from partialfc.training.config import TrainConfig
 from partialfc.training.loop import train
@@ -115,6 +117,7 @@ def build_parser(recipe: str | None = None) -> ArgumentParser:
     commands.add_subcommand("demo", _demo_parser(), help="the whole job on procedural faces, on this machine")
     commands.add_subcommand("train", _train_parser(recipe), help="train a model, evaluating on the way")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="run benchmarks on a trained model")
+    commands.add_subcommand("report", _report_parser(), help="one run as one HTML page")
     data, bench = _Parser(), _Parser()
     commands.add_subcommand("data", data, help="look at data sets, or write procedural ones")
     below = data.add_subcommands(dest="command")
@@ -172,6 +175,18 @@ def _evaluate_parser() -> ArgumentParser:
     return _with_json(parser)
 
 
+def _report_parser() -> ArgumentParser:
+    parser = _Parser(description="Show one run as one self-contained HTML page.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "--benchmark", nargs="+", default=[], metavar="NAME=PATH", help="verification files to show scores and pairs of"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="the page; by default report.html in the run folder")
+    parser.add_argument("--title", type=str, default=None, help="its title")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    return _with_json(parser)
+
+
 def _inspect_parser() -> ArgumentParser:
     parser = _Parser(description="Count, check and hash a training set.")
     parser.add_argument("path", type=Path, help="folder with a .rec file, .rec file, or folder of identity folders")
@@ -222,6 +237,16 @@ def _run_evaluate(options: Namespace) -> None:
     _show(options.json, {name: result.summary() for name, result in results.items()}, table(results))
 
 
+def _run_report(options: Namespace) -> None:
+    results, pairs = {}, {}
+    if options.benchmark:
+        model = load_model(options.run, choose_device(options.device))
+        pairs = read_benchmarks(named_paths(options.benchmark), model.config)
+        results = {name: evaluate_pair_set(model, each) for name, each in pairs.items()}
+    path = write_report(options.run, out=options.out, results=results, pairs=pairs, title=options.title)
+    _show(options.json, {"report": str(path)}, f"report: {path}")
+
+
 def _run_inspect(options: Namespace) -> None:
     with track("inspecting", quiet=options.json) as progress:
         facts = inspect(options.path, progress=progress)
@@ -252,6 +277,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "demo": _run_demo,
     "train": _run_train,
     "evaluate": _run_evaluate,
+    "report": _run_report,
     "data inspect": _run_inspect,
     "data faces": _run_faces,
     "bench head": _run_bench_head,

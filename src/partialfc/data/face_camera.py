@@ -141,7 +141,7 @@ def develop(light: Tensor, tone: Tensor, shot: Draws, settings: FaceSettings) ->
     count, _, height, width = light.shape
     sharpness = settings.blur * height / 112
     light = _blurred(light, (0.45 + 1.5 * shot["blur"] ** 2) * sharpness)
-    gain = torch.exp(shot["exposure"] * settings.exposure) * 0.34 / (0.06 + tone) ** 0.75
+    gain = torch.exp(shot["exposure"] * settings.exposure) * 0.47 / (0.06 + tone) ** 0.55
     balance = torch.stack([shot["balance_red"], torch.zeros_like(gain), shot["balance_blue"]], dim=1)
     gains = gain[:, None] * torch.exp(balance * settings.white_balance)
     light = light * gains.float()[:, :, None, None]

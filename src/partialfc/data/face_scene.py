@@ -15,7 +15,7 @@ def _any_colour(tone: Tensor, hue: Tensor) -> Tensor:
     angle = hue[:, 0] * (2 * torch.pi)
     turns = torch.cat([torch.cos(angle), torch.cos(angle - 2.094), torch.cos(angle + 2.094)], dim=1)
     bright = 0.03 + 0.75 * tone[:, 0] ** 1.6
-    return bright * (1 + 0.30 * turns)
+    return bright * (1 + 0.24 * turns)
 
 
 def paint_scene(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_split_evenly_covers_everything_once(total: int, parts: int) -> None:
     bounds = [distributed.split_evenly(total, parts, part) for part in range(parts)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == total
-    assert all(left[1] == right[0] for left, right in zip(bounds, bounds[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
     sizes = {stop - start for start, stop in bounds}
     assert max(sizes) - min(sizes) <= 1
 

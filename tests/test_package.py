@@ -1,0 +1,40 @@
+"""The package as a whole: it imports with its core dependencies alone, and without side effects."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CORE_ONLY = """
+import importlib, importlib.abc, pkgutil, sys
+
+EXTRAS = {"tensorboard", "wandb", "timm", "sklearn", "scipy", "pytest", "hypothesis", "simplejpeg", "cv2", "onnx", "pandas"}
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+before = torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype()
+import partialfc
+modules = [module.name for module in pkgutil.walk_packages(partialfc.__path__, "partialfc.")]
+for name in modules:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+assert before == (torch.get_num_threads(), torch.initial_seed(), torch.get_default_dtype())
+print(len(modules))
+"""
+
+
+def test_every_module_imports_with_the_core_dependencies() -> None:
+    done = subprocess.run([sys.executable, "-c", CORE_ONLY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30
+
+
+def test_python_m_partialfc_answers() -> None:
+    done = subprocess.run([sys.executable, "-m", "partialfc", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "train" in done.stdout

@@ -1,1 +1,7 @@
 """Its place makes `reference` and `distributed_workers` importable from every test."""
+
+import os
+
+# Before torch is imported, here and in the processes that tests start: the tensors of tests are small, and several
+# threads a process wait for each other more than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

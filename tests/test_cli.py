@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from partialfc.cli import main
@@ -259,12 +258,3 @@ def test_the_model_of_a_run_is_found_and_a_broken_one_named(capsys: pytest.Captu
     capsys.readouterr()
     (tmp_path / "run" / "model" / "last" / "model.safetensors").write_bytes(b"")
     assert "model.safetensors" in complaint(capsys, "evaluate", tmp_path / "run", "--benchmark", f"lfw={LFW}")
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> Any:
-    """Small tensors are slower with several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

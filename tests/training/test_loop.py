@@ -4,58 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from small_runs import PAIRS, final_tensors, small_config, timeless
 
 from partialfc.data.images import encode_png
 from partialfc.data.loader import Batch
 from partialfc.errors import InputError, JobError
 from partialfc.model import load_model
 from partialfc.training import loop
-from partialfc.training.checkpoint_reading import Checkpoint, steps_in
-from partialfc.training.config import (
-    BackboneConfig,
-    DataConfig,
-    HeadConfig,
-    OptimizerConfig,
-    OutputConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from partialfc.training.checkpoint_reading import steps_in
+from partialfc.training.config import HeadConfig, ScheduleConfig
 from partialfc.training.metrics_log import read_metrics
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-PAIRS = {"lfw": FIXTURES / "verification" / "lfw.bin"}
-
-
-def small_config(**changes: Any) -> TrainConfig:
-    base = TrainConfig(
-        data=DataConfig(path=str(FIXTURES / "insightface"), global_batch_size=10, micro_batch_size=4, workers=0),
-        backbone=BackboneConfig("mini", 16),
-        head=HeadConfig(sample_rate=0.5, scale=16.0),
-        optimizer=OptimizerConfig(lr=0.05, lr_scaling="absolute"),
-        schedule=ScheduleConfig(epochs=2, warmup_epochs=0.3),
-        output=OutputConfig(log_every=1, checkpoint_every=3, keep=2),
-    )
-    return replace(base, **changes)
-
-
-def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics without what depends on the machine's load."""
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
-
-
-def final_tensors(root: Path) -> dict[str, torch.Tensor]:
-    """Everything that the last checkpoint holds."""
-    checkpoint = Checkpoint(root / "checkpoints" / f"step-{steps_in(root / 'checkpoints')[-1]:08d}")
-    tensors = {
-        f"{group}/{k}": v for group in ("backbone", "backbone-optimizer") for k, v in checkpoint.tensors(group).items()
-    }
-    for name, shape in checkpoint.row_shapes.items():
-        tensors[f"rows/{name}"] = checkpoint.rows(name, 0, shape[0])
-    return tensors
+from partialfc.training.step import Stepper
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +55,9 @@ def test_an_interrupted_run_goes_on_bit_by_bit(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
     """Stopped inside the step after `stop_after`, in the middle of its micro-steps, and resumed."""
-    original, seen = loop._Trainer._loss, []
+    original, seen = Stepper._loss, []
 
-    def failing(self: loop._Trainer, batch: Batch) -> torch.Tensor:
+    def failing(self: Stepper, batch: Batch) -> torch.Tensor:
         seen.append(batch)
         if batch.step == stop_after and batch.micro_step == 1:
             raise KeyboardInterrupt
@@ -103,7 +65,7 @@ def test_an_interrupted_run_goes_on_bit_by_bit(
 
     root = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Trainer, "_loss", failing)
+        patch.setattr(Stepper, "_loss", failing)
         with pytest.raises(KeyboardInterrupt):
             loop.train(small_config(), root, benchmarks=PAIRS, quiet=True)
     result = loop.train(small_config(), root, benchmarks=PAIRS, resume=True, quiet=True)
@@ -142,14 +104,14 @@ def test_other_data_is_refused_at_resume(straight: Path, tmp_path: Path) -> None
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop._Trainer._loss
+    original = Stepper._loss
 
-    def poisoned(self: loop._Trainer, batch: Batch) -> torch.Tensor:
+    def poisoned(self: Stepper, batch: Batch) -> torch.Tensor:
         if batch.step == 2:
             batch = replace(batch, images=batch.images.float() * float("nan"))
         return original(self, batch)
 
-    monkeypatch.setattr(loop._Trainer, "_loss", poisoned)
+    monkeypatch.setattr(Stepper, "_loss", poisoned)
     loop.train(small_config(), tmp_path / "run", quiet=True)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [0, 0] + [1] * 8
@@ -157,9 +119,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, mo
 
 
 def test_ten_skipped_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop._Trainer._loss
+    original = Stepper._loss
     monkeypatch.setattr(
-        loop._Trainer,
+        Stepper,
         "_loss",
         lambda self, batch: original(self, replace(batch, images=batch.images.float() * float("inf"))),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
 import yaml
 
-from partialfc.backbones import check_backbone
+from partialfc.backbones import create_backbone
 from partialfc.errors import InputError
 from partialfc.head.margins import ArcFace, CosFace, Margin
 
@@ -44,6 +45,24 @@ class BackboneConfig:
     """Its name, such as r18, r50, r100 or mini."""
     embedding_dim: int = 512
     """Width of the embedding."""
+    dropout: float | None = None
+    """IResNet and others that know it: share of the features dropped in training; null leaves it to the network."""
+    mask_ratio: float | None = None
+    """ViT: share of the tokens left out in training; null leaves it to the network."""
+    drop_path: float | None = None
+    """ViT: the largest rate at which a residual branch is left out for an image; null leaves it to the network."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass rather than keep them: less memory, more time."""
+
+    def options(self) -> dict[str, Any]:
+        """The options of the network itself, those that are set."""
+        chosen = {
+            "dropout": self.dropout,
+            "mask_ratio": self.mask_ratio,
+            "drop_path": self.drop_path,
+            "checkpointing": self.checkpointing or None,
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,7 @@ class TrainConfig:
     """What is written."""
     seed: int = 0
     """Initial weights, order, augmentation and sampled classes are functions of it."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Arithmetic of the backbone; auto is bf16 where the processor multiplies it faster, and float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
@@ -172,7 +191,7 @@ class TrainConfig:
                 raise InputError(f"{key} is {value}; it must be at least {least}.")
         if not self.data.path:
             raise InputError("data.path is missing: give the training images with --data.path.")
-        check_backbone(self.backbone.name)
+        self._check_backbone()
         if not 0 <= self.head.sample_rate <= 1:
             raise InputError(f"head.sample_rate is {self.head.sample_rate}; it is a part, from 0 to 1.")
         if not 0 <= self.optimizer.momentum < 1:
@@ -185,6 +204,12 @@ class TrainConfig:
                 "of the run: shorten it."
             )
         self.head.build_margin()
+
+    def _check_backbone(self) -> None:
+        """Build the network without numbers, at the usual image size: that refuses its unknown options and values."""
+        chosen = self.backbone
+        with torch.device("meta"):
+            create_backbone(chosen.name, embedding_dim=chosen.embedding_dim, **chosen.options())
 
     def peak_lr(self) -> float:
         """The learning rate at the top of the schedule for this global batch."""

@@ -10,27 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from partialfc.data.augment import augment
 from partialfc.data.loader import Batch
-from partialfc.distributed import broadcast, gather_json, process_group, rank_of, split_evenly, world_size_of
-from partialfc.errors import InputError, JobError
+from partialfc.distributed import broadcast, gather_json, process_group, rank_of, world_size_of
+from partialfc.errors import InputError
 from partialfc.evaluation.benchmarks import read_benchmarks
 from partialfc.evaluation.pairs import evaluate_pair_set
-from partialfc.head.partial_fc import NonFiniteEmbeddings
-from partialfc.keyed_random import derive_key
 from partialfc.model import Model, ModelConfig, save_model
-from partialfc.training.assemble import build_state, choose_device, open_loader, wants_bf16
+from partialfc.training.assemble import PRECISION_NAMES, build_state, choose_device, compute_dtype, open_loader
 from partialfc.training.checkpoint import load_latest
 from partialfc.training.config import TrainConfig
 from partialfc.training.metrics_log import MetricsLog
 from partialfc.training.progress import TrainingProgress
 from partialfc.training.run_folder import open_run_folder
-from partialfc.training.schedule import learning_rate
-
-_MOST_SKIPPED_IN_A_ROW = 10
+from partialfc.training.step import Stepper
 
 
 @dataclass(frozen=True)
@@ -147,21 +141,13 @@ class _Trainer:
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)
         self.folder = open_run_folder(out, config, resume=resume)
         self.state = build_state(config, self.loader, device)
-        self.bf16 = wants_bf16(config.precision, device)
         self.notes: list[str] = []
         if resume:
             load_latest(self.folder.checkpoints, self.state.restore, warn=self.notes.append)
-        self.network: nn.Module = self.state.backbone
-        if self.world_size > 1:
-            # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
-            self.network = DistributedDataParallel(
-                self.state.backbone, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        self.total_steps = max(1, round(config.schedule.epochs * self.loader.steps_per_epoch))
-        self.buffers_before = [buffer.clone() for buffer in self.state.backbone.buffers()]
+        self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))
+        self.total_steps = self.stepper.total_steps
         self.results: dict[str, dict[str, Any]] = {}
         self.images_done, self.seconds_done = 0, 0.0
-        self.skipped_in_a_row = 0
 
     def run(self) -> TrainResult:
         """All steps that are left, and what falls due on the way."""
@@ -177,7 +163,7 @@ class _Trainer:
             self.progress.update(first)
             clock = _Clock.start()
             while state.done < self.total_steps:
-                figures = self._step([clock.next_batch(batches) for _ in range(self.loader.micro_steps)])
+                figures = self.stepper.step([clock.next_batch(batches) for _ in range(self.loader.micro_steps)])
                 state.done += 1
                 clock.images += self.config.data.global_batch_size
                 if self._is_due(output.log_every):
@@ -190,103 +176,6 @@ class _Trainer:
             if first >= self.total_steps:
                 self._evaluate()
         return self._result()
-
-    # -- one step ----------------------------------------------------------------------------------------------------
-
-    def _step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """One optimizer step: forward and backward of its micro-steps, then both optimizers, or neither."""
-        state, step = self.state, self.state.done
-        # Whatever draws from torch's own generator, such as dropout, draws the same after a resume.
-        torch.manual_seed(derive_key(self.config.seed, "step", step, rank_of()))
-        self.lr = self._learning_rate(step)
-        self.lr_head = self.lr * self.config.optimizer.head_lr_factor
-        for optimizer, lr in ((state.backbone_optimizer, self.lr), (state.head_optimizer, self.lr_head)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        state.head.step = step
-        state.backbone.train()
-        buffers = list(state.backbone.buffers())
-        torch._foreach_copy_(self.buffers_before, buffers)
-        figures = self._forward_and_backward(micro_batches)
-        if figures and bool(torch.isfinite(figures["grad_norm"])):
-            state.backbone_optimizer.step()
-            state.head_optimizer.step()
-            self.skipped_in_a_row = 0
-        else:
-            torch._foreach_copy_(buffers, self.buffers_before)  # BatchNorm has seen what was not finite
-            self._skip()
-        state.backbone_optimizer.zero_grad()
-        state.head_optimizer.zero_grad()
-        return figures
-
-    def _forward_and_backward(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """Leave the gradients of one optimizer step, the backbone's clipped; its figures, none if they are not finite.
-
-        The ranks exchange the backbone's gradient in the last micro-step only.
-        """
-        total = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for number, batch in enumerate(micro_batches):
-            share = self._images_in_micro_step(number) / self.config.data.global_batch_size
-            synchronise = number == len(micro_batches) - 1
-            try:
-                with contextlib.nullcontext() if synchronise else self._without_synchronisation():
-                    loss = self._loss(batch)
-                    (loss * share).backward()
-            except NonFiniteEmbeddings:
-                return {}
-            seen = self.state.head.figures
-            if seen is not None:
-                total += share * torch.stack([loss.detach().double(), seen.target_cosine, seen.conflict_share])
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.state.backbone.parameters(), self.config.optimizer.max_grad_norm or float("inf")
-        )
-        return {"loss": total[0], "target_cosine": total[1], "conflict_share": total[2], "grad_norm": norm}
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """The mean loss of one micro-step over all ranks."""
-        images = batch.images.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        positions = batch.positions.to(self.device, non_blocking=True)
-        inputs = augment(images, positions, self.config.seed, flip=self.config.data.flip)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            embeddings = self.network(inputs.contiguous(memory_format=torch.channels_last))
-        loss: Tensor = self.state.head(embeddings.float(), labels)
-        return loss
-
-    def _images_in_micro_step(self, number: int) -> int:
-        """Images of one micro-step over all ranks, whose shares may be uneven."""
-        total = 0
-        for rank in range(self.world_size):
-            start, stop = split_evenly(self.config.data.global_batch_size, self.world_size, rank)
-            first, last = split_evenly(stop - start, self.loader.micro_steps, number)
-            total += last - first
-        return total
-
-    def _without_synchronisation(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.network, DistributedDataParallel):
-            return self.network.no_sync()
-        return contextlib.nullcontext()
-
-    def _learning_rate(self, step: int) -> float:
-        schedule = self.config.schedule
-        return learning_rate(
-            step,
-            base=self.config.peak_lr(),
-            total_steps=self.total_steps,
-            warmup_steps=round(schedule.warmup_epochs * self.loader.steps_per_epoch),
-            schedule=schedule.kind,
-            power=schedule.power,
-        )
-
-    def _skip(self) -> None:
-        """Count a step whose gradient is not finite; what shows it is the same on all ranks, so all come here."""
-        self.state.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-            raise JobError(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.state.done}, had gradients that are not "
-                "finite: lower optimizer.lr or check the data; the checkpoints hold none of these steps."
-            )
 
     # -- what falls due on the way -----------------------------------------------------------------------------------
 
@@ -314,8 +203,8 @@ class _Trainer:
             "step": state.done,
             "epoch": state.done / self.loader.steps_per_epoch,
             **values,
-            "lr": self.lr,
-            "lr_head": self.lr_head,
+            "lr": self.stepper.lr,
+            "lr_head": self.stepper.lr_head,
             "images_per_second": clock.images / clock.seconds,
             "data_wait": clock.waited / clock.seconds,
             "sampled_classes": state.head.figures.sampled if state.head.figures else 0,
@@ -361,7 +250,7 @@ class _Trainer:
         return (
             f"{start}: {config.backbone.name} on {len(loader):,} images of {loader.num_classes:,} identities, "
             f"{self.total_steps:,} steps of {config.data.global_batch_size}, {config.describe_lr()}, "
-            f"{self.world_size} x {self.device.type} in {'bf16' if self.bf16 else 'float32'}"
+            f"{self.world_size} x {self.device.type} in {PRECISION_NAMES[self.stepper.compute_dtype]}"
         )
 
     def _result(self) -> TrainResult:

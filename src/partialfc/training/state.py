@@ -15,6 +15,7 @@ from partialfc.errors import InputError
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.checkpoint import Checkpoint, RowTensors, save_checkpoint
+from partialfc.training.scaling import LossScale
 
 
 @dataclass
@@ -25,6 +26,7 @@ class TrainState:
         done: optimizer steps done; with the seed it is also the position in the data and in the sampling.
         skipped: steps left out because a gradient was not finite.
         best_score, best_step: the best mean accuracy over the benchmarks, and when.
+        loss_scale: of fp16, None in other precisions.
         facts: what must be the same when the run goes on, such as the number of images.
     """
 
@@ -34,6 +36,7 @@ class TrainState:
     head_optimizer: RowwiseSGD | RowwiseAdamW
     facts: dict[str, Any]
     identities: list[str] | None = None
+    loss_scale: LossScale | None = None
     done: int = 0
     skipped: int = 0
     best_score: float | None = None
@@ -64,6 +67,7 @@ class TrainState:
                 "best_score": self.best_score,
                 "best_step": self.best_step,
                 "margin_state": margin_state,
+                "loss_scale": None if self.loss_scale is None else self.loss_scale.to_dict(),
                 "config": config,
             },
             documents=None if self.identities is None else {"identities": self.identities},
@@ -91,6 +95,8 @@ class TrainState:
         for name, value in checkpoint.state["margin_state"].items():
             buffer = self.head.get_buffer(f"margin_{name}")
             buffer.copy_(torch.tensor(value, dtype=buffer.dtype))
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale(**checkpoint.state["loss_scale"])
         self.done = checkpoint.step
         self.head.step = checkpoint.state["head_step"]
         self.skipped = checkpoint.state["skipped"]

@@ -1,0 +1,174 @@
+"""One optimizer step: forward and backward of its micro-steps, then both optimizers, or neither."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from partialfc import keyed_random
+from partialfc.data.augment import augment
+from partialfc.data.loader import Batch, Loader
+from partialfc.distributed import any_rank, rank_of, split_evenly, world_size_of
+from partialfc.errors import JobError
+from partialfc.head.partial_fc import NonFiniteEmbeddings
+from partialfc.training.config import TrainConfig
+from partialfc.training.scaling import scale_gradient
+from partialfc.training.schedule import learning_rate
+from partialfc.training.state import TrainState
+
+_MOST_SKIPPED_IN_A_ROW = 10
+
+
+class Stepper:
+    """Takes the optimizer steps of one run in one process, on the tensors of its state.
+
+    Args:
+        config: what to train.
+        state: networks, optimizers and counters; `step` changes them, the count of steps aside.
+        loader: tells micro-steps and steps an epoch.
+        device: where the networks are.
+        compute_dtype: the backbone's arithmetic: float32, bfloat16 or float16.
+
+    Attributes:
+        total_steps: of the whole run.
+        lr, lr_head: learning rates of the last step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        loader: Loader,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.config, self.state, self.loader, self.device = config, state, loader, device
+        self.compute_dtype = compute_dtype
+        self.world_size = world_size_of()
+        self.total_steps = max(1, round(config.schedule.epochs * loader.steps_per_epoch))
+        self.lr = self.lr_head = 0.0
+        self.network: nn.Module = state.backbone
+        if self.world_size > 1:
+            # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._buffers_before = [buffer.clone() for buffer in state.backbone.buffers()]
+        self._random_parts = keyed_random.derive_key(config.seed, "backbone's random parts")
+        self._skipped_in_a_row = 0
+
+    def step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
+        """Take one step, and return its figures, none if it was skipped before it had any.
+
+        A gradient that is not finite on any rank is skipped by all, in both optimizers.
+
+        Raises:
+            JobError: ten steps in a row were skipped.
+        """
+        state, step = self.state, self.state.done
+        # Whatever draws from torch's own generator draws the same after a resume.
+        torch.manual_seed(keyed_random.derive_key(self.config.seed, "step", step, rank_of()))
+        self._set_learning_rates(step)
+        state.head.step = step
+        state.backbone.train()
+        buffers = list(state.backbone.buffers())
+        torch._foreach_copy_(self._buffers_before, buffers)
+        figures = self._forward_and_backward(micro_batches)
+        finite = bool(figures) and not any_rank(not bool(torch.isfinite(figures["grad_norm"])), self.device)
+        if finite:
+            state.backbone_optimizer.step()
+            state.head_optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            torch._foreach_copy_(buffers, self._buffers_before)  # BatchNorm has seen what was not finite
+        if state.loss_scale is not None:
+            state.loss_scale.update(finite)
+        state.backbone_optimizer.zero_grad()
+        state.head_optimizer.zero_grad()
+        if not finite:
+            self._count_skip()
+        return figures
+
+    def _set_learning_rates(self, step: int) -> None:
+        schedule = self.config.schedule
+        self.lr = learning_rate(
+            step,
+            base=self.config.peak_lr(),
+            total_steps=self.total_steps,
+            warmup_steps=round(schedule.warmup_epochs * self.loader.steps_per_epoch),
+            schedule=schedule.kind,
+            power=schedule.power,
+        )
+        self.lr_head = self.lr * self.config.optimizer.head_lr_factor
+        for optimizer, lr in ((self.state.backbone_optimizer, self.lr), (self.state.head_optimizer, self.lr_head)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def _forward_and_backward(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
+        """Leave the gradients of one optimizer step, the backbone's clipped; its figures, none if they are not finite.
+
+        The ranks exchange the backbone's gradient in the last micro-step only.
+        """
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(micro_batches):
+            share = self._images_in_micro_step(number) / self.config.data.global_batch_size
+            synchronise = number == len(micro_batches) - 1
+            try:
+                with contextlib.nullcontext() if synchronise else self._without_synchronisation():
+                    loss = self._loss(batch)
+                    (loss * share).backward()
+            except NonFiniteEmbeddings:
+                return {}
+            seen = self.state.head.figures
+            if seen is not None:
+                total += share * torch.stack([loss.detach().double(), seen.target_cosine, seen.conflict_share])
+        norm = self._unscaled_and_clipped()
+        return {"loss": total[0], "target_cosine": total[1], "conflict_share": total[2], "grad_norm": norm}
+
+    def _unscaled_and_clipped(self) -> Tensor:
+        """The norm of the backbone's gradient, after which that is scaled down to the largest norm allowed."""
+        parameters = list(self.state.backbone.parameters())
+        if self.state.loss_scale is not None:
+            gradients = [each.grad for each in parameters if each.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / self.state.loss_scale.value)
+        return torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The mean loss of one micro-step over all ranks."""
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        positions = batch.positions.to(self.device, non_blocking=True)
+        inputs = augment(images, positions, self.config.seed, flip=self.config.data.flip)
+        keys = keyed_random.bits(self._random_parts, positions)
+        reduced = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced):
+            embeddings = self.network(inputs.contiguous(memory_format=torch.channels_last), keys).float()
+        if self.state.loss_scale is not None:
+            embeddings = scale_gradient(embeddings, self.state.loss_scale.value)
+        loss: Tensor = self.state.head(embeddings, labels)
+        return loss
+
+    def _images_in_micro_step(self, number: int) -> int:
+        """Images of one micro-step over all ranks, whose shares may be uneven."""
+        total = 0
+        for rank in range(self.world_size):
+            start, stop = split_evenly(self.config.data.global_batch_size, self.world_size, rank)
+            first, last = split_evenly(stop - start, self.loader.micro_steps, number)
+            total += last - first
+        return total
+
+    def _without_synchronisation(self) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.network, DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def _count_skip(self) -> None:
+        """Count a step whose gradient is not finite; all ranks agree on that, so all come here."""
+        self.state.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+            raise JobError(
+                f"{self._skipped_in_a_row} steps in a row, up to step {self.state.done}, had gradients that are not "
+                "finite: lower optimizer.lr or check the data; the checkpoints hold none of these steps."
+            )

@@ -8,11 +8,14 @@ from torch import nn
 from partialfc.backbones import create_backbone
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
+from partialfc.data.subset import SubsetSource
 from partialfc.distributed import local_rank, rank_of, world_size_of
 from partialfc.errors import InputError
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
+from partialfc.training.averaging import averaged_copy
 from partialfc.training.config import TrainConfig
+from partialfc.training.freezing import freeze
 from partialfc.training.scaling import LossScale
 from partialfc.training.state import TrainState
 
@@ -49,8 +52,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 def open_loader(config: TrainConfig) -> Loader:
     """The training data, with this rank's share of it."""
     data = config.data
+    source = open_source(data.path, num_classes=data.num_classes)
     return Loader(
-        open_source(data.path, num_classes=data.num_classes),
+        SubsetSource(source, data.min_images) if data.min_images else source,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
         seed=config.seed,
@@ -62,11 +66,17 @@ def open_loader(config: TrainConfig) -> Loader:
     )
 
 
+def facts_of(loader: Loader) -> dict[str, int]:
+    """What must be the same of the data when a run goes on."""
+    return {"images": len(loader), "classes": loader.num_classes, "image_size": loader.image_size}
+
+
 def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> TrainState:
     """Networks and optimizers at step 0: functions of the configuration and of what the data says of itself."""
-    backbone = build_backbone(config, loader.image_size).to(device)
+    backbone = build_backbone(config, loader.image_size, device=device)
+    freeze(backbone, config.backbone.freeze)
     for parameter in backbone.parameters():
-        if parameter.ndim == 4:  # convolutions are quicker with the channels last
+        if parameter.ndim == 4 and config.backbone.channels_last:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     head = PartialFC(
         loader.num_classes,
@@ -80,29 +90,31 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         seed=config.seed,
         device=device,
     )
-    facts = {"images": len(loader), "classes": loader.num_classes, "image_size": loader.image_size}
     optimizers = build_optimizers(config, backbone, head)
     scaled = compute_dtype(config.precision, device) == torch.float16
     return TrainState(
         backbone,
         head,
         *optimizers,
-        facts,
+        facts_of(loader),
         identities=loader.source.identities,
         loss_scale=LossScale() if scaled else None,
+        average=averaged_copy(backbone) if config.optimizer.ema_decay else None,
     )
 
 
-def build_backbone(config: TrainConfig, image_size: int) -> nn.Module:
+def build_backbone(config: TrainConfig, image_size: int, *, device: torch.device) -> nn.Module:
     """The network of the configuration with fresh weights; InputError for an option that it does not take."""
     chosen = config.backbone
-    return create_backbone(
-        chosen.name,
-        embedding_dim=chosen.embedding_dim,
-        image_size=image_size,
-        seed=config.seed,
-        **chosen.options(),
-    )
+    with torch.device("meta" if device.type == "meta" else "cpu"):  # weights are drawn on the CPU everywhere
+        backbone = create_backbone(
+            chosen.name,
+            embedding_dim=chosen.embedding_dim,
+            image_size=image_size,
+            seed=config.seed,
+            **chosen.options(),
+        )
+    return backbone.to(device)
 
 
 def build_optimizers(
@@ -111,10 +123,13 @@ def build_optimizers(
     """The same rule for backbone and head, row-wise for the head."""
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     chosen = config.optimizer
+    fused = chosen.fused or None  # None leaves the choice to PyTorch
     if chosen.name == "adamw":
-        dense = torch.optim.AdamW(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay)
+        dense = torch.optim.AdamW(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=fused)
         return dense, RowwiseAdamW(head.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay)
     return (
-        torch.optim.SGD(parameters, lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay),
+        torch.optim.SGD(
+            parameters, lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay, fused=fused
+        ),
         RowwiseSGD(head.parameters(), lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay),
     )

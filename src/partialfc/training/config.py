@@ -11,6 +11,7 @@ import yaml
 from partialfc.backbones import create_backbone
 from partialfc.errors import InputError
 from partialfc.head.margins import ArcFace, CosFace, Margin
+from partialfc.training.freezing import freeze
 
 LR_BATCH = 512
 
@@ -31,6 +32,8 @@ class DataConfig:
     """Mirror every other image, drawn anew each epoch."""
     color_order: Literal["rgb", "bgr"] = "rgb"
     """The order of the channels in the stored images."""
+    min_images: int = 0
+    """Identities with fewer images are left out, and the others renumbered; 0 keeps all."""
     num_classes: int | None = None
     """Classes of the head; null takes them from the data."""
     max_unreadable: int | None = None
@@ -53,6 +56,14 @@ class BackboneConfig:
     """ViT: the largest rate at which a residual branch is left out for an image; null leaves it to the network."""
     checkpointing: bool = False
     """Compute activations again in the backward pass rather than keep them: less memory, more time."""
+    init: str | None = None
+    """Start from the weights of this model folder or run folder; null is fresh weights, or those of head.from_run."""
+    freeze: list[str] = field(default_factory=list)
+    """Layers or parameters that keep their weights, by name, such as conv1 or layer1."""
+    channels_last: bool = True
+    """Keep the weights of convolutions with the channels last, which is quicker."""
+    compile: bool = False
+    """Compile the network with torch.compile; needs a C++ compiler on a CPU, and pays in long runs."""
 
     def options(self) -> dict[str, Any]:
         """The options of the network itself, those that are set."""
@@ -86,6 +97,12 @@ class HeadConfig:
     update: Literal["sparse", "deferred"] = "sparse"
     """Store the gradient of the sampled rows, or compute it inside the optimizer's step."""
 
+    from_run: str | None = None
+    """Run folder whose centers are kept for the identities that it knows, and its backbone unless backbone.init is set;
+    its identities that are not in the data are dropped."""
+    new_centers: Literal["mean", "random"] = "mean"
+    """With from_run: new identities start from the mean of their embeddings, or at random."""
+
     def build_margin(self) -> Margin:
         """The margin object; InputError for an impossible value."""
         if self.margin == "arcface":
@@ -113,6 +130,10 @@ class OptimizerConfig:
     """Weight decay of backbone and sampled centers."""
     max_grad_norm: float = 5.0
     """The backbone's gradient is scaled down to this norm; 0 for never."""
+    ema_decay: float = 0.0
+    """Evaluate and save the moving average of the backbone's weights with this decay, such as 0.9999; 0 for none."""
+    fused: bool = False
+    """Use PyTorch's fused update of the backbone."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +193,7 @@ class TrainConfig:
             ("data.global_batch_size", self.data.global_batch_size, 1),
             ("data.micro_batch_size", self.data.micro_batch_size, 1),
             ("data.workers", self.data.workers, 0),
+            ("data.min_images", self.data.min_images, 0),
             ("data.num_classes", self.data.num_classes, 1),
             ("data.max_unreadable", self.data.max_unreadable, 0),
             ("backbone.embedding_dim", self.backbone.embedding_dim, 1),
@@ -203,13 +225,42 @@ class TrainConfig:
                 f"schedule.warmup_epochs is {self.schedule.warmup_epochs}, more than the {self.schedule.epochs} epochs "
                 "of the run: shorten it."
             )
+        if not 0 <= self.optimizer.ema_decay < 1:
+            raise InputError(f"optimizer.ema_decay is {self.optimizer.ema_decay}; it must lie in [0, 1).")
         self.head.build_margin()
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse options that contradict each other or would do nothing."""
+        head, backbone = self.head, self.backbone
+        starts = backbone.init is not None or head.from_run is not None
+        refused = {
+            "backbone.freeze keeps layers as they start, at random: give backbone.init or head.from_run too": (
+                bool(backbone.freeze) and not starts
+            ),
+            "head.conflict_as_zero_logit needs head.conflict_threshold: set it, to 0.4 for example": (
+                head.conflict_as_zero_logit and head.conflict_threshold is None
+            ),
+            "head.margin_gradient straight_through is for the margin arcface: choose that, or exact": (
+                head.margin_gradient != "exact" and head.margin != "arcface"
+            ),
+            "head.margin_value is set, but head.margin is none: leave one out": (
+                head.margin_value is not None and head.margin == "none"
+            ),
+            "data.min_images renumbers the classes and data.num_classes counts them: leave one out": (
+                self.data.min_images > 0 and self.data.num_classes is not None
+            ),
+        }
+        for sentence, applies in refused.items():
+            if applies:
+                raise InputError(sentence + ".")
 
     def _check_backbone(self) -> None:
         """Build the network without numbers, at the usual image size: that refuses its unknown options and values."""
         chosen = self.backbone
         with torch.device("meta"):
-            create_backbone(chosen.name, embedding_dim=chosen.embedding_dim, **chosen.options())
+            network = create_backbone(chosen.name, embedding_dim=chosen.embedding_dim, **chosen.options())
+        freeze(network, chosen.freeze)
 
     def peak_lr(self) -> float:
         """The learning rate at the top of the schedule for this global batch."""

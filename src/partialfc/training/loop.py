@@ -18,12 +18,21 @@ from partialfc.errors import InputError
 from partialfc.evaluation.benchmarks import read_benchmarks
 from partialfc.evaluation.pairs import evaluate_pair_set
 from partialfc.model import Model, ModelConfig, save_model
-from partialfc.training.assemble import PRECISION_NAMES, build_state, choose_device, compute_dtype, open_loader
+from partialfc.training.assemble import (
+    PRECISION_NAMES,
+    build_backbone,
+    build_state,
+    choose_device,
+    compute_dtype,
+    open_loader,
+)
 from partialfc.training.checkpoint import load_latest
 from partialfc.training.config import TrainConfig
+from partialfc.training.identities import write_identities
 from partialfc.training.metrics_log import MetricsLog
 from partialfc.training.progress import TrainingProgress
 from partialfc.training.run_folder import open_run_folder
+from partialfc.training.starting import Start, apply_start, check_resumable, read_start
 from partialfc.training.step import Stepper
 
 
@@ -139,8 +148,12 @@ class _Trainer:
         backbone = config.backbone
         self.model_config = ModelConfig(backbone.name, backbone.embedding_dim, self.loader.image_size)
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)
+        build_backbone(config, self.loader.image_size, device=torch.device("meta"))
+        resuming = resume and check_resumable(out, self.loader)
+        start = Start() if resuming else read_start(config, self.loader)
         self.folder = open_run_folder(out, config, resume=resume)
         self.state = build_state(config, self.loader, device)
+        apply_start(start, self.state, config, self.loader)
         self.notes: list[str] = []
         if resume:
             load_latest(self.folder.checkpoints, self.state.restore, warn=self.notes.append)
@@ -223,9 +236,10 @@ class _Trainer:
     def _evaluate(self) -> None:
         """Run the benchmarks on all ranks; keep the model as the last one and, if no other was better, the best."""
         state = self.state
-        for buffer in state.backbone.buffers():
-            broadcast(buffer)
-        model = Model(state.backbone, self.model_config)
+        for network in (state.backbone, state.average):
+            for buffer in network.buffers() if network is not None else ():
+                broadcast(buffer)
+        model = Model(state.evaluated, self.model_config)
         for name, pairs in self.benchmarks.items():
             result = evaluate_pair_set(model, pairs).summary()
             self.results[name] = result
@@ -238,9 +252,9 @@ class _Trainer:
         if is_best:
             state.best_score, state.best_step = score if self.benchmarks else None, state.done
         if self.leads:
-            save_model(self.folder.model("last"), state.backbone, self.model_config)
-            if is_best:
-                save_model(self.folder.model("best"), state.backbone, self.model_config)
+            for which in ("last", "best") if is_best else ("last",):
+                save_model(self.folder.model(which), state.evaluated, self.model_config)
+                write_identities(self.folder.model(which), state.identities)
 
     # -- words -------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ class TrainState:
         skipped: steps left out because a gradient was not finite.
         best_score, best_step: the best mean accuracy over the benchmarks, and when.
         loss_scale: of fp16, None in other precisions.
+        average: the backbone with averaged weights, None where they are not averaged.
         facts: what must be the same when the run goes on, such as the number of images.
     """
 
@@ -37,10 +38,16 @@ class TrainState:
     facts: dict[str, Any]
     identities: list[str] | None = None
     loss_scale: LossScale | None = None
+    average: nn.Module | None = None
     done: int = 0
     skipped: int = 0
     best_score: float | None = None
     best_step: int | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and saved as model: the average if there is one."""
+        return self.backbone if self.average is None else self.average
 
     def row_tensors(self) -> RowTensors:
         """The centers and their optimizer state, with the global rows they are."""
@@ -58,6 +65,7 @@ class TrainState:
             tensors={
                 "backbone": self.backbone.state_dict(),
                 "backbone-optimizer": optimizer_tensors(self.backbone, self.backbone_optimizer),
+                **({} if self.average is None else {"backbone-ema": self.average.state_dict()}),
             },
             rows=self.row_tensors(),
             state={
@@ -80,14 +88,10 @@ class TrainState:
         Raises:
             InputError: it belongs to other data.
         """
-        for name, value in self.facts.items():
-            saved = checkpoint.state["facts"].get(name)
-            if saved != value:
-                raise InputError(
-                    f"{checkpoint.folder} was trained on data with {name} {saved}, but now {name} is {value}: "
-                    "resume with the same data, or start a new run."
-                )
+        check_facts(checkpoint, self.facts)
         self.backbone.load_state_dict(checkpoint.tensors("backbone"))
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.tensors("backbone-ema"))
         load_optimizer_tensors(self.backbone, self.backbone_optimizer, checkpoint.tensors("backbone-optimizer"))
         rows = self.row_tensors()
         for name, tensor in rows.tensors.items():
@@ -102,6 +106,17 @@ class TrainState:
         self.skipped = checkpoint.state["skipped"]
         self.best_score = checkpoint.state["best_score"]
         self.best_step = checkpoint.state["best_step"]
+
+
+def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+    """Raise an InputError if the checkpoint was trained on other data than `facts` tell of."""
+    for name, value in facts.items():
+        saved = checkpoint.state["facts"].get(name)
+        if saved != value:
+            raise InputError(
+                f"{checkpoint.folder} was trained on data with {name} {saved}, but now {name} is {value}: resume with "
+                "the same data, or start a new run that takes this one's head over with head.from_run."
+            )
 
 
 def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -119,6 +134,7 @@ def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: dic
     names = dict(module.named_parameters())
     for full_name, value in tensors.items():
         name, key = full_name.rsplit(".", 1)
-        # A count of steps stays where it was; everything else lives beside its parameter.
-        place = value.device if key == "step" else names[name].device
+        # A count of steps stays on the host unless a fused update reads it; all else lives beside its parameter.
+        beside = key != "step" or bool(optimizer.defaults.get("fused"))
+        place = names[name].device if beside else value.device
         optimizer.state[names[name]][key] = value.to(place)

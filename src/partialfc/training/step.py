@@ -14,7 +14,9 @@ from partialfc.data.loader import Batch, Loader
 from partialfc.distributed import any_rank, rank_of, split_evenly, world_size_of
 from partialfc.errors import JobError
 from partialfc.head.partial_fc import NonFiniteEmbeddings
+from partialfc.training.averaging import update_average
 from partialfc.training.config import TrainConfig
+from partialfc.training.freezing import hold_frozen
 from partialfc.training.scaling import scale_gradient
 from partialfc.training.schedule import learning_rate
 from partialfc.training.state import TrainState
@@ -51,12 +53,16 @@ class Stepper:
         self.total_steps = max(1, round(config.schedule.epochs * loader.steps_per_epoch))
         self.lr = self.lr_head = 0.0
         self.network: nn.Module = state.backbone
+        if config.backbone.compile:
+            self.network = torch.compile(self.network)  # type: ignore[assignment]
         if self.world_size > 1:
             # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._buffers_before = [buffer.clone() for buffer in state.backbone.buffers()]
         self._random_parts = keyed_random.derive_key(config.seed, "backbone's random parts")
         self._skipped_in_a_row = 0
+        channels_last = config.backbone.channels_last
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
         """Take one step, and return its figures, none if it was skipped before it had any.
@@ -72,6 +78,7 @@ class Stepper:
         self._set_learning_rates(step)
         state.head.step = step
         state.backbone.train()
+        hold_frozen(state.backbone, self.config.backbone.freeze)
         buffers = list(state.backbone.buffers())
         torch._foreach_copy_(self._buffers_before, buffers)
         figures = self._forward_and_backward(micro_batches)
@@ -79,6 +86,8 @@ class Stepper:
         if finite:
             state.backbone_optimizer.step()
             state.head_optimizer.step()
+            if state.average is not None:
+                update_average(state.average, state.backbone, self.config.optimizer.ema_decay, step)
             self._skipped_in_a_row = 0
         else:
             torch._foreach_copy_(buffers, self._buffers_before)  # BatchNorm has seen what was not finite
@@ -143,7 +152,7 @@ class Stepper:
         keys = keyed_random.bits(self._random_parts, positions)
         reduced = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced):
-            embeddings = self.network(inputs.contiguous(memory_format=torch.channels_last), keys).float()
+            embeddings = self.network(inputs.contiguous(memory_format=self._memory_format), keys).float()
         if self.state.loss_scale is not None:
             embeddings = scale_gradient(embeddings, self.state.loss_scale.value)
         loss: Tensor = self.state.head(embeddings, labels)

@@ -1,0 +1,195 @@
+"""Options of a training: averaged weights, frozen layers, other weights to start from, faster ways of the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import FIXTURES, final_tensors, tiny_config, write_images
+from torch import Tensor, nn
+
+from partialfc.backbones import create_backbone
+from partialfc.data.loader import Batch
+from partialfc.data.sources import open_source
+from partialfc.data.subset import SubsetSource, labels_of
+from partialfc.errors import InputError
+from partialfc.model import load_model
+from partialfc.training.averaging import averaged_copy, update_average
+from partialfc.training.config import BackboneConfig, HeadConfig, OptimizerConfig, TrainConfig
+from partialfc.training.freezing import freeze, hold_frozen
+from partialfc.training.loop import train
+from partialfc.training.step import Stepper
+
+MINI = BackboneConfig("mini", 16)
+SGD = OptimizerConfig(lr=0.01, lr_scaling="absolute")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "set", [f"person {number}" for number in range(8)])
+
+
+@pytest.fixture(scope="module")
+def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plain") / "run"
+    train(float32(images), out, quiet=True)
+    return out
+
+
+def float32(images: Path, **changes: Any) -> TrainConfig:
+    return tiny_config(images, **{"precision": "float32", "device": "cpu", "optimizer": SGD, **changes})
+
+
+def test_the_average_is_one_of_weights_and_statistics() -> None:
+    network = nn.BatchNorm1d(2)
+    average = averaged_copy(network)
+    with torch.no_grad():
+        network.weight.fill_(3.0)
+        network.running_mean.fill_(1.0)
+        network.num_batches_tracked.fill_(7)
+    update_average(average, network, 0.75, steps=10_000)
+    assert average.weight.tolist() == [1.5, 1.5]
+    assert average.running_mean.tolist() == [0.25, 0.25]
+    assert int(average.num_batches_tracked) == 7
+    update_average(average, network, 0.75, steps=0)  # the first step counts nine tenths
+    assert average.weight.tolist() == pytest.approx([2.85, 2.85])
+    assert not average.training
+
+
+def test_averaged_weights_are_evaluated_saved_and_resumed(
+    images: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = float32(images, optimizer=replace(SGD, ema_decay=0.9))
+    train(config, tmp_path / "straight", quiet=True)
+    original = Stepper._loss
+
+    def stop(self: Stepper, batch: Batch) -> Tensor:
+        if batch.step == 4:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "resumed", quiet=True)
+    train(config, tmp_path / "resumed", resume=True, quiet=True)
+    straight, resumed, without = (final_tensors(out) for out in (tmp_path / "straight", tmp_path / "resumed", plain))
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+    assert all(torch.equal(value, straight[name]) for name, value in without.items())  # training itself is the same
+    saved = load_model(tmp_path / "straight").backbone.state_dict()
+    assert all(torch.equal(value, straight[f"backbone-ema/{name}"]) for name, value in saved.items())
+    assert not torch.equal(saved["fc.weight"], straight["backbone/fc.weight"])
+
+
+def test_frozen_layers_keep_weights_and_statistics(images: Path, plain: Path, tmp_path: Path) -> None:
+    frozen = replace(MINI, init=str(plain), freeze=["stem", "bn", "layer1"])
+    train(float32(images, backbone=frozen), tmp_path / "run", quiet=True)
+    before, after = load_model(plain).backbone.state_dict(), load_model(tmp_path / "run").backbone.state_dict()
+    for name, value in before.items():
+        held = name.startswith(("stem.", "bn.", "layer1."))
+        untrained = name == "features.weight"
+        assert torch.equal(value, after[name]) == (held or untrained), name
+
+
+def test_a_layer_stands_for_all_below_it_and_for_nothing_else() -> None:
+    network = create_backbone("mini", embedding_dim=8, image_size=16)
+    freeze(network, ["layer1", "fc.bias"])
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    below = {name for name, _ in network.named_parameters() if name.startswith("layer1.")}
+    assert frozen == below | {"fc.bias", "features.weight"}
+    network.train()
+    hold_frozen(network, ["layer1", "fc.bias"])
+    assert not network.layer1.bn1.training
+    assert network.layer2.bn1.training
+    with pytest.raises(InputError, match=r"'layer'.*its layers are stem, bn, layer1"):
+        freeze(network, ["layer"])
+    with pytest.raises(InputError, match="leaves no layer to train"):
+        freeze(network, [name for name, _ in network.named_children()])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fused_updates_and_other_memory_orders_give_the_same_run(images: Path, tmp_path: Path, optimizer: Any) -> None:
+    chosen = replace(SGD, name=optimizer, lr=1e-4)
+    plain = float32(images, optimizer=chosen)
+    plain = replace(plain, schedule=replace(plain.schedule, epochs=1, warmup_epochs=0))
+    variants = {
+        "plain": plain,
+        "fused": replace(plain, optimizer=replace(chosen, fused=True)),
+        "channels": replace(plain, backbone=replace(MINI, channels_last=False)),
+    }
+    for name, config in variants.items():
+        train(config, tmp_path / name, quiet=True)
+    first = create_backbone("mini", embedding_dim=16, image_size=16).state_dict()["fc.weight"]
+    right = final_tensors(tmp_path / "plain")["backbone/fc.weight"]
+    for name in ("fused", "channels"):
+        found = final_tensors(tmp_path / name)["backbone/fc.weight"]
+        assert float((found - right).norm()) < 0.1 * float((right - first).norm()), name
+    train(variants["fused"], tmp_path / "fused", resume=True, quiet=True)
+
+
+def test_a_compiled_network_gives_the_same_run(
+    images: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    compile_eagerly = partial(torch.compile, backend="eager")  # no compiler is needed to test how it is joined in
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or compile_eagerly(network))
+    train(float32(images, backbone=replace(MINI, compile=True)), tmp_path / "run", quiet=True)
+    assert len(compiled) == 1
+    expected, actual = final_tensors(plain), final_tensors(tmp_path / "run")
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(value, actual[name], msg=name)
+
+
+def test_identities_with_few_images_are_left_out_and_the_rest_renumbered(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "set", ["few", "many"], shots=3)
+    write_images(folder, ["more"], shots=5)
+    (folder / "few" / "0.png").unlink()
+    source = SubsetSource(open_source(folder), 3)
+    assert (source.num_classes, source.identities, len(source)) == (2, ["many", "more"], 8)
+    assert labels_of(source).tolist() == [0] * 3 + [1] * 5
+    assert Path(source.name(0)).parent.name == Path(source.read(0).name).parent.name == "many"
+    with pytest.raises(InputError, match=r"No identity of .* has 6 images, the most is 5"):
+        SubsetSource(open_source(folder), 6)
+    nameless = SubsetSource(open_source(FIXTURES / "insightface"), 1)
+    assert nameless.identities == [str(number) for number in range(8)]
+    base = float32(folder)
+    train(replace(base, data=replace(base.data, min_images=3)), tmp_path / "run", quiet=True)
+    assert final_tensors(tmp_path / "run")["rows/centers"].shape == (2, 16)
+
+
+def test_other_architectures_to_start_from_are_named(images: Path, plain: Path, tmp_path: Path) -> None:
+    for backbone, difference in (
+        (BackboneConfig("mini", 32, init=str(plain)), "embedding_dim 16, but this run has 32"),
+        (BackboneConfig("r18", 16, init=str(plain)), "backbone mini, but this run has r18"),
+        (BackboneConfig("mini", 16, init=str(tmp_path / "none")), "There is no "),
+    ):
+        with pytest.raises(InputError, match=difference):
+            train(float32(images, backbone=backbone), tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"backbone": replace(MINI, freeze=["stem"])}, "backbone.freeze keeps layers as they start"),
+        ({"backbone": replace(MINI, freeze=["stm"])}, "backbone.freeze names 'stm'"),
+        ({"head": HeadConfig(conflict_as_zero_logit=True)}, "needs head.conflict_threshold"),
+        ({"head": HeadConfig(margin_gradient="straight_through")}, "is for the margin arcface"),
+        ({"head": HeadConfig(margin="none", margin_value=0.1)}, "head.margin is none"),
+        ({"optimizer": OptimizerConfig(ema_decay=1.0)}, r"optimizer.ema_decay is 1.0"),
+    ],
+)
+def test_impossible_combinations_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        tiny_config(tmp_path, **changes).check()
+
+
+def test_min_images_and_num_classes_contradict_each_other(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    with pytest.raises(InputError, match=r"data.min_images renumbers the classes"):
+        replace(config, data=replace(config.data, min_images=2, num_classes=5)).check()

@@ -69,6 +69,18 @@ def head_item(classes: int, sample_rate: float, batch_size: int, issue: str = "A
     )
 
 
+def end_to_end_item(backbone: str, batch_size: int) -> Item:
+    """Whole training steps beside a loop written the usual way, for one backbone."""
+    words = f"--backbone {backbone} --classes 360000 --batch {batch_size} --steps 60 --rounds 2"
+    return Item(
+        f"end-to-end-{backbone}",
+        f"Images a second and memory of training {backbone} end to end, loader included, beside a loop written the "
+        "usual way; at least 1.5 times on one H200.",
+        ("benchmarks/end_to_end.py", *words.split()),
+        "B",
+    )
+
+
 ITEMS = [
     Item(
         "gpu-tests",
@@ -87,6 +99,9 @@ ITEMS = [
         ("benchmarks/long_training.py", "--minutes", "8", "--out", "runs/long-training-r18"),
         "A",
     ),
+    end_to_end_item("r50", 256),
+    end_to_end_item("r100", 256),
+    end_to_end_item("vit_b", 256),
 ]
 
 

@@ -12,6 +12,7 @@ from partialfc.backbones import create_backbone
 from partialfc.errors import InputError
 from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.training.freezing import freeze
+from partialfc.training.profiling import parse_steps
 
 LR_BATCH = 512
 
@@ -162,6 +163,12 @@ class OutputConfig:
     """Steps between checkpoints; 0 is once an epoch. There is always one at the end."""
     keep: int = 2
     """Checkpoints kept."""
+    tensorboard: bool = False
+    """Write the figures for TensorBoard too, into the run folder; needs the extra tensorboard."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Write them for Weights & Biases too; offline stays on this machine. Needs the extra wandb."""
+    profile_steps: str | None = None
+    """Steps to record a trace of, such as 10:15, counted from 0; it goes into the run folder."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,7 @@ class TrainConfig:
         if not 0 <= self.optimizer.ema_decay < 1:
             raise InputError(f"optimizer.ema_decay is {self.optimizer.ema_decay}; it must lie in [0, 1).")
         self.head.build_margin()
+        parse_steps(self.output.profile_steps)
         self._check_combinations()
 
     def _check_combinations(self) -> None:

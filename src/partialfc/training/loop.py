@@ -30,10 +30,12 @@ from partialfc.training.checkpoint import load_latest
 from partialfc.training.config import TrainConfig
 from partialfc.training.identities import write_identities
 from partialfc.training.metrics_log import MetricsLog
+from partialfc.training.profiling import StepProfiler, parse_steps, peak_bytes
 from partialfc.training.progress import TrainingProgress
 from partialfc.training.run_folder import open_run_folder
 from partialfc.training.starting import Start, apply_start, check_resumable, read_start
 from partialfc.training.step import Stepper
+from partialfc.training.trackers import Tracker, check_trackers, open_trackers
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def train(
         JobError: the training failed.
     """
     config.check()
+    check_trackers(config.output)
     device = choose_device(config.device)
     with process_group(device):
         return _Trainer(config, out, benchmarks or {}, device, resume=resume, quiet=quiet).run()
@@ -168,6 +171,8 @@ class _Trainer:
         first = state.done
         batches = self.loader.batches(first, self.total_steps)
         with (
+            self._open_trackers(first) as self.trackers,
+            contextlib.closing(self._profiler()) as profiler,
             MetricsLog(self.folder.metrics, resume_step=first, enabled=self.leads) as self.log,
             TrainingProgress(self.total_steps, "training", quiet=self.quiet or not self.leads) as self.progress,
         ):
@@ -176,7 +181,8 @@ class _Trainer:
             self.progress.update(first)
             clock = _Clock.start()
             while state.done < self.total_steps:
-                figures = self.stepper.step([clock.next_batch(batches) for _ in range(self.loader.micro_steps)])
+                with profiler.step(state.done):
+                    figures = self.stepper.step([clock.next_batch(batches) for _ in range(self.loader.micro_steps)])
                 state.done += 1
                 clock.images += self.config.data.global_batch_size
                 if self._is_due(output.log_every):
@@ -223,15 +229,35 @@ class _Trainer:
             "sampled_classes": state.head.figures.sampled if state.head.figures else 0,
             "skipped_steps": state.skipped,
             "unreadable": len(names),
+            "peak_bytes": peak_bytes(self.device),
         }
         if self.device.type == "cuda":
             line["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        self.log.write(line)
+        self._log(line)
         shown = ("epoch", "loss", "target_cosine", "lr", "images_per_second", "data_wait")
         self.progress.update(state.done, **{name: line[name] for name in shown if name in line})
         self.images_done += clock.images
         self.seconds_done += clock.seconds
         return _Clock.start()
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self.log.write(line)
+        for tracker in self.trackers:
+            tracker.write(line)
+
+    @contextlib.contextmanager
+    def _open_trackers(self, first: int) -> Iterator[list[Tracker]]:
+        output, config = self.config.output, self.config.to_dict()
+        trackers = open_trackers(output, self.folder.root, config, first) if self.leads else []
+        try:
+            yield trackers
+        finally:
+            for tracker in trackers:
+                tracker.close()
+
+    def _profiler(self) -> StepProfiler:
+        steps = parse_steps(self.config.output.profile_steps) if self.leads else range(0)
+        return StepProfiler(steps, self.folder.root)
 
     def _evaluate(self) -> None:
         """Run the benchmarks on all ranks; keep the model as the last one and, if no other was better, the best."""
@@ -243,7 +269,7 @@ class _Trainer:
         for name, pairs in self.benchmarks.items():
             result = evaluate_pair_set(model, pairs).summary()
             self.results[name] = result
-            self.log.write({"kind": "evaluation", "step": state.done, "benchmark": name, **result})
+            self._log({"kind": "evaluation", "step": state.done, "benchmark": name, **result})
             self.progress.message(
                 f"step {state.done}: {name} accuracy {result['accuracy']:.2%} ± {result['accuracy_std']:.2%}"
             )

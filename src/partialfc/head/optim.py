@@ -1,11 +1,12 @@
 """Optimizers that read and write exactly the sampled rows of the centers.
 
 A row that was not sampled rests: neither its value nor its state changes, weight decay and momentum included
-(arXiv 2203.15565; FACTS of the method in docs/head.md). With sample rate 1 both optimizers are torch's own.
+(arXiv 2203.15565; docs/head.md). With sample rate 1 both optimizers are torch's own.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,7 +66,7 @@ def row_gradients_of(parameter: Tensor) -> RowGradients | None:
     return getattr(parameter, "row_gradients", None)
 
 
-class _RowwiseOptimizer(Optimizer):
+class _RowwiseOptimizer(Optimizer, ABC):
     """What the two optimizers share: where the rows and their gradients come from, and when a step is skipped."""
 
     # torch.amp.GradScaler then calls step() itself and leaves its findings in the attributes `grad_scale` and
@@ -143,11 +144,13 @@ class _RowwiseOptimizer(Optimizer):
             state.update(self._initial_state(parameter))
         return state
 
+    @abstractmethod
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """State tensors with a row for each row of `parameter`, as before the first step."""
 
+    @abstractmethod
     def _update_rows(self, parameter: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Change `rows` (n,) of `parameter` and of its state by their gradient (n, D), float32 or wider."""
 
 
 def _update_dtype(parameter: Tensor) -> torch.dtype:

@@ -144,3 +144,18 @@ def test_too_many_unreadable_records_stop_the_run(tmp_path: Path) -> None:
     loop.train(replace(config, data=replace(data, max_unreadable=1)), tmp_path / "run2", quiet=True)
     last = read_metrics(tmp_path / "run2" / "metrics.jsonl")[-1]
     assert last["step"] == 2
+
+
+def test_a_run_that_failed_before_its_first_step_is_no_other_run(tmp_path: Path) -> None:
+    """Its folder holds a configuration and nothing else."""
+    config = small_config()
+    data = replace(config.data, num_classes=5)
+    with pytest.raises(InputError, match="outside the range"):
+        loop.train(replace(config, data=data), tmp_path / "run", quiet=True)
+    assert loop.train(config, tmp_path / "run", quiet=True).steps == 10
+
+
+def test_nothing_is_written_for_a_head_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="scale"):
+        loop.train(small_config(head=HeadConfig(scale=500.0)), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ import yaml
 from partialfc.backbones import create_backbone
 from partialfc.errors import InputError
 from partialfc.head.margins import ArcFace, CosFace, Margin
+from partialfc.head.partial_fc import PartialFC
 from partialfc.training.freezing import freeze
 from partialfc.training.profiling import parse_steps
 
@@ -234,7 +235,9 @@ class TrainConfig:
             )
         if not 0 <= self.optimizer.ema_decay < 1:
             raise InputError(f"optimizer.ema_decay is {self.optimizer.ema_decay}; it must lie in [0, 1).")
-        self.head.build_margin()
+        head = self.head
+        # The head's own checks, on one of a single class.
+        PartialFC(1, 1, head.sample_rate, head.build_margin(), head.scale, head.conflict_threshold, update=head.update)
         parse_steps(self.output.profile_steps)
         self._check_combinations()
 

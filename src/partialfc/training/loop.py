@@ -154,8 +154,8 @@ class _Trainer:
         build_backbone(config, self.loader.image_size, device=torch.device("meta"))
         resuming = resume and check_resumable(out, self.loader)
         start = Start() if resuming else read_start(config, self.loader)
-        self.folder = open_run_folder(out, config, resume=resume)
         self.state = build_state(config, self.loader, device)
+        self.folder = open_run_folder(out, config, resume=resume)  # nothing is written before all is known to fit
         apply_start(start, self.state, config, self.loader)
         self.notes: list[str] = []
         if resume:

@@ -31,6 +31,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
+    def has_metrics(self) -> bool:
+        """Whether the run has logged anything."""
+        return self.metrics.is_file() and self.metrics.stat().st_size > 0
+
     def model(self, which: str) -> Path:
         """The folder of the "best" or "last" model."""
         return self.root / "model" / which
@@ -59,6 +63,8 @@ def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
         return
     if not folder.config.is_file():
         raise InputError(f"{root} is not empty and holds no run: give another folder with --out.")
+    if not folder.checkpoints.exists() and not folder.has_metrics():
+        return  # a run that failed before its first step
     if not resume:
         raise InputError(f"{root} holds another run: continue it with --resume, or give another folder with --out.")
     key = differing_key(_read_config(folder.config), config.to_dict())

@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from partialfc.backbones import check_backbone, create_backbone
+from partialfc.backbones.recognise import recognise, without_prefixes
 from partialfc.data.augment import normalise
 from partialfc.errors import InputError
 
 FORMAT = "partialfc-model-1"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+STATE_DICT_SUFFIXES = (".pt", ".pth")
 COLOR_ORDERS = ("rgb", "bgr")
 TEMPLATES = ("arcface-112",)
 
@@ -74,10 +76,11 @@ class ModelConfig:
 
 @dataclass
 class Model:
-    """A backbone and what must be known to use it."""
+    """A backbone, what must be known to use it, and in words where it comes from and what was recognised in it."""
 
     backbone: nn.Module
     config: ModelConfig
+    origin: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -131,15 +134,44 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model of a model folder, or of a run folder (its best model, else its last), in evaluation mode.
+    """The model of a model folder, of a run folder (its best model, else its last), or of a .pt or .pth file.
+
+    Such a file is a bare state_dict as the reference implementation writes it (`model.pt`, `backbone.pth`); backbone,
+    embedding_dim and image_size are recognised by its keys and shapes, and the rest is taken as usual there: RGB,
+    (x/255 - 0.5) / 0.5. The model is in evaluation mode, and its `origin` says what was recognised.
 
     Raises:
         InputError: there is no model, its configuration has an unknown key or an impossible value, or its weights do
             not fit the architecture that it names.
     """
+    if Path(path).is_file() and Path(path).suffix in STATE_DICT_SUFFIXES:
+        return _load_state_dict(Path(path), device)
     folder = find_model(Path(path))
     config = read_config(folder)
-    return Model(build(config, read_weights(folder), name=str(folder), device=device), config)
+    origin = f"{config.backbone}, as {folder / CONFIG_NAME} says"
+    return Model(build(config, read_weights(folder), name=str(folder), device=device), config, origin)
+
+
+def _load_state_dict(path: Path, device: str | torch.device) -> Model:
+    """The model of a bare state_dict; only tensors are read from the file, nothing in it is run."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is something else ends in any error of the reader
+        raise InputError(f"{path} is no readable file of weights alone: give a state_dict saved by torch.") from error
+    named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
+    if not weights or not named or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(
+            f"{path} holds no bare state_dict (names and tensors): save the backbone's state_dict() alone."
+        )
+    plain = without_prefixes(weights)
+    try:
+        name, embedding_dim, image_size = recognise(plain)
+    except InputError as error:
+        raise InputError(f"The weights of {path} were not recognised: {error}.") from error
+    config = ModelConfig(name, embedding_dim, image_size)
+    backbone = build(config, plain, name=str(path), device=device)
+    origin = f"{name}, embedding_dim {embedding_dim}, image_size {image_size}, recognised from the weights in {path}"
+    return Model(backbone, config, origin)
 
 
 def find_model(path: Path) -> Path:

@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from partialfc.backbones import iresnet, mini
+from partialfc.backbones import iresnet, mini, mobilefacenet, timm_adapter, vit
 from partialfc.errors import InputError
 from partialfc.keyed_random import derive_key
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(iresnet.IResNet, blocks) for name, blocks in iresnet.BLOCKS.items()},
+    **{name: partial(mobilefacenet.MobileFaceNet, size) for name, size in mobilefacenet.BLOCKS_AND_SCALE.items()},
+    **{name: partial(vit.ViT, size) for name, size in vit.WIDTHS_AND_DEPTHS.items()},
     "mini": mini.Mini,
 }
 
 
 def check_backbone(name: str) -> None:
     """Raise an InputError that lists the choices, the nearest first, unless `name` is a backbone."""
-    if name in BACKBONES:
+    if name in BACKBONES or name.startswith(timm_adapter.PREFIX):
         return
     nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -40,7 +42,7 @@ def create_backbone(
     """A backbone with fresh weights, in training mode.
 
     Args:
-        name: a key of BACKBONES.
+        name: a key of BACKBONES, or `timm:` and the name of one of timm's networks.
         embedding_dim: D, the width of the output.
         image_size: S, the side of the square input.
         seed: the weights are a pure function of it; the global generator is left as it was.
@@ -50,12 +52,11 @@ def create_backbone(
         InputError: unknown name, unknown option, or a value that this backbone cannot take.
     """
     check_backbone(name)
-    builder = BACKBONES[name]
-    accepted = [option for option in inspect.signature(builder).parameters if option not in _COMMON]
-    for option in options:
-        if option not in accepted:
-            choices = f"its options are {', '.join(accepted)}" if accepted else "it has no options of its own"
-            raise InputError(f"Backbone {name} does not take the option {option!r}: {choices}.")
+    if name.startswith(timm_adapter.PREFIX):
+        builder: Callable[..., nn.Module] = partial(timm_adapter.TimmBackbone, name.removeprefix(timm_adapter.PREFIX))
+    else:
+        builder = BACKBONES[name]
+        _check_options(name, builder, options)
     if embedding_dim < 1:
         raise InputError(f"embedding_dim {embedding_dim} is no width: choose a positive number.")
     # torch's layers draw their first weights from the global generator, so it is lent to them and put back.
@@ -64,4 +65,13 @@ def create_backbone(
         return builder(embedding_dim=embedding_dim, image_size=image_size, **options)
 
 
-_COMMON = ("blocks", "embedding_dim", "image_size")
+def _check_options(name: str, builder: Callable[..., nn.Module], options: dict[str, Any]) -> None:
+    """Raise an InputError that lists the options of this backbone for one that it does not have."""
+    accepted = [option for option in inspect.signature(builder).parameters if option not in _COMMON]
+    for option in options:
+        if option not in accepted:
+            choices = f"its options are {', '.join(accepted)}" if accepted else "it has no options of its own"
+            raise InputError(f"Backbone {name} does not take the option {option!r}: {choices}.")
+
+
+_COMMON = ("blocks", "width_and_depth", "blocks_and_scale", "embedding_dim", "image_size")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.backbones.precision import full_precision
+from partialfc.backbones.recompute import recomputed
 from partialfc.errors import InputError
 from partialfc.keyed_random import bits, derive_key, uniform
 
@@ -87,6 +88,7 @@ class IResNet(nn.Module):
         embedding_dim: D, the width of the output.
         image_size: S, a multiple of 16.
         dropout: share of the flattened features that is dropped in training.
+        checkpointing: compute each block again in the backward pass.
 
     Raises:
         InputError: `image_size` is no positive multiple of 16, or `dropout` is outside [0, 1).
@@ -99,13 +101,14 @@ class IResNet(nn.Module):
         embedding_dim: int = 512,
         image_size: int = 112,
         dropout: float = 0.0,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if image_size < 16 or image_size % 16:
             raise InputError(f"image_size {image_size} does not suit an IResNet: choose a multiple of 16.")
         if not 0.0 <= dropout < 1.0:
             raise InputError(f"dropout {dropout} is no share: choose a number in [0, 1).")
-        self.dropout = dropout
+        self.dropout, self.checkpointing = dropout, checkpointing
         self.conv1 = conv3x3(3, WIDTHS[0])
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         self.prelu = nn.PReLU(WIDTHS[0])
@@ -124,7 +127,9 @@ class IResNet(nn.Module):
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Embeddings (B, D) of images (B, 3, S, S); `keys`, int64 (B,), is needed only by dropout in training."""
         x = self.prelu(self.bn1(self.conv1(images)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in blocks:
+                x = recomputed(block, x) if self.checkpointing and self.training else block(x)
         x = self.bn2(x).flatten(1)
         # A sum over up to 25,088 features loses too much in 16 bits, so the last two layers leave autocast.
         with full_precision(x.device):

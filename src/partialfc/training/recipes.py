@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import torch
+
+from partialfc.backbones import create_backbone
+from partialfc.errors import InputError
 from partialfc.training.config import (
     BackboneConfig,
     DataConfig,
@@ -42,4 +49,169 @@ def demo_r18() -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "demo-r18": demo_r18}
+def webface_r50() -> TrainConfig:
+    """What the convolutional rows share: IResNet-50, CosFace 0.4, SGD, 8 GPUs with 128 images each."""
+    return TrainConfig(
+        data=DataConfig(global_batch_size=1024, micro_batch_size=128),
+        backbone=BackboneConfig("r50"),
+        head=HeadConfig(sample_rate=0.1, margin="cosface", margin_value=0.4, scale=64.0),
+        optimizer=OptimizerConfig(name="sgd", lr=0.1, lr_scaling="absolute", weight_decay=5e-4, max_grad_norm=5.0),
+        schedule=ScheduleConfig(epochs=20, kind="polynomial", power=2.0),
+    )
+
+
+def with_backbone(base: TrainConfig, name: str) -> TrainConfig:
+    """`base` with another network; MobileFaceNets decay less."""
+    decay = 1e-4 if name.startswith("mbf") else base.optimizer.weight_decay
+    optimizer = replace(base.optimizer, weight_decay=decay)
+    return replace(base, backbone=BackboneConfig(name), optimizer=optimizer)
+
+
+def with_rate(base: TrainConfig, sample_rate: float, conflict_threshold: float | None = None) -> TrainConfig:
+    """`base` with another sample rate; with a conflict threshold it is PFC*."""
+    return replace(base, head=replace(base.head, sample_rate=sample_rate, conflict_threshold=conflict_threshold))
+
+
+def ms1m(name: str) -> TrainConfig:
+    """MS1MV2 and MS1MV3: ArcFace 0.5; MobileFaceNets train for 40 epochs."""
+    base = with_backbone(webface_r50(), name)
+    head = replace(base.head, margin="arcface", margin_value=0.5)
+    return replace(base, head=head, schedule=replace(base.schedule, epochs=40 if name.startswith("mbf") else 20))
+
+
+def glint360k(name: str) -> TrainConfig:
+    """Glint360K: weight decay 1e-4."""
+    base = with_backbone(webface_r50(), name)
+    return replace(base, optimizer=replace(base.optimizer, weight_decay=1e-4))
+
+
+def noisy(sample_rate: float, conflict_threshold: float | None = None) -> TrainConfig:
+    """The Conflict and Flip sets: two epochs of warm-up."""
+    base = with_rate(webface_r50(), sample_rate, conflict_threshold)
+    return replace(base, schedule=replace(base.schedule, warmup_epochs=2))
+
+
+def vit(name: str) -> TrainConfig:
+    """WebFace42M with a ViT on 64 GPUs: AdamW, 40 epochs, token mask 0.10 for B and L; H as its own row says."""
+    large = name in ("vit_b", "vit_l", "vit_h")
+    base = with_rate(webface_r50(), 0.3)
+    mask = 0.1 if name in ("vit_b", "vit_l") else None
+    config = replace(
+        base,
+        data=replace(base.data, global_batch_size=384 * 64, micro_batch_size=384),
+        backbone=BackboneConfig(name, mask_ratio=mask, drop_path=0.05, checkpointing=large),
+        optimizer=replace(base.optimizer, name="adamw", lr=1e-3, weight_decay=0.1),
+        schedule=replace(base.schedule, epochs=40, warmup_epochs=4),
+    )
+    if name != "vit_h":
+        return config
+    return replace(
+        with_rate(config, 0.5),
+        data=replace(config.data, global_batch_size=768 * 64, micro_batch_size=768),
+        schedule=replace(config.schedule, epochs=16, warmup_epochs=2),
+    )
+
+
+CNNS = ("r18", "r34", "r50", "r100", "r200", "mbf", "mbf_large")
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "demo": demo,
+    "demo-r18": demo_r18,
+    **{f"{data}-{name}": partial(ms1m, name) for data in ("ms1mv2", "ms1mv3") for name in CNNS},
+    **{f"glint360k-{name}": partial(glint360k, name) for name in CNNS},
+    **{f"{data}-{name}": partial(with_backbone, webface_r50(), name) for data in ("wf4m", "wf12m") for name in CNNS},
+    **{
+        f"wf12m-r100-pfc{rate:g}": partial(with_rate, with_backbone(webface_r50(), "r100"), rate)
+        for rate in (0.05, 0.1, 0.2, 0.3, 1.0)
+    },
+    **{f"wf42m-{name}": partial(with_rate, with_backbone(webface_r50(), name), 0.3) for name in CNNS},
+    **{f"wf42m-{name}": partial(vit, name) for name in ("vit_t", "vit_s", "vit_b", "vit_l", "vit_h")},
+    "wf12m-conflict-r50": partial(noisy, 1.0),
+    "wf12m-conflict-r50-pfcstar0.3": partial(noisy, 0.3, 0.4),
+    "wf12m-flip40-r50": partial(noisy, 1.0),
+    "wf12m-flip40-r50-pfcstar0.1": partial(noisy, 0.1, 0.4),
+}
+
+# Name, identities (classes of the head) and images, by the start of a recipe's name.
+DATA_SETS: dict[str, tuple[str, int, int]] = {
+    "ms1mv2": ("MS1MV2", 85_742, 5_822_653),
+    "ms1mv3": ("MS1MV3", 93_431, 5_179_510),
+    "glint360k": ("Glint360K", 360_232, 17_091_657),
+    "wf4m": ("WebFace4M", 205_990, 4_235_242),
+    "wf12m-conflict": ("WebFace12M-Conflict", 1_017_970, 12_720_066),
+    "wf12m-flip40": ("WebFace12M-Flip40", 617_970, 12_720_066),
+    "wf12m": ("WebFace12M", 617_970, 12_720_066),
+    "wf42m": ("WebFace42M", 2_059_906, 42_474_557),
+}
+
+# MFR-ALL, IJB-C TAR at FAR 1e-4, at 1e-5, in percent.
+SCORES: dict[str, tuple[float, float, float]] = {
+    "wf12m-r100-pfc0.05": (94.05, 97.51, 95.75),
+    "wf12m-r100-pfc0.1": (94.49, 97.56, 95.92),
+    "wf12m-r100-pfc0.2": (94.75, 97.60, 95.90),
+    "wf12m-r100-pfc0.3": (94.71, 97.64, 96.01),
+    "wf12m-r100-pfc1": (94.69, 97.59, 95.97),
+    "wf12m-conflict-r50": (79.93, 95.30, 91.56),
+    "wf12m-conflict-r50-pfcstar0.3": (91.68, 97.28, 95.75),
+    "wf12m-flip40-r50": (43.87, 88.35, 80.78),
+    "wf12m-flip40-r50-pfcstar0.1": (80.20, 96.11, 93.79),
+    "wf42m-r200": (97.70, 97.97, 96.93),
+    "wf42m-vit_l": (97.85, 98.00, 97.23),
+}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Command, data, learning rate, expected score and memory plan of a recipe, as plain values.
+
+    The plan counts bytes a GPU for float32 weights, gradients and optimizer state of the backbone (the whole network,
+    built on the meta device) and of its share of the centers; activations, which depend on precision, are not in it.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise InputError(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.{hint}")
+    config = RECIPES[name]()
+    facts: dict[str, Any] = {
+        "name": name,
+        "command": "partialfc demo" if name == "demo" else f"partialfc train --recipe {name} --data.path PATH",
+        "learning_rate": config.describe_lr(),
+        "epochs": config.schedule.epochs,
+    }
+    # The longer names stand first, so that wf12m does not take what belongs to wf12m-conflict.
+    data = next((each for key, each in DATA_SETS.items() if name.startswith(key + "-")), None)
+    if data is None:
+        return facts | {"data": "procedural faces", "score": "see docs/demo.md", "memory": None}
+    gpus = config.data.global_batch_size // config.data.micro_batch_size
+    torchrun = f"torchrun --nproc-per-node {min(gpus, 8)} " + (f"--nnodes {gpus // 8} " if gpus > 8 else "")
+    score = SCORES.get(name)
+    return facts | {
+        "command": f"{torchrun}-m partialfc train --recipe {name} --data.path PATH",
+        "data": f"{data[0]}: {data[1]:,} identities, {data[2]:,} images",
+        "cost": f"{gpus} GPUs, {int(config.schedule.epochs * data[2] / config.data.global_batch_size):,} steps",
+        "score": "no published figure in our records"
+        if score is None
+        else f"MFR-ALL {score[0]:.2f}, IJB-C 1e-4 {score[1]:.2f}, 1e-5 {score[2]:.2f}",
+        "memory": plan_memory(config, data[1], gpus),
+    }
+
+
+def plan_memory(config: TrainConfig, num_classes: int, gpus: int) -> dict[str, int]:
+    """Bytes on each of `gpus` for everything but activations, in float32."""
+    chosen = config.backbone
+    with torch.device("meta"):
+        network = create_backbone(chosen.name, embedding_dim=chosen.embedding_dim, **chosen.options())
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    states = 2 if config.optimizer.name == "adamw" else 1
+    centers = -(-num_classes // gpus) * chosen.embedding_dim
+    plan = {
+        "backbone_weights": 4 * parameters,
+        "backbone_gradients": 4 * parameters,
+        "backbone_optimizer": 4 * states * parameters,
+        "centers": 4 * centers,
+        "centers_optimizer": 4 * states * centers,
+        "centers_gradient": int(4 * config.head.sample_rate * centers),
+    }
+    return plan | {"total": sum(plan.values())}

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from partialfc.backbones import create_backbone
 from partialfc.cli import main
 from partialfc.data.images import encode_png
 from partialfc.data.recordio import RecordWriter
@@ -226,6 +228,27 @@ def test_an_output_folder_that_holds_another_run(capsys: pytest.CaptureFixture[s
     assert "head.scale" in complaint(capsys, *arguments, "--resume", "--head.scale=8")
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
     assert run(*arguments, "--resume", "--json") == 0
+
+
+def test_recipes_are_listed_and_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes", "--json") == 0
+    every = json.loads(capsys.readouterr().out)
+    assert len(every) > 20
+    assert run("recipes", "wf12m-r100-pfc0.1") == 0
+    assert "94.49" in capsys.readouterr().out
+    assert run("recipes") == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(every) + 1
+    sentence = complaint(capsys, "recipes", "wf12m-r100-pfc0.15")
+    assert "Did you mean 'wf12m-r100-pfc0.1'" in sentence
+
+
+def test_a_bare_state_dict_is_recognised(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    backbone = create_backbone("r18", embedding_dim=32, image_size=112)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    assert run("evaluate", tmp_path / "backbone.pth", "--benchmark", f"lfw={LFW}", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["lfw"]["pairs"] == 40
+    assert "r18" in captured.err
 
 
 def test_data_faces_writes_real_formats(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json as json_module
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from partialfc.training.assemble import choose_device
 from partialfc.training.config import TrainConfig
 from partialfc.training.loop import train
 from partialfc.training.progress import track
-from partialfc.training.recipes import RECIPES
+from partialfc.training.recipes import RECIPES, describe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(arguments)
     except InputError as error:
         return _complain(error, 2)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (JobError, OSError) as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
@@ -116,6 +119,7 @@ def build_parser(recipe: str | None = None) -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("demo", _demo_parser(), help="the whole job on procedural faces, on this machine")
     commands.add_subcommand("train", _train_parser(recipe), help="train a model, evaluating on the way")
+    commands.add_subcommand("recipes", _recipes_parser(), help="the published recipes: data, cost, expected score")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="run benchmarks on a trained model")
     commands.add_subcommand("report", _report_parser(), help="one run as one HTML page")
     data, bench = _Parser(), _Parser()
@@ -163,6 +167,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def _recipes_parser() -> ArgumentParser:
+    parser = _Parser(description="Show the recipes that `train --recipe` takes, or one of them in full.")
+    parser.add_argument("name", nargs="?", default=None, help="one recipe")
+    return _with_json(parser)
 
 
 def _evaluate_parser() -> ArgumentParser:
@@ -229,8 +239,23 @@ def _run_train(options: Namespace) -> None:
         _show(options.json, result.to_dict(), result.text())
 
 
+def _run_recipes(options: Namespace) -> None:
+    if options.name is not None:
+        facts = describe(options.name)
+        parts = (facts["memory"] or {}).items()
+        memory = ", ".join(f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in parts)
+        shown = facts | {"memory": f"GiB a GPU: {memory}" if memory else "fits any machine"}
+        _show(options.json, facts, "\n".join(f"{key.replace('_', ' '):>13}  {value}" for key, value in shown.items()))
+        return
+    every = [describe(name) for name in RECIPES]
+    lines = [f"{'recipe':<32} {'data':<62} expected score"]
+    lines += [f"{facts['name']:<32} {facts['data']:<62} {facts['score']}" for facts in every]
+    _show(options.json, every, "\n".join(lines))
+
+
 def _run_evaluate(options: Namespace) -> None:
     model = load_model(options.model, choose_device(options.device))
+    print(f"model: {model.origin}", file=sys.stderr)
     results = evaluate_benchmarks(model, named_paths(options.benchmark), batch_size=options.batch_size)
     if options.out is not None:
         write_results(options.out, results)
@@ -276,6 +301,7 @@ def _run_bench_head(options: Namespace) -> None:
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "demo": _run_demo,
     "train": _run_train,
+    "recipes": _run_recipes,
     "evaluate": _run_evaluate,
     "report": _run_report,
     "data inspect": _run_inspect,

@@ -213,10 +213,13 @@ def pending_gradient(head: PartialFC) -> tuple[Tensor, Tensor]:
     if head.centers.grad is not None:
         gradient = head.centers.grad.coalesce()
         return gradient.indices()[0], gradient.values()
-    tiles = list(head.row_gradients.tiles(head.centers))
-    if not tiles:
+    seen: list[tuple[Tensor, Tensor]] = []
+    head.row_gradients.visit(head.centers, lambda rows, values: seen.append((rows, values.clone())))
+    if not seen:
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0, head.embedding_dim)
-    return torch.cat([rows for rows, _ in tiles]), torch.cat([values for _, values in tiles]).detach()
+    rows, values = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    order = rows.argsort()
+    return rows[order], values[order].detach()
 
 
 def run_cases(folder: Path, group: Group | None = None) -> None:

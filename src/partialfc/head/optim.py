@@ -7,17 +7,22 @@ A row that was not sampled rests: neither its value nor its state changes, weigh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from partialfc.errors import InputError
+from partialfc.head.compiled import compiled_for
 from partialfc.head.softmax import CenterGradient, class_rows
+from partialfc.head.threads import run_parallel
 
-_NUMBERS_AT_ONCE = 1 << 20
+_NUMBERS_IN_CACHE = 1 << 18  # of a sparse gradient at once: their temporaries stay in a core's cache
+_NUMBERS_ON_GPU = 1 << 26
+RowVisitor = Callable[[Tensor, Tensor], None]  # rows (n,) int64, sorted and distinct, and their gradient (n, D)
 
 
 class RowGradients:
@@ -32,33 +37,31 @@ class RowGradients:
         self.step = 0
         self.deferred: list[CenterGradient] = []
 
-    def tiles(self, centers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows (n,) int64 and their gradient (n, D), tile by tile; together each row at most once.
+    def visit(self, centers: Tensor, visit: RowVisitor) -> None:
+        """Show `visit` all rows that have a deferred gradient, each once, tile by tile, maybe in several threads.
 
-        A tile must be applied before the next is asked for, or not at all: it is computed from its own rows only.
+        A tile is computed from its own rows only, which the visitor may change.
         """
         if len(self.deferred) == 1:
             (only,) = self.deferred
-            for first, last in only.tile_bounds():
-                yield only.tile_rows(first, last), only.tile_gradient(centers, first, last)
+            only.visit(centers, lambda first, last, gradient: visit(only.batch.rows(first, last), gradient))
         elif self.deferred:
-            yield from self._merged_tiles(centers)
+            self._visit_merged(centers, visit)
 
-    def _merged_tiles(self, centers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _visit_merged(self, centers: Tensor, visit: RowVisitor) -> None:
         """The same over the union of several micro-steps' classes."""
-        sub_centers = self.deferred[0].batch.margin.sub_centers
+        first_part = self.deferred[0]
         classes = torch.cat([part.batch.classes for part in self.deferred]).unique()
-        size = min(part.batch.tile_classes() for part in self.deferred)
-        for tile in classes.split(size):
-            rows = class_rows(tile, sub_centers)
-            gradient = self.deferred[0].scaled_embeddings.new_zeros((len(rows), centers.shape[1]))
+        for tile in classes.split(min(part.path.tile_classes(part.batch) for part in self.deferred)):
+            rows = class_rows(tile, first_part.batch.margin.sub_centers)
+            gradient = first_part.scaled_embeddings.new_zeros((len(rows), centers.shape[1]))
             for part in self.deferred:
                 ends = torch.stack([tile[0], tile[-1] + 1])
                 first, last = torch.searchsorted(part.batch.classes, ends).tolist()
                 if first < last:
-                    places = torch.searchsorted(rows, part.tile_rows(first, last))
-                    gradient.index_add_(0, places, part.tile_gradient(centers, first, last))
-            yield rows, gradient
+                    places = torch.searchsorted(rows, part.batch.rows(first, last))
+                    gradient.index_add_(0, places, part.tile(centers, first, last))
+            visit(rows, gradient)
 
 
 def row_gradients_of(parameter: Tensor) -> RowGradients | None:
@@ -104,11 +107,17 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 "GradScaler.unscale_ cannot reach the gradient of update='deferred', which step() computes: leave it "
                 "out for the head's optimizer, since scaler.step unscales by itself."
             )
-        for rows, gradient in _row_tiles(parameter, link):
+        self.row_state(parameter)  # before threads may want to create it
+
+        def update(rows: Tensor, gradient: Tensor) -> None:
             gradient = gradient.to(_update_dtype(parameter))
             if grad_scale is not None:
                 gradient = gradient / grad_scale
             self._update_rows(parameter, rows, gradient, group)
+
+        _visit_sparse(parameter, update)
+        if link is not None:
+            link.visit(parameter, update)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that a deferred update has not computed yet included."""
@@ -158,25 +167,29 @@ def _update_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _row_tiles(parameter: Tensor, link: RowGradients | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and gradients of one parameter, from its sparse gradient and from what was deferred."""
+def _visit_sparse(parameter: Tensor, visit: RowVisitor) -> None:
+    """Show `visit` the rows and values of the parameter's sparse gradient, if it has one, some at a time."""
     gradient = parameter.grad
-    if gradient is not None:
-        if not gradient.is_sparse:
-            raise InputError(
-                f"A parameter of shape {tuple(parameter.shape)} has a dense gradient, but row-wise optimizers update "
-                "sparse rows: give it to an optimizer of torch.optim and only the head's parameters to this one."
-            )
-        rows, values = gradient._indices()[0], gradient._values()
-        # Autograd forgets that one backward's rows are sorted and distinct; only a sum of several is coalesced.
-        if bool((rows.diff() <= 0).any()):
-            gradient = gradient.coalesce()
-            rows, values = gradient.indices()[0], gradient.values()
-        # A few rows at a time: their temporaries then stay in the cache.
-        size = max(1, _NUMBERS_AT_ONCE // max(1, parameter.shape[1]))
-        yield from zip(rows.split(size), values.split(size), strict=True)
-    if link is not None:
-        yield from link.tiles(parameter)
+    if gradient is None:
+        return
+    if not gradient.is_sparse:
+        raise InputError(
+            f"A parameter of shape {tuple(parameter.shape)} has a dense gradient, but row-wise optimizers update "
+            "sparse rows: give it to an optimizer of torch.optim and only the head's parameters to this one."
+        )
+    rows, values = gradient._indices()[0], gradient._values()
+    # Autograd forgets that one backward's rows are sorted and distinct; only a sum of several is coalesced.
+    if bool((rows.diff() <= 0).any()):
+        gradient = gradient.coalesce()
+        rows, values = gradient.indices()[0], gradient.values()
+    on_cpu = parameter.device.type == "cpu"
+    size = max(1, (_NUMBERS_IN_CACHE if on_cpu else _NUMBERS_ON_GPU) // max(1, parameter.shape[1]))
+    tiles = zip(rows.split(size), values.split(size), strict=True)
+    if on_cpu:
+        run_parallel(lambda tile: visit(*tile), tiles)
+    else:
+        for tile in tiles:
+            visit(*tile)
 
 
 class RowwiseSGD(_RowwiseOptimizer):
@@ -203,6 +216,11 @@ class RowwiseSGD(_RowwiseOptimizer):
 
     def _update_rows(self, parameter: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         buffer = self.row_state(parameter)["momentum_buffer"]
+        loops = compiled_for(parameter, buffer, gradient)
+        if loops is not None:
+            numbers = (np.float32(group[name]) for name in ("lr", "momentum", "weight_decay"))
+            loops.sgd_rows(parameter.detach().numpy(), buffer.numpy(), rows.numpy(), gradient.numpy(), *numbers)
+            return
         values = parameter[rows].to(gradient.dtype)
         velocity = buffer[rows].to(gradient.dtype)
         gradient = gradient.add(values, alpha=group["weight_decay"])

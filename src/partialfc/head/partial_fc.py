@@ -16,6 +16,7 @@ from partialfc.errors import InputError
 from partialfc.head import softmax
 from partialfc.head.margins import CosFace, Margin, MarginBatch
 from partialfc.head.optim import RowGradients
+from partialfc.head.paths import choose_path
 from partialfc.head.sampling import sample_classes
 
 Update = Literal["sparse", "deferred"]
@@ -60,6 +61,8 @@ class PartialFC(nn.Module):
         conflict_as_zero_logit: the reference implementation's version of it, which counts such a negative as e^0.
         update: "sparse" leaves a sparse gradient of exactly the sampled rows in `centers.grad`; "deferred" stores no
             gradient, and the optimizer's step computes it tile by tile.
+        operand_dtype: bfloat16 rounds the operands of the large products, which CPUs and GPUs with bfloat16 units do in
+            half the time; sums stay float32 at least. float32 does not round.
         seed: initial centers and negatives are functions of it.
         scratch_bytes: the most memory for tiles of samples × classes.
         group: the processes that share the classes; None for all.
@@ -84,6 +87,7 @@ class PartialFC(nn.Module):
         *,
         conflict_as_zero_logit: bool = False,
         update: Update = "sparse",
+        operand_dtype: torch.dtype = torch.float32,
         seed: int = 0,
         scratch_bytes: int = 256 << 20,
         group: Group | None = None,
@@ -99,6 +103,7 @@ class PartialFC(nn.Module):
         self.conflict_threshold = conflict_threshold
         self.conflict_as_zero_logit = conflict_as_zero_logit
         self.update = update
+        self.operand_dtype = operand_dtype
         self.seed = seed
         self.scratch_bytes = scratch_bytes
         self._check_arguments()
@@ -106,6 +111,7 @@ class PartialFC(nn.Module):
         self.centers = nn.Parameter(self._initial_centers(device, dtype))
         self.row_gradients = RowGradients()
         self.figures: HeadFigures | None = None
+        self._scratch = softmax.Scratch()
         for name, value in self.margin.initial_state().items():
             self.register_buffer(f"margin_{name}", value.to(device))
 
@@ -130,6 +136,8 @@ class PartialFC(nn.Module):
             raise InputError(
                 f"conflict_threshold is {self.conflict_threshold}; it is a cosine in [-1, 1], such as 0.4."
             )
+        if self.operand_dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"operand_dtype is {self.operand_dtype}; it is torch.float32 or torch.bfloat16.")
         if self.update not in self.margin.updates:
             raise InputError(
                 f"update is {self.update!r}; {type(self.margin).__name__} works with "
@@ -230,6 +238,7 @@ class _Step:
     norms: Tensor
     batch: softmax.ShardBatch
     targets: softmax.TargetTerms
+    path: softmax.Path
     negatives: softmax.NegativeSums
     terms: softmax.LossTerms
 
@@ -256,7 +265,7 @@ def _gather_batch(head: PartialFC, embeddings: Tensor, labels: Tensor) -> tuple[
 
 
 def _forward(
-    head: PartialFC, centers: Tensor, local_embeddings: Tensor, local_labels: Tensor, *, keep_tiles: bool
+    head: PartialFC, centers: Tensor, local_embeddings: Tensor, local_labels: Tensor, *, keep: bool
 ) -> _Step:
     """Everything before backward. Five collectives."""
     shard, margin = head.shard, head.margin
@@ -291,9 +300,12 @@ def _forward(
         shift=softmax.exponent_shift(head.scale, margin.negatives_bound, head.num_classes),
         conflict_threshold=head.conflict_threshold,
         conflict_as_zero_logit=head.conflict_as_zero_logit,
+        operand_dtype=torch.promote_types(head.operand_dtype, compute_dtype) if compute_dtype == torch.float64 else head.operand_dtype,
+        scratch=head._scratch,
         scratch_bytes=head.scratch_bytes,
     )
-    negatives = softmax.sum_negatives(centers, batch, keep_tiles=keep_tiles)
+    path = choose_path(centers, batch)
+    negatives = path.sum_negatives(centers, batch, keep=keep)
     everything = torch.cat([negatives.sums, negatives.conflicts[None], torch.full_like(norms[:1], len(classes))])
     all_reduce(everything, group=shard.group)
     sums, conflicts, sampled = everything[:-2], everything[-2], everything[-1]
@@ -303,7 +315,7 @@ def _forward(
         conflict_share=conflicts / ((sampled - 1) * len(labels)).clamp_min(1),
         sampled=len(classes),
     )
-    return _Step(counts, unit_embeddings, norms, batch, targets, negatives, terms)
+    return _Step(counts, unit_embeddings, norms, batch, targets, path, negatives, terms)
 
 
 def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor) -> MarginBatch:
@@ -323,10 +335,10 @@ class _SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC) -> Tensor:
-        # What is deferred holds no tiles: several micro-steps may wait for the optimizer.
-        keep_tiles = head.update == "sparse" and ctx.needs_input_grad[1]
+        # Of several micro-steps that wait for the optimizer only the first keeps anything.
+        keep = ctx.needs_input_grad[1] and not head.row_gradients.deferred
         with torch.autocast(embeddings.device.type, enabled=False):
-            step = _forward(head, centers, embeddings, labels, keep_tiles=keep_tiles)
+            step = _forward(head, centers, embeddings, labels, keep=keep)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
         ctx.save_for_backward(centers)
         return step.terms.loss.mean().to(step.batch.embeddings.dtype)
@@ -359,15 +371,17 @@ def _embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Tensor
 def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Tensor) -> Tensor | None:
     """The sampled rows as a sparse tensor, or None where the optimizer will compute them."""
     prepared = softmax.center_gradient(
-        step.targets, step.terms, step.batch, step.unit_embeddings, factor, step.negatives.tiles
+        step.targets, step.terms, step.batch, step.unit_embeddings, factor, step.path, step.negatives.kept
     )
     if head.update == "deferred":
         head.row_gradients.deferred.append(prepared)
         return None
-    bounds = list(prepared.tile_bounds())
-    rows = prepared.tile_rows(0, len(step.batch.classes))
+    rows = step.batch.rows(0, len(step.batch.classes))
     values = torch.empty(len(rows), centers.shape[1], dtype=centers.dtype, device=centers.device)
-    for first, last in bounds:
-        k = head.margin.sub_centers
-        values[first * k : last * k] = prepared.tile_gradient(centers, first, last)
+    k = head.margin.sub_centers
+
+    def copy(first: int, last: int, gradient: Tensor) -> None:
+        values[first * k : last * k] = gradient
+
+    prepared.visit(centers, copy)
     return torch.sparse_coo_tensor(rows[None], values, centers.shape, check_invariants=False)

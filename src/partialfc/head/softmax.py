@@ -15,8 +15,10 @@ is shifted by a constant, and only where the margin's bound times the scale woul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +27,6 @@ from partialfc.head.margins import Margin, MarginBatch
 
 _LARGEST_EXPONENT = 85.0  # exp(88.7) is the largest float32; a sum over the batch's tile stays below it
 _TINY = 1e-12
-_CPU_SCRATCH = 32 << 20  # fresh pages cost a CPU more than computing a tile again (docs/performance.md)
 
 
 def normalise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,8 @@ class ShardBatch:
         conflict_threshold: negatives with a cosine above it are left out of the sum (PFC*, arXiv 2203.15565); None for
             never.
         conflict_as_zero_logit: keep such a negative in the sum with logit 0, as the reference implementation does.
+        operand_dtype: what the operands of the large products are rounded to; sums are float32 at least.
+        scratch: memory for what the first pass keeps for the second.
         scratch_bytes: the most that tiles of samples × classes may take.
     """
 
@@ -66,84 +69,40 @@ class ShardBatch:
     shift: float
     conflict_threshold: float | None
     conflict_as_zero_logit: bool
+    operand_dtype: torch.dtype
+    scratch: Scratch
     scratch_bytes: int
 
-    def tile_classes(self) -> int:
-        """The most classes in a tile: about four arrays of (G, tile) and three of (tile, D) live at once."""
-        numbers = 4 * len(self.embeddings) + 3 * self.embeddings.shape[1]
-        per_class = numbers * self.margin.sub_centers * self.embeddings.element_size()
-        return max(1, self.scratch() // per_class)
-
-    def scratch(self) -> int:
-        """The bytes that tiles at work may take, and kept ones again."""
-        return min(self.scratch_bytes, _CPU_SCRATCH) if self.embeddings.device.type == "cpu" else self.scratch_bytes
+    def rows(self, first: int, last: int) -> Tensor:
+        """((last − first) × K,) int64, sorted: the local rows of `classes[first:last]`."""
+        return class_rows(self.classes[first:last], self.margin.sub_centers)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What one tile contributes.
+@dataclass(eq=False)
+class Loan:
+    """A piece of a head's scratch memory; it is free again when the last reference to the loan is gone."""
 
-    Attributes:
-        unit_centers: (s × K, D) and center_norms: (s × K,), of the tile's rows.
-        weights: (G, s × K), exp(s c − shift) times the derivative of a re-weighted negative; 0 where left out.
-        sums: (G,), this tile's part of Z exp(−shift).
-        conflicts: (), negatives above the conflict threshold.
-    """
-
-    unit_centers: Tensor
-    center_norms: Tensor
-    weights: Tensor
-    sums: Tensor
-    conflicts: Tensor
+    values: Tensor
 
 
-def class_rows(classes: Tensor, sub_centers: int) -> Tensor:
-    """(s × K,) numbers of the rows that hold the centers of (s,) classes."""
-    if sub_centers == 1:
-        return classes
-    return (classes[:, None] * sub_centers + torch.arange(sub_centers, device=classes.device)).flatten()
+class Scratch:
+    """One buffer that a head uses step after step: fresh pages would cost a CPU more than what is computed into them."""
 
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._borrower: Callable[[], Loan | None] = lambda: None
 
-def compute_tile(centers: Tensor, batch: ShardBatch, first: int, last: int) -> Tile:
-    """The tile of `batch.classes[first:last]`, from raw centers (L × K, D)."""
-    rows = class_rows(batch.classes[first:last], batch.margin.sub_centers)
-    unit_centers, norms = normalise_rows(centers[rows].to(batch.embeddings.dtype))
-    cosine = batch.embeddings @ unit_centers.T
-    nearest: Tensor | None = None
-    if batch.margin.sub_centers > 1:
-        cosine, nearest = cosine.view(len(cosine), last - first, -1).max(dim=2)
-    left_out = torch.zeros_like(cosine, dtype=torch.bool)
-    if batch.conflict_threshold is not None:
-        left_out = cosine > batch.conflict_threshold
-    own = ((batch.target_places >= first) & (batch.target_places < last)).nonzero()[:, 0]
-    left_out[own, batch.target_places[own] - first] = False
-    conflicts = left_out.sum()
-    slope: Tensor | None = None
-    logits = cosine
-    if batch.margin.reweights_negatives:
-        logits, slope = _reweighted(cosine, batch)
-    exponentials = logits.mul(batch.scale).sub_(batch.shift).exp_()
-    weights = exponentials.masked_fill(left_out, 0.0)
-    weights[own, batch.target_places[own] - first] = 0.0
-    sums = weights.sum(dim=1)
-    if batch.conflict_as_zero_logit:
-        sums = sums + left_out.sum(dim=1) * math.exp(-batch.shift)
-    if slope is not None:
-        weights = weights * slope
-    if nearest is not None:
-        spread = weights.new_zeros((*weights.shape, batch.margin.sub_centers))
-        weights = spread.scatter_(2, nearest[..., None], weights[..., None]).flatten(1)
-    return Tile(unit_centers, norms, weights, sums, conflicts)
-
-
-def _reweighted(cosine: Tensor, batch: ShardBatch) -> tuple[Tensor, Tensor]:
-    """The margin's logits of a tile of negatives and their elementwise derivative with respect to the cosine."""
-    with torch.enable_grad():
-        variable = cosine.detach().requires_grad_()
-        target_cosine = batch.target_cosine[:, None].to(cosine.dtype)
-        logits = batch.margin.negatives(variable, target_cosine, batch.margin_batch)
-        (slope,) = torch.autograd.grad(logits.sum(), variable)
-    return logits.detach(), slope
+    def lend(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Loan | None:
+        """An array of any content, or None while a former loan is out."""
+        if self._borrower() is not None:
+            return None
+        size = math.prod(shape) * dtype.itemsize
+        if self._buffer.numel() < size or self._buffer.device != device:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        loan = Loan(self._buffer[:size].view(dtype).view(shape))
+        self._borrower = weakref.ref(loan)
+        return loan
 
 
 @dataclass
@@ -154,41 +113,64 @@ class NegativeSums:
         sums: (G,) float64, this shard's part of Z exp(−shift).
         pull: (G, D) compute dtype, Σ_j weight_ij ŵ_j over this shard: the embeddings' gradient but for its factor.
         conflicts: () float64, negatives above the conflict threshold.
-        tiles: tiles kept for the second pass, by their first class; the rest is computed again.
+        kept: what the path that computed them wants to see again in the second pass.
     """
 
     sums: Tensor
     pull: Tensor
     conflicts: Tensor
-    tiles: dict[int, Tile] = field(default_factory=dict)
+    kept: Any = None
+
+    @staticmethod
+    def zeros(embeddings: Tensor) -> NegativeSums:
+        """Sums over no class; `embeddings` (G, D)."""
+        return NegativeSums(
+            sums=torch.zeros(len(embeddings), dtype=torch.float64, device=embeddings.device),
+            pull=torch.zeros_like(embeddings),
+            conflicts=torch.zeros((), dtype=torch.float64, device=embeddings.device),
+        )
 
 
-def sum_negatives(centers: Tensor, batch: ShardBatch, *, keep_tiles: bool) -> NegativeSums:
-    """First pass over the sampled classes: the sums of the loss and the embeddings' gradient in one sweep.
+class Path(Protocol):
+    """One way to compute the two passes over the sampled classes."""
 
-    Args:
-        centers: (L × K, D), raw.
-        keep_tiles: keep as many tiles as fit the scratch budget for `center_gradient`.
-    """
-    embeddings = batch.embeddings
-    result = NegativeSums(
-        sums=torch.zeros(len(embeddings), dtype=torch.float64, device=embeddings.device),
-        pull=torch.zeros_like(embeddings),
-        conflicts=torch.zeros((), dtype=torch.float64, device=embeddings.device),
-    )
-    budget = batch.scratch() if keep_tiles else 0
-    size = batch.tile_classes()
+    def tile_classes(self, batch: ShardBatch) -> int:
+        """The most classes in a tile."""
+
+    def sum_negatives(self, centers: Tensor, batch: ShardBatch, *, keep: bool) -> NegativeSums:
+        """First pass: the sums of the loss and the embeddings' gradient in one sweep.
+
+        Args:
+            centers: (L × K, D), raw.
+            keep: leave in `kept` what spares the second pass work, within the scratch budget.
+        """
+
+    def visit_gradient(self, gradient: CenterGradient, centers: Tensor, visit: Visitor) -> None:
+        """Second pass: compute the centers' gradient tile by tile and show each tile to `visit` once.
+
+        A tile depends on its own rows only, so that a visitor may update them. Tiles come in any order, maybe in
+        several threads at once.
+        """
+
+    def tile_gradient(self, gradient: CenterGradient, centers: Tensor, first: int, last: int) -> Tensor:
+        """((last − first) × K, D): gradient of the rows of `classes[first:last]`."""
+
+
+Visitor = Callable[[int, int, Tensor], None]  # first and last class of a tile, gradient of its rows
+
+
+def tile_bounds(path: Path, batch: ShardBatch) -> Iterator[tuple[int, int]]:
+    """First and last class of each tile."""
+    size = path.tile_classes(batch)
     for first in range(0, len(batch.classes), size):
-        last = min(first + size, len(batch.classes))
-        tile = compute_tile(centers, batch, first, last)
-        result.sums += tile.sums
-        result.pull.addmm_(tile.weights, tile.unit_centers)
-        result.conflicts += tile.conflicts
-        bytes_kept = (tile.weights.numel() + tile.unit_centers.numel()) * tile.weights.element_size()
-        if bytes_kept <= budget:
-            budget -= bytes_kept
-            result.tiles[first] = tile
-    return result
+        yield first, min(first + size, len(batch.classes))
+
+
+def class_rows(classes: Tensor, sub_centers: int) -> Tensor:
+    """(s × K,) numbers of the rows that hold the centers of (s,) classes."""
+    if sub_centers == 1:
+        return classes
+    return (classes[:, None] * sub_centers + torch.arange(sub_centers, device=classes.device)).flatten()
 
 
 @dataclass(frozen=True)
@@ -317,37 +299,25 @@ class CenterGradient:
         scaled_embeddings: (G, D) compute dtype, ê times the factor of its negatives.
         target_rows: (T,) int64 sorted and distinct local rows, and target_gradient: (T, D) compute dtype, already
             projected.
-        tiles: tiles kept from the first pass; empty for the deferred update.
+        path: what computes it.
+        kept: what the path's first pass left for it.
     """
 
     batch: ShardBatch
     scaled_embeddings: Tensor
     target_rows: Tensor
     target_gradient: Tensor
-    tiles: dict[int, Tile]
+    path: Path
+    kept: Any
 
-    def tile_rows(self, first: int, last: int) -> Tensor:
-        """((last − first) × K,) int64, sorted: the local rows of `batch.classes[first:last]`."""
-        return class_rows(self.batch.classes[first:last], self.batch.margin.sub_centers)
+    def visit(self, centers: Tensor, visit: Visitor) -> None:
+        """`Path.visit_gradient` of this gradient; nothing for a shard without sampled classes."""
+        if len(self.batch.classes):
+            self.path.visit_gradient(self, centers, visit)
 
-    def tile_gradient(self, centers: Tensor, first: int, last: int) -> Tensor:
-        """((last − first) × K, D): gradient of the rows of `batch.classes[first:last]`."""
-        tile = self.tiles.get(first)
-        if tile is None or len(tile.center_norms) != (last - first) * self.batch.margin.sub_centers:
-            tile = compute_tile(centers, self.batch, first, last)
-        gradient = tile.weights.T @ self.scaled_embeddings
-        gradient -= (gradient * tile.unit_centers).sum(dim=1, keepdim=True) * tile.unit_centers
-        gradient /= tile.center_norms[:, None]
-        rows = self.tile_rows(first, last)
-        begin, end = torch.searchsorted(self.target_rows, torch.stack([rows[0], rows[-1] + 1])).tolist()
-        places = torch.searchsorted(rows, self.target_rows[begin:end])
-        return gradient.index_add_(0, places, self.target_gradient[begin:end])
-
-    def tile_bounds(self) -> Iterator[tuple[int, int]]:
-        """First and last class of each tile."""
-        size = self.batch.tile_classes()
-        for first in range(0, len(self.batch.classes), size):
-            yield first, min(first + size, len(self.batch.classes))
+    def tile(self, centers: Tensor, first: int, last: int) -> Tensor:
+        """`Path.tile_gradient` of this gradient."""
+        return self.path.tile_gradient(self, centers, first, last)
 
 
 def center_gradient(
@@ -356,7 +326,8 @@ def center_gradient(
     batch: ShardBatch,
     unit_embeddings: Tensor,
     factor: Tensor,
-    tiles: dict[int, Tile],
+    path: Path,
+    kept: Any,
 ) -> CenterGradient:
     """The second pass, prepared; `factor` () is the caller's gradient over the size of the global batch."""
     dtype = batch.embeddings.dtype
@@ -366,4 +337,4 @@ def center_gradient(
     target_rows, places = targets.rows.unique(return_inverse=True)
     summed = contributions.new_zeros((len(target_rows), contributions.shape[1])).index_add_(0, places, contributions)
     scaled = batch.embeddings * (terms.negative_factor * factor).to(dtype)[:, None]
-    return CenterGradient(batch, scaled, target_rows, summed.to(dtype), tiles)
+    return CenterGradient(batch, scaled, target_rows, summed.to(dtype), path, kept)

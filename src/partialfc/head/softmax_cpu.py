@@ -1,0 +1,172 @@
+"""The two passes on a CPU: matrix products by PyTorch, the row loops between them by numba, tiles spread over threads.
+
+A tile's arrays fit a core's cache, and each thread takes whole tiles with all their stages, so that no stage waits for
+another thread and no array of samples × classes goes through memory but the weights kept for the second pass. The work
+is split in a fixed number of parts, summed in order: the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from partialfc.head import kernels_cpu
+from partialfc.head.softmax import CenterGradient, Loan, NegativeSums, ShardBatch, Visitor, tile_bounds
+from partialfc.head.threads import run_parallel
+
+_TILE_BYTES = 2 << 20
+_PARTS = 16
+_NO_THRESHOLD = 2.0  # no cosine is above it
+
+
+class CPUPath:
+    """`Path` for float32 centers of one center a class, and margins that leave negatives as they are."""
+
+    def tile_classes(self, batch: ShardBatch) -> int:
+        samples, width = batch.embeddings.shape
+        tile_bytes = min(_TILE_BYTES, batch.scratch_bytes // 4)
+        return max(1, tile_bytes // (6 * (samples + width)))
+
+    def sum_negatives(self, centers: Tensor, batch: ShardBatch, *, keep: bool) -> NegativeSums:
+        kept = _lend_weights(batch) if keep else None
+        bounds = list(tile_bounds(self, batch))
+        parts = [bounds[len(bounds) * k // _PARTS : len(bounds) * (k + 1) // _PARTS] for k in range(_PARTS)]
+        results = run_parallel(lambda part: _sum_part(centers, batch, part, kept), [part for part in parts if part])
+        total = NegativeSums.zeros(batch.embeddings)
+        for result in results:
+            total.sums += result.sums
+            total.pull += result.pull
+            total.conflicts += result.conflicts
+        total.kept = kept
+        return total
+
+    def visit_gradient(self, gradient: CenterGradient, centers: Tensor, visit: Visitor) -> None:
+        def work(bounds: tuple[int, int]) -> None:
+            visit(*bounds, self.tile_gradient(gradient, centers, *bounds))
+
+        run_parallel(work, tile_bounds(self, gradient.batch))
+
+    def tile_gradient(self, gradient: CenterGradient, centers: Tensor, first: int, last: int) -> Tensor:
+        """((last − first), D) float32, in memory that this thread's next tile takes over."""
+        batch, kept = gradient.batch, gradient.kept
+        rows = batch.classes[first:last]
+        buffers = _Buffers.of_this_thread(batch, last - first)
+        if kept is not None and last <= len(kept.values):
+            weights = kept.values[first:last]
+        else:
+            weights = buffers.weights
+            _compute_weights(centers, batch, first, last, buffers, weights, None)
+        operand = gradient.scaled_embeddings.to(batch.operand_dtype)
+        result = buffers.unit
+        if batch.operand_dtype == torch.float32:
+            torch.mm(weights, operand, out=result)
+        else:
+            torch.mm(weights, operand, out=buffers.rounded)
+            result.copy_(buffers.rounded)
+        kernels_cpu.finish_gradient(
+            centers.detach().numpy(),
+            rows.numpy(),
+            result.numpy(),
+            gradient.target_rows.numpy(),
+            gradient.target_gradient.numpy(),
+        )
+        return result
+
+
+def _lend_weights(batch: ShardBatch) -> Loan | None:
+    """Room for the weights of as many classes as the scratch budget holds, (n, G) in the operands' dtype."""
+    samples = len(batch.embeddings)
+    count = min(len(batch.classes), batch.scratch_bytes // (samples * batch.operand_dtype.itemsize))
+    return batch.scratch.lend((count, samples), batch.operand_dtype, batch.embeddings.device)
+
+
+def _sum_part(
+    centers: Tensor, batch: ShardBatch, bounds: list[tuple[int, int]], kept: Loan | None
+) -> NegativeSums:
+    """The first pass over some tiles, in this thread."""
+    result = NegativeSums.zeros(batch.embeddings)
+    rounds = batch.operand_dtype != torch.float32
+    pulled = torch.empty_like(batch.embeddings, dtype=batch.operand_dtype) if rounds else None
+    for first, last in bounds:
+        buffers = _Buffers.of_this_thread(batch, last - first)
+        keeps = kept is not None and last <= len(kept.values)
+        weights = kept.values[first:last] if keeps else buffers.weights  # type: ignore[union-attr]
+        _compute_weights(centers, batch, first, last, buffers, weights, result)
+        if pulled is None:
+            result.pull.addmm_(weights.T, buffers.unit)
+        else:
+            result.pull += torch.mm(weights.T, buffers.rounded, out=pulled)
+    return result
+
+
+def _compute_weights(
+    centers: Tensor,
+    batch: ShardBatch,
+    first: int,
+    last: int,
+    buffers: _Buffers,
+    weights: Tensor,
+    result: NegativeSums | None,
+) -> None:
+    """weights (n, G) of the classes [first, last), their unit centers in the buffers, and their sums into `result`.
+
+    The cosines are products of float32 whatever the operands' dtype: here they cost little more, and scale × their
+    error is what the exponential sees.
+    """
+    raw, rows = centers.detach().numpy(), batch.classes[first:last].numpy()
+    if batch.operand_dtype == torch.float32:
+        kernels_cpu.gather_unit_rows(raw, rows, buffers.unit.numpy())
+        cosine = weights
+    else:
+        kernels_cpu.gather_unit_rows_twice(raw, rows, buffers.unit.numpy(), _bits(buffers.rounded))
+        cosine = buffers.cosine
+    torch.mm(buffers.unit, batch.embeddings.T, out=cosine)
+    kernels_cpu.mark_own_classes(cosine.numpy(), batch.target_places.numpy(), first)
+    threshold = _NO_THRESHOLD if batch.conflict_threshold is None else batch.conflict_threshold
+    numbers = np.float32(batch.scale), np.float32(batch.shift), np.float32(threshold)
+    sums, left_out = buffers.sums.zero_(), buffers.left_out.zero_()
+    if batch.operand_dtype == torch.float32:
+        kernels_cpu.exponentials(cosine.numpy(), *numbers, sums.numpy(), left_out.numpy())
+    else:
+        kernels_cpu.exponentials_rounded(cosine.numpy(), *numbers, sums.numpy(), left_out.numpy(), _bits(weights))
+    if result is not None:
+        result.sums += sums
+        result.conflicts += left_out.sum()
+        if batch.conflict_as_zero_logit:
+            result.sums += left_out * math.exp(-batch.shift)
+
+
+def _bits(values: Tensor) -> np.ndarray:
+    """A bfloat16 tensor as numpy sees it: uint16 of the same bits."""
+    return values.view(torch.uint16).numpy()
+
+
+class _Buffers:
+    """A thread's arrays for one tile, kept from tile to tile and step to step."""
+
+    _local = threading.local()
+
+    def __init__(self, classes: int, samples: int, width: int, operand_dtype: torch.dtype) -> None:
+        self.size = classes, samples, width, operand_dtype
+        self._unit = torch.empty(classes, width)
+        self._rounded = torch.empty(classes, width, dtype=operand_dtype)
+        self._cosine = torch.empty(classes, samples)
+        self._weights = torch.empty(classes, samples, dtype=operand_dtype)
+        self.sums = torch.empty(samples)
+        self.left_out = torch.empty(samples, dtype=torch.int32)
+
+    @staticmethod
+    def of_this_thread(batch: ShardBatch, classes: int) -> _Buffers:
+        """Arrays for a tile of `classes` classes."""
+        samples, width = batch.embeddings.shape
+        buffers: _Buffers | None = getattr(_Buffers._local, "buffers", None)
+        wanted = samples, width, batch.operand_dtype
+        if buffers is None or buffers.size[1:] != wanted or buffers.size[0] < classes:
+            buffers = _Buffers._local.buffers = _Buffers(classes, *wanted)
+        buffers.unit, buffers.rounded = buffers._unit[:classes], buffers._rounded[:classes]
+        buffers.cosine, buffers.weights = buffers._cosine[:classes], buffers._weights[:classes]
+        return buffers

@@ -1,0 +1,43 @@
+"""Work spread over threads, each of which computes alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which an operation of PyTorch runs alone; the others keep the number of threads they have."""
+    everyone_started = threading.Barrier(threads)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        everyone_started.wait()
+
+    pool = ThreadPoolExecutor(threads, "partialfc-head", start)
+    list(pool.map(lambda _: None, range(threads)))
+    torch.set_num_threads(threads)  # the workers' calls changed what threads to come start with
+    return pool
+
+
+def run_parallel(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """`work` on each item without autograd, in as many threads as PyTorch has for an operation; results in order."""
+    items = list(items)
+
+    def without_autograd(item: T) -> R:
+        with torch.no_grad():
+            return work(item)
+
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) <= 1:
+        return [without_autograd(item) for item in items]
+    return list(_pool(threads).map(without_autograd, items))

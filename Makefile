@@ -10,7 +10,7 @@ help:  ## list the targets
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu]'
 	touch $@
 
 .venv/dev: .venv/core

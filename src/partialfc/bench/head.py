@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from typing import Any, Literal
 
@@ -164,6 +164,8 @@ def measure_peak(configuration: HeadConfiguration, variant: Variant) -> int:
 def run_for_memory(configuration: HeadConfiguration, variant: Variant) -> int:
     """Some steps of one variant; how far they raised the peak of this process's, or the GPU's, memory."""
     is_cuda = torch.device(configuration.device).type == "cuda"
+    tiny = replace(configuration, num_classes=64, embedding_dim=8, batch_size=4, sample_rate=0.5)
+    _steps_of(tiny, [variant])[variant](*tiny.batch(0), Phases(tiny.device))  # libraries loaded and loops compiled
     before = 0 if is_cuda else peak_resident_bytes()
     step = _steps_of(configuration, [variant])[variant]
     for number in range(_MEMORY_STEPS):

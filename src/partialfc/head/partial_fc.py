@@ -264,9 +264,7 @@ def _gather_batch(head: PartialFC, embeddings: Tensor, labels: Tensor) -> tuple[
     return counts, embeddings, labels
 
 
-def _forward(
-    head: PartialFC, centers: Tensor, local_embeddings: Tensor, local_labels: Tensor, *, keep: bool
-) -> _Step:
+def _forward(head: PartialFC, centers: Tensor, local_embeddings: Tensor, local_labels: Tensor, *, keep: bool) -> _Step:
     """Everything before backward. Five collectives."""
     shard, margin = head.shard, head.margin
     counts, embeddings, labels = _gather_batch(head, local_embeddings, local_labels)
@@ -300,7 +298,9 @@ def _forward(
         shift=softmax.exponent_shift(head.scale, margin.negatives_bound, head.num_classes),
         conflict_threshold=head.conflict_threshold,
         conflict_as_zero_logit=head.conflict_as_zero_logit,
-        operand_dtype=torch.promote_types(head.operand_dtype, compute_dtype) if compute_dtype == torch.float64 else head.operand_dtype,
+        operand_dtype=torch.promote_types(head.operand_dtype, compute_dtype)
+        if compute_dtype == torch.float64
+        else head.operand_dtype,
         scratch=head._scratch,
         scratch_bytes=head.scratch_bytes,
     )

@@ -86,7 +86,7 @@ class Loan:
 
 
 class Scratch:
-    """One buffer that a head uses step after step: fresh pages would cost a CPU more than what is computed into them."""
+    """One buffer that a head uses step after step: fresh pages cost a CPU more than what is computed into them."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The two passes in plain PyTorch, tile by tile: any device, any margin; the fallback of the faster paths, and their oracle."""
+"""The two passes in plain PyTorch, tile by tile: any device, any margin; what the faster paths are compared with."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -54,19 +55,19 @@ class CPUPath:
         """((last − first), D) float32, in memory that this thread's next tile takes over."""
         batch, kept = gradient.batch, gradient.kept
         rows = batch.classes[first:last]
-        buffers = _Buffers.of_this_thread(batch, last - first)
+        arrays = _arrays(batch, last - first)
         if kept is not None and last <= len(kept.values):
             weights = kept.values[first:last]
         else:
-            weights = buffers.weights
-            _compute_weights(centers, batch, first, last, buffers, weights, None)
+            weights = arrays.weights
+            _compute_weights(centers, batch, first, last, arrays, weights, None)
         operand = gradient.scaled_embeddings.to(batch.operand_dtype)
-        result = buffers.unit
+        result = arrays.unit
         if batch.operand_dtype == torch.float32:
             torch.mm(weights, operand, out=result)
         else:
-            torch.mm(weights, operand, out=buffers.rounded)
-            result.copy_(buffers.rounded)
+            torch.mm(weights, operand, out=arrays.rounded)
+            result.copy_(arrays.rounded)
         kernels_cpu.finish_gradient(
             centers.detach().numpy(),
             rows.numpy(),
@@ -84,22 +85,20 @@ def _lend_weights(batch: ShardBatch) -> Loan | None:
     return batch.scratch.lend((count, samples), batch.operand_dtype, batch.embeddings.device)
 
 
-def _sum_part(
-    centers: Tensor, batch: ShardBatch, bounds: list[tuple[int, int]], kept: Loan | None
-) -> NegativeSums:
+def _sum_part(centers: Tensor, batch: ShardBatch, bounds: list[tuple[int, int]], kept: Loan | None) -> NegativeSums:
     """The first pass over some tiles, in this thread."""
     result = NegativeSums.zeros(batch.embeddings)
     rounds = batch.operand_dtype != torch.float32
     pulled = torch.empty_like(batch.embeddings, dtype=batch.operand_dtype) if rounds else None
     for first, last in bounds:
-        buffers = _Buffers.of_this_thread(batch, last - first)
+        arrays = _arrays(batch, last - first)
         keeps = kept is not None and last <= len(kept.values)
-        weights = kept.values[first:last] if keeps else buffers.weights  # type: ignore[union-attr]
-        _compute_weights(centers, batch, first, last, buffers, weights, result)
+        weights = kept.values[first:last] if keeps else arrays.weights  # type: ignore[union-attr]
+        _compute_weights(centers, batch, first, last, arrays, weights, result)
         if pulled is None:
-            result.pull.addmm_(weights.T, buffers.unit)
+            result.pull.addmm_(weights.T, arrays.unit)
         else:
-            result.pull += torch.mm(weights.T, buffers.rounded, out=pulled)
+            result.pull += torch.mm(weights.T, arrays.rounded, out=pulled)
     return result
 
 
@@ -108,27 +107,27 @@ def _compute_weights(
     batch: ShardBatch,
     first: int,
     last: int,
-    buffers: _Buffers,
+    arrays: _TileArrays,
     weights: Tensor,
     result: NegativeSums | None,
 ) -> None:
-    """weights (n, G) of the classes [first, last), their unit centers in the buffers, and their sums into `result`.
+    """weights (n, G) of the classes [first, last), their unit centers in `arrays`, and their sums into `result`.
 
     The cosines are products of float32 whatever the operands' dtype: here they cost little more, and scale × their
     error is what the exponential sees.
     """
     raw, rows = centers.detach().numpy(), batch.classes[first:last].numpy()
     if batch.operand_dtype == torch.float32:
-        kernels_cpu.gather_unit_rows(raw, rows, buffers.unit.numpy())
+        kernels_cpu.gather_unit_rows(raw, rows, arrays.unit.numpy())
         cosine = weights
     else:
-        kernels_cpu.gather_unit_rows_twice(raw, rows, buffers.unit.numpy(), _bits(buffers.rounded))
-        cosine = buffers.cosine
-    torch.mm(buffers.unit, batch.embeddings.T, out=cosine)
+        kernels_cpu.gather_unit_rows_twice(raw, rows, arrays.unit.numpy(), _bits(arrays.rounded))
+        cosine = arrays.cosine
+    torch.mm(arrays.unit, batch.embeddings.T, out=cosine)
     kernels_cpu.mark_own_classes(cosine.numpy(), batch.target_places.numpy(), first)
     threshold = _NO_THRESHOLD if batch.conflict_threshold is None else batch.conflict_threshold
     numbers = np.float32(batch.scale), np.float32(batch.shift), np.float32(threshold)
-    sums, left_out = buffers.sums.zero_(), buffers.left_out.zero_()
+    sums, left_out = arrays.sums.zero_(), arrays.left_out.zero_()
     if batch.operand_dtype == torch.float32:
         kernels_cpu.exponentials(cosine.numpy(), *numbers, sums.numpy(), left_out.numpy())
     else:
@@ -145,28 +144,46 @@ def _bits(values: Tensor) -> np.ndarray:
     return values.view(torch.uint16).numpy()
 
 
-class _Buffers:
-    """A thread's arrays for one tile, kept from tile to tile and step to step."""
+@dataclass(frozen=True)
+class _TileArrays:
+    """What a thread computes a tile of n classes in.
 
-    _local = threading.local()
+    Attributes:
+        unit: (n, D) float32, unit centers, then their gradient; rounded: (n, D) operand dtype, the same.
+        cosine: (n, G) float32; weights: (n, G) operand dtype.
+        sums: (G,) float32; left_out: (G,) int32.
+    """
 
-    def __init__(self, classes: int, samples: int, width: int, operand_dtype: torch.dtype) -> None:
-        self.size = classes, samples, width, operand_dtype
-        self._unit = torch.empty(classes, width)
-        self._rounded = torch.empty(classes, width, dtype=operand_dtype)
-        self._cosine = torch.empty(classes, samples)
-        self._weights = torch.empty(classes, samples, dtype=operand_dtype)
-        self.sums = torch.empty(samples)
-        self.left_out = torch.empty(samples, dtype=torch.int32)
+    unit: Tensor
+    rounded: Tensor
+    cosine: Tensor
+    weights: Tensor
+    sums: Tensor
+    left_out: Tensor
 
-    @staticmethod
-    def of_this_thread(batch: ShardBatch, classes: int) -> _Buffers:
-        """Arrays for a tile of `classes` classes."""
-        samples, width = batch.embeddings.shape
-        buffers: _Buffers | None = getattr(_Buffers._local, "buffers", None)
-        wanted = samples, width, batch.operand_dtype
-        if buffers is None or buffers.size[1:] != wanted or buffers.size[0] < classes:
-            buffers = _Buffers._local.buffers = _Buffers(classes, *wanted)
-        buffers.unit, buffers.rounded = buffers._unit[:classes], buffers._rounded[:classes]
-        buffers.cosine, buffers.weights = buffers._cosine[:classes], buffers._weights[:classes]
-        return buffers
+
+_local = threading.local()
+
+
+def _arrays(batch: ShardBatch, classes: int) -> _TileArrays:
+    """This thread's arrays for a tile of `classes` classes: the same memory from tile to tile and step to step."""
+    samples, width = batch.embeddings.shape
+    form = samples, width, batch.operand_dtype
+    if getattr(_local, "form", None) != form or len(_local.arrays.unit) < classes:
+        _local.form = form
+        _local.arrays = _TileArrays(
+            unit=torch.empty(classes, width),
+            rounded=torch.empty(classes, width, dtype=batch.operand_dtype),
+            cosine=torch.empty(classes, samples),
+            weights=torch.empty(classes, samples, dtype=batch.operand_dtype),
+            sums=torch.empty(samples),
+            left_out=torch.empty(samples, dtype=torch.int32),
+        )
+    whole: _TileArrays = _local.arrays
+    return replace(
+        whole,
+        unit=whole.unit[:classes],
+        rounded=whole.rounded[:classes],
+        cosine=whole.cosine[:classes],
+        weights=whole.weights[:classes],
+    )

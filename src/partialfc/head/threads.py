@@ -21,6 +21,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
     def start() -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()  # fixes this thread's number; otherwise its first operation would take the default
         everyone_started.wait()
 
     pool = ThreadPoolExecutor(threads, "partialfc-head", start)

@@ -17,12 +17,11 @@ from torch.optim import Optimizer
 
 from partialfc.errors import InputError
 from partialfc.head.compiled import compiled_for
-from partialfc.head.softmax import CenterGradient, class_rows
-from partialfc.head.threads import run_parallel
+from partialfc.head.softmax import CenterGradient, RowVisitor, class_rows
+from partialfc.head.threads import alone_if, run_parallel
 
 _NUMBERS_IN_CACHE = 1 << 18  # of a sparse gradient at once: their temporaries stay in a core's cache
 _NUMBERS_ON_GPU = 1 << 26
-RowVisitor = Callable[[Tensor, Tensor], None]  # rows (n,) int64, sorted and distinct, and their gradient (n, D)
 
 
 class RowGradients:
@@ -42,26 +41,32 @@ class RowGradients:
 
         A tile is computed from its own rows only, which the visitor may change.
         """
-        if len(self.deferred) == 1:
-            (only,) = self.deferred
-            only.visit(centers, lambda first, last, gradient: visit(only.batch.rows(first, last), gradient))
-        elif self.deferred:
-            self._visit_merged(centers, visit)
+        if not self.deferred:
+            return
+        with alone_if(self.deferred[0].path.in_threads):
+            if len(self.deferred) == 1:
+                self.deferred[0].visit(centers, visit)
+            else:
+                self._visit_merged(centers, visit)
 
     def _visit_merged(self, centers: Tensor, visit: RowVisitor) -> None:
         """The same over the union of several micro-steps' classes."""
-        first_part = self.deferred[0]
-        classes = torch.cat([part.batch.classes for part in self.deferred]).unique()
-        for tile in classes.split(min(part.path.tile_classes(part.batch) for part in self.deferred)):
-            rows = class_rows(tile, first_part.batch.margin.sub_centers)
-            gradient = first_part.scaled_embeddings.new_zeros((len(rows), centers.shape[1]))
-            for part in self.deferred:
-                ends = torch.stack([tile[0], tile[-1] + 1])
+        parts = self.deferred
+        path, sub_centers = parts[0].path, parts[0].batch.margin.sub_centers
+
+        def work(classes: Tensor) -> None:
+            rows = class_rows(classes, sub_centers)
+            gradient = parts[0].scaled_embeddings.new_zeros((len(rows), centers.shape[1]))
+            for part in parts:
+                ends = torch.stack([classes[0], classes[-1] + 1])
                 first, last = torch.searchsorted(part.batch.classes, ends).tolist()
                 if first < last:
                     places = torch.searchsorted(rows, part.batch.rows(first, last))
                     gradient.index_add_(0, places, part.tile(centers, first, last))
             visit(rows, gradient)
+
+        classes = torch.cat([part.batch.classes for part in parts]).unique()
+        path.spread(work, classes.split(min(path.tile_classes(part.batch) for part in parts)))
 
 
 def row_gradients_of(parameter: Tensor) -> RowGradients | None:

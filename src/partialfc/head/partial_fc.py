@@ -18,6 +18,7 @@ from partialfc.head.margins import CosFace, Margin, MarginBatch
 from partialfc.head.optim import RowGradients
 from partialfc.head.paths import choose_path
 from partialfc.head.sampling import sample_classes
+from partialfc.head.threads import alone_if
 
 Update = Literal["sparse", "deferred"]
 _INITIAL_DEVIATION = 0.01
@@ -264,7 +265,9 @@ def _gather_batch(head: PartialFC, embeddings: Tensor, labels: Tensor) -> tuple[
     return counts, embeddings, labels
 
 
-def _forward(head: PartialFC, centers: Tensor, local_embeddings: Tensor, local_labels: Tensor, *, keep: bool) -> _Step:
+def _forward(
+    head: PartialFC, path: softmax.Path, centers: Tensor, local_embeddings: Tensor, local_labels: Tensor, keep: bool
+) -> _Step:
     """Everything before backward. Five collectives."""
     shard, margin = head.shard, head.margin
     counts, embeddings, labels = _gather_batch(head, local_embeddings, local_labels)
@@ -304,7 +307,6 @@ def _forward(head: PartialFC, centers: Tensor, local_embeddings: Tensor, local_l
         scratch=head._scratch,
         scratch_bytes=head.scratch_bytes,
     )
-    path = choose_path(centers, batch)
     negatives = path.sum_negatives(centers, batch, keep=keep)
     everything = torch.cat([negatives.sums, negatives.conflicts[None], torch.full_like(norms[:1], len(classes))])
     all_reduce(everything, group=shard.group)
@@ -337,8 +339,9 @@ class _SampledSoftmax(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC) -> Tensor:
         # Of several micro-steps that wait for the optimizer only the first keeps anything.
         keep = ctx.needs_input_grad[1] and not head.row_gradients.deferred
-        with torch.autocast(embeddings.device.type, enabled=False):
-            step = _forward(head, centers, embeddings, labels, keep=keep)
+        path = choose_path(centers, embeddings, head.margin)
+        with torch.autocast(embeddings.device.type, enabled=False), alone_if(path.in_threads):
+            step = _forward(head, path, centers, embeddings, labels, keep)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
         ctx.save_for_backward(centers)
         return step.terms.loss.mean().to(step.batch.embeddings.dtype)
@@ -349,7 +352,7 @@ class _SampledSoftmax(torch.autograd.Function):
         head, step = ctx.head, ctx.step
         (centers,) = ctx.saved_tensors
         factor = loss_gradient.double() / len(step.norms)
-        with torch.autocast(centers.device.type, enabled=False):
+        with torch.autocast(centers.device.type, enabled=False), alone_if(step.path.in_threads):
             embeddings_gradient = _embeddings_gradient(head, step, factor).to(ctx.dtype)
             centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
         return embeddings_gradient, centers_gradient, None, None
@@ -373,15 +376,16 @@ def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Ten
     prepared = softmax.center_gradient(
         step.targets, step.terms, step.batch, step.unit_embeddings, factor, step.path, step.negatives.kept
     )
+    step.negatives.kept = None  # the loss may outlive the gradient, and would keep the scratch memory
     if head.update == "deferred":
         head.row_gradients.deferred.append(prepared)
         return None
     rows = step.batch.rows(0, len(step.batch.classes))
     values = torch.empty(len(rows), centers.shape[1], dtype=centers.dtype, device=centers.device)
-    k = head.margin.sub_centers
 
-    def copy(first: int, last: int, gradient: Tensor) -> None:
-        values[first * k : last * k] = gradient
+    def copy(tile: Tensor, gradient: Tensor) -> None:
+        first = int(torch.searchsorted(rows, tile[0]))
+        values[first : first + len(tile)] = gradient
 
     prepared.visit(centers, copy)
     return torch.sparse_coo_tensor(rows[None], values, centers.shape, check_invariants=False)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from partialfc.head.margins import Margin, MarginBatch
 
 _LARGEST_EXPONENT = 85.0  # exp(88.7) is the largest float32; a sum over the batch's tile stays below it
 _TINY = 1e-12
+T = TypeVar("T")
 
 
 def normalise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,13 @@ class NegativeSums:
 
 
 class Path(Protocol):
-    """One way to compute the two passes over the sampled classes."""
+    """One way to compute the two passes over the sampled classes.
+
+    Attributes:
+        in_threads: whether it spreads tiles over threads, beside which operations should not spread themselves.
+    """
+
+    in_threads: ClassVar[bool]
 
     def tile_classes(self, batch: ShardBatch) -> int:
         """The most classes in a tile."""
@@ -145,18 +152,14 @@ class Path(Protocol):
             keep: leave in `kept` what spares the second pass work, within the scratch budget.
         """
 
-    def visit_gradient(self, gradient: CenterGradient, centers: Tensor, visit: Visitor) -> None:
-        """Second pass: compute the centers' gradient tile by tile and show each tile to `visit` once.
-
-        A tile depends on its own rows only, so that a visitor may update them. Tiles come in any order, maybe in
-        several threads at once.
-        """
+    def spread(self, work: Callable[[T], None], items: Iterable[T]) -> None:
+        """Run `work` on each item, in the threads that suit this path."""
 
     def tile_gradient(self, gradient: CenterGradient, centers: Tensor, first: int, last: int) -> Tensor:
-        """((last − first) × K, D): gradient of the rows of `classes[first:last]`."""
+        """((last − first) × K, D): gradient of the rows of `classes[first:last]`; valid until this thread's next."""
 
 
-Visitor = Callable[[int, int, Tensor], None]  # first and last class of a tile, gradient of its rows
+RowVisitor = Callable[[Tensor, Tensor], None]  # rows (n,) int64, sorted and distinct, and their gradient (n, D)
 
 
 def tile_bounds(path: Path, batch: ShardBatch) -> Iterator[tuple[int, int]]:
@@ -310,10 +313,16 @@ class CenterGradient:
     path: Path
     kept: Any
 
-    def visit(self, centers: Tensor, visit: Visitor) -> None:
-        """`Path.visit_gradient` of this gradient; nothing for a shard without sampled classes."""
-        if len(self.batch.classes):
-            self.path.visit_gradient(self, centers, visit)
+    def visit(self, centers: Tensor, visit: RowVisitor) -> None:
+        """Compute the gradient tile by tile and show each tile to `visit`, maybe in several threads at once.
+
+        A tile depends on its own rows only, which the visitor may change.
+        """
+
+        def work(bounds: tuple[int, int]) -> None:
+            visit(self.batch.rows(*bounds), self.tile(centers, *bounds))
+
+        self.path.spread(work, tile_bounds(self.path, self.batch))
 
     def tile(self, centers: Tensor, first: int, last: int) -> Tensor:
         """`Path.tile_gradient` of this gradient."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from partialfc.head.softmax import CenterGradient, NegativeSums, ShardBatch, Visitor, normalise_rows, tile_bounds
+from partialfc.head.softmax import CenterGradient, NegativeSums, ShardBatch, normalise_rows, tile_bounds
 
+T = TypeVar("T")
 _CPU_SCRATCH = 32 << 20  # fresh pages cost a CPU more than computing a tile again (docs/performance.md)
 
 
@@ -80,6 +83,8 @@ def _scratch_bytes(batch: ShardBatch) -> int:
 class ChunkedPath:
     """`Path` in plain PyTorch."""
 
+    in_threads: ClassVar[bool] = False
+
     def tile_classes(self, batch: ShardBatch) -> int:
         """About four arrays of (G, tile) and three of (tile, D) live at once."""
         numbers = 4 * len(batch.embeddings) + 3 * batch.embeddings.shape[1]
@@ -102,13 +107,13 @@ class ChunkedPath:
         result.kept = kept
         return result
 
-    def visit_gradient(self, gradient: CenterGradient, centers: Tensor, visit: Visitor) -> None:
-        for first, last in tile_bounds(self, gradient.batch):
-            visit(first, last, self.tile_gradient(gradient, centers, first, last))
+    def spread(self, work: Callable[[T], None], items: Iterable[T]) -> None:
+        for item in items:
+            work(item)
 
     def tile_gradient(self, gradient: CenterGradient, centers: Tensor, first: int, last: int) -> Tensor:
         batch = gradient.batch
-        tile = gradient.kept.get(first)
+        tile = (gradient.kept or {}).get(first)
         if tile is None or len(tile.center_norms) != (last - first) * batch.margin.sub_centers:
             tile = compute_tile(centers, batch, first, last)
         result = _product(tile.weights.T, gradient.scaled_embeddings, batch)

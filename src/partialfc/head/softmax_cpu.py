@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from partialfc.head import kernels_cpu
-from partialfc.head.softmax import CenterGradient, Loan, NegativeSums, ShardBatch, Visitor, tile_bounds
+from partialfc.head.softmax import CenterGradient, Loan, NegativeSums, ShardBatch, tile_bounds
 from partialfc.head.threads import run_parallel
 
-_TILE_BYTES = 2 << 20
+_TILE_BYTES = 3 << 20
 _PARTS = 16
+T = TypeVar("T")
 _NO_THRESHOLD = 2.0  # no cosine is above it
 
 
 class CPUPath:
     """`Path` for float32 centers of one center a class, and margins that leave negatives as they are."""
+
+    in_threads: ClassVar[bool] = True
 
     def tile_classes(self, batch: ShardBatch) -> int:
         samples, width = batch.embeddings.shape
@@ -33,8 +38,10 @@ class CPUPath:
         return max(1, tile_bytes // (6 * (samples + width)))
 
     def sum_negatives(self, centers: Tensor, batch: ShardBatch, *, keep: bool) -> NegativeSums:
-        kept = _lend_weights(batch) if keep else None
         bounds = list(tile_bounds(self, batch))
+        if not bounds:
+            return NegativeSums.zeros(batch.embeddings)
+        kept = _lend_weights(batch) if keep else None
         parts = [bounds[len(bounds) * k // _PARTS : len(bounds) * (k + 1) // _PARTS] for k in range(_PARTS)]
         results = run_parallel(lambda part: _sum_part(centers, batch, part, kept), [part for part in parts if part])
         total = NegativeSums.zeros(batch.embeddings)
@@ -45,14 +52,10 @@ class CPUPath:
         total.kept = kept
         return total
 
-    def visit_gradient(self, gradient: CenterGradient, centers: Tensor, visit: Visitor) -> None:
-        def work(bounds: tuple[int, int]) -> None:
-            visit(*bounds, self.tile_gradient(gradient, centers, *bounds))
-
-        run_parallel(work, tile_bounds(self, gradient.batch))
+    def spread(self, work: Callable[[T], None], items: Iterable[T]) -> None:
+        run_parallel(work, items)
 
     def tile_gradient(self, gradient: CenterGradient, centers: Tensor, first: int, last: int) -> Tensor:
-        """((last − first), D) float32, in memory that this thread's next tile takes over."""
         batch, kept = gradient.batch, gradient.kept
         rows = batch.classes[first:last]
         arrays = _arrays(batch, last - first)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -25,9 +26,33 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         everyone_started.wait()
 
     pool = ThreadPoolExecutor(threads, "partialfc-head", start)
+    before = torch.get_num_threads()
     list(pool.map(lambda _: None, range(threads)))
-    torch.set_num_threads(threads)  # the workers' calls changed what threads to come start with
+    torch.set_num_threads(before)  # the workers' calls changed what threads to come start with
     return pool
+
+
+_caller = threading.local()
+
+
+@contextmanager
+def alone_if(condition: bool) -> Iterator[None]:
+    """Compute in this thread only; `run_parallel` inside still takes as many threads as there were outside.
+
+    An operation in several threads leaves OpenMP's spinning for some milliseconds, beside which the workers of
+    `run_parallel` take twice as long.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not condition:
+        yield
+        return
+    _caller.threads = threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        del _caller.threads
 
 
 def run_parallel(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -38,7 +63,7 @@ def run_parallel(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
         with torch.no_grad():
             return work(item)
 
-    threads = torch.get_num_threads()
+    threads = getattr(_caller, "threads", torch.get_num_threads())
     if threads == 1 or len(items) <= 1:
         return [without_autograd(item) for item in items]
     return list(_pool(threads).map(without_autograd, items))

@@ -193,3 +193,19 @@ def sgd_rows(
             v = momentum * velocity[d] + (gradient[k, d] + weight_decay * center[d])
             velocity[d] = v
             center[d] = center[d] - lr * v
+
+
+@njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
+def transform_rows(centers: Any, momentum_buffer: Any, rows: Any, missed: Any, products: Any) -> None:
+    """Apply to the `rows` (n,) of centers and momentum_buffer (L, D) the 2 × 2 matrices products[missed] (k, 4)."""
+    for k in range(rows.shape[0]):
+        if missed[k] == 0:
+            continue
+        center = centers[rows[k]]
+        velocity = momentum_buffer[rows[k]]
+        a, b, c, e = products[missed[k]]
+        for d in range(center.shape[0]):
+            value = center[d]
+            speed = velocity[d]
+            center[d] = a * value + b * speed
+            velocity[d] = c * value + e * speed

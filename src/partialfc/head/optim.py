@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,62 +16,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from partialfc.errors import InputError
+from partialfc.head.catch_up import CatchUp
 from partialfc.head.compiled import compiled_for
-from partialfc.head.softmax import CenterGradient, RowVisitor, class_rows
-from partialfc.head.threads import alone_if, run_parallel
+from partialfc.head.row_gradients import RowGradients, row_gradients_of
+from partialfc.head.row_storage import Rows, StateStorage
+from partialfc.head.softmax import RowVisitor
+from partialfc.head.threads import run_parallel
 
 _NUMBERS_IN_CACHE = 1 << 18  # of a sparse gradient at once: their temporaries stay in a core's cache
 _NUMBERS_ON_GPU = 1 << 26
 
-
-class RowGradients:
-    """The link between a head's centers and their optimizer, hung on the parameter as `row_gradients`.
-
-    Attributes:
-        step: optimizer steps taken; the negatives of a step are drawn from it.
-        deferred: what backward left for `step()` to compute, one entry a micro-step (update="deferred").
-    """
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.deferred: list[CenterGradient] = []
-
-    def visit(self, centers: Tensor, visit: RowVisitor) -> None:
-        """Show `visit` all rows that have a deferred gradient, each once, tile by tile, maybe in several threads.
-
-        A tile is computed from its own rows only, which the visitor may change.
-        """
-        if not self.deferred:
-            return
-        with alone_if(self.deferred[0].path.in_threads):
-            if len(self.deferred) == 1:
-                self.deferred[0].visit(centers, visit)
-            else:
-                self._visit_merged(centers, visit)
-
-    def _visit_merged(self, centers: Tensor, visit: RowVisitor) -> None:
-        """The same over the union of several micro-steps' classes."""
-        parts = self.deferred
-        path, sub_centers = parts[0].path, parts[0].batch.margin.sub_centers
-
-        def work(classes: Tensor) -> None:
-            rows = class_rows(classes, sub_centers)
-            gradient = parts[0].scaled_embeddings.new_zeros((len(rows), centers.shape[1]))
-            for part in parts:
-                ends = torch.stack([classes[0], classes[-1] + 1])
-                first, last = torch.searchsorted(part.batch.classes, ends).tolist()
-                if first < last:
-                    places = torch.searchsorted(rows, part.batch.rows(first, last))
-                    gradient.index_add_(0, places, part.tile(centers, first, last))
-            visit(rows, gradient)
-
-        classes = torch.cat([part.batch.classes for part in parts]).unique()
-        path.spread(work, classes.split(min(path.tile_classes(part.batch) for part in parts)))
-
-
-def row_gradients_of(parameter: Tensor) -> RowGradients | None:
-    """The link that a head hung on its centers, None on any other parameter."""
-    return getattr(parameter, "row_gradients", None)
+Unsampled = Literal["rest", "as_dense"]
 
 
 class _RowwiseOptimizer(Optimizer, ABC):
@@ -80,6 +35,10 @@ class _RowwiseOptimizer(Optimizer, ABC):
     # torch.amp.GradScaler then calls step() itself and leaves its findings in the attributes `grad_scale` and
     # `found_inf`, which must not exist otherwise: it multiplies what it finds and deletes them after the step.
     _step_supports_amp_scaling = True
+
+    def __init__(self, params: Any, defaults: dict[str, Any], storage: StateStorage) -> None:
+        self._storage = storage
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -118,7 +77,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
             gradient = gradient.to(_update_dtype(parameter))
             if grad_scale is not None:
                 gradient = gradient / grad_scale
-            self._update_rows(parameter, rows, gradient, group)
+            self._update_rows(parameter, Rows(rows, gradient.dtype, link), gradient, group)
 
         _visit_sparse(parameter, update)
         if link is not None:
@@ -132,6 +91,9 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 link = row_gradients_of(parameter)
                 if link is not None:
                     link.deferred.clear()
+
+    def settle(self) -> None:
+        """Make up for everything that was put off, as before centers are read by anything but their head."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state, on the device of the parameters.
@@ -147,9 +109,12 @@ class _RowwiseOptimizer(Optimizer, ABC):
                             f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was "
                             "saved for another number of classes or processes."
                         )
-        super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():
-            state.update({name: value.to(parameter.device) for name, value in state.items()})
+        # torch would cast the state to the parameter's dtype and device, where it need not live.
+        super().load_state_dict({**state_dict, "state": {}})
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    self.row_state(parameter)[name].copy_(value)
 
     def row_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state tensors of `parameter`, one row a row of it; created if it has none yet."""
@@ -163,8 +128,8 @@ class _RowwiseOptimizer(Optimizer, ABC):
         """State tensors with a row for each row of `parameter`, as before the first step."""
 
     @abstractmethod
-    def _update_rows(self, parameter: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Change `rows` (n,) of `parameter` and of its state by their gradient (n, D), float32 or wider."""
+    def _update_rows(self, parameter: Tensor, rows: Rows, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Change `rows` of `parameter` and of its state by their gradient (n, D), float32 or wider."""
 
 
 def _update_dtype(parameter: Tensor) -> torch.dtype:
@@ -203,36 +168,90 @@ class RowwiseSGD(_RowwiseOptimizer):
     Args:
         params: the head's parameters.
         lr, momentum, weight_decay: as in torch.optim.SGD.
+        unsampled: what happens to a row that a step does not sample. "rest", the paper's rule: nothing. "as_dense":
+            what torch.optim.SGD would do to it for a gradient of zero, made up for when it is sampled next; call
+            `settle` before reading centers.
+        state_dtype: of the momentum; None for that of the centers. bfloat16 is rounded stochastically.
+        state_on_host: keep the momentum of centers on a GPU in page-locked host memory.
 
     Raises:
         InputError: a value is out of its range.
     """
 
-    def __init__(self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        *,
+        unsampled: Unsampled = "rest",
+        state_dtype: torch.dtype | None = None,
+        state_on_host: bool = False,
+    ) -> None:
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):
             raise InputError(
                 "RowwiseSGD needs lr >= 0, momentum in [0, 1) and weight_decay >= 0, "
                 f"not {lr}, {momentum}, {weight_decay}."
             )
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        if unsampled not in ("rest", "as_dense"):
+            raise InputError(f"unsampled is {unsampled!r}; it is 'rest' or 'as_dense'.")
+        self._unsampled = unsampled
+        self._behind: dict[Tensor, CatchUp] = {}
+        storage = StateStorage(state_dtype, state_on_host)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, storage)
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(parameter)}
+        return {"momentum_buffer": self._storage.zeros_like(parameter)}
 
-    def _update_rows(self, parameter: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
+        if self._unsampled == "as_dense":
+            self._follow(parameter, link)
+        super()._update_parameter(parameter, link, group)
+        behind = self._behind.get(parameter)
+        if behind is not None:
+            behind.finish_step(group["lr"], group["momentum"], group["weight_decay"])
+
+    def _follow(self, parameter: Tensor, link: RowGradients | None) -> None:
+        """From now on, bring rows up to date when the head is about to read them."""
+        if link is None:
+            raise InputError("unsampled='as_dense' needs the parameters of a PartialFC head.")
+        if parameter in self._behind:
+            return
+        behind = self._behind[parameter] = CatchUp(len(parameter), parameter.device)
         buffer = self.row_state(parameter)["momentum_buffer"]
+        link.prepare = lambda rows: behind.bring_up(parameter, buffer, rows)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        for parameter, behind in self._behind.items():
+            behind.bring_up_all(parameter, self.row_state(parameter)["momentum_buffer"])
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for behind in self._behind.values():
+            behind.forget()
+
+    def _update_rows(self, parameter: Tensor, rows: Rows, gradient: Tensor, group: dict[str, Any]) -> None:
+        buffer = self.row_state(parameter)["momentum_buffer"]
+        behind = self._behind.get(parameter)
+        if behind is not None:
+            behind.mark(rows.numbers)
         loops = compiled_for(parameter, buffer, gradient)
         if loops is not None:
             numbers = (np.float32(group[name]) for name in ("lr", "momentum", "weight_decay"))
-            loops.sgd_rows(parameter.detach().numpy(), buffer.numpy(), rows.numpy(), gradient.numpy(), *numbers)
+            arrays = parameter.detach().numpy(), buffer.numpy(), rows.numbers.numpy(), gradient.numpy()
+            loops.sgd_rows(*arrays, *numbers)
             return
-        values = parameter[rows].to(gradient.dtype)
-        velocity = buffer[rows].to(gradient.dtype)
+        values = rows.read(parameter)
         gradient = gradient.add(values, alpha=group["weight_decay"])
-        velocity.mul_(group["momentum"]).add_(gradient)
-        values.add_(velocity, alpha=-group["lr"])
-        buffer[rows] = velocity.to(buffer.dtype)
-        parameter[rows] = values.to(parameter.dtype)
+        velocity = rows.read(buffer).mul_(group["momentum"]).add_(gradient)
+        rows.write(buffer, "momentum_buffer", velocity)
+        rows.write(parameter, "centers", values.add_(velocity, alpha=-group["lr"]))
 
 
 class RowwiseAdamW(_RowwiseOptimizer):
@@ -243,6 +262,7 @@ class RowwiseAdamW(_RowwiseOptimizer):
     Args:
         params: the head's parameters.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        state_dtype, state_on_host: as in `RowwiseSGD`, for both averages.
 
     Raises:
         InputError: a value is out of its range.
@@ -255,32 +275,36 @@ class RowwiseAdamW(_RowwiseOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        *,
+        state_dtype: torch.dtype | None = None,
+        state_on_host: bool = False,
     ) -> None:
         if not (lr >= 0 and all(0 <= beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
             raise InputError(
                 "RowwiseAdamW needs lr >= 0, betas in [0, 1), eps >= 0 and weight_decay >= 0, "
                 f"not {lr}, {betas}, {eps}, {weight_decay}."
             )
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        storage = StateStorage(state_dtype, state_on_host)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}, storage)
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {
             "step": torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
+            "exp_avg": self._storage.zeros_like(parameter),
+            "exp_avg_sq": self._storage.zeros_like(parameter),
         }
 
-    def _update_rows(self, parameter: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update_rows(self, parameter: Tensor, rows: Rows, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.row_state(parameter)
         beta1, beta2 = group["betas"]
-        state["step"][rows] += 1
-        steps = state["step"][rows].double()[:, None]
-        mean = state["exp_avg"][rows].to(gradient.dtype).lerp_(gradient, 1 - beta1)
-        square = state["exp_avg_sq"][rows].to(gradient.dtype).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        state["step"][rows.numbers] += 1
+        steps = state["step"][rows.numbers].double()[:, None]
+        mean = rows.read(state["exp_avg"]).lerp_(gradient, 1 - beta1)
+        square = rows.read(state["exp_avg_sq"]).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         step_size = (group["lr"] / (1 - beta1**steps)).to(gradient.dtype)
         root_correction = (1 - beta2**steps).sqrt().to(gradient.dtype)
-        values = parameter[rows].to(gradient.dtype).mul_(1 - group["lr"] * group["weight_decay"])
+        values = rows.read(parameter).mul_(1 - group["lr"] * group["weight_decay"])
         values -= step_size * mean / (square.sqrt() / root_correction + group["eps"])
-        state["exp_avg"][rows] = mean.to(state["exp_avg"].dtype)
-        state["exp_avg_sq"][rows] = square.to(state["exp_avg_sq"].dtype)
-        parameter[rows] = values.to(parameter.dtype)
+        rows.write(state["exp_avg"], "exp_avg", mean)
+        rows.write(state["exp_avg_sq"], "exp_avg_sq", square)
+        rows.write(parameter, "centers", values)

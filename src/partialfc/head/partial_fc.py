@@ -15,8 +15,8 @@ from partialfc.distributed import Group, Shard, all_gather_rows, all_reduce, red
 from partialfc.errors import InputError
 from partialfc.head import softmax
 from partialfc.head.margins import CosFace, Margin, MarginBatch
-from partialfc.head.optim import RowGradients
 from partialfc.head.paths import choose_path
+from partialfc.head.row_gradients import RowGradients
 from partialfc.head.sampling import sample_classes
 from partialfc.head.threads import alone_if
 
@@ -110,7 +110,7 @@ class PartialFC(nn.Module):
         self._check_arguments()
         self.shard = Shard.of(num_classes, group)
         self.centers = nn.Parameter(self._initial_centers(device, dtype))
-        self.row_gradients = RowGradients()
+        self.row_gradients = RowGradients(seed, self.shard.start * self.margin.sub_centers)
         self.figures: HeadFigures | None = None
         self._scratch = softmax.Scratch()
         for name, value in self.margin.initial_state().items():
@@ -282,6 +282,8 @@ def _forward(
         start=shard.start,
         stop=shard.stop,
     )
+    if head.row_gradients.prepare is not None:
+        head.row_gradients.prepare(softmax.class_rows(classes - shard.start, margin.sub_centers))
     owned = ((labels >= shard.start) & (labels < shard.stop)).nonzero()[:, 0]
     targets = softmax.target_terms(centers, unit_embeddings, owned, labels[owned] - shard.start, margin)
     target_cosine = torch.zeros_like(norms)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -87,8 +89,10 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         config.head.conflict_threshold,
         conflict_as_zero_logit=config.head.conflict_as_zero_logit,
         update=config.head.update,
+        operand_dtype=getattr(torch, config.head.operands),
         seed=config.seed,
         device=device,
+        dtype=getattr(torch, config.head.dtype),
     )
     optimizers = build_optimizers(config, backbone, head)
     scaled = compute_dtype(config.precision, device) == torch.float16
@@ -122,14 +126,15 @@ def build_optimizers(
 ) -> tuple[torch.optim.Optimizer, RowwiseSGD | RowwiseAdamW]:
     """The same rule for backbone and head, row-wise for the head."""
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    chosen = config.optimizer
+    chosen, kept = config.optimizer, config.head
     fused = chosen.fused or None  # None leaves the choice to PyTorch
+    state_dtype = None if kept.state_dtype is None else getattr(torch, kept.state_dtype)
+    storage: dict[str, Any] = {"state_dtype": state_dtype, "state_on_host": kept.state_on_host}
+    rates: dict[str, Any] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
     if chosen.name == "adamw":
-        dense = torch.optim.AdamW(parameters, lr=chosen.lr, weight_decay=chosen.weight_decay, fused=fused)
-        return dense, RowwiseAdamW(head.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay)
+        dense = torch.optim.AdamW(parameters, **rates, fused=fused)
+        return dense, RowwiseAdamW(head.parameters(), **rates, **storage)
     return (
-        torch.optim.SGD(
-            parameters, lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay, fused=fused
-        ),
-        RowwiseSGD(head.parameters(), lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay),
+        torch.optim.SGD(parameters, **rates, momentum=chosen.momentum, fused=fused),
+        RowwiseSGD(head.parameters(), **rates, momentum=chosen.momentum, unsampled=kept.unsampled, **storage),
     )

@@ -98,6 +98,16 @@ class HeadConfig:
     """Count such negatives with logit 0, as the reference implementation does."""
     update: Literal["sparse", "deferred"] = "sparse"
     """Store the gradient of the sampled rows, or compute it inside the optimizer's step."""
+    operands: Literal["float32", "bfloat16"] = "float32"
+    """What the operands of the large products are rounded to; bfloat16 is about twice as fast where there are units."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """How centers are stored; bfloat16 is rounded stochastically and takes half the memory."""
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """How their momentum or averages are stored; null for as the centers."""
+    state_on_host: bool = False
+    """Keep momentum or averages of centers on a GPU in page-locked host memory."""
+    unsampled: Literal["rest", "as_dense"] = "rest"
+    """What a step does to centers that it does not sample: nothing, or what dense SGD would do (SGD only)."""
 
     from_run: str | None = None
     """Run folder whose centers are kept for the identities that it knows, and its backbone unless backbone.init is set;
@@ -236,6 +246,8 @@ class TrainConfig:
         if not 0 <= self.optimizer.ema_decay < 1:
             raise InputError(f"optimizer.ema_decay is {self.optimizer.ema_decay}; it must lie in [0, 1).")
         head = self.head
+        if head.unsampled == "as_dense" and self.optimizer.name != "sgd":
+            raise InputError("head.unsampled is as_dense, which is made up for exactly with optimizer.name sgd only.")
         # The head's own checks, on one of a single class.
         PartialFC(1, 1, head.sample_rate, head.build_margin(), head.scale, head.conflict_threshold, update=head.update)
         parse_steps(self.output.profile_steps)

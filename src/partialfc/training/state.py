@@ -50,7 +50,8 @@ class TrainState:
         return self.backbone if self.average is None else self.average
 
     def row_tensors(self) -> RowTensors:
-        """The centers and their optimizer state, with the global rows they are."""
+        """The centers and their optimizer state, all up to date, with the global rows they are."""
+        self.head_optimizer.settle()
         shard, k = self.head.shard, self.head.margin.sub_centers
         rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
         centers = self.head.centers.detach()

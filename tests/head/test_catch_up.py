@@ -1,0 +1,129 @@
+"""Rows that were not sampled, as dense SGD would have moved them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from partialfc.errors import InputError
+from partialfc.head import compiled
+from partialfc.head.margins import CosFace
+from partialfc.head.optim import RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+
+CLASSES, WIDTH, BATCH, SCALE = 60, 8, 6, 16.0
+
+
+def head_of(dtype: torch.dtype, update: str = "sparse") -> PartialFC:
+    """Its centers have length 3 or so: from 0.03 the first steps are so large that float32 and float64 part ways."""
+    head = PartialFC(CLASSES, WIDTH, 0.1, CosFace(0.2), SCALE, dtype=dtype, update=update)  # type: ignore[arg-type]
+    head.centers.data.mul_(100)
+    return head
+
+
+def learning_rate(step: int) -> float:
+    return 0.05 * (1 - step / 400) * (1 + 0.5 * (step % 7))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    # A tenth of the classes has nearly all images: the others are behind for long.
+    labels = torch.randint(CLASSES, (BATCH,), generator=generator)
+    return torch.randn(BATCH, WIDTH, generator=generator, dtype=torch.float64), labels
+
+
+def dense_centers(start: Tensor, sampled: list[Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """What torch.optim.SGD makes of all centers in float64 when the loss is over the sampled classes."""
+    centers = start.double().requires_grad_()
+    optimizer = torch.optim.SGD([centers], lr=0.1, momentum=0.9, weight_decay=0.02)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        embeddings, labels = batch(step)
+        reference.dense_loss(
+            embeddings, centers, labels, sampled[step], scale=SCALE, target=reference.cosface(0.2)
+        ).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return centers.detach(), optimizer.state[centers]["momentum_buffer"]
+
+
+def train(head: PartialFC, optimizer: RowwiseSGD, first: int, last: int) -> list[Tensor]:
+    """The sampled classes of each step."""
+    sampled = []
+    for step in range(first, last):
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        embeddings, labels = batch(step)
+        head(embeddings.to(head.centers.dtype).requires_grad_(), labels).backward()
+        gradient = head.centers.grad
+        waiting = head.row_gradients.deferred
+        sampled.append((waiting[0].batch.classes if gradient is None else gradient._indices()[0]).clone())
+        optimizer.step()
+        optimizer.zero_grad()
+    return sampled
+
+
+def optimizer_of(head: PartialFC) -> RowwiseSGD:
+    return RowwiseSGD(head.parameters(), momentum=0.9, weight_decay=0.02, unsampled="as_dense")
+
+
+@pytest.mark.parametrize("update", ["sparse", "deferred"])
+@pytest.mark.parametrize(
+    ("dtype", "loops", "tolerance"),
+    [(torch.float32, True, 1e-5), (torch.float32, False, 1e-5), (torch.float64, False, 1e-12)],
+)
+def test_300_steps_equal_dense_sgd(
+    update: str, dtype: torch.dtype, loops: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not loops:
+        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+    head = head_of(dtype, update)
+    start, optimizer = head.centers.detach().clone(), optimizer_of(head)
+    sampled = train(head, optimizer, 0, 300)
+    assert max(len(classes) for classes in sampled) < CLASSES / 3
+    optimizer.settle()
+    centers, momentum = dense_centers(start, sampled, 300)
+    buffer = optimizer.row_state(head.centers)["momentum_buffer"]
+    assert (head.centers.double() - centers).norm() / centers.norm() < tolerance
+    assert (buffer.double() - momentum).norm() / momentum.norm() < 10 * tolerance
+
+
+def test_without_the_option_rows_rest() -> None:
+    """The other rule gives other centers: what the test above compares is not the same by chance."""
+    heads = []
+    for unsampled in ("rest", "as_dense"):
+        head = head_of(torch.float64)
+        optimizer = RowwiseSGD(head.parameters(), momentum=0.9, weight_decay=0.02, unsampled=unsampled)
+        train(head, optimizer, 0, 30)
+        optimizer.settle()
+        heads.append(head.centers.detach())
+    assert (heads[0] - heads[1]).norm() / heads[1].norm() > 1e-3
+
+
+def test_a_saved_state_goes_on_like_the_whole_run() -> None:
+    whole, saved = head_of(torch.float64), head_of(torch.float64)
+    optimizers = optimizer_of(whole), optimizer_of(saved)
+    train(whole, optimizers[0], 0, 40)
+    train(saved, optimizers[1], 0, 25)
+    other = head_of(torch.float64)
+    other.load_state_dict(saved.state_dict())
+    optimizer = optimizer_of(other)
+    optimizer.load_state_dict(optimizers[1].state_dict())
+    # The state is read first: it brings the rows up to date.
+    other.centers.data.copy_(saved.centers)
+    other.step = saved.step
+    train(other, optimizer, 25, 40)
+    for each in (optimizers[0], optimizer):
+        each.settle()
+    torch.testing.assert_close(other.centers, whole.centers, rtol=1e-11, atol=1e-13)
+
+
+def test_needs_a_head() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4, 2))
+    optimizer = RowwiseSGD([parameter], unsampled="as_dense")
+    parameter.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)
+    with pytest.raises(InputError, match="PartialFC head"):
+        optimizer.step()
+    with pytest.raises(InputError, match="'rest' or 'as_dense'"):
+        RowwiseSGD([parameter], unsampled="dense")  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""Measure the head beside the dense one and write the table of docs/performance.md.
+"""Measure the head beside the dense one and write the tables of docs/performance.md.
 
-    python benchmarks/head.py [--steps 7] [--device cpu] [--only 0]
+    python benchmarks/head.py [--steps 5] [--device cpu] [--only step|growth|sampling] [--configuration 0]
 
-Each configuration is one alternating run; its JSON lines go to standard output, so that a table can be made again.
+Each configuration is one alternating run. JSON lines go to standard output; a part of the tables is written as soon as
+it is measured.
 """
 
 from __future__ import annotations
@@ -10,68 +11,131 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from partialfc.bench.head import bench_head
+import torch
 
-CONFIGURATIONS = [
-    {"num_classes": 100_000, "sample_rate": 0.1, "batch_size": 128},
-    {"num_classes": 360_000, "sample_rate": 0.1, "batch_size": 512},
+from partialfc.bench.head import bench_head
+from partialfc.bench.machine import describe
+from partialfc.head.sampling import sample_classes
+
+# The last one does not fit this memory with the dense head beside it.
+STEPS: list[dict[str, Any]] = [
+    {"num_classes": 100_000, "sample_rate": 0.1, "batch_size": 128, "baseline": True},
+    {"num_classes": 1_000_000, "sample_rate": 0.1, "batch_size": 128, "baseline": True},
+    {"num_classes": 1_000_000, "sample_rate": 1.0, "batch_size": 128, "baseline": True, "update": "deferred"},
+    {"num_classes": 360_000, "sample_rate": 0.1, "batch_size": 512, "baseline": True},
+    {"num_classes": 2_000_000, "sample_rate": 1.0, "batch_size": 128, "update": "deferred", "operands": "bfloat16"},
 ]
+GROWTH = (100_000, 400_000, 1_000_000, 4_000_000)
+GROWTH_SAMPLED = 10_000
+SAMPLING = ((1_000_000, 0.1), (10_000_000, 0.1), (100_000_000, 0.01))
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- benchmarks/head.py begin -->", "<!-- benchmarks/head.py end -->"
 _MIB = 1 << 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", type=int, help="number of the one configuration to measure; writes no table")
+    parser.add_argument("--only", choices=("step", "growth", "sampling"))
+    parser.add_argument("--configuration", type=int, help="measure only this one of the steps, and write no table")
     options = parser.parse_args()
-    chosen = CONFIGURATIONS if options.only is None else [CONFIGURATIONS[options.only]]
-    results = []
-    for configuration in chosen:
-        found = list(bench_head(**configuration, steps=options.steps, baseline=True, device=options.device))  # type: ignore[arg-type]
+    if options.configuration is not None:
+        measure_step(STEPS[options.configuration], options)
+        return
+    parts = {"step": step_table, "growth": growth_table, "sampling": sampling_table}
+    for name, part in parts.items():
+        if options.only in (None, name):
+            write_table(name, "\n".join([hardware_line(options.device), "", *part(options)]))
+
+
+def measure_step(configuration: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for result in bench_head(**configuration, steps=options.steps, device=options.device):
+        print(json.dumps(result), flush=True)
+        found.append(result)
+    return found
+
+
+def step_table(options: argparse.Namespace) -> Iterator[str]:
+    """A line a variant, times and memory beside the dense head's of the same run."""
+    phases = "sampling, forward, backward, optimizer"
+    yield f"| classes | rate | batch | head | best step | median | {phases} | peak memory |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for configuration in STEPS:
+        found = measure_step(configuration, options)
+        dense = found[-1] if configuration.get("baseline") else None
         for result in found:
-            print(json.dumps(result), flush=True)
-        results.append(found)
-    if options.only is None:
-        write_table(results)
-
-
-def write_table(results: list[list[dict[str, Any]]]) -> None:
-    """Put the table between the two marks of the document."""
-    text = DOCUMENT.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
-
-
-def table(results: list[list[dict[str, Any]]]) -> str:
-    """Markdown: a line a variant, times and memory beside the dense head's of the same run."""
-    hardware = results[0][0]["hardware"]
-    lines = [
-        f"{hardware.get('gpu', hardware['cpu'])}, {hardware['cores']} cores, {hardware['threads']} threads, "
-        f"torch {hardware['torch']}, load average {os.getloadavg()[0]:.1f}; D = 512, float32.",
-        "",
-        "| classes | rate | batch | head | best step | median | sampling, forward, backward, optimizer | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for found in results:
-        dense = found[-1]
-        for result in found:
-            sizes = result["configuration"]
-            faster = dense["step_ms_min"] / result["step_ms_min"]
-            leaner = result["peak_bytes"] / dense["peak_bytes"]
-            phases = " / ".join(f"{value:.0f}" for value in result["phases_ms"].values())
-            lines.append(
-                f"| {sizes['num_classes']:,} | {sizes['sample_rate']} | {sizes['batch_size']} | {result['variant']} | "
-                f"{result['step_ms_min']:.0f} ms ({faster:.1f} ×) | {result['step_ms_median']:.0f} ms | {phases} ms | "
-                f"{result['peak_bytes'] / _MIB:.0f} MiB ({leaner:.2f} ×) |"
+            faster = f" ({dense['step_ms_min'] / result['step_ms_min']:.1f} ×)" if dense else ""
+            leaner = f" ({result['peak_bytes'] / dense['peak_bytes']:.2f} ×)" if dense else ""
+            phases = " / ".join(f"{value:,.0f}" for value in result["phases_ms"].values())
+            yield (
+                f"| {configuration['num_classes']:,} | {configuration['sample_rate']} | "
+                f"{configuration['batch_size']} | {result['variant']} | {result['step_ms_min']:,.0f} ms{faster} | {result['step_ms_median']:,.0f} ms | "
+                f"{phases} ms | {result['peak_bytes'] / _MIB:,.0f} MiB{leaner} |"
             )
-    return "\n".join(lines)
+
+
+def growth_table(options: argparse.Namespace) -> Iterator[str]:
+    """The same number of sampled classes out of more and more."""
+    yield f"| classes | sampled | best step | beside {GROWTH[0]:,} classes |"
+    yield "|---|---|---|---|"
+    first = None
+    for classes in GROWTH:
+        configuration = {"num_classes": classes, "sample_rate": GROWTH_SAMPLED / classes, "batch_size": 128}
+        (result,) = measure_step(configuration | {"update": "deferred", "operands": "bfloat16"}, options)
+        first = first or result["step_ms_min"]
+        best = result["step_ms_min"]
+        yield f"| {classes:,} | {GROWTH_SAMPLED:,} | {best:.1f} ms | {best / first:.2f} × |"
+
+
+def sampling_table(options: argparse.Namespace) -> Iterator[str]:
+    """Drawing the classes of a step, one process, best of the steps."""
+    yield "| classes | sampled | drawing them | rand, topk and sort |"
+    yield "|---|---|---|---|"
+    for classes, rate in SAMPLING:
+        positives = torch.arange(0, classes, classes // 128, device=options.device)
+        ours, usual = [], []
+        for step in range(options.steps + 1):
+            start = time.perf_counter()
+            drawn = sample_classes(
+                positives, num_classes=classes, sample_rate=rate, seed=0, step=step, start=0, stop=classes
+            )
+            middle = time.perf_counter()
+            scores = torch.rand(classes, device=options.device)
+            scores[positives] = 2.0
+            torch.topk(scores, len(drawn)).indices.sort()
+            ours.append(middle - start)
+            usual.append(time.perf_counter() - middle)
+        line = {
+            "classes": classes,
+            "sampled": len(drawn),
+            "ms": 1000 * min(ours[1:]),
+            "usual_ms": 1000 * min(usual[1:]),
+        }
+        print(json.dumps(line), flush=True)
+        yield f"| {classes:,} | {len(drawn):,} | {line['ms']:.1f} ms | {line['usual_ms']:.0f} ms |"
+
+
+def hardware_line(device: str) -> str:
+    hardware = describe(device)
+    return (
+        f"{hardware.get('gpu', hardware['cpu'])}, {hardware['cores']} cores, {hardware['threads']} threads, "
+        f"torch {hardware['torch']}, load average {os.getloadavg()[0]:.1f}; D = 512."
+    )
+
+
+def write_table(name: str, table: str) -> None:
+    """Put a table between its two marks of the document."""
+    begin, end = f"<!-- benchmarks/head.py {name} begin -->", f"<!-- benchmarks/head.py {name} end -->"
+    text = DOCUMENT.read_text()
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    DOCUMENT.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 if __name__ == "__main__":

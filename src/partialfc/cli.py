@@ -217,6 +217,9 @@ def _bench_head_parser() -> ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
     parser.add_argument("--sample-rate", type=float, default=0.1, help="part of the classes that a step uses")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
+    parser.add_argument(
+        "--operands", type=Literal["float32", "bfloat16"] | None, default=None, help="of the products; both if left out"
+    )
     parser.add_argument("--baseline", action="store_true", help="also the dense way of the reference implementation")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
     return _with_json(parser)
@@ -293,6 +296,7 @@ def _run_bench_head(options: Namespace) -> None:
         sample_rate=options.sample_rate,
         steps=options.steps,
         baseline=options.baseline,
+        operands=options.operands,
         device=choose_device(options.device).type,
     ):
         print(json_module.dumps(line), flush=True)

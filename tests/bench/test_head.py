@@ -82,14 +82,17 @@ def test_dense_step_moves_every_row_and_ours_only_the_sampled(monkeypatch: pytes
 def test_results_of_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "measure_peak", lambda configuration, variant: 1234)
     results = list(bench_head(300, 16, 8, 0.1, steps=2, baseline=True))
-    assert [result["variant"] for result in results] == ["partialfc sparse", "partialfc deferred", "dense baseline"]
+    ours = ["sparse", "deferred", "sparse bfloat16", "deferred bfloat16"]
+    assert [result["variant"] for result in results] == [*(f"partialfc {each}" for each in ours), "dense baseline"]
     for result in results:
         assert set(result["phases_ms"]) == PHASES
         assert 0 < result["step_ms_min"] <= result["step_ms_median"]
         assert result["peak_bytes"] == 1234
         assert result["configuration"]["num_classes"] == 300
         assert result["hardware"]["torch"] == torch.__version__
-    assert [result["variant"] for result in bench_head(300, 16, 8, steps=1, update="sparse")] == ["partialfc sparse"]
+    assert [result["variant"] for result in bench_head(300, 16, 8, steps=1, update="sparse", operands="bfloat16")] == [
+        "partialfc sparse bfloat16"
+    ]
 
 
 def test_memory_is_that_of_the_variant_in_its_own_process() -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from multiprocessing import get_context
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -33,6 +33,7 @@ def bench_head(
     baseline: bool = False,
     device: str = "cpu",
     update: Literal["sparse", "deferred"] | None = None,
+    operands: Literal["float32", "bfloat16"] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure the head on this machine, in one process.
 
@@ -45,6 +46,7 @@ def bench_head(
         baseline: also measure the dense head.
         device: "cpu", "cuda" or "cuda:0" …
         update: measure only this way to update; None for both.
+        operands: measure only products of operands rounded to this; None for both.
 
     Yields:
         One result a variant: "variant", "step_ms_median", "step_ms_min", "peak_bytes" (beyond imports), "phases_ms"
@@ -55,7 +57,13 @@ def bench_head(
         JobError: a measuring process was killed.
     """
     configuration = HeadConfiguration(num_classes, embedding_dim, batch_size, sample_rate, device)
-    variants: list[Variant] = ["sparse", "deferred"] if update is None else [update]
+    variants: list[Variant] = [
+        variant
+        for variant in get_args(Variant)
+        if variant != "dense baseline"
+        and (update is None or variant.startswith(update))
+        and (operands is None or variant.endswith("bfloat16") == (operands == "bfloat16"))
+    ]
     if baseline:
         variants.append("dense baseline")
     _check(configuration, steps, variants)
@@ -117,7 +125,7 @@ def _needed_bytes(configuration: HeadConfiguration, variants: list[Variant]) -> 
     if ours:
         # Centers and momentum; the gradient of the sparse update.
         needed += 2 * configuration.num_classes * row + _SCRATCH
-        needed += sampled * row if "sparse" in ours else 0
+        needed += sampled * row if any(variant.startswith("sparse") for variant in ours) else 0
     if dense:
         # Centers, momentum, gradient and the optimizer's temporary; gathered, normalised and their gradients; logits.
         needed += (4 * configuration.num_classes + 3 * sampled) * row + 5 * 4 * batch * sampled

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.head.sampling import sample_classes, sample_size
 
-Variant = Literal["sparse", "deferred", "dense baseline"]
+Variant = Literal["sparse", "deferred", "sparse bfloat16", "deferred bfloat16", "dense baseline"]
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 MARGIN, SCALE = 0.4, 64.0
 
@@ -66,7 +67,7 @@ StepFunction = Callable[[Tensor, Tensor, Phases], None]
 
 
 def our_steps(configuration: HeadConfiguration) -> dict[Variant, StepFunction]:
-    """A step by each update; both train one head, so that the memory of a second is not needed."""
+    """A step of each variant; all train one head, so that the memory of others is not needed."""
     head = PartialFC(
         configuration.num_classes,
         configuration.embedding_dim,
@@ -77,8 +78,9 @@ def our_steps(configuration: HeadConfiguration) -> dict[Variant, StepFunction]:
     )
     optimizer = RowwiseSGD(head.parameters(), LEARNING_RATE, MOMENTUM, WEIGHT_DECAY)
 
-    def step(update: Literal["sparse", "deferred"], embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
-        head.update = update
+    def step(variant: Variant, embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
+        head.update = "deferred" if variant.startswith("deferred") else "sparse"
+        head.operand_dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
         with phases("forward"):
             loss = head(embeddings, labels)
         with phases("backward"):
@@ -99,10 +101,8 @@ def our_steps(configuration: HeadConfiguration) -> dict[Variant, StepFunction]:
             )
         phases.seconds["forward"] = max(0.0, phases.seconds["forward"] - phases.seconds["sampling"])
 
-    return {
-        "sparse": lambda embeddings, labels, phases: step("sparse", embeddings, labels, phases),
-        "deferred": lambda embeddings, labels, phases: step("deferred", embeddings, labels, phases),
-    }
+    variants: tuple[Variant, ...] = ("sparse", "deferred", "sparse bfloat16", "deferred bfloat16")
+    return {variant: partial(step, variant) for variant in variants}
 
 
 class DenseHead(nn.Module):

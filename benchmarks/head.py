@@ -75,7 +75,8 @@ def step_table(options: argparse.Namespace) -> Iterator[str]:
             phases = " / ".join(f"{value:,.0f}" for value in result["phases_ms"].values())
             yield (
                 f"| {configuration['num_classes']:,} | {configuration['sample_rate']} | "
-                f"{configuration['batch_size']} | {result['variant']} | {result['step_ms_min']:,.0f} ms{faster} | {result['step_ms_median']:,.0f} ms | "
+                f"{configuration['batch_size']} | {result['variant']} | "
+                f"{result['step_ms_min']:,.0f} ms{faster} | {result['step_ms_median']:,.0f} ms | "
                 f"{phases} ms | {result['peak_bytes'] / _MIB:,.0f} MiB{leaner} |"
             )
 

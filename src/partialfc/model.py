@@ -156,6 +156,8 @@ def _load_state_dict(path: Path, device: str | torch.device) -> Model:
     """The model of a bare state_dict; only tensors are read from the file, nothing in it is run."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a file that is something else ends in any error of the reader
         raise InputError(f"{path} is no readable file of weights alone: give a state_dict saved by torch.") from error
     named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)

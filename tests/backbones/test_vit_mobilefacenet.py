@@ -56,7 +56,23 @@ def batch_norm(w: dict[str, Tensor], x: Tensor, name: str, eps: float) -> Tensor
     return (x - w[f"{name}.running_mean"].view(shape)) * scale.view(shape) + w[f"{name}.bias"].view(shape)
 
 
-def plain_vit(w: dict[str, Tensor], depth: int, images: Tensor) -> Tensor:
+def batch_statistics(w: dict[str, Tensor], x: Tensor, name: str, eps: float) -> Tensor:
+    """Batch norm in training: mean and variance of the batch."""
+    others = [0, 2, 3][: x.ndim - 1]
+    mean, variance = x.mean(others), x.var(others, unbiased=False)
+    return batch_norm({**w, f"{name}.running_mean": mean, f"{name}.running_var": variance}, x, name, eps)
+
+
+def plain_vit(
+    w: dict[str, Tensor],
+    depth: int,
+    images: Tensor,
+    norm: Any = batch_norm,
+    kept: Tensor | None = None,
+    branches: Any = lambda number, kind: 1.0,
+) -> Tensor:
+    """`kept` are the places of unmasked tokens, `branches` the factors of a residual branch, one an image."""
+
     def layer_norm(x: Tensor, name: str) -> Tensor:
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
@@ -67,17 +83,25 @@ def plain_vit(w: dict[str, Tensor], depth: int, images: Tensor) -> Tensor:
     side = images.shape[2] // 9
     cuts = [images[:, :, 9 * i : 9 * i + 9, 9 * j : 9 * j + 9].flatten(1) for i in range(side) for j in range(side)]
     x = torch.stack(cuts, 1) @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"] + w["pos_embed"]
+    if kept is not None:
+        x = torch.stack([row[places] for row, places in zip(x, kept, strict=True)])
     for n in range(depth):
         query, key, value = linear(layer_norm(x, f"blocks.{n}.norm1"), f"blocks.{n}.attn.qkv").chunk(3, dim=2)
         d, heads = x.shape[2] // 8, []
         for head in range(8):
             q, k, v = (part[:, :, head * d : head * d + d] for part in (query, key, value))
             heads.append(((q @ k.transpose(1, 2)) / d**0.5).softmax(-1) @ v)
-        x = x + linear(torch.cat(heads, 2), f"blocks.{n}.attn.proj")
+        x = x + linear(torch.cat(heads, 2), f"blocks.{n}.attn.proj") * branches(n, "attention")
         inner = linear(layer_norm(x, f"blocks.{n}.norm2"), f"blocks.{n}.mlp.fc1").clamp(0, 6)
-        x = x + linear(inner, f"blocks.{n}.mlp.fc2")
-    x = linear(layer_norm(x, "norm").flatten(1), "feature.0")
-    return batch_norm(w, linear(batch_norm(w, x, "feature.1", 2e-5), "feature.2"), "feature.3", 2e-5)
+        x = x + linear(inner, f"blocks.{n}.mlp.fc2") * branches(n, "mlp")
+    x = layer_norm(x, "norm")
+    if kept is not None:
+        whole = w["mask_token"].repeat(len(x), side * side, 1)
+        for row, places, tokens in zip(whole, kept, x, strict=True):
+            row[places] = tokens
+        x = whole
+    x = linear(x.flatten(1), "feature.0")
+    return norm(w, linear(norm(w, x, "feature.1", 2e-5), "feature.2"), "feature.3", 2e-5)
 
 
 @pytest.mark.parametrize(("width", "depth", "size"), [(16, 2, 31), (8, 3, 18)])
@@ -89,10 +113,27 @@ def test_vit_equals_a_plain_forward_pass(width: int, depth: int, size: int) -> N
         assert torch.allclose(backbone(images), plain_vit(weights, depth, images), rtol=1e-9, atol=1e-9)
 
 
-def plain_mobilefacenet(w: dict[str, Tensor], blocks: tuple[int, ...], x: Tensor) -> Tensor:
+@pytest.mark.parametrize(("mask_ratio", "drop_path"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.6), (0.3, 0.6)])
+def test_vit_in_training_equals_a_plain_pass(mask_ratio: float, drop_path: float) -> None:
+    backbone = ViT((16, 3), embedding_dim=5, image_size=31, mask_ratio=mask_ratio, drop_path=drop_path).double()
+    weights = randomise(backbone)
+    images, keys = random_images(6, 31), torch.arange(6) + 40
+
+    def branches(number: int, kind: str) -> Tensor:
+        return drop_branch(torch.ones(6, 1, 1, dtype=torch.float64), drop_path * number / 2, keys, f"{number} {kind}")
+
+    dropped = torch.cat([branches(number, kind) for number in range(3) for kind in ("attention", "mlp")])
+    assert bool((dropped == 0).any()) == (drop_path > 0)
+    kept = kept_tokens(9, mask_ratio, keys) if mask_ratio else None
+    with torch.no_grad():
+        expected = plain_vit(weights, 3, images, batch_statistics, kept, branches)
+        assert torch.allclose(backbone(images, keys), expected, rtol=1e-8, atol=1e-8)
+
+
+def plain_mobilefacenet(w: dict[str, Tensor], blocks: tuple[int, ...], x: Tensor, norm: Any = batch_norm) -> Tensor:
     def conv(x: Tensor, at: str, stride: int = 1, padding: int = 0, groups: int = 1, act: bool = True) -> Tensor:
         x = F.conv2d(x, w[f"{at}.layers.0.weight"], stride=stride, padding=padding, groups=groups)
-        x = batch_norm(w, x, f"{at}.layers.1", 1e-5)
+        x = norm(w, x, f"{at}.layers.1", 1e-5)
         return torch.where(x > 0, x, x * w[f"{at}.layers.2.weight"].view(1, -1, 1, 1)) if act else x
 
     def bottleneck(x: Tensor, at: str, stride: int) -> Tensor:
@@ -112,7 +153,7 @@ def plain_mobilefacenet(w: dict[str, Tensor], blocks: tuple[int, ...], x: Tensor
             x = bottleneck(x, f"layers.{2 * stage + 2}", 2)
     x = conv(x, "conv_sep")
     x = conv(x, "features.layers.0", groups=512, act=False).flatten(1)
-    return batch_norm(w, x @ w["features.layers.2.weight"].T, "features.layers.3", 1e-5)
+    return norm(w, x @ w["features.layers.2.weight"].T, "features.layers.3", 1e-5)
 
 
 @pytest.mark.parametrize(("blocks", "scale"), [((1, 4, 6, 2), 2), ((2, 1, 2, 1), 4)])
@@ -122,6 +163,66 @@ def test_mobilefacenet_equals_a_plain_forward_pass(blocks: tuple[int, int, int, 
     images = random_images(2, 32)
     with torch.no_grad():
         assert torch.allclose(backbone(images), plain_mobilefacenet(weights, blocks, images), rtol=1e-9, atol=1e-9)
+
+
+def test_mobilefacenet_in_training_equals_a_plain_pass() -> None:
+    backbone = MobileFaceNet(((1, 2, 1, 1), 2), embedding_dim=6, image_size=32).double()
+    weights = randomise(backbone)
+    images = random_images(5, 32)
+    with torch.no_grad():
+        expected = plain_mobilefacenet(weights, (1, 2, 1, 1), images, batch_statistics)
+        assert torch.allclose(backbone(images), expected, rtol=1e-8, atol=1e-8)
+    mean = 0.9 * weights["features.layers.3.running_mean"]
+    assert not torch.allclose(backbone.state_dict()["features.layers.3.running_mean"], mean / 0.9)
+
+
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def vit_keys(depth: int) -> set[str]:
+    block = ("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias")
+    block += ("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+    keys = {"mask_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
+    keys |= {f"blocks.{n}.{key}" for n in range(depth) for key in block}
+    keys |= {"feature.0.weight", "feature.2.weight"}
+    return keys | {f"feature.{n}.{key}" for n in (1, 3) for key in BATCH_NORM}
+
+
+def mobilefacenet_keys(blocks: tuple[int, int, int, int]) -> set[str]:
+    def conv(at: str, activation: bool = True) -> set[str]:
+        keys = {f"{at}.layers.0.weight"} | {f"{at}.layers.1.{key}" for key in BATCH_NORM}
+        return keys | ({f"{at}.layers.2.weight"} if activation else set())
+
+    def bottleneck(at: str) -> set[str]:
+        return conv(f"{at}.layers.0") | conv(f"{at}.layers.1") | conv(f"{at}.layers.2", False)
+
+    keys = conv("layers.0") | conv("conv_sep") | conv("features.layers.0", False) | {"features.layers.2.weight"}
+    keys |= {f"features.layers.3.{key}" for key in BATCH_NORM}
+    for stage, count in enumerate(blocks):
+        at = f"layers.{2 * stage + 1}"
+        if stage == 0 and count == 1:
+            keys |= conv(at)
+        else:
+            keys |= {key for n in range(count) for key in bottleneck(f"{at}.layers.{n}")}
+        keys |= bottleneck(f"layers.{2 * stage + 2}") if stage < 3 else set()
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("vit_t", vit_keys(12)),
+        ("vit_s", vit_keys(12)),
+        ("vit_b", vit_keys(24)),
+        ("vit_l", vit_keys(24)),
+        ("vit_h", vit_keys(48)),
+        ("mbf", mobilefacenet_keys((1, 4, 6, 2))),
+        ("mbf_large", mobilefacenet_keys((2, 8, 12, 4))),
+    ],
+)
+def test_keys_are_the_published_ones(name: str, keys: set[str]) -> None:
+    with torch.device("meta"):
+        assert set(create_backbone(name).state_dict()) == keys
 
 
 def test_masked_tokens_are_dropped_and_a_function_of_the_key() -> None:
@@ -204,3 +305,13 @@ def test_timm_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="timm:tiny needs timm"):
         create_backbone("timm:tiny")
+
+
+def test_a_real_timm_network() -> None:
+    """timm imports torchvision, which works only where it matches torch: elsewhere there is nothing to test."""
+    try:
+        import timm  # noqa: F401
+    except Exception as error:
+        pytest.skip(f"timm does not import here: {error}")
+    backbone = create_backbone("timm:resnet18", embedding_dim=16, image_size=64)
+    assert backbone(torch.zeros(2, 3, 64, 64), torch.arange(2)).shape == (2, 16)

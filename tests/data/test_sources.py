@@ -44,9 +44,25 @@ class TestRecordSource:
         assert source.format == ("recordio-header" if layout == "with_header" else "recordio")
         labels = [source.read(place).label for place in range(48)]
         assert np.bincount(labels).tolist() == [6] * 8
+        assert source.labels().tolist() == labels
         sample, image = read_image(source, 0)
         assert image.shape == (112, 112, 3)
         assert sample.name == source.name(0) == f"record {int(layout == 'with_header')} of {folder / 'train.rec'}"
+
+    def test_labels_without_the_images(self, unpacked: Path, numbered: Callable[..., Path]) -> None:
+        """Of a folder from its names, of a file from the heads of its records: no image is decoded."""
+        for source in (open_source(unpacked), open_source(numbered(9, broken=(3,)))):
+            assert source.labels().tolist() == [source.read(place).label for place in range(len(source))]
+            assert source.labels().dtype == np.int64
+
+    def test_a_label_that_is_no_class_is_refused(self, numbered: Callable[..., Path]) -> None:
+        folder = numbered(4)
+        content = bytearray((folder / "train.rec").read_bytes())
+        place = content.index(np.float32(1).tobytes(), 12)
+        content[place : place + 4] = np.float32(1.5).tobytes()
+        (folder / "train.rec").write_bytes(content)
+        with pytest.raises(InputError, match=r"1\.5"):
+            open_source(folder, num_classes=2).labels()
 
     @pytest.mark.parametrize("index", [-1, 48])
     def test_places_outside(self, im2rec: Path, index: int) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from partialfc.backbones import create_backbone
 from partialfc.data.loader import Batch
 from partialfc.data.sources import open_source
-from partialfc.data.subset import SubsetSource, labels_of
+from partialfc.data.subset import SubsetSource
 from partialfc.errors import InputError
 from partialfc.model import load_model
 from partialfc.training.averaging import averaged_copy, update_average
 from partialfc.training.config import BackboneConfig, HeadConfig, OptimizerConfig, TrainConfig
 from partialfc.training.freezing import freeze, hold_frozen
 from partialfc.training.loop import train
+from partialfc.training.metrics_log import read_metrics
 from partialfc.training.step import Stepper
 
 MINI = BackboneConfig("mini", 16)
@@ -131,6 +132,20 @@ def test_fused_updates_and_other_memory_orders_give_the_same_run(images: Path, t
     train(variants["fused"], tmp_path / "fused", resume=True, quiet=True)
 
 
+@pytest.mark.parametrize("name", ["r18", "vit_t"])
+def test_recomputed_activations_give_the_same_run(name: str, tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", ["a", "b", "c"], shots=4, size=32)
+    losses = []
+    for checkpointing in (False, True):
+        config = float32(data, backbone=BackboneConfig(name, 16, checkpointing=checkpointing))
+        config = replace(config, schedule=replace(config.schedule, epochs=3, warmup_epochs=0))
+        train(config, tmp_path / str(checkpointing), quiet=True)
+        lines = read_metrics(tmp_path / str(checkpointing) / "metrics.jsonl")
+        losses.append([line["loss"] for line in lines if line["kind"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-3)
+
+
 def test_a_compiled_network_gives_the_same_run(
     images: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +166,7 @@ def test_identities_with_few_images_are_left_out_and_the_rest_renumbered(tmp_pat
     (folder / "few" / "0.png").unlink()
     source = SubsetSource(open_source(folder), 3)
     assert (source.num_classes, source.identities, len(source)) == (2, ["many", "more"], 8)
-    assert labels_of(source).tolist() == [0] * 3 + [1] * 5
+    assert source.labels().tolist() == [0] * 3 + [1] * 5
     assert Path(source.name(0)).parent.name == Path(source.read(0).name).parent.name == "many"
     with pytest.raises(InputError, match=r"No identity of .* has 6 images, the most is 5"):
         SubsetSource(open_source(folder), 6)

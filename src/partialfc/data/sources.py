@@ -45,6 +45,14 @@ class Source(Protocol):
         """What messages call the sample at `index`."""
         ...
 
+    def labels(self) -> np.ndarray:
+        """The class id of every sample, int64 (N,), −1 where it cannot be read, without reading the images.
+
+        Raises:
+            InputError: a label is no class id.
+        """
+        ...
+
     def read(self, index: int) -> Sample:
         """The sample at `index`, from 0.
 
@@ -137,6 +145,13 @@ class RecordSource:
         name = self.name(index)
         return Sample(record.body, class_of(record.labels, name), name)
 
+    def labels(self) -> np.ndarray:
+        """As `Source.labels`, by a pass over the heads of the records."""
+        labels = self._reader.first_labels(self._start, self._stop)
+        for index in np.flatnonzero(np.isfinite(labels) & ((labels % 1 != 0) | (labels >= LABEL_LIMIT)))[:1]:
+            class_of(labels[index : index + 1], self.name(int(index)))
+        return np.where(np.isfinite(labels), labels, -1).astype(np.int64)
+
     def _check_fit(self) -> None:
         """Refuse a file of another format, and an index that belongs to another file."""
         for place in np.linspace(0, len(self._reader) - 1, _PROBED, dtype=np.int64).tolist():
@@ -193,18 +208,11 @@ class RecordSource:
 
     def _count_classes(self, header: Record | None) -> int:
         if header is None:
-            return self._largest_label() + 1
+            return int(self.labels().max(initial=0)) + 1
         first, stop = float(header.labels[0]), float(header.labels[1])
         if stop < LABEL_LIMIT:
             return int(stop - first)
         return len(self._reader) - self._stop
-
-    def _largest_label(self) -> int:
-        """The largest class id, by a pass over the heads of all records."""
-        labels = self._reader.first_labels(self._start, self._stop)
-        for index in np.flatnonzero(np.isfinite(labels) & ((labels % 1 != 0) | (labels >= LABEL_LIMIT)))[:1]:
-            class_of(labels[index : index + 1], self.name(int(index)))
-        return int(np.nanmax(labels, initial=0))
 
 
 class FolderSource:
@@ -236,6 +244,11 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._file_stops)
+
+    def labels(self) -> np.ndarray:
+        """As `Source.labels`: they follow from the folders."""
+        counts = np.diff(self._identity_stops, prepend=0)
+        return np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
     def _label(self, index: int) -> int:
         return int(np.searchsorted(self._identity_stops, index, side="right"))

@@ -6,20 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import Sample, Source
 from partialfc.errors import InputError
-
-
-def labels_of(source: Source) -> np.ndarray:
-    """The class id of every sample, int64 (N,), -1 where it cannot be read. One pass over the stored data."""
-    labels = np.full(len(source), -1, np.int64)
-    for index in range(len(source)):
-        try:
-            labels[index] = source.read(index).label
-        except UnreadableImage:
-            continue
-    return labels
 
 
 class SubsetSource:
@@ -33,7 +21,7 @@ class SubsetSource:
     """
 
     def __init__(self, source: Source, min_images: int) -> None:
-        labels = labels_of(source)
+        labels = source.labels()
         counts = np.bincount(labels[labels >= 0], minlength=source.num_classes)
         kept = np.flatnonzero(counts >= min_images)
         if not len(kept):
@@ -57,6 +45,10 @@ class SubsetSource:
     def name(self, index: int) -> str:
         """As `Source.name`."""
         return self._source.name(int(self._indices[index]))
+
+    def labels(self) -> np.ndarray:
+        """As `Source.labels`: the new class ids."""
+        return self._new_labels[self._source.labels()[self._indices]]
 
     def read(self, index: int) -> Sample:
         """As `Source.read`, with the new class id."""

@@ -56,7 +56,7 @@ def _trained_facts(facts: RunFacts) -> list[tuple[str, str]]:
     batch, epochs = as_number(facts.setting("data.global_batch_size")), as_number(facts.setting("schedule.epochs"))
     rate, seconds = as_number(facts.setting("head.sample_rate")), facts.seconds
     seen = facts.steps * batch if batch else None
-    peak = facts.last("gpu_peak_bytes")
+    peak = facts.last("peak_bytes")
     side = facts.model.image_size if facts.model else as_number(facts.counts.get("image_size"))
     backbone = _words(
         facts.setting("backbone.name"), _labelled("embedding of", facts.setting("backbone.embedding_dim"))
@@ -75,7 +75,7 @@ def _trained_facts(facts: RunFacts) -> list[tuple[str, str]]:
         ("Epochs planned", f"{epochs:g}" if epochs else ""),
         ("Speed", f"{seen / seconds:,.0f} images/s" if seen and seconds else ""),
         ("Time of the steps", _duration(seconds)),
-        ("GPU memory, peak", f"{peak / 2**30:.1f} GiB" if peak else ""),
+        ("memory of a process, peak", f"{peak / 2**30:.1f} GiB" if peak else ""),
         ("Seed", _words(facts.setting("seed"))),
     ]
 

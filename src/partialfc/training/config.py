@@ -294,7 +294,8 @@ class TrainConfig:
     def describe_lr(self) -> str:
         """The rule behind `peak_lr`, in words."""
         if self.optimizer.lr_scaling == "absolute":
-            return f"lr {self.peak_lr():g} (absolute; for another batch size, scale it in proportion)"
+            rule = "in proportion for another" if self.optimizer.name == "sgd" else "no rule is published for another"
+            return f"lr {self.peak_lr():g} for a global batch of {self.data.global_batch_size:,} ({rule})"
         return (
             f"lr {self.peak_lr():g} = {self.optimizer.lr:g} x global batch {self.data.global_batch_size} / {LR_BATCH}"
         )

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import Source, read_image
-from partialfc.data.subset import labels_of
 from partialfc.distributed import all_reduce, rank_of, world_size_of
 from partialfc.model import Model, ModelConfig, embed
 from partialfc.training.config import TrainConfig
@@ -40,7 +39,7 @@ def fill_with_class_means(
     lengths = centers[own_old].double().norm(dim=1)
     total = all_reduce(torch.stack([lengths.sum(), own_old.sum().double()]), group=shard.group)
     model = Model(state.backbone, ModelConfig(config.backbone.name, config.backbone.embedding_dim, image_size))
-    labels = labels_of(source)
+    labels = source.labels()
     for classes in new.split(_CLASSES_AT_ONCE):
         sums = _embedding_sums(model, source, labels, classes, reverse=config.data.color_order == "bgr")
         all_reduce(sums, group=shard.group)

@@ -91,6 +91,17 @@ def noisy(sample_rate: float, conflict_threshold: float | None = None) -> TrainC
     return replace(base, schedule=replace(base.schedule, warmup_epochs=2))
 
 
+def large_batch(base: TrainConfig, row: tuple[int, float, float]) -> TrainConfig:
+    """`base` by another row of `BATCH_ROWS`, on 8 GPUs up to 2048 images and with 256 images a GPU beyond."""
+    batch, lr, warmup_epochs = row
+    return replace(
+        base,
+        data=replace(base.data, global_batch_size=batch, micro_batch_size=256),
+        optimizer=replace(base.optimizer, lr=lr),
+        schedule=replace(base.schedule, warmup_epochs=warmup_epochs),
+    )
+
+
 def vit(name: str) -> TrainConfig:
     """WebFace42M with a ViT on 64 GPUs: AdamW, 40 epochs, token mask 0.10 for B and L; H as its own row says."""
     large = name in ("vit_b", "vit_l", "vit_h")
@@ -112,24 +123,38 @@ def vit(name: str) -> TrainConfig:
     )
 
 
-CNNS = ("r18", "r34", "r50", "r100", "r200", "mbf", "mbf_large")
+# Global batch, learning rate and warm-up epochs of the published convolutional trainings beside 1024 images and 0.1.
+BATCH_ROWS: dict[str, tuple[int, float, float]] = {
+    "batch2048": (2048, 0.2, 2),
+    "batch4096": (4096, 0.3, 1),
+    "batch4096-warmup2": (4096, 0.4, 2),
+    "batch8192": (8192, 0.6, 4),
+}
+MOBILE_BATCH_ROW = (8192, 0.4, 2)
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
     "demo-r18": demo_r18,
-    **{f"{data}-{name}": partial(ms1m, name) for data in ("ms1mv2", "ms1mv3") for name in CNNS},
-    **{f"glint360k-{name}": partial(glint360k, name) for name in CNNS},
-    **{f"{data}-{name}": partial(with_backbone, webface_r50(), name) for data in ("wf4m", "wf12m") for name in CNNS},
+    **{f"{data}-{name}": partial(ms1m, name) for data in ("ms1mv2", "ms1mv3") for name in ("r50", "r100", "mbf")},
+    **{f"glint360k-{name}": partial(glint360k, name) for name in ("r50", "r100", "mbf")},
+    **{f"wf4m-{name}": partial(with_backbone, webface_r50(), name) for name in ("r50", "r100", "mbf")},
     **{
         f"wf12m-r100-pfc{rate:g}": partial(with_rate, with_backbone(webface_r50(), "r100"), rate)
         for rate in (0.05, 0.1, 0.2, 0.3, 1.0)
     },
-    **{f"wf42m-{name}": partial(with_rate, with_backbone(webface_r50(), name), 0.3) for name in CNNS},
-    **{f"wf42m-{name}": partial(vit, name) for name in ("vit_t", "vit_s", "vit_b", "vit_l", "vit_h")},
     "wf12m-conflict-r50": partial(noisy, 1.0),
     "wf12m-conflict-r50-pfcstar0.3": partial(noisy, 0.3, 0.4),
     "wf12m-flip40-r50": partial(noisy, 1.0),
     "wf12m-flip40-r50-pfcstar0.1": partial(noisy, 0.1, 0.4),
+    **{
+        f"wf42m-{name}": partial(with_rate, with_backbone(webface_r50(), name), 0.3) for name in ("r100", "r200", "mbf")
+    },
+    **{
+        f"wf42m-r100-{row}": partial(large_batch, with_rate(with_backbone(webface_r50(), "r100"), 0.3), figures)
+        for row, figures in BATCH_ROWS.items()
+    },
+    "wf42m-mbf-batch8192": partial(large_batch, with_rate(with_backbone(webface_r50(), "mbf"), 0.3), MOBILE_BATCH_ROW),
+    **{f"wf42m-{name}": partial(vit, name) for name in ("vit_t", "vit_s", "vit_b", "vit_l", "vit_h")},
 }
 
 # Name, identities (classes of the head) and images, by the start of a recipe's name.
@@ -161,7 +186,7 @@ SCORES: dict[str, tuple[float, float, float]] = {
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Command, data, learning rate, expected score and memory plan of a recipe, as plain values.
+    """Command, data, learning rates, what is our choice, expected score and memory plan of a recipe, as plain values.
 
     The plan counts bytes a GPU for float32 weights, gradients and optimizer state of the backbone (the whole network,
     built on the meta device) and of its share of the centers; activations, which depend on precision, are not in it.
@@ -191,11 +216,38 @@ def describe(name: str) -> dict[str, Any]:
         "command": f"{torchrun}-m partialfc train --recipe {name} --data.path PATH",
         "data": f"{data[0]}: {data[1]:,} identities, {data[2]:,} images",
         "cost": f"{gpus} GPUs, {int(config.schedule.epochs * data[2] / config.data.global_batch_size):,} steps",
+        "other_batches": other_batches(config),
+        "our_choice": ", ".join(open_values(name)) or "nothing",
         "score": "no published figure in our records"
         if score is None
         else f"MFR-ALL {score[0]:.2f}, IJB-C 1e-4 {score[1]:.2f}, 1e-5 {score[2]:.2f}",
         "memory": plan_memory(config, data[1], gpus),
     }
+
+
+def other_batches(config: TrainConfig) -> str:
+    """Which learning rate goes with another global batch."""
+    if config.optimizer.name == "adamw":
+        return "no rule published: keep the learning rate, or search"
+    rows = (f"{batch:,} lr {lr:g} (warm-up {warm_up:g})" for batch, lr, warm_up in BATCH_ROWS.values())
+    return "in proportion; published: " + ", ".join(rows)
+
+
+def open_values(name: str) -> list[str]:
+    """What the published records leave open for a recipe, so that its value is a choice of ours."""
+    convolutional = "vit" not in name
+    rate = not (name.startswith(("wf12m", "wf42m-vit_h", "wf42m-vit_l")) or name in ("wf42m-r200",))
+    batch = convolutional and "batch" not in name
+    gpus = convolutional and "batch" in name
+    return [
+        value
+        for value, is_open in (
+            ("the sample rate", rate),
+            ("which of the published global batches", batch),
+            ("the number of GPUs", gpus),
+        )
+        if is_open
+    ]
 
 
 def plan_memory(config: TrainConfig, num_classes: int, gpus: int) -> dict[str, int]:

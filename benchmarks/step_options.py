@@ -2,8 +2,8 @@
 
     python benchmarks/step_options.py [--backbones mini mbf r18] [--size 64] [--batch 32] [--rounds 5] [--device cpu]
 
-The variants take turns, step by step; what is shown is the best step of each. Compiling takes a minute a network, before
-anything is timed. On a GPU the tables go to standard output only.
+The variants take turns, step by step; what is shown is the best step of each. Compiling takes a minute a network,
+before anything is timed. On a GPU the figures go to standard output only.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def main() -> None:
 def write_table(results: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
     hardware: dict[str, Any] = describe(arguments.device)
     lines = [
-        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads, torch {hardware['torch']}; images a "
-        f"second, {arguments.size} × {arguments.size} pixels, {arguments.batch} images a step.",
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads, torch {hardware['torch']}; "
+        f"images a second, {arguments.size} × {arguments.size} pixels, {arguments.batch} images a step.",
         "",
         "| options | " + " | ".join(results) + " |",
         "|---|" + "---|" * len(results),

@@ -81,6 +81,11 @@ def end_to_end_item(backbone: str, batch_size: int) -> Item:
     )
 
 
+def identities_item(name: str, words: str, question: str) -> Item:
+    """A head of very many identities on one GPU."""
+    return Item(name, question, ("benchmarks/identities.py", *words.split()), "C")
+
+
 ITEMS = [
     Item(
         "gpu-tests",
@@ -93,6 +98,21 @@ ITEMS = [
     head_item(1_000_000, 0.1, 1024),
     head_item(1_000_000, 1.0, 1024),
     head_item(10_000_000, 0.1, 1024),
+    identities_item(
+        "identities-29m",
+        "--classes 29000000 --sample-rate 1.0 --batch 1024",
+        "29 million identities on one GPU, all sampled, bfloat16 centers and momentum: at most 75 GB and 320 ms a step?",
+    ),
+    identities_item(
+        "identities-29m-rate0.1",
+        "--classes 29000000 --sample-rate 0.1 --batch 1024",
+        "29 million identities on one GPU at rate 0.1: at most 45 ms a step?",
+    ),
+    identities_item(
+        "identities-100m",
+        "--classes 100000000 --sample-rate 0.01 --batch 1024 --state-on-host",
+        "100 million identities on one GPU, momentum in host memory: does it train, in what time, moving how much?",
+    ),
     Item(
         "long-training-r18",
         "How far does an IResNet-18 get on the procedural faces of the demo when it is trained longer?",

@@ -19,8 +19,8 @@ from partialfc.errors import InputError
 from partialfc.head.catch_up import CatchUp
 from partialfc.head.compiled import compiled_for
 from partialfc.head.row_gradients import RowGradients, row_gradients_of
-from partialfc.head.row_storage import Rows, StateStorage
-from partialfc.head.softmax import RowVisitor
+from partialfc.head.row_storage import Rows, StateStorage, rounding_key
+from partialfc.head.softmax import RowVisitor, SGDRule
 from partialfc.head.threads import run_parallel
 
 _NUMBERS_IN_CACHE = 1 << 18  # of a sparse gradient at once: their temporaries stay in a core's cache
@@ -207,10 +207,22 @@ class RowwiseSGD(_RowwiseOptimizer):
     def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
         if self._unsampled == "as_dense":
             self._follow(parameter, link)
-        super()._update_parameter(parameter, link, group)
+        if not self._update_at_once(parameter, link, group):
+            super()._update_parameter(parameter, link, group)
         behind = self._behind.get(parameter)
         if behind is not None:
             behind.finish_step(group["lr"], group["momentum"], group["weight_decay"])
+
+    def _update_at_once(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> bool:
+        """Let the path of a deferred gradient update the rows without storing any of it, if it can."""
+        if link is None or len(link.deferred) != 1 or self._behind or parameter.grad is not None:
+            return False
+        if hasattr(self, "found_inf"):
+            return False
+        (gradient,) = link.deferred
+        keys = rounding_key(link, "centers"), rounding_key(link, "momentum_buffer")
+        rule = SGDRule(group["lr"], group["momentum"], group["weight_decay"], link.first_row, *keys)
+        return gradient.path.update(gradient, parameter, self.row_state(parameter)["momentum_buffer"], rule)
 
     def _follow(self, parameter: Tensor, link: RowGradients | None) -> None:
         """From now on, bring rows up to date when the head is about to read them."""

@@ -132,6 +132,30 @@ class NegativeSums:
         )
 
 
+@dataclass(frozen=True)
+class SGDRule:
+    """One step of SGD with momentum and weight decay on rows.
+
+    Attributes:
+        lr, momentum, weight_decay: as in torch.optim.SGD.
+        first_row: global number of the shard's first row.
+        center_key, momentum_key: what rounding to bfloat16 draws from.
+        skip: (1,) int32 on the device, not 0 if nothing is to change; None for never.
+    """
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    first_row: int
+    center_key: int
+    momentum_key: int
+    skip: Tensor | None = None
+
+    def numbers(self) -> tuple[float, float, float, int, int, int]:
+        """All but `skip`."""
+        return self.lr, self.momentum, self.weight_decay, self.first_row, self.center_key, self.momentum_key
+
+
 class Path(Protocol):
     """One way to compute the two passes over the sampled classes.
 
@@ -157,6 +181,9 @@ class Path(Protocol):
 
     def tile_gradient(self, gradient: CenterGradient, centers: Tensor, first: int, last: int) -> Tensor:
         """((last − first) × K, D): gradient of the rows of `classes[first:last]`; valid until this thread's next."""
+
+    def update(self, gradient: CenterGradient, centers: Tensor, momentum_buffer: Tensor, rule: SGDRule) -> bool:
+        """Do the second pass and the step of SGD at once; False, and nothing done, for a path that cannot."""
 
 
 RowVisitor = Callable[[Tensor, Tensor], None]  # rows (n,) int64, sorted and distinct, and their gradient (n, D)

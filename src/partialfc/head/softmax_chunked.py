@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from partialfc.head.softmax import CenterGradient, NegativeSums, ShardBatch, normalise_rows, tile_bounds
+from partialfc.head.softmax import CenterGradient, NegativeSums, SGDRule, ShardBatch, normalise_rows, tile_bounds
 
 T = TypeVar("T")
 _CPU_SCRATCH = 32 << 20  # fresh pages cost a CPU more than computing a tile again (docs/performance.md)
@@ -106,6 +106,9 @@ class ChunkedPath:
                 kept[first] = tile
         result.kept = kept
         return result
+
+    def update(self, gradient: CenterGradient, centers: Tensor, momentum_buffer: Tensor, rule: SGDRule) -> bool:
+        return False
 
     def spread(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         for item in items:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from partialfc.head import kernels_cpu
-from partialfc.head.softmax import CenterGradient, Loan, NegativeSums, ShardBatch, tile_bounds
+from partialfc.head.softmax import CenterGradient, Loan, NegativeSums, SGDRule, ShardBatch, tile_bounds
 from partialfc.head.threads import run_parallel
 
 _TILE_BYTES = 3 << 20
@@ -51,6 +51,9 @@ class CPUPath:
             total.conflicts += result.conflicts
         total.kept = kept
         return total
+
+    def update(self, gradient: CenterGradient, centers: Tensor, momentum_buffer: Tensor, rule: SGDRule) -> bool:
+        return False
 
     def spread(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         run_parallel(work, items)

@@ -1,0 +1,78 @@
+"""A step of the head with more identities than usual: time, memory and bytes moved, as one line of JSON.
+
+python benchmarks/identities.py --classes 29000000 --sample-rate 1.0 --dtype bfloat16 [--state-on-host] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import torch
+
+from partialfc.bench.head_variants import HeadConfiguration
+from partialfc.bench.machine import describe, peak_resident_bytes
+from partialfc.head.margins import CosFace
+from partialfc.head.optim import RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+
+WIDTH = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--sample-rate", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--state-on-host", action="store_true")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    on_gpu = torch.device(options.device).type == "cuda"
+    head = PartialFC(
+        options.classes,
+        WIDTH,
+        options.sample_rate,
+        CosFace(0.4),
+        update="deferred",
+        operand_dtype=torch.bfloat16,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+    )
+    optimizer = RowwiseSGD(head.parameters(), lr=0.1, state_on_host=options.state_on_host)
+    batches = HeadConfiguration(options.classes, WIDTH, options.batch, options.sample_rate, options.device)
+    seconds, losses = [], []
+    for step in range(options.steps + 2):
+        embeddings, labels = batches.batch(step)
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = head(embeddings, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))  # waits for the device
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    rows = head.figures.sampled if head.figures else 0
+    row_bytes = WIDTH * head.centers.element_size()
+    line = {
+        "classes": options.classes,
+        "sampled": rows,
+        "step_ms_min": 1000 * min(seconds[2:]),
+        "losses": losses,
+        "center_bytes_moved": 3 * rows * row_bytes,  # read in both passes, written in the second
+        "state_bytes_moved": 2 * rows * row_bytes,
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "process_peak_bytes": peak_resident_bytes(),
+        "options": vars(options),
+        "hardware": describe(options.device),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

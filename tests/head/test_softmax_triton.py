@@ -1,0 +1,181 @@
+"""The GPU's kernels: in Triton's interpreter where there is no GPU, compiled where there is one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from test_softmax_cpu import plain_bfloat16
+from torch import Tensor
+
+import reference
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton")
+
+from partialfc.head import partial_fc, softmax_triton
+from partialfc.head.margins import CosFace
+from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+from partialfc.head.softmax_chunked import ChunkedPath
+from partialfc.head.softmax_triton import TritonPath
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLASSES, WIDTH, BATCH = 150, 20, 9
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, TritonPath())
+
+
+def use(monkeypatch: pytest.MonkeyPatch, path: Any) -> None:
+    monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: path)
+
+
+def batch(seed: int, samples: int = BATCH, width: int = WIDTH) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(samples, width, generator=generator)
+    return embeddings.to(DEVICE), torch.randint(CLASSES, (samples,), generator=generator).to(DEVICE)
+
+
+def train(head: PartialFC, optimizer: torch.optim.Optimizer, micro_steps: int = 1, **sizes: int) -> list[Tensor]:
+    """Losses and embedding gradients of three steps, then the centers."""
+    seen = []
+    for step in range(3):
+        for micro_step in range(micro_steps):
+            embeddings, labels = batch(10 * step + micro_step, **sizes)
+            loss = head(embeddings.requires_grad_(), labels) / micro_steps
+            loss.backward()
+            seen += [loss.detach(), embeddings.grad]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*seen, head.centers.detach().clone()]
+
+
+@pytest.mark.parametrize("update", ["sparse", "deferred"])
+@pytest.mark.parametrize(
+    ("options", "sizes", "micro_steps"),
+    [
+        ({}, {}, 1),
+        ({"conflict_threshold": 0.21}, {"samples": 1}, 1),
+        ({"conflict_threshold": 0.21, "conflict_as_zero_logit": True}, {"samples": 70}, 1),
+        ({"sample_rate": 0.3}, {"width": 33}, 2),
+        ({"sample_rate": 0.0}, {"samples": 3, "width": 7}, 1),
+        ({"scale": 99.0}, {}, 1),
+    ],
+)
+def test_the_same_as_the_chunked_path(
+    update: Any, options: dict[str, Any], sizes: dict[str, int], micro_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for path in (TritonPath(), ChunkedPath()):
+        use(monkeypatch, path)
+        width = sizes.get("width", WIDTH)
+        head = PartialFC(CLASSES, width, update=update, device=DEVICE, **options)
+        optimizer = RowwiseSGD(head.parameters(), lr=0.01, weight_decay=0.1)
+        results.append(train(head, optimizer, micro_steps, **sizes))
+    for kernels, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(kernels, chunked, rtol=3e-4, atol=3e-6)
+
+
+def test_adamw_takes_the_gradient_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for path in (TritonPath(), ChunkedPath()):
+        use(monkeypatch, path)
+        head = PartialFC(CLASSES, WIDTH, 1.0, update="deferred", scratch_bytes=4 * WIDTH * 64, device=DEVICE)
+        results.append(train(head, RowwiseAdamW(head.parameters(), lr=0.01, eps=0.1)))
+    torch.testing.assert_close(results[0][-1], results[1][-1], rtol=3e-4, atol=3e-6)
+
+
+@pytest.mark.parametrize("target_cosine", [0.2, 0.9])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+def test_error_against_float64(operands: torch.dtype, target_cosine: float) -> None:
+    torch.manual_seed(0)
+    head = PartialFC(500, 64, 1.0, CosFace(0.4), operand_dtype=operands, device=DEVICE)
+    centers, labels = head.centers.detach().cpu(), torch.randint(500, (32,))
+    unit = torch.nn.functional.normalize
+    own = unit(centers)[labels]
+    embeddings = 5 * (target_cosine * own + (1 - target_cosine**2) ** 0.5 * unit(torch.randn(32, 64)))
+    ours = embeddings.clone().to(DEVICE).requires_grad_()
+    head(ours, labels.to(DEVICE)).backward()
+    exact = embeddings.double().requires_grad_(), centers.double().requires_grad_()
+    reference.dense_loss(*exact, labels, torch.arange(500), scale=64.0, target=reference.cosface(0.4)).backward()
+    rounded = plain_bfloat16(embeddings, centers, labels)
+    for gradient, plain, truth in zip((ours.grad, head.centers.grad.to_dense()), rounded, exact, strict=True):
+        error = (gradient.double().cpu() - truth.grad).norm() / truth.grad.norm()
+        limit = (plain - truth.grad).norm() / truth.grad.norm() if operands == torch.bfloat16 else 1e-5
+        assert error <= limit
+
+
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+def test_blocks_fit_small_and_large_gpus(operands: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, largest in ((232_448, True), (101_376, False)):
+        monkeypatch.setattr(softmax_triton, "_shared_memory", lambda device, limit=limit: limit)
+        assert softmax_triton.fits(torch.device("cpu"), 512)
+        first = softmax_triton._fitting(torch.device("cpu"), 512, operands, 2)
+        assert (first == (64, 32)) == largest
+    assert not softmax_triton.fits(torch.device("cpu"), 2048)
+
+
+def test_bfloat16_tables_are_rounded_as_the_fallback_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's draws are those of `round_stochastically`: nearly all elements agree, the rest by one step."""
+    results = []
+    for path in (TritonPath(), ChunkedPath()):
+        use(monkeypatch, path)
+        head = PartialFC(CLASSES, WIDTH, 0.5, update="deferred", dtype=torch.bfloat16, seed=3, device=DEVICE)
+        optimizer = RowwiseSGD(head.parameters(), lr=0.01)
+        embeddings, labels = batch(1)
+        head(embeddings.requires_grad_(), labels).backward()
+        optimizer.step()
+        results.append([head.centers.detach().float(), optimizer.row_state(head.centers)["momentum_buffer"].float()])
+    for kernels, fallback in zip(*results, strict=True):
+        assert float((kernels == fallback).double().mean()) > 0.97
+        torch.testing.assert_close(kernels, fallback, rtol=2.0**-6, atol=1e-6)
+
+
+def test_a_set_flag_leaves_everything_as_it_is() -> None:
+    head = PartialFC(CLASSES, WIDTH, 0.5, update="deferred", device=DEVICE)
+    embeddings, labels = batch(1)
+    head(embeddings.requires_grad_(), labels).backward()
+    (gradient,) = head.row_gradients.deferred
+    momentum = torch.zeros_like(head.centers)
+    before = head.centers.detach().clone()
+    for flag in (1, 0):
+        rule = partial_fc.softmax.SGDRule(
+            0.1, 0.9, 0.0, 0, 1, 2, torch.tensor([flag], dtype=torch.int32, device=DEVICE)
+        )
+        assert TritonPath().update(gradient, head.centers, momentum, rule)
+        assert torch.equal(before, head.centers.detach()) == bool(flag)
+        assert bool((momentum == 0).all()) == bool(flag)
+
+
+def test_rows_past_two_to_the_31() -> None:
+    """A table of which only a few rows at its far end are ever touched; the rest of it takes no memory."""
+    width, rows = 512, (1 << 31) // 512 + 50
+    centers = torch.empty(rows, width, dtype=torch.bfloat16, device=DEVICE)
+    far = torch.arange(rows - 40, rows, device=DEVICE)
+    centers[far] = torch.randn(40, width, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    near = centers[far].clone()
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.nn.functional.normalize(torch.randn(3, width, generator=generator)).to(DEVICE)
+    scratch = partial_fc.softmax.Scratch()
+    results = []
+    for table, classes in ((centers, far), (near, torch.arange(40, device=DEVICE))):
+        shard = partial_fc.softmax.ShardBatch(
+            embeddings=embeddings, classes=classes, target_places=torch.tensor([1, -1, 39], device=DEVICE),
+            target_cosine=torch.zeros(3, dtype=torch.float64, device=DEVICE), margin=CosFace(), margin_batch=None,
+            scale=64.0, shift=0.0, conflict_threshold=None, conflict_as_zero_logit=False,
+            operand_dtype=torch.float32, scratch=scratch, scratch_bytes=1 << 20,
+        )  # fmt: skip
+        negatives = TritonPath().sum_negatives(table, shard, keep=False)
+        gradient = partial_fc.softmax.CenterGradient(
+            shard, embeddings * 1e-9, classes[:1], torch.ones(1, width, device=DEVICE), TritonPath(), None
+        )
+        results += [negatives.sums, negatives.pull, TritonPath().tile_gradient(gradient, table, 0, 40)]
+    for one, other in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)

@@ -68,6 +68,10 @@ class Shard:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def rows(self, each: int) -> range:
+        """The rows of this share where each of the `total` things has `each` rows."""
+        return range(self.start * each, self.stop * each)
+
     @property
     def rank(self) -> int:
         return rank_of(self.group)

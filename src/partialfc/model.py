@@ -281,13 +281,14 @@ def embed(model: Model, images: np.ndarray | Tensor, *, flip: bool = True, batch
     check_images(images, model.config)
     result = torch.empty(len(images), model.config.embedding_dim, device=model.device)
     modes = {module: module.training for module in model.backbone.modules()}
+    dtype = next((each.dtype for each in model.backbone.parameters()), torch.float32)
     model.backbone.eval()
     try:
         with torch.inference_mode():
             for start in range(0, len(images), batch_size):
                 chosen = images[start : start + batch_size]
                 pixels = chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))
-                batch = prepare(pixels.to(model.device), model.config)
+                batch = prepare(pixels.to(model.device), model.config).to(dtype)
                 embeddings = model.backbone(batch)
                 if flip:
                     embeddings = embeddings + model.backbone(batch.flip(3))

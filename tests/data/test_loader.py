@@ -112,10 +112,21 @@ class TestBatches:
         assert len({rank.micro_steps for rank in ranks}) == 1
         parts = [list(rank.batches(step, step + 1)) for rank in ranks]
         assert all(len(part) == ranks[0].micro_steps for part in parts)
-        every = [batch for part in parts for batch in part]
+        every = [batch for micro_step in zip(*parts, strict=True) for batch in micro_step]
         assert max(len(batch.labels) for batch in every) <= micro
         for field in ("images", "labels", "positions"):
             assert torch.equal(torch.cat([getattr(batch, field) for batch in every]), getattr(one, field))
+
+    @pytest.mark.parametrize("world", [1, 2, 3, 4])
+    def test_a_micro_step_has_the_same_images_at_any_world_size(self, world: int) -> None:
+        sizes = {"global_batch_size": 11, "micro_batch_size": 6, "micro_steps": 3}
+        ranks = [list(loader(Pictures(30), **sizes, rank=r, world_size=world).batches(2, 3)) for r in range(world)]
+        positions = [torch.cat([batch.positions for batch in parts]).tolist() for parts in zip(*ranks, strict=True)]
+        assert positions == [list(range(22, 25)), list(range(25, 29)), list(range(29, 33))]
+
+    def test_too_few_micro_steps_are_refused(self) -> None:
+        with pytest.raises(InputError, match="micro_steps is 1, too few for 8 images on 2 processes.*2 micro-steps"):
+            loader(Pictures(30), micro_batch_size=3, micro_steps=1, world_size=2)
 
     def test_any_step_can_be_the_first(self) -> None:
         source = Pictures(30)

@@ -72,7 +72,7 @@ class Noisy(Margin):
     deviation: float = 0.05
 
     def target(self, cosine: Tensor, batch: MarginBatch) -> Tensor:
-        return cosine - self.mean - self.deviation * noise(batch.key, len(cosine))
+        return cosine - self.mean - self.deviation * keyed_random.normal(batch.key, batch.places)
 
 
 def noise(key: int, count: int) -> Tensor:

@@ -86,8 +86,8 @@ class _Plan:
 
     def positions(self, step: int, micro_step: int) -> Tensor:
         """The places in the endless order that a micro-batch of this rank takes: int64 (B,)."""
-        start, stop = split_evenly(self.global_batch_size, self.world_size, self.rank)
-        first, last = split_evenly(stop - start, self.micro_steps, micro_step)
+        start, stop = split_evenly(self.global_batch_size, self.micro_steps, micro_step)
+        first, last = split_evenly(stop - start, self.world_size, self.rank)
         offset = step * self.global_batch_size + start
         return torch.arange(offset + first, offset + last)
 
@@ -152,9 +152,10 @@ class _MicroBatches(Dataset[Batch | InputError]):
 class Loader:
     """Reads a rank's micro-batches, in worker processes if asked to, from any step on.
 
-    Rank r of W takes the r-th of W even parts of a step's positions (`distributed.split_evenly`) and cuts it into
-    `micro_steps` even parts of at most `micro_batch_size` images; all ranks have the same number of micro-steps. A part
-    is empty where a rank's share is smaller than that number. Nothing is drawn from a global random generator.
+    A step's positions are cut into `micro_steps` even parts (`distributed.split_evenly`), and each of these into one
+    even part of at most `micro_batch_size` images for each rank: the images of a micro-step are the same ones at any
+    world size, if only the number of micro-steps is. A rank's part is empty where there are fewer images than ranks.
+    Nothing is drawn from a global random generator.
 
     A record that cannot be read is named in `unreadable` and replaced by another one, drawn by (seed, position): a
     batch keeps its size, and a resumed run makes the same choice.
@@ -178,9 +179,11 @@ class Loader:
         color_order: "bgr" for sets whose images were stored with red and blue exchanged; they are changed back.
         image_size: height and width that all images must have; by default those of the first readable one.
         prefetch: micro-batches that each worker reads ahead.
+        micro_steps: by default as few as `micro_batch_size` allows.
 
     Raises:
-        InputError: a size is not positive, or the images have no common square size.
+        InputError: a size is not positive, the micro-steps are too few for `micro_batch_size`, or the images have no
+            common square size.
     """
 
     def __init__(
@@ -198,6 +201,7 @@ class Loader:
         color_order: ColorOrder = "rgb",
         image_size: int | None = None,
         prefetch: int = 2,
+        micro_steps: int | None = None,
     ) -> None:
         for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
             if value < 1:
@@ -213,8 +217,14 @@ class Loader:
         self.num_classes = num_classes or source.num_classes
         self.unreadable: dict[str, str] = {}
         self.image_size = image_size or self._find_image_size()
-        largest_share = -(-global_batch_size // world_size)
-        self.micro_steps = -(-largest_share // micro_batch_size)
+        fewest = -(-global_batch_size // (world_size * micro_batch_size))
+        self.micro_steps = fewest if micro_steps is None else micro_steps
+        if self.micro_steps < fewest:
+            raise InputError(
+                f"micro_steps is {micro_steps}, too few for {global_batch_size} images on {world_size} processes that "
+                f"hold at most {micro_batch_size} each: raise data.micro_batch_size, take more processes or, in a new "
+                f"run, {fewest} micro-steps."
+            )
         self.steps_per_epoch = len(source) / global_batch_size
         self._plan = _Plan(
             source,

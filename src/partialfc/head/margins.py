@@ -23,13 +23,20 @@ class MarginBatch:
 
     Attributes:
         norms: (G,) float64, the lengths of the embeddings before normalisation.
-        key: the key of this step's noise, for `keyed_random` with the sample's place in the global batch as counter.
+        key: the key of this step's noise, for `keyed_random` with `places` as counters.
         state: the margin's own running figures, as `Margin.initial_state` named them.
+        first_place: the first sample's place among all of the optimizer step, which may be cut into micro-steps.
     """
 
     norms: Tensor
     key: int
     state: dict[str, Tensor]
+    first_place: int = 0
+
+    @property
+    def places(self) -> Tensor:
+        """(G,) int64, each sample's place in its optimizer step, however the step is cut."""
+        return torch.arange(self.first_place, self.first_place + len(self.norms), device=self.norms.device)
 
 
 @dataclass(frozen=True)

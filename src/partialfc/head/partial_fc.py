@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from partialfc import keyed_random
 from partialfc.distributed import Group, Shard, all_gather_rows, all_reduce, reduce_scatter_rows, row_counts
 from partialfc.errors import InputError
 from partialfc.head import softmax
+from partialfc.head.initial_centers import initial_centers
 from partialfc.head.margins import CosFace, Margin, MarginBatch
 from partialfc.head.paths import choose_path
 from partialfc.head.row_gradients import RowGradients
@@ -21,8 +22,6 @@ from partialfc.head.sampling import sample_classes
 from partialfc.head.threads import alone_if
 
 Update = Literal["sparse", "deferred"]
-_INITIAL_DEVIATION = 0.01
-_INITIAL_CHUNK = 1 << 20  # elements drawn at once
 _WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
 
 
@@ -109,7 +108,9 @@ class PartialFC(nn.Module):
         self.scratch_bytes = scratch_bytes
         self._check_arguments()
         self.shard = Shard.of(num_classes, group)
-        self.centers = nn.Parameter(self._initial_centers(device, dtype))
+        self.centers = nn.Parameter(
+            initial_centers(self.shard.rows(self.margin.sub_centers), embedding_dim, seed, device, dtype)
+        )
         self.row_gradients = RowGradients(seed, self.shard.start * self.margin.sub_centers)
         self.figures: HeadFigures | None = None
         self._scratch = softmax.Scratch()
@@ -145,19 +146,6 @@ class PartialFC(nn.Module):
                 f"{', '.join(sorted(self.margin.updates))}."
             )
 
-    def _initial_centers(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
-        """Normal with deviation 0.01, a function of (seed, class) wherever the class lives."""
-        width = self.embedding_dim
-        first, last = (self.shard.start * self.margin.sub_centers, self.shard.stop * self.margin.sub_centers)
-        centers = torch.empty(last - first, width, dtype=dtype, device=device)
-        key = keyed_random.derive_key(self.seed, "centers")
-        step = max(1, _INITIAL_CHUNK // width)
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            values = keyed_random.normal_rows(key, start, stop, width, device=centers.device)
-            centers[start - first : stop - first] = values * _INITIAL_DEVIATION
-        return centers
-
     @property
     def step(self) -> int:
         """Optimizer steps taken; the negatives of a step are drawn from it. Set it when resuming."""
@@ -183,7 +171,9 @@ class PartialFC(nn.Module):
             f"update={self.update!r}"
         )
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, step_labels: Tensor | None = None, first_place: int = 0
+    ) -> Tensor:
         """The mean loss of the global batch; the same value on every rank.
 
         Under world size W it takes five collectives, and backward one. The embeddings' gradient is W times that of the
@@ -192,6 +182,10 @@ class PartialFC(nn.Module):
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
             labels: (B,) int64 class numbers in [0, C).
+            step_labels: (n,) int64, the labels of all micro-steps and ranks, the same on all ranks. With them, each
+                micro-step of an accumulated step uses the same classes, however the step is cut; without, each adds its
+                own positives to the shared negatives.
+            first_place: how many samples the micro-steps before have, over all ranks; noise of margins goes by it.
 
         Returns:
             () float64 for float64 embeddings, float32 otherwise.
@@ -203,7 +197,7 @@ class PartialFC(nn.Module):
         self._check_inputs(embeddings, labels)
         # Parameters lose attributes when a module is copied or moved to another storage.
         self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
-        return _SampledSoftmax.apply(embeddings, self.centers, labels, self)
+        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, _Place(step_labels, first_place))
 
     def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
         inside_ddp = getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
@@ -228,6 +222,14 @@ class PartialFC(nn.Module):
                 f"embeddings are on {embeddings.device}, labels on {labels.device} and centers on "
                 f"{self.centers.device}; move all to one device."
             )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a micro-step must know of the optimizer step it is part of."""
+
+    step_labels: Tensor | None
+    first: int
 
 
 @dataclass(frozen=True)
@@ -266,15 +268,15 @@ def _gather_batch(head: PartialFC, embeddings: Tensor, labels: Tensor) -> tuple[
 
 
 def _forward(
-    head: PartialFC, path: softmax.Path, centers: Tensor, local_embeddings: Tensor, local_labels: Tensor, keep: bool
+    head: PartialFC, path: softmax.Path, centers: Tensor, local: tuple[Tensor, Tensor], place: _Place, keep: bool
 ) -> _Step:
-    """Everything before backward. Five collectives."""
+    """Everything before backward, from this rank's embeddings and labels. Five collectives."""
     shard, margin = head.shard, head.margin
-    counts, embeddings, labels = _gather_batch(head, local_embeddings, local_labels)
+    counts, embeddings, labels = _gather_batch(head, *local)
     unit_embeddings, norms = softmax.normalise_rows(embeddings.double())
     compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
     classes = sample_classes(
-        labels.unique(),
+        (labels if place.step_labels is None else torch.cat([labels, place.step_labels])).unique(),
         num_classes=head.num_classes,
         sample_rate=head.sample_rate,
         seed=head.seed,
@@ -289,7 +291,7 @@ def _forward(
     target_cosine = torch.zeros_like(norms)
     target_cosine[owned] = targets.cosine
     all_reduce(target_cosine, group=shard.group)
-    margin_batch = _margin_batch(head, norms, target_cosine)
+    margin_batch = _margin_batch(head, norms, target_cosine, place.first)
     target_places = torch.full_like(labels, -1)
     target_places[owned] = torch.searchsorted(classes, labels[owned])
     batch = softmax.ShardBatch(
@@ -322,28 +324,30 @@ def _forward(
     return _Step(counts, unit_embeddings, norms, batch, targets, path, negatives, terms)
 
 
-def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor) -> MarginBatch:
+def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor, first_place: int) -> MarginBatch:
     """What the margin sees; in training its running figures take this batch in first, as published margins do."""
     key = keyed_random.derive_key(head.seed, "margin", head.step)
-    batch = MarginBatch(norms, key, head.margin_state())
+    batch = MarginBatch(norms, key, head.margin_state(), first_place)
     if not head.training:
         return batch
     state = head.margin.updated_state(target_cosine, batch)
     for name, value in state.items():
         head.get_buffer(f"margin_{name}").copy_(value)
-    return MarginBatch(norms, key, state)
+    return replace(batch, state=state)
 
 
 class _SampledSoftmax(torch.autograd.Function):
     """The loss of the global batch with respect to the local embeddings and the local centers."""
 
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC) -> Tensor:
+    def forward(
+        ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC, place: _Place
+    ) -> Tensor:
         # Of several micro-steps that wait for the optimizer only the first keeps anything.
         keep = ctx.needs_input_grad[1] and not head.row_gradients.deferred
         path = choose_path(centers, embeddings, head.margin)
         with torch.autocast(embeddings.device.type, enabled=False), alone_if(path.in_threads):
-            step = _forward(head, path, centers, embeddings, labels, keep)
+            step = _forward(head, path, centers, (embeddings, labels), place, keep)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
         ctx.save_for_backward(centers)
         return step.terms.loss.mean().to(step.batch.embeddings.dtype)
@@ -357,7 +361,7 @@ class _SampledSoftmax(torch.autograd.Function):
         with torch.autocast(centers.device.type, enabled=False), alone_if(step.path.in_threads):
             embeddings_gradient = _embeddings_gradient(head, step, factor).to(ctx.dtype)
             centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
-        return embeddings_gradient, centers_gradient, None, None
+        return embeddings_gradient, centers_gradient, None, None, None
 
 
 def _embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -268,7 +268,7 @@ def loss_terms(
     with torch.enable_grad():
         cosine = target_cosine.detach().requires_grad_()
         norms = batch.norms.detach().requires_grad_()
-        watched = MarginBatch(norms, batch.key, batch.state)
+        watched = replace(batch, norms=norms)
         logit = margin.target(cosine, watched)
         regulariser = margin.regulariser(watched)
         logit_by_cosine, logit_by_norm = _gradients(logit, [cosine, norms])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from partialfc.backbones import create_backbone
+from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
 from partialfc.data.subset import SubsetSource
@@ -21,7 +22,7 @@ from partialfc.training.freezing import freeze
 from partialfc.training.scaling import LossScale
 from partialfc.training.state import TrainState
 
-PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "float64"}
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,7 +37,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the backbone computes in, for "auto", "bf16", "fp16" or "float32".
+    """What the backbone computes in, for "auto", "bf16", "fp16", "float32" or "float64".
 
     "auto" means bf16 where it is faster than float32: on GPUs that have it, and on processors with AVX-512 BF16 (1.6
     times the images a second for the mini network; without these instructions bf16 is slower than float32).
@@ -65,6 +66,7 @@ def open_loader(config: TrainConfig) -> Loader:
         workers=data.workers,
         max_unreadable=data.max_unreadable,
         color_order=data.color_order,
+        micro_steps=config.micro_steps(),
     )
 
 
@@ -92,7 +94,7 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         operand_dtype=getattr(torch, config.head.operands),
         seed=config.seed,
         device=device,
-        dtype=getattr(torch, config.head.dtype),
+        dtype=torch.float64 if config.precision == "float64" else getattr(torch, config.head.dtype),
     )
     optimizers = build_optimizers(config, backbone, head)
     scaled = compute_dtype(config.precision, device) == torch.float16
@@ -118,7 +120,9 @@ def build_backbone(config: TrainConfig, image_size: int, *, device: torch.device
             seed=config.seed,
             **chosen.options(),
         )
-    return backbone.to(device)
+    if chosen.sync_batch_norm:
+        synchronise_batch_norm(backbone)
+    return backbone.to(device, torch.float64 if config.precision == "float64" else None)
 
 
 def build_optimizers(

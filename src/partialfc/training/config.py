@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from partialfc.backbones import create_backbone
+from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
 from partialfc.errors import InputError
 from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.head.partial_fc import PartialFC
@@ -28,6 +29,9 @@ class DataConfig:
     """Images an optimizer step takes, over all processes."""
     micro_batch_size: int = 128
     """The most images a process holds at once; smaller than its share means accumulation."""
+    micro_steps: int | None = None
+    """Parts a step is cut into, one after the other; null takes as few as micro_batch_size allows, and 1 with
+    backbone.sync_batch_norm. A fixed number lets more or fewer processes go on with the very same run."""
     workers: int = 2
     """Reading processes beside each training process; 0 reads in the training process."""
     flip: bool = True
@@ -64,6 +68,8 @@ class BackboneConfig:
     """Layers or parameters that keep their weights, by name, such as conv1 or layer1."""
     channels_last: bool = True
     """Keep the weights of convolutions with the channels last, which is quicker."""
+    sync_batch_norm: bool = False
+    """Normalise over the images of all processes, so that the run is the same at any number of them."""
     compile: bool = False
     """Compile the network with torch.compile; needs a C++ compiler on a CPU, and pays in long runs."""
 
@@ -200,8 +206,9 @@ class TrainConfig:
     """What is written."""
     seed: int = 0
     """Initial weights, order, augmentation and sampled classes are functions of it."""
-    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the backbone; auto is bf16 where the processor multiplies it faster, and float32 elsewhere."""
+    precision: Literal["auto", "float32", "bf16", "fp16", "float64"] = "auto"
+    """Arithmetic of the backbone; auto is bf16 where the processor multiplies it faster, and float32 elsewhere.
+    float64 is for proofs: weights, centers and all arithmetic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
 
@@ -210,6 +217,7 @@ class TrainConfig:
         at_least = [
             ("data.global_batch_size", self.data.global_batch_size, 1),
             ("data.micro_batch_size", self.data.micro_batch_size, 1),
+            ("data.micro_steps", self.data.micro_steps, 1),
             ("data.workers", self.data.workers, 0),
             ("data.min_images", self.data.min_images, 0),
             ("data.num_classes", self.data.num_classes, 1),
@@ -274,6 +282,15 @@ class TrainConfig:
                 self.data.min_images > 0 and self.data.num_classes is not None
             ),
         }
+        refused |= {
+            "backbone.compile cannot compile the exchange of backbone.sync_batch_norm: leave one out": (
+                backbone.compile and backbone.sync_batch_norm
+            ),
+            "precision float64 stores the centers so too: leave head.dtype, head.state_dtype and head.operands out": (
+                self.precision == "float64"
+                and (head.dtype != "float32" or head.state_dtype is not None or head.operands != "float32")
+            ),
+        }
         for sentence, applies in refused.items():
             if applies:
                 raise InputError(sentence + ".")
@@ -283,7 +300,15 @@ class TrainConfig:
         chosen = self.backbone
         with torch.device("meta"):
             network = create_backbone(chosen.name, embedding_dim=chosen.embedding_dim, **chosen.options())
+        if chosen.sync_batch_norm:
+            synchronise_batch_norm(network)
         freeze(network, chosen.freeze)
+
+    def micro_steps(self) -> int | None:
+        """The parts a step is cut into, None for as few as fit: batch statistics belong to a part."""
+        if self.data.micro_steps is None and self.backbone.sync_batch_norm:
+            return 1
+        return self.data.micro_steps
 
     def peak_lr(self) -> float:
         """The learning rate at the top of the schedule for this global batch."""

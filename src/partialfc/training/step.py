@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc import keyed_random
 from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
-from partialfc.distributed import any_rank, rank_of, split_evenly, world_size_of
+from partialfc.distributed import all_gather_rows, any_rank, rank_of, row_counts, split_evenly, world_size_of
 from partialfc.errors import JobError
 from partialfc.head.partial_fc import NonFiniteEmbeddings
 from partialfc.training.averaging import update_average
@@ -32,7 +32,7 @@ class Stepper:
         state: networks, optimizers and counters; `step` changes them, the count of steps aside.
         loader: tells micro-steps and steps an epoch.
         device: where the networks are.
-        compute_dtype: the backbone's arithmetic: float32, bfloat16 or float16.
+        compute_dtype: the backbone's arithmetic: float32, bfloat16, float16 or float64.
 
     Attributes:
         total_steps: of the whole run.
@@ -61,6 +61,7 @@ class Stepper:
         self._buffers_before = [buffer.clone() for buffer in state.backbone.buffers()]
         self._random_parts = keyed_random.derive_key(config.seed, "backbone's random parts")
         self._skipped_in_a_row = 0
+        self._step_labels: Tensor | None = None
         channels_last = config.backbone.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -120,8 +121,11 @@ class Stepper:
         The ranks exchange the backbone's gradient in the last micro-step only.
         """
         total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        images = self.config.data.global_batch_size
+        self._step_labels = self._labels_of_all(micro_batches)
         for number, batch in enumerate(micro_batches):
-            share = self._images_in_micro_step(number) / self.config.data.global_batch_size
+            first, last = split_evenly(images, len(micro_batches), number)
+            share = (last - first) / images
             synchronise = number == len(micro_batches) - 1
             try:
                 with contextlib.nullcontext() if synchronise else self._without_synchronisation():
@@ -143,6 +147,13 @@ class Stepper:
             torch._foreach_mul_(gradients, 1.0 / self.state.loss_scale.value)
         return torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
 
+    def _labels_of_all(self, micro_batches: list[Batch]) -> Tensor | None:
+        """The labels of all micro-steps and ranks; None for a single micro-step, whose labels the head gathers."""
+        if len(micro_batches) == 1:
+            return None
+        labels = torch.cat([batch.labels for batch in micro_batches]).to(self.device)
+        return all_gather_rows(labels, row_counts(len(labels), self.device))
+
     def _loss(self, batch: Batch) -> Tensor:
         """The mean loss of one micro-step over all ranks."""
         images = batch.images.to(self.device, non_blocking=True)
@@ -150,22 +161,16 @@ class Stepper:
         positions = batch.positions.to(self.device, non_blocking=True)
         inputs = augment(images, positions, self.config.seed, flip=self.config.data.flip)
         keys = keyed_random.bits(self._random_parts, positions)
-        reduced = self.compute_dtype != torch.float32
+        reduced = self.compute_dtype in (torch.bfloat16, torch.float16)
+        wide = torch.promote_types(self.compute_dtype, torch.float32)
+        inputs = inputs.to(wide, memory_format=self._memory_format)
         with torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced):
-            embeddings = self.network(inputs.contiguous(memory_format=self._memory_format), keys).float()
+            embeddings = self.network(inputs, keys).to(wide)
         if self.state.loss_scale is not None:
             embeddings = scale_gradient(embeddings, self.state.loss_scale.value)
-        loss: Tensor = self.state.head(embeddings, labels)
+        first, _ = split_evenly(self.config.data.global_batch_size, self.loader.micro_steps, batch.micro_step)
+        loss: Tensor = self.state.head(embeddings, labels, step_labels=self._step_labels, first_place=first)
         return loss
-
-    def _images_in_micro_step(self, number: int) -> int:
-        """Images of one micro-step over all ranks, whose shares may be uneven."""
-        total = 0
-        for rank in range(self.world_size):
-            start, stop = split_evenly(self.config.data.global_batch_size, self.world_size, rank)
-            first, last = split_evenly(stop - start, self.loader.micro_steps, number)
-            total += last - first
-        return total
 
     def _without_synchronisation(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.network, DistributedDataParallel):

@@ -1,0 +1,185 @@
+"""The same run at 1, 2, 3 and 4 processes, and on changing numbers of them: how far the loss curves are apart.
+
+    python benchmarks/elastic.py --out runs/elastic
+
+IResNet (r18) with synchronised batch statistics and ViT (vit_t) on small images of identities that are patterns, in
+float64 and in float32, with a step cut into two micro-steps. Each process writes the classes that it sampled in every
+step. Prints a table. The processes are gloo's, on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from partialfc import distributed, keyed_random
+from partialfc.data.images import encode_png
+from partialfc.head import partial_fc
+from partialfc.training.checkpoint_reading import Checkpoint, steps_in
+from partialfc.training.config import (
+    BackboneConfig,
+    DataConfig,
+    HeadConfig,
+    OptimizerConfig,
+    OutputConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from partialfc.training.loop import train
+from partialfc.training.metrics_log import read_metrics
+
+IDENTITIES, SHOTS, BATCH = 30, 5, 22
+SIZES = {"r18": 16, "vit_t": 27}
+RATES = {"r18": 0.002, "vit_t": 0.001}
+WORLD_SIZES, RESUMED = (1, 2, 3, 4), (4, 3, 1, 2)
+
+
+def write_patterns(folder: Path, size: int) -> Path:
+    """Identity folders of noisy coarse patterns, size × size."""
+    for identity in range(IDENTITIES):
+        (folder / f"{identity:03d}").mkdir(parents=True)
+        coarse = keyed_random.uniform(keyed_random.derive_key("pattern", identity), torch.arange(27)).view(3, 3, 3)
+        pattern = coarse.repeat_interleave(-(-size // 3), 0).repeat_interleave(-(-size // 3), 1)[:size, :size]
+        for shot in range(SHOTS):
+            key = keyed_random.derive_key("noise", identity, shot)
+            noise = keyed_random.uniform(key, torch.arange(size * size * 3)).view(size, size, 3)
+            image = (pattern * 200 + noise * 55).to(torch.uint8).numpy()
+            (folder / f"{identity:03d}" / f"{shot}.png").write_bytes(encode_png(image))
+    return folder
+
+
+def elastic_config(data: Path, name: str, precision: Any, steps: int) -> TrainConfig:
+    """A run of `steps` steps that is the same at any world size: fixed micro-steps, synchronised statistics."""
+    options: dict[str, Any] = {"dropout": 0.1} if name == "r18" else {"drop_path": 0.1, "mask_ratio": 0.1}
+    return TrainConfig(
+        data=DataConfig(str(data), global_batch_size=BATCH, micro_batch_size=BATCH, micro_steps=2, workers=0),
+        backbone=BackboneConfig(name, 32, sync_batch_norm=True, channels_last=False, **options),
+        head=HeadConfig(sample_rate=0.5, scale=16.0),
+        optimizer=OptimizerConfig(lr=RATES[name], lr_scaling="absolute"),
+        schedule=ScheduleConfig(epochs=steps * BATCH / (IDENTITIES * SHOTS), kind="constant"),
+        output=OutputConfig(log_every=1, checkpoint_every=max(1, steps // 4), evaluate_every=10**9, keep=9),
+        precision=precision,
+        device="cpu",
+    )
+
+
+class _Stopped(Exception):
+    """The process has done the steps that it was started for."""
+
+
+def run_part(rank: int, world_size: int, port: int, config: TrainConfig, folder: Path, stop: int) -> None:
+    """One process of a run that goes on from its last checkpoint and stops after step `stop`."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    original = partial_fc.sample_classes
+    with (folder.parent / f"{folder.name}-sampled-{rank}.jsonl").open("a") as log:
+
+        def recorded(positives: Tensor, *, step: int, **others: Any) -> Tensor:
+            if step == stop:
+                raise _Stopped
+            classes = original(positives, step=step, **others)
+            log.write(json.dumps([step, classes.tolist()]) + "\n")
+            return classes
+
+        partial_fc.sample_classes = recorded
+        with distributed.process_group(torch.device("cpu"), timeout_seconds=120):
+            try:
+                train(config, folder, resume=True, quiet=True)
+            except _Stopped:
+                distributed.barrier()
+
+
+def run(world_size: int, config: TrainConfig, folder: Path, stop: int = -1) -> None:
+    """`run_part` in fresh processes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    mp.spawn(run_part, args=(world_size, store.port, config, folder, stop), nprocs=world_size)
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss curve of a run."""
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+
+
+def sampled(folder: Path) -> dict[int, list[int]]:
+    """The union of the classes over ranks and micro-steps, by step."""
+    union: dict[int, set[int]] = {}
+    for path in folder.parent.glob(f"{folder.name}-sampled-*.jsonl"):
+        for line in path.read_text().splitlines():
+            step, classes = json.loads(line)
+            union.setdefault(step, set()).update(classes)
+    return {step: sorted(classes) for step, classes in union.items()}
+
+
+def rows_of(folder: Path, step: int) -> dict[str, Tensor]:
+    """Centers and momentum in a checkpoint."""
+    checkpoint = Checkpoint(folder / "checkpoints" / f"step-{step:08d}")
+    return {name: checkpoint.rows(name, 0, shape[0]) for name, shape in checkpoint.row_shapes.items()}
+
+
+def difference(one: list[float], other: list[float]) -> float:
+    """The largest relative difference of two curves; infinite if one is shorter."""
+    if len(one) != len(other) or not one:
+        return math.inf
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
+def row_difference(one: Path, other: Path) -> float:
+    """The largest difference of any center or momentum row of the last checkpoints, relative to the largest value."""
+    step = steps_in(one / "checkpoints")[-1]
+    left, right = rows_of(one, step), rows_of(other, step)
+    return max(float((left[name] - right[name]).abs().max() / left[name].abs().max()) for name in left)
+
+
+def compare(data: Path, out: Path, name: str, precision: str, steps: int) -> None:
+    """Run at every world size and on changing ones, and print a line for each."""
+    config = elastic_config(data, name, precision, steps)
+    for world_size in WORLD_SIZES:
+        run(world_size, config, out / f"{world_size}")
+        show(out, f"{world_size}", f"| {name} | {precision} | {world_size} |")
+    for part, world_size in enumerate(RESUMED, start=1):
+        run(world_size, config, out / "changing", stop=steps * part // len(RESUMED))
+    show(out, "changing", f"| {name} | {precision} | {' → '.join(map(str, RESUMED))} |")
+
+
+def show(out: Path, run_name: str, begin: str) -> None:
+    """One line of the table: this run against the one of a single process."""
+    one, other = out / "1", out / run_name
+    curve, same = losses(other), sampled(one) == sampled(other)
+    print(
+        f"{begin} {curve[0]:.3f} → {curve[-1]:.3f} | {difference(losses(one), curve):.1e} | {row_difference(one, other):.1e} "
+        f"| {'identical' if same else 'DIFFERENT'} in {len(sampled(other))} steps |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="new folder for data and runs")
+    parser.add_argument("--steps", type=int, default=100, help="a multiple of 4")
+    parser.add_argument("--backbones", nargs="+", default=list(SIZES), choices=list(SIZES))
+    options = parser.parse_args()
+    print(
+        "| backbone | precision | processes | loss | largest difference of the loss | of centers and momentum | classes |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name in options.backbones:
+        data = write_patterns(options.out / f"images-{name}", SIZES[name])
+        for precision in ("float64", "float32"):
+            compare(data, options.out / f"{name}-{precision}", name, precision, options.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The same run at 1 and 3 processes, and on from 3 to 1: loss curve, sampled classes and final tensors, in float64.
+
+The long form, with more world sizes, r18 and float32, is benchmarks/elastic.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import final_tensors, tiny_config, write_images
+from torch import Tensor
+
+from distributed_workers import run_ranks
+from partialfc.head import partial_fc
+from partialfc.training.config import BackboneConfig, TrainConfig
+from partialfc.training.loop import train
+from partialfc.training.metrics_log import read_metrics
+
+NETWORKS: dict[str, dict[str, Any]] = {"mini": {}, "vit_t": {"drop_path": 0.2}}
+STEPS, STOP = 6, 4
+
+
+def config_of(name: str, images: Path) -> TrainConfig:
+    """6 steps of 11 images in two micro-steps; a process of three may have 1 image, or 2."""
+    backbone = BackboneConfig(name, 16, sync_batch_norm=True, **NETWORKS[name])
+    config = tiny_config(images, backbone=backbone, precision="float64", device="cpu")
+    data = replace(config.data, global_batch_size=11, micro_batch_size=11, micro_steps=2)
+    optimizer = replace(config.optimizer, lr=0.01)
+    schedule = replace(config.schedule, epochs=STEPS * 11 / 32)
+    return replace(config, data=data, optimizer=optimizer, schedule=schedule, output=replace(config.output, keep=9))
+
+
+class Stopped(Exception):
+    """The run was stopped on purpose."""
+
+
+def recorded_run(config: TrainConfig, out: Path, stop: int = -1) -> list[list[int]]:
+    """Train, from the last checkpoint on and up to step `stop`; this rank's classes of each micro-step."""
+    original, seen = partial_fc.sample_classes, []
+
+    def sample(positives: Tensor, *, step: int, **others: Any) -> Tensor:
+        if step == stop:
+            raise Stopped
+        classes = original(positives, step=step, **others)
+        seen.append(classes.tolist())
+        return classes
+
+    partial_fc.sample_classes = sample
+    try:
+        train(config, out, resume=True, quiet=True)
+    except Stopped:
+        pass
+    finally:
+        partial_fc.sample_classes = original
+    return seen
+
+
+def on_three(rank: int, folder: Path) -> None:
+    found = {}
+    for name in NETWORKS:
+        config = config_of(name, folder / "images")
+        found[name] = recorded_run(config, folder / f"{name}-3")
+        recorded_run(config, folder / f"{name}-3-1", stop=STOP)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    write_images(folder / "images", [f"person {number}" for number in range(8)])
+    run_ranks(3, on_three, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_three_processes_and_three_then_one_are_one(folder: Path, name: str) -> None:
+    config = config_of(name, folder / "images")
+    alone = recorded_run(config, folder / f"{name}-1")
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=True)[name] for rank in range(3)]
+    assert len(alone) == 2 * STEPS
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone
+    assert all(first == second for first, second in zip(alone[::2], alone[1::2], strict=True))  # micro-steps of a step
+    recorded_run(config, folder / f"{name}-3-1")
+    expected = final_tensors(folder / f"{name}-1")
+    curve = losses(folder / f"{name}-1")
+    assert len(curve) == STEPS
+    for other in (f"{name}-3", f"{name}-3-1"):
+        assert losses(folder / other) == pytest.approx(curve, rel=1e-9)
+        for key, value in final_tensors(folder / other).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{other}: {key}")
+
+
+def losses(root: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(root / "metrics.jsonl") if line["kind"] == "train"]

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -158,8 +157,9 @@ def show(out: Path, run_name: str, begin: str) -> None:
     """One line of the table: this run against the one of a single process."""
     one, other = out / "1", out / run_name
     curve, same = losses(other), sampled(one) == sampled(other)
+    apart, rows = difference(losses(one), curve), row_difference(one, other)
     print(
-        f"{begin} {curve[0]:.3f} → {curve[-1]:.3f} | {difference(losses(one), curve):.1e} | {row_difference(one, other):.1e} "
+        f"{begin} {curve[0]:.3f} → {curve[-1]:.3f} | {apart:.1e} | {rows:.1e} "
         f"| {'identical' if same else 'DIFFERENT'} in {len(sampled(other))} steps |",
         flush=True,
     )
@@ -171,9 +171,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="a multiple of 4")
     parser.add_argument("--backbones", nargs="+", default=list(SIZES), choices=list(SIZES))
     options = parser.parse_args()
-    print(
-        "| backbone | precision | processes | loss | largest difference of the loss | of centers and momentum | classes |"
-    )
+    print("| backbone | precision | processes | loss | difference of the loss | of centers and momentum | classes |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in options.backbones:
         data = write_patterns(options.out / f"images-{name}", SIZES[name])

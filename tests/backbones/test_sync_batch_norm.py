@@ -76,7 +76,7 @@ def test_one_process_is_torchs_own(shape: tuple[int, ...], momentum: float | Non
 
 def test_bfloat16_under_autocast_stays_bfloat16_and_is_as_near_as_torchs() -> None:
     plain, synchronised = nets((7, 3), torch.float32)
-    x, slope = inputs((7, 3))
+    x, _ = inputs((7, 3))
     exact = copy.deepcopy(plain).double()(x)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = synchronised(x.bfloat16()), plain(x.bfloat16())

@@ -125,7 +125,7 @@ class TestBatches:
         assert positions == [list(range(22, 25)), list(range(25, 29)), list(range(29, 33))]
 
     def test_too_few_micro_steps_are_refused(self) -> None:
-        with pytest.raises(InputError, match="micro_steps is 1, too few for 8 images on 2 processes.*2 micro-steps"):
+        with pytest.raises(InputError, match=r"micro_steps is 1, too few for 8 images on 2 processes.*2 micro-steps"):
             loader(Pictures(30), micro_batch_size=3, micro_steps=1, world_size=2)
 
     def test_any_step_can_be_the_first(self) -> None:

@@ -146,7 +146,8 @@ class ViT(nn.Module):
         self.mask_ratio, self.drop_path, self.checkpointing = mask_ratio, drop_path, checkpointing
         self.patch_embed = PatchEmbedding(width)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        # Unused without a mask: DistributedDataParallel would wait for its gradient.
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width), requires_grad=mask_ratio > 0.0)
         rates = [drop_path * number / max(1, depth - 1) for number in range(depth)]
         self.blocks = nn.ModuleList(Block(width, rate, number) for number, rate in enumerate(rates))
         self.norm = nn.LayerNorm(width)

@@ -106,7 +106,7 @@ def test_initial_centers_are_a_function_of_the_seed() -> None:
 
 def test_initial_centers_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = PartialFC(700, 64).centers
-    monkeypatch.setattr("partialfc.head.partial_fc._INITIAL_CHUNK", 1000)
+    monkeypatch.setattr("partialfc.head.initial_centers._CHUNK", 1000)
     assert torch.equal(PartialFC(700, 64).centers, whole)
 
 

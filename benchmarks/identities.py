@@ -1,6 +1,6 @@
 """A step of the head with more identities than usual: time, memory and bytes moved, as one line of JSON.
 
-python benchmarks/identities.py --classes 29000000 --sample-rate 1.0 --dtype bfloat16 [--state-on-host] [--device cuda]
+python benchmarks/identities.py --classes 29000000 --sample-rate 1.0 [--dtype bfloat16] [--state-on-host]
 """
 
 from __future__ import annotations

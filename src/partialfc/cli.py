@@ -32,7 +32,7 @@ from partialfc.training.assemble import choose_device
 from partialfc.training.config import TrainConfig
 from partialfc.training.loop import train
 from partialfc.training.progress import track
-from partialfc.training.recipes import RECIPES, describe
+from partialfc.training.recipes import RECIPES, describe, recipe_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,7 +147,7 @@ def _demo_parser() -> ArgumentParser:
 
 def _train_parser(recipe: str | None = None) -> ArgumentParser:
     parser = _Parser(description="Train a model; start with torchrun for several processes.")
-    parser.add_argument("--recipe", choices=tuple(RECIPES), help="a complete configuration to start from")
+    parser.add_argument("--recipe", help="a complete configuration to start from; `partialfc recipes` lists them")
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder of the run")
     parser.add_argument(
@@ -156,8 +156,8 @@ def _train_parser(recipe: str | None = None) -> ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on if the folder holds a run, else start")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_class_arguments(TrainConfig)
-    if recipe in RECIPES:
-        parser.set_defaults(_flatten(RECIPES[recipe]().to_dict()))
+    if recipe is not None:
+        parser.set_defaults(_flatten(recipe_config(recipe).to_dict()))
     return _with_json(parser)
 
 
@@ -218,7 +218,7 @@ def _bench_head_parser() -> ArgumentParser:
     parser.add_argument("--sample-rate", type=float, default=0.1, help="part of the classes that a step uses")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
     parser.add_argument(
-        "--operands", type=Literal["float32", "bfloat16"] | None, default=None, help="of the products; both if left out"
+        "--operands", type=Literal["both", "float32", "bfloat16"], default="both", help="what products round them to"
     )
     parser.add_argument("--baseline", action="store_true", help="also the dense way of the reference implementation")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -296,7 +296,7 @@ def _run_bench_head(options: Namespace) -> None:
         sample_rate=options.sample_rate,
         steps=options.steps,
         baseline=options.baseline,
-        operands=options.operands,
+        operands=None if options.operands == "both" else options.operands,
         device=choose_device(options.device).type,
     ):
         print(json_module.dumps(line), flush=True)

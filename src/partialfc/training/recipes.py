@@ -185,6 +185,19 @@ SCORES: dict[str, tuple[float, float, float]] = {
 }
 
 
+def recipe_config(name: str) -> TrainConfig:
+    """The configuration of a recipe.
+
+    Raises:
+        InputError: unknown name; the sentence offers the nearest.
+    """
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise InputError(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.{hint}")
+    return RECIPES[name]()
+
+
 def describe(name: str) -> dict[str, Any]:
     """Command, data, learning rates, what is our choice, expected score and memory plan of a recipe, as plain values.
 
@@ -194,11 +207,7 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         InputError: unknown name.
     """
-    if name not in RECIPES:
-        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise InputError(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.{hint}")
-    config = RECIPES[name]()
+    config = recipe_config(name)
     facts: dict[str, Any] = {
         "name": name,
         "command": "partialfc demo" if name == "demo" else f"partialfc train --recipe {name} --data.path PATH",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from example_margins import Curricular, OnlySparse
+from example_margins import Curricular, Noisy, OnlySparse
 from head_cases import pending_gradient
 from torch import Tensor, nn
 
@@ -194,3 +194,16 @@ def test_it_can_be_moved_to_another_dtype() -> None:
 
 def test_extra_repr_names_what_matters() -> None:
     assert "num_classes=20, embedding_dim=8, sample_rate=0.3" in repr(PartialFC(20, 8, 0.3))
+
+
+def test_noise_and_classes_of_a_micro_step_are_those_of_the_whole_step() -> None:
+    head = PartialFC(60, 8, 0.2, Noisy(0.3, 0.1))
+    embeddings, labels = torch.randn(6, 8), torch.tensor([3, 9, 27, 40, 41, 59])
+    whole = head(embeddings, labels)
+    sampled = head.figures.sampled
+    losses = []
+    for part in (slice(0, 2), slice(2, 6)):
+        losses.append(head(embeddings[part], labels[part], step_labels=labels, first_place=part.start))
+        assert head.figures.sampled == sampled
+    torch.testing.assert_close((2 * losses[0] + 4 * losses[1]) / 6, whole)
+    assert not torch.isclose(head(embeddings[2:], labels[2:], step_labels=labels), losses[1])

@@ -111,6 +111,12 @@ def mark_own_classes(cosine: Any, target_places: Any, first: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
+def _weight(c: Any, scale: Any, shift: Any, threshold: Any) -> Any:
+    """exp(scale c − shift) of a cosine; 0 for a mark of the own class, and for a conflict."""
+    return _exp(scale * c - shift) if (c > _OWN_CLASS) & (c <= threshold) else np.float32(0.0)
+
+
+@njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
 def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any, left_out: Any) -> None:
     """Replace cosine (n, G) by exp(scale c − shift): 0 for own classes, and for conflicts, above `threshold`.
 
@@ -119,10 +125,8 @@ def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any,
     for k in range(cosine.shape[0]):
         row = cosine[k]
         for i in range(row.shape[0]):
-            c = row[i]
-            kept = (c > _OWN_CLASS) & (c <= threshold)
-            weight = _exp(scale * c - shift) if kept else np.float32(0.0)
-            left_out[i] += np.int32(c > threshold)
+            weight = _weight(row[i], scale, shift, threshold)
+            left_out[i] += np.int32(row[i] > threshold)
             sums[i] += weight
             row[i] = weight
 
@@ -135,10 +139,8 @@ def exponentials_rounded(
     for k in range(cosine.shape[0]):
         row = cosine[k]
         for i in range(row.shape[0]):
-            c = row[i]
-            kept = (c > _OWN_CLASS) & (c <= threshold)
-            weight = _exp(scale * c - shift) if kept else np.float32(0.0)
-            left_out[i] += np.int32(c > threshold)
+            weight = _weight(row[i], scale, shift, threshold)
+            left_out[i] += np.int32(row[i] > threshold)
             sums[i] += weight
             weights[k, i] = _to_bfloat16(weight)
 

@@ -11,6 +11,7 @@ import difflib
 import json as json_module
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from partialfc.data.face_world import FaceWorld
 from partialfc.data.inspect import inspect
 from partialfc.demo import demo
 from partialfc.distributed import launched_rank
-from partialfc.errors import InputError, JobError
+from partialfc.errors import InputError, JobError, StoppedBySignal
 from partialfc.evaluation.benchmarks import evaluate_benchmarks, read_benchmarks, table, write_results
 from partialfc.evaluation.pairs import evaluate_pair_set
 from partialfc.model import load_model
@@ -36,12 +37,19 @@ from partialfc.training.recipes import RECIPES, describe, recipe_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0 done, 1 the job failed, 2 the input was wrong, 130 interrupted."""
+    """Run one command.
+
+    The exit status is 0 done, 1 the job failed, 2 the input was wrong, 130 interrupted, 143 stopped
+    by SIGTERM after saving."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(arguments)
     except InputError as error:
         return _complain(error, 2)
+    except StoppedBySignal as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one more while this process is on its way out
+        print(f"partialfc: {stop}", file=sys.stderr)
+        return 128 + stop.signum
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (JobError, OSError) as error:

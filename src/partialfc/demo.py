@@ -18,9 +18,10 @@ from partialfc.evaluation.pairs import evaluate_pair_set, evaluate_pairs
 from partialfc.model import load_model
 from partialfc.report.page import write_report
 from partialfc.training.config import TrainConfig
-from partialfc.training.loop import TrainResult, train
+from partialfc.training.loop import train
 from partialfc.training.progress import track
 from partialfc.training.recipes import RECIPES
+from partialfc.training.result import TrainResult
 
 WORLD = FaceWorld(identities=10_000, shots=8, pairs=6_000, pair_identities=2_000, image_size=64)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -193,3 +193,30 @@ def gather_json(value: Any, device: torch.device | None = None, group: Group | N
     everything = bytes(all_gather_rows(encoded, counts, group).cpu().numpy())
     stops = torch.tensor(counts).cumsum(0).tolist()
     return [json.loads(everything[stop - count : stop]) for count, stop in zip(counts, stops, strict=True)]
+
+
+def host_group(timeout_seconds: float = 1800.0) -> Group | None:
+    """A group of all processes whose collectives meet no others: gloo, on the host; None for one process.
+
+    Every rank calls it, in the same order as other groups. A thread may use it while the default group is at work.
+    """
+    if world_size_of() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+
+def start_max(values: list[int], group: Group | None = None) -> Callable[[], list[int]]:
+    """Begin to find the largest of each value over the ranks; what is returned waits for it. One collective.
+
+    It runs beside whatever the caller does before it asks for the result.
+    """
+    largest = torch.tensor(values, dtype=torch.int64)
+    if world_size_of(group) == 1:
+        return largest.tolist
+    work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def finish() -> list[int]:
+        work.wait()
+        return largest.tolist()
+
+    return finish

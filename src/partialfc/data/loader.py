@@ -257,7 +257,7 @@ class Loader:
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
             collate_fn=_as_it_is,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator(),  # without one, torch draws the workers' seeds from its global generator
         )
         for outcome in _guarded(micro_batches):
@@ -294,9 +294,10 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the main process: it may want one more batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_stop_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which come to every process of a job, to the main process: it wants one more batch."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _guarded(micro_batches: DataLoader[Any]) -> Iterator[Any]:

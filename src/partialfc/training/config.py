@@ -178,6 +178,12 @@ class OutputConfig:
     """Steps between evaluations; 0 is once an epoch. There is always one at the end."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 is once an epoch. There is always one at the end."""
+    checkpoint_minutes: float = 0.0
+    """Also a checkpoint whenever so many minutes have passed since the last; 0 is never."""
+    checkpoint_async: bool = True
+    """Write checkpoints beside the training, from a copy in host memory; false holds the training up instead."""
+    on_checkpoint_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, as on a full disk: stop, or log it and train on."""
     keep: int = 2
     """Checkpoints kept."""
     tensorboard: bool = False
@@ -232,6 +238,7 @@ class TrainConfig:
             ("output.log_every", self.output.log_every, 1),
             ("output.evaluate_every", self.output.evaluate_every, 0),
             ("output.checkpoint_every", self.output.checkpoint_every, 0),
+            ("output.checkpoint_minutes", self.output.checkpoint_minutes, 0),
             ("output.keep", self.output.keep, 1),
         ]
         for key, value, least in at_least:
@@ -336,6 +343,15 @@ class TrainConfig:
 
 # Keys that may differ between a run and its continuation: they change where, how fast and how often, not what.
 FREE_KEYS = frozenset({"data.path", "data.workers", "data.max_unreadable", "output", "device"})
+
+
+def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration that may have been written before some options existed, with those options' defaults."""
+    complete = TrainConfig().to_dict() if defaults is None else dict(defaults)
+    for key, value in values.items():
+        inner = complete.get(key)
+        complete[key] = with_defaults(value, inner) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return complete
 
 
 def differing_key(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,16 @@ import torch
 from torch import Tensor
 
 from partialfc.data.loader import Batch
-from partialfc.distributed import broadcast, gather_json, process_group, rank_of, world_size_of
-from partialfc.errors import InputError
+from partialfc.distributed import (
+    broadcast,
+    gather_json,
+    host_group,
+    process_group,
+    rank_of,
+    start_max,
+    world_size_of,
+)
+from partialfc.errors import InputError, StoppedBySignal
 from partialfc.evaluation.benchmarks import read_benchmarks
 from partialfc.evaluation.pairs import evaluate_pair_set
 from partialfc.model import Model, ModelConfig, save_model
@@ -32,45 +38,15 @@ from partialfc.training.identities import write_identities
 from partialfc.training.metrics_log import MetricsLog
 from partialfc.training.profiling import StepProfiler, parse_steps, peak_bytes
 from partialfc.training.progress import TrainingProgress
+from partialfc.training.result import Clock, TrainResult
 from partialfc.training.run_folder import open_run_folder
+from partialfc.training.saving import Saver
+from partialfc.training.signals import StopSignals
 from partialfc.training.starting import Start, apply_start, check_resumable, read_start
 from partialfc.training.step import Stepper
 from partialfc.training.trackers import Tracker, check_trackers, open_trackers
 
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run leaves to say; its models and metrics are in the folder.
-
-    Attributes:
-        steps, images: optimizer steps and images in all, those before a resume included.
-        seconds: wall time of this process, start-up included.
-        images_per_second: of this process's training steps alone, over all ranks; None if there was none to do.
-        benchmarks: the last result on each benchmark, by name.
-        best_score, best_step: the best mean accuracy over the benchmarks, and after which step.
-    """
-
-    folder: Path
-    steps: int
-    images: int
-    seconds: float
-    images_per_second: float | None
-    benchmarks: dict[str, dict[str, Any]]
-    best_score: float | None
-    best_step: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {**asdict(self), "folder": str(self.folder)}
-
-    def text(self) -> str:
-        """The result for people."""
-        speed = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
-        lines = [f"{self.steps:,} steps, {self.images:,} images in {self.seconds:,.0f} s{speed}"]
-        for name, result in self.benchmarks.items():
-            lines.append(f"{name}: accuracy {result['accuracy']:.2%} ± {result['accuracy_std']:.2%}")
-        lines.append(f"best model (step {self.best_step}): {self.folder / 'model' / 'best'}")
-        return "\n".join(lines)
+_SECONDS_FOR_A_CHECKPOINT = 10.0  # that one is being written when the run fails; the others may be dead
 
 
 def train(
@@ -92,43 +68,15 @@ def train(
 
     Raises:
         InputError: before anything is trained, for what is wrong with the configuration, the data or the folder.
+        StoppedBySignal: SIGTERM or SIGINT came to any process; the state is saved.
         JobError: the training failed.
     """
     config.check()
     check_trackers(config.output)
     device = choose_device(config.device)
-    with process_group(device):
-        return _Trainer(config, out, benchmarks or {}, device, resume=resume, quiet=quiet).run()
-
-
-@dataclass
-class _Clock:
-    """Where the time between two lines of the log went; evaluation and checkpoints stop it."""
-
-    started: float
-    waited: float = 0.0
-    images: int = 0
-
-    @staticmethod
-    def start() -> _Clock:
-        return _Clock(time.monotonic())
-
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """The next micro-batch, the wait for it counted."""
-        before = time.monotonic()
-        batch = next(batches)
-        self.waited += time.monotonic() - before
-        return batch
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        before = time.monotonic()
-        yield
-        self.started += time.monotonic() - before
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
+    with StopSignals() as signals, process_group(device), contextlib.ExitStack() as held:
+        trainer = _Trainer(config, out, benchmarks or {}, device, signals, held, resume=resume, quiet=quiet)
+        return trainer.run()
 
 
 class _Trainer:
@@ -140,12 +88,14 @@ class _Trainer:
         out: Path,
         benchmarks: Mapping[str, Path],
         device: torch.device,
+        signals: StopSignals,
+        held: contextlib.ExitStack,
         *,
         resume: bool,
         quiet: bool,
     ) -> None:
-        self.clock_of_run = _Clock.start()
-        self.config, self.device, self.quiet = config, device, quiet
+        self.clock_of_run = Clock.start()
+        self.config, self.device, self.quiet, self.signals = config, device, quiet, signals
         self.world_size, self.leads = world_size_of(), rank_of() == 0
         self.loader = open_loader(config)
         backbone = config.backbone
@@ -155,11 +105,14 @@ class _Trainer:
         resuming = resume and check_resumable(out, self.loader)
         start = Start() if resuming else read_start(config, self.loader)
         self.state = build_state(config, self.loader, device)
-        self.folder = open_run_folder(out, config, resume=resume)  # nothing is written before all is known to fit
+        # Nothing is written before all is known to fit.
+        self.folder = held.enter_context(open_run_folder(out, config, resume=resume))
         apply_start(start, self.state, config, self.loader)
         self.notes: list[str] = []
         if resume:
             load_latest(self.folder.checkpoints, self.state.restore, warn=self.notes.append)
+        self.saver = Saver(config, self.folder, host_group(), self._report_unsaved)
+        self.news_group = host_group()
         self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))
         self.total_steps = self.stepper.total_steps
         self.results: dict[str, dict[str, Any]] = {}
@@ -167,7 +120,7 @@ class _Trainer:
 
     def run(self) -> TrainResult:
         """All steps that are left, and what falls due on the way."""
-        state, output = self.state, self.config.output
+        state = self.state
         first = state.done
         batches = self.loader.batches(first, self.total_steps)
         with (
@@ -179,22 +132,50 @@ class _Trainer:
             for note in [*self.notes, self._description(first)]:
                 self.progress.message(note)
             self.progress.update(first)
-            clock = _Clock.start()
-            while state.done < self.total_steps:
-                with profiler.step(state.done):
-                    figures = self.stepper.step([clock.next_batch(batches) for _ in range(self.loader.micro_steps)])
-                state.done += 1
-                clock.images += self.config.data.global_batch_size
-                if self._is_due(output.log_every):
-                    clock = self._report(figures, clock)
-                with clock.stopped():
-                    if self._is_due(output.evaluate_every):
-                        self._evaluate()
-                    if self._is_due(output.checkpoint_every):
-                        state.save(self.folder.checkpoints, self.config.to_dict(), output.keep)
-            if first >= self.total_steps:
+            if first >= self.total_steps or state.evaluation_owed:
+                state.evaluation_owed = False
                 self._evaluate()
+            try:
+                self._train(batches, profiler)
+            except BaseException:
+                self.saver.writer.abandon(_SECONDS_FOR_A_CHECKPOINT)
+                raise
         return self._result()
+
+    def _train(self, batches: Iterator[Batch], profiler: StepProfiler) -> None:
+        state, output, saver = self.state, self.config.output, self.saver
+        clock = Clock.start()
+        while state.done < self.total_steps:
+            news = self._exchange_news()
+            with profiler.step(state.done):
+                figures = self.stepper.step([clock.next_batch(batches) for _ in range(self.loader.micro_steps)])
+            state.done += 1
+            stop, minutes_passed, writing = news()
+            clock.images += self.config.data.global_batch_size
+            if self._is_due(output.log_every):
+                clock = self._report(figures, clock)
+            with clock.stopped():
+                if not writing:
+                    saver.finish()
+                if self._is_due(output.evaluate_every):
+                    state.evaluation_owed = bool(stop)  # who asks for the end will not wait for an evaluation
+                    if not stop:
+                        self._evaluate()
+                if stop:
+                    saver.save_and_wait(state)
+                    raise StoppedBySignal(stop, f"after step {state.done:,}, and saved; go on with --resume")
+                if minutes_passed or self._is_due(output.checkpoint_every):
+                    saver.save(state)
+        saver.finish()
+
+    def _exchange_news(self) -> Callable[[], list[int]]:
+        """Begin to tell the other ranks what only this one knows; the answer, asked for after the step, is one for all.
+
+        It is the signal to stop, whether it is time for a checkpoint, and whether one is still being written. The
+        exchange runs beside the step and costs it nothing.
+        """
+        saver = self.saver
+        return start_max([self.signals.received, saver.minutes_passed, saver.writer.busy], self.news_group)
 
     # -- what falls due on the way -----------------------------------------------------------------------------------
 
@@ -207,7 +188,7 @@ class _Trainer:
             return done % every == 0
         return done * batch // images > (done - 1) * batch // images
 
-    def _report(self, figures: dict[str, Tensor], clock: _Clock) -> _Clock:
+    def _report(self, figures: dict[str, Tensor], clock: Clock) -> Clock:
         """Write a line of metrics, check the unreadable records of all ranks, and start a new clock."""
         state = self.state
         names = {name for rank in gather_json(sorted(self.loader.unreadable), self.device) for name in rank}
@@ -238,7 +219,11 @@ class _Trainer:
         self.progress.update(state.done, **{name: line[name] for name in shown if name in line})
         self.images_done += clock.images
         self.seconds_done += clock.seconds
-        return _Clock.start()
+        return Clock.start()
+
+    def _report_unsaved(self, message: str) -> None:
+        self._log({"kind": "checkpoint_error", "step": self.state.done, "message": message})
+        self.progress.message(f"step {self.state.done}: {message}; training goes on without it")
 
     def _log(self, line: dict[str, Any]) -> None:
         self.log.write(line)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from partialfc.distributed import Group, barrier, rank_of
+from partialfc.distributed import Group, gather_json, rank_of
 from partialfc.errors import InputError
-from partialfc.training.config import TrainConfig, differing_key
+from partialfc.training.config import TrainConfig, differing_key, with_defaults
+from partialfc.training.run_lock import LOCK, FolderLock
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,48 @@ class RunFolder:
         return self.root / "model" / which
 
 
-def open_run_folder(root: Path, config: TrainConfig, *, resume: bool, group: Group | None = None) -> RunFolder:
-    """Make the folder of a new run, or check that the run in it can be continued. One collective.
+@contextmanager
+def open_run_folder(
+    root: Path, config: TrainConfig, *, resume: bool, group: Group | None = None
+) -> Iterator[RunFolder]:
+    """Make the folder of a new run, or check that the run in it can be continued; locked until the end.
+
+    Four collectives.
 
     Raises:
-        InputError: the folder holds something and is not to be resumed, or the run in it had another configuration.
+        InputError: on all ranks alike. The folder holds something and is not to be resumed, or the run in it had
+            another configuration, or another process is at work in it.
     """
     folder = RunFolder(root)
-    _check(folder, config, resume)
-    barrier(group)  # every rank looks before rank 0 writes
-    if rank_of(group) == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        folder.config.write_text(config.to_yaml(), encoding="utf-8")
-    return folder
+    with ExitStack() as held:
+        _refuse_together(lambda: _check(folder, config, resume), group)  # every rank looks before rank 0 writes
+        _refuse_together(lambda: _take(folder, config, held) if rank_of(group) == 0 else None, group)
+        yield folder
+
+
+def _refuse_together(work: Callable[[], None], group: Group | None) -> None:
+    """Do `work`; what it refuses on any rank is refused on all. Two collectives."""
+    message = None
+    try:
+        work()
+    except (InputError, OSError) as error:
+        message = str(error)
+    refusals = [each for each in gather_json(message, group=group) if each is not None]
+    if refusals:
+        raise InputError(refusals[0])
+
+
+def _take(folder: RunFolder, config: TrainConfig, held: ExitStack) -> None:
+    folder.root.mkdir(parents=True, exist_ok=True)
+    held.enter_context(FolderLock(folder.root))
+    folder.config.write_text(config.to_yaml(), encoding="utf-8")
 
 
 def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
     root = folder.root
     if root.is_file():
         raise InputError(f"{root} is a file: give another folder with --out.")
-    if not root.is_dir() or not any(root.iterdir()):
+    if not root.is_dir() or all(path.name == LOCK for path in root.iterdir()):
         return
     if not folder.config.is_file():
         raise InputError(f"{root} is not empty and holds no run: give another folder with --out.")
@@ -67,7 +92,7 @@ def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
         return  # a run that failed before its first step
     if not resume:
         raise InputError(f"{root} holds another run: continue it with --resume, or give another folder with --out.")
-    key = differing_key(_read_config(folder.config), config.to_dict())
+    key = differing_key(with_defaults(_read_config(folder.config)), config.to_dict())
     if key is not None:
         raise InputError(
             f"{root} holds a run with another {key}: resume with the configuration in {folder.config}, "

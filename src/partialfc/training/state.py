@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from partialfc.distributed import Shard
 from partialfc.errors import InputError
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint import Checkpoint, RowTensors, save_checkpoint
+from partialfc.training.checkpoint import Checkpoint, RowTensors
+from partialfc.training.checkpoint_async import Snapshot
 from partialfc.training.scaling import LossScale
 
 
@@ -27,6 +27,7 @@ class TrainState:
         skipped: steps left out because a gradient was not finite.
         best_score, best_step: the best mean accuracy over the benchmarks, and when.
         loss_scale: of fp16, None in other precisions.
+        evaluation_owed: the run was stopped where an evaluation was due, which comes first when it goes on.
         average: the backbone with averaged weights, None where they are not averaged.
         facts: what must be the same when the run goes on, such as the number of images.
     """
@@ -43,6 +44,7 @@ class TrainState:
     skipped: int = 0
     best_score: float | None = None
     best_step: int | None = None
+    evaluation_owed: bool = False
 
     @property
     def evaluated(self) -> nn.Module:
@@ -57,11 +59,10 @@ class TrainState:
         centers = self.head.centers.detach()
         return RowTensors(rows, {"centers": centers, **self.head_optimizer.row_state(self.head.centers)})
 
-    def save(self, root: Path, config: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint; every rank calls it."""
+    def snapshot(self, config: dict[str, Any]) -> Snapshot:
+        """What a checkpoint of this moment holds; its tensors are those of the run, no copies."""
         margin_state = {name: value.tolist() for name, value in self.head.margin_state().items()}
-        save_checkpoint(
-            root,
+        return Snapshot(
             self.done,
             tensors={
                 "backbone": self.backbone.state_dict(),
@@ -75,12 +76,12 @@ class TrainState:
                 "head_step": self.head.step,
                 "best_score": self.best_score,
                 "best_step": self.best_step,
+                "evaluation_owed": self.evaluation_owed,
                 "margin_state": margin_state,
                 "loss_scale": None if self.loss_scale is None else self.loss_scale.to_dict(),
                 "config": config,
             },
-            documents=None if self.identities is None else {"identities": self.identities},
-            keep=keep,
+            documents={} if self.identities is None else {"identities": self.identities},
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -107,6 +108,7 @@ class TrainState:
         self.skipped = checkpoint.state["skipped"]
         self.best_score = checkpoint.state["best_score"]
         self.best_step = checkpoint.state["best_step"]
+        self.evaluation_owed = checkpoint.state.get("evaluation_owed", False)
 
 
 def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:

@@ -1,0 +1,67 @@
+"""When a run saves its state, and what happens if that fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from partialfc.distributed import Group, rank_of
+from partialfc.training.checkpoint import CheckpointNotWritten
+from partialfc.training.checkpoint_async import CheckpointWriter
+from partialfc.training.config import TrainConfig
+from partialfc.training.run_folder import RunFolder
+from partialfc.training.state import TrainState
+
+
+class Saver:
+    """The checkpoints of one run; every rank calls the same methods after the same steps.
+
+    Args:
+        config: of the run; it is stored with each checkpoint.
+        group: all ranks, and used by nothing else.
+        report: told on every rank about a checkpoint that could not be written, where the run goes on without.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, group: Group | None, report: Callable[[str], None]
+    ) -> None:
+        self.config, self.output, self.report = config.to_dict(), config.output, report
+        self.writer = CheckpointWriter(
+            folder.checkpoints, config.output.keep, asynchronous=config.output.checkpoint_async, group=group
+        )
+        self._last = time.monotonic()
+
+    @property
+    def minutes_passed(self) -> bool:
+        """Whether it is time for a checkpoint by rank 0's clock; False on the other ranks, which ask rank 0."""
+        due = self._last + 60 * self.output.checkpoint_minutes
+        return self.output.checkpoint_minutes > 0 and rank_of() == 0 and time.monotonic() >= due
+
+    def save(self, state: TrainState) -> None:
+        """Save, after waiting for the checkpoint before if that is still being written.
+
+        Raises:
+            CheckpointNotWritten: on all ranks alike, unless the run is to go on without.
+        """
+        self.finish()
+        self._last = time.monotonic()
+        self._tolerantly(lambda: self.writer.save(state.snapshot(self.config)))
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises as `save` does."""
+        self._tolerantly(self.writer.finish)
+
+    def save_and_wait(self, state: TrainState) -> None:
+        """Save for the end of the process: an error is one, whatever is tolerated on the way."""
+        self.finish()
+        self.writer.save(state.snapshot(self.config))
+        self.writer.finish()
+
+    def _tolerantly(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except CheckpointNotWritten as error:
+            if self.output.on_checkpoint_error == "stop":
+                raise
+            self.report(str(error))

@@ -1,0 +1,209 @@
+"""Runs that are stopped, share a folder, or cannot write: what is saved, what is said, and what goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_runs import final_tensors, small_config, timeless
+
+from distributed_workers import run_ranks
+from partialfc.distributed import Shard
+from partialfc.errors import InputError, StoppedBySignal
+from partialfc.training import checkpoint_async
+from partialfc.training.checkpoint import CheckpointNotWritten, RowTensors, save_checkpoint
+from partialfc.training.checkpoint_async import CheckpointWriter, Snapshot
+from partialfc.training.checkpoint_reading import Checkpoint, steps_in
+from partialfc.training.config import TrainConfig
+from partialfc.training.loop import train
+from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run_lock import FolderLock
+from partialfc.training.step import Stepper
+
+
+def config_of(**output: Any) -> TrainConfig:
+    base = small_config(precision="float32")
+    return replace(base, output=replace(base.output, checkpoint_every=1000, evaluate_every=1000, **output))
+
+
+def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int, which: signal.Signals) -> None:
+    """This process gets the signal while it computes step `number`."""
+    plain = Stepper.step
+
+    def step(self: Stepper, batches: Any) -> Any:
+        if self.state.done == number:
+            os.kill(os.getpid(), which)
+        return plain(self, batches)
+
+    monkeypatch.setattr(Stepper, "step", step)
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [0, 3, 7])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
+    which: signal.Signals, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config_of(), tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, number, which)
+        with pytest.raises(StoppedBySignal) as stop:
+            train(config_of(), tmp_path / "stopped", quiet=True)
+    assert stop.value.signum == which
+    # What arrives in a step is told to the other ranks in the next one.
+    assert steps_in(tmp_path / "stopped" / "checkpoints") == [number + 2]
+    train(config_of(), tmp_path / "stopped", resume=True, quiet=True)
+    whole, resumed = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "stopped")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    lines = [timeless(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("whole", "stopped")]
+    assert lines[0] == lines[1]
+
+
+def stopped_rank(rank: int, folder: Path) -> None:
+    """One of two ranks gets SIGTERM."""
+    plain = Stepper.step
+
+    def step(self: Stepper, batches: Any) -> Any:
+        if rank == 1 and self.state.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batches)
+
+    Stepper.step = step  # type: ignore[method-assign]
+    try:
+        train(config_of(), folder / "run", quiet=True)
+    except StoppedBySignal as stop:
+        (folder / f"rank{rank}.txt").write_text(str(stop))
+
+
+def test_a_signal_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    run_ranks(2, stopped_rank, tmp_path)
+    said = {(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)}
+    assert said == {"stopped by SIGTERM after step 4, and saved; go on with --resume"}
+    assert steps_in(tmp_path / "run" / "checkpoints") == [4]
+
+
+def test_the_command_ends_with_143(tmp_path: Path) -> None:
+    """A whole process: the exit status, one line of words, and a folder that goes on."""
+    command = [sys.executable, "-m", "partialfc", "train", "--data.path", small_config().data.path]
+    options = ["--backbone.name=mini", "--backbone.embedding_dim=16", "--data.workers=0", "--data.global_batch_size=4"]
+    options += ["--schedule.epochs=2000", "--output.log_every=1", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        threading.Event().wait(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "partialfc: stopped by SIGTERM after step" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert len(steps_in(tmp_path / "run" / "checkpoints")) >= 1
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    holder = "import sys; from pathlib import Path; from partialfc.training.run_lock import FolderLock;"
+    holder += "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=rf"in use by another run \(process {process.pid} on "):
+        train(config_of(), tmp_path, quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
+    process.kill()  # however it ends, the lock goes with it
+    process.communicate()
+    FolderLock(tmp_path).close()
+    train(config_of(), tmp_path, quiet=True)
+
+
+def failing_at(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    def save(root: Path, step: int, **contents: Any) -> Any:
+        if step == failing:
+            raise CheckpointNotWritten("could not write a checkpoint (rank 0: [Errno 28] No space left on device)")
+        return save_checkpoint(root, step, **contents)
+
+    monkeypatch.setattr(checkpoint_async, "save_checkpoint", save)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_stops_the_run_or_is_logged(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_at(monkeypatch, 4)
+    base = config_of(checkpoint_async=asynchronous)
+    every = replace(base, output=replace(base.output, checkpoint_every=2))
+    with pytest.raises(CheckpointNotWritten, match="No space left"):
+        train(every, tmp_path / "stops", quiet=True)
+    assert steps_in(tmp_path / "stops" / "checkpoints") == [2]  # the last good one stays
+    goes_on = replace(every, output=replace(every.output, on_checkpoint_error="continue"))
+    result = train(goes_on, tmp_path / "goes on", quiet=True)
+    assert steps_in(tmp_path / "goes on" / "checkpoints")[-1] == result.steps
+    lines = read_metrics(tmp_path / "goes on" / "metrics.jsonl")
+    messages = [line["message"] for line in lines if line["kind"] == "checkpoint_error"]
+    assert len(messages) == 1
+    assert "No space left" in messages[0]
+
+
+def test_minutes_make_checkpoints_too(tmp_path: Path) -> None:
+    config = config_of(checkpoint_minutes=1e-9)
+    train(replace(config, output=replace(config.output, keep=50)), tmp_path, quiet=True)
+    assert len(steps_in(tmp_path / "checkpoints")) >= 5
+
+
+def snapshot(values: torch.Tensor) -> Snapshot:
+    rows = RowTensors(Shard.of(len(values)), {"centers": values})
+    return Snapshot(7, {"backbone": {"weight": values}}, rows, {"seed": 1}, {})
+
+
+def test_a_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is what was there when it was saved, though the tensors change before anything is written."""
+    may_write = threading.Event()
+
+    def save(*arguments: Any, **contents: Any) -> Any:
+        assert may_write.wait(30)
+        return save_checkpoint(*arguments, **contents)
+
+    monkeypatch.setattr(checkpoint_async, "save_checkpoint", save)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    values = torch.arange(12.0).view(4, 3)
+    writer.save(snapshot(values))
+    assert writer.busy
+    values.zero_()
+    with pytest.raises(ValueError, match="finish"):
+        writer.save(snapshot(values))
+    may_write.set()
+    writer.finish()
+    assert not writer.pending
+    written = Checkpoint(tmp_path / "step-00000007")
+    assert torch.equal(written.rows("centers", 0, 4), torch.arange(12.0).view(4, 3))
+    assert torch.equal(written.tensors("backbone")["weight"], torch.arange(12.0).view(4, 3))
+
+
+def test_a_run_from_before_an_option_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing key of the stored configuration has its default; another value is still another run."""
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 1, signal.SIGTERM)
+        with pytest.raises(StoppedBySignal):
+            train(config_of(), tmp_path, quiet=True)
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del stored["head"]["unsampled"], stored["backbone"]["sync_batch_norm"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    changed = config_of()
+    changed = replace(changed, head=replace(changed.head, unsampled="as_dense"))
+    with pytest.raises(InputError, match=r"another head\.unsampled"):
+        train(changed, tmp_path, resume=True, quiet=True)
+    train(config_of(), tmp_path, resume=True, quiet=True)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

@@ -87,7 +87,7 @@ def split_evenly(total: int, parts: int, part: int) -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_seconds: float = 1800.0) -> Iterator[None]:
+def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[None]:
     """Start the default group from torchrun's environment (gloo on the CPU, NCCL on CUDA), and end it afterwards.
 
     Without torchrun's variables, or with one process, it starts nothing.
@@ -195,7 +195,7 @@ def gather_json(value: Any, device: torch.device | None = None, group: Group | N
     return [json.loads(everything[stop - count : stop]) for count, stop in zip(counts, stops, strict=True)]
 
 
-def host_group(timeout_seconds: float = 1800.0) -> Group | None:
+def host_group(timeout_seconds: float = 600.0) -> Group | None:
     """A group of all processes whose collectives meet no others: gloo, on the host; None for one process.
 
     Every rank calls it, in the same order as other groups. A thread may use it while the default group is at work.

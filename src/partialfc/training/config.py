@@ -169,6 +169,15 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class ProcessesConfig:
+    """How several processes work together."""
+
+    timeout_seconds: float = 600.0
+    """How long a process waits for the others before the run fails; longer than the longest checkpoint or evaluation
+    of one process alone."""
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """What a run writes, and how often."""
 
@@ -208,6 +217,8 @@ class TrainConfig:
     """Optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Length and learning rate."""
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+    """Working together."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """What is written."""
     seed: int = 0
@@ -235,6 +246,7 @@ class TrainConfig:
             ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
             ("schedule.warmup_epochs", self.schedule.warmup_epochs, 0),
             ("schedule.power", self.schedule.power, 0),
+            ("processes.timeout_seconds", self.processes.timeout_seconds, 1),
             ("output.log_every", self.output.log_every, 1),
             ("output.evaluate_every", self.output.evaluate_every, 0),
             ("output.checkpoint_every", self.output.checkpoint_every, 0),
@@ -342,7 +354,9 @@ class TrainConfig:
 
 
 # Keys that may differ between a run and its continuation: they change where, how fast and how often, not what.
-FREE_KEYS = frozenset({"data.path", "data.workers", "data.max_unreadable", "output", "device"})
+FREE_KEYS = frozenset(
+    {"data.path", "data.workers", "data.max_unreadable", "processes.timeout_seconds", "output", "device"}
+)
 
 
 def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:

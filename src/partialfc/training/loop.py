@@ -74,7 +74,8 @@ def train(
     config.check()
     check_trackers(config.output)
     device = choose_device(config.device)
-    with StopSignals() as signals, process_group(device), contextlib.ExitStack() as held:
+    timeout = config.processes.timeout_seconds
+    with StopSignals() as signals, process_group(device, timeout), contextlib.ExitStack() as held:
         trainer = _Trainer(config, out, benchmarks or {}, device, signals, held, resume=resume, quiet=quiet)
         return trainer.run()
 
@@ -111,8 +112,9 @@ class _Trainer:
         self.notes: list[str] = []
         if resume:
             load_latest(self.folder.checkpoints, self.state.restore, warn=self.notes.append)
-        self.saver = Saver(config, self.folder, host_group(), self._report_unsaved)
-        self.news_group = host_group()
+        timeout = config.processes.timeout_seconds
+        self.saver = Saver(config, self.folder, host_group(timeout), self._report_unsaved)
+        self.news_group = host_group(timeout)
         self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))
         self.total_steps = self.stepper.total_steps
         self.results: dict[str, dict[str, Any]] = {}

@@ -46,8 +46,8 @@ def derive_key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def bits(key: int, counters: Tensor) -> Tensor:
-    """64 random bits for each counter: int64, the shape of `counters` (int64)."""
+def bits(key: int | Tensor, counters: Tensor) -> Tensor:
+    """64 random bits for each counter: int64, the shape of `counters` (int64); a key is an int64 or a () tensor."""
     return mix(mix(counters) ^ key)
 
 

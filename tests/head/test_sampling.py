@@ -112,7 +112,7 @@ def test_seeds_and_steps_draw_differently() -> None:
             assert abs(shared - 500) < 6 * 500**0.5
 
 
-def reference_sample(positives: Tensor, num_classes: int, rate: float, keys: list[int], block: int = BLOCK) -> Tensor:
+def reference_sample(positives: Tensor, num_classes: int, rate: float, keys: Tensor, block: int = BLOCK) -> Tensor:
     """The rule, block by block: the positives, then the first negatives of the block's permutation up to its quota."""
     chosen = [positives]
     for start in range(0, num_classes, block):
@@ -138,9 +138,9 @@ def reference_sample(positives: Tensor, num_classes: int, rate: float, keys: lis
 def test_padded_form_has_the_same_classes_and_a_shape_that_no_label_changes(
     data: st.DataObject, num_classes: int, rate: float, parts: int
 ) -> None:
-    """Against the rule written out, with repeated and impossible labels and the keys on the device."""
+    """Against the rule written out, with repeated and impossible labels."""
     labels = torch.tensor(data.draw(st.lists(st.integers(0, num_classes - 1), min_size=1, max_size=40)))
-    keys = sampling_keys(5, 2)
+    keys = sampling_keys(5, torch.tensor(2))
     expected = reference_sample(labels.unique(), num_classes, rate, keys)
     bad = torch.tensor([-1, num_classes, 1 << 40, -(1 << 63)])
     for part in range(parts):
@@ -154,7 +154,7 @@ def test_padded_form_has_the_same_classes_and_a_shape_that_no_label_changes(
         assert len(found.padded) <= min(stop - start, own.numel() + 2 * BLOCK + len(labels))
         others = torch.zeros_like(labels)
         assert sample_padded(others, keys=keys, **options).padded.shape == found.padded.shape
-        mixed = sample_padded(torch.cat([labels, bad, labels]), keys=torch.tensor(keys), **options)
+        mixed = sample_padded(torch.cat([labels, bad, labels]), keys=keys, **options)
         assert torch.equal(mixed.padded[:count], own)
         assert int(mixed.count) == count
 
@@ -166,6 +166,11 @@ def test_padding_is_little() -> None:
         for part in range(parts):
             start, stop = split_evenly(1_000_000, parts, part)
             found = sample_padded(
-                labels, num_classes=1_000_000, sample_rate=rate, keys=sampling_keys(0, 0), start=start, stop=stop
+                labels,
+                num_classes=1_000_000,
+                sample_rate=rate,
+                keys=sampling_keys(0, torch.tensor(0)),
+                start=start,
+                stop=stop,
             )
             assert len(found.padded) - int(found.count) <= 512 + 2 * math.ceil(rate * BLOCK)

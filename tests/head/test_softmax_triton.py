@@ -164,7 +164,7 @@ def test_rows_past_two_to_the_31() -> None:
     results = []
     for table, classes in ((centers, far), (near, torch.arange(40, device=DEVICE))):
         shard = partial_fc.softmax.ShardBatch(
-            embeddings=embeddings, classes=classes, target_places=torch.tensor([1, -1, 39], device=DEVICE),
+            embeddings=embeddings, classes=classes, count=None, target_places=torch.tensor([1, -1, 39], device=DEVICE),
             target_cosine=torch.zeros(3, dtype=torch.float64, device=DEVICE), margin=CosFace(), margin_batch=None,
             scale=64.0, shift=0.0, conflict_threshold=None, conflict_as_zero_logit=False,
             operand_dtype=torch.float32, scratch=scratch, scratch_bytes=1 << 20,

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from partialfc import keyed_random
 from partialfc.distributed import Group, Shard, all_gather_rows, all_reduce, reduce_scatter_rows, row_counts
 from partialfc.errors import InputError
-from partialfc.head import softmax
+from partialfc.head import checks, softmax
 from partialfc.head.initial_centers import initial_centers
+from partialfc.head.input_flag import InputFlag, NonFiniteEmbeddings, raise_bad_input
 from partialfc.head.margins import CosFace, Margin, MarginBatch
 from partialfc.head.paths import choose_path
 from partialfc.head.row_gradients import RowGradients
-from partialfc.head.sampling import sample_classes
+from partialfc.head.sampling import sample_classes, sample_padded, sampling_keys
+from partialfc.head.targets import TargetTerms, class_rows, normalise_rows, target_terms
 from partialfc.head.threads import alone_if
 
 Update = Literal["sparse", "deferred"]
-_WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
-
-
-class NonFiniteEmbeddings(InputError):
-    """The backbone gave NaN or infinity; every rank raises it in the same step, and nothing was updated."""
+__all__ = ["HeadFigures", "NonFiniteEmbeddings", "PartialFC", "Update"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,12 @@ class HeadFigures:
     Attributes:
         target_cosine: () mean cosine between embeddings and their own class centers.
         conflict_share: () part of the negatives left out as conflicts.
-        sampled: classes that the step used on this rank.
+        sampled: () int64, classes that the step used on this rank.
     """
 
     target_cosine: Tensor
     conflict_share: Tensor
-    sampled: int
+    sampled: Tensor
 
 
 class PartialFC(nn.Module):
@@ -106,7 +104,8 @@ class PartialFC(nn.Module):
         self.operand_dtype = operand_dtype
         self.seed = seed
         self.scratch_bytes = scratch_bytes
-        self._check_arguments()
+        checks.check_sizes(num_classes, embedding_dim, sample_rate)
+        checks.check_loss(self.margin, scale, conflict_threshold, operand_dtype, update)
         self.shard = Shard.of(num_classes, group)
         self.centers = nn.Parameter(
             initial_centers(self.shard.rows(self.margin.sub_centers), embedding_dim, seed, device, dtype)
@@ -114,37 +113,9 @@ class PartialFC(nn.Module):
         self.row_gradients = RowGradients(seed, self.shard.start * self.margin.sub_centers)
         self.figures: HeadFigures | None = None
         self._scratch = softmax.Scratch()
+        self._flag: InputFlag | None = None
         for name, value in self.margin.initial_state().items():
             self.register_buffer(f"margin_{name}", value.to(device))
-
-    def _check_arguments(self) -> None:
-        if self.num_classes < 1 or self.embedding_dim < 1:
-            raise InputError(
-                f"PartialFC needs at least 1 class and 1 dimension, not {self.num_classes} and {self.embedding_dim}."
-            )
-        if not 0 <= self.sample_rate <= 1:
-            raise InputError(
-                f"sample_rate is {self.sample_rate}; it is a part of the classes, from 0 (positives only) to 1."
-            )
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise InputError(f"scale is {self.scale}; it must be a positive number, such as 64.")
-        widest = self.scale * (1 + self.margin.negatives_bound)
-        if widest > _WIDEST_LOGITS:
-            raise InputError(
-                f"scale {self.scale} would overflow: with {type(self.margin).__name__} the logits spread over "
-                f"{widest:g}, and float32's exponentials allow {_WIDEST_LOGITS:g}; lower the scale."
-            )
-        if self.conflict_threshold is not None and not -1 <= self.conflict_threshold <= 1:
-            raise InputError(
-                f"conflict_threshold is {self.conflict_threshold}; it is a cosine in [-1, 1], such as 0.4."
-            )
-        if self.operand_dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(f"operand_dtype is {self.operand_dtype}; it is torch.float32 or torch.bfloat16.")
-        if self.update not in self.margin.updates:
-            raise InputError(
-                f"update is {self.update!r}; {type(self.margin).__name__} works with "
-                f"{', '.join(sorted(self.margin.updates))}."
-            )
 
     @property
     def step(self) -> int:
@@ -172,12 +143,18 @@ class PartialFC(nn.Module):
         )
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, *, step_labels: Tensor | None = None, first_place: int = 0
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        step_labels: Tensor | None = None,
+        first_place: int = 0,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
         """The mean loss of the global batch; the same value on every rank.
 
-        Under world size W it takes five collectives, and backward one. The embeddings' gradient is W times that of the
-        mean loss, because DistributedDataParallel averages the backbone's gradients over the ranks.
+        Under world size W it takes five collectives, four with `counts`, and backward one. The embeddings'
+        gradient is W times that of the mean loss, because DistributedDataParallel averages the backbone's over the ranks.
 
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
@@ -185,6 +162,8 @@ class PartialFC(nn.Module):
             step_labels: (n,) int64, the labels of all micro-steps and ranks, the same on all ranks. With them, each
                 micro-step of an accumulated step uses the same classes, however the step is cut; without, each adds its
                 own positives to the shared negatives.
+            counts: the images of each rank, in rank order, where the caller knows them; otherwise the ranks ask each
+                other, and the host waits for the answer.
             first_place: how many samples the micro-steps before have, over all ranks; noise of margins goes by it.
 
         Returns:
@@ -193,35 +172,49 @@ class PartialFC(nn.Module):
         Raises:
             InputError: wrong shapes, dtypes or devices, or a label out of range (on all ranks alike).
             NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
+            On a GPU with update="deferred" the last two are those of an earlier batch; see `check`.
         """
-        self._check_inputs(embeddings, labels)
+        rows = len(self.shard) * self.margin.sub_centers
+        checks.check_not_wrapped(self.centers, rows, self.embedding_dim, getattr(self, "_is_replica", False))
+        checks.check_batch(embeddings, labels, self.centers)
+        if counts is not None:
+            checks.check_counts(counts, len(embeddings), self.shard)
+        if self._flag is not None:
+            with self._forgetting():
+                self._flag.look(alone=self.shard.world_size == 1)
         # Parameters lose attributes when a module is copied or moved to another storage.
         self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
-        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, _Place(step_labels, first_place))
+        place = _Place(step_labels, first_place, None if counts is None else list(counts))
+        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, place)
 
-    def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
-        inside_ddp = getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
-        rows = len(self.shard) * self.margin.sub_centers
-        resharded = type(self.centers.data) is not Tensor or self.centers.shape != (rows, self.embedding_dim)
-        if inside_ddp or resharded or getattr(self, "_is_replica", False):
-            raise InputError(
-                "PartialFC stands inside a parallel wrapper, which would overwrite its shards with rank 0's: "
-                "wrap the backbone alone and call the head beside it."
-            )
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim or not embeddings.is_floating_point():
-            raise InputError(
-                f"embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; the head expects floating point "
-                f"of (B, {self.embedding_dim})."
-            )
-        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
-            raise InputError(
-                f"labels are {tuple(labels.shape)} of {labels.dtype}; the head expects int64 of ({len(embeddings)},)."
-            )
-        if not embeddings.device == labels.device == self.centers.device:
-            raise InputError(
-                f"embeddings are on {embeddings.device}, labels on {labels.device} and centers on "
-                f"{self.centers.device}; move all to one device."
-            )
+    def check(self) -> None:
+        """Raise what was wrong with the batches since the last check, where nobody has waited to know: a host read.
+
+        That is a GPU with update="deferred" (docs/head.md): until the error is raised, no step changes anything.
+        Elsewhere `forward` has raised it, and nothing is read.
+
+        Raises:
+            InputError: a label was out of range (on all ranks alike).
+            NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
+        """
+        if self._flag is not None:
+            with self._forgetting():
+                self._flag.check()
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """What waits for the optimizer is void if an error leaves."""
+        try:
+            yield
+        except InputError:
+            self.row_gradients.deferred.clear()
+            raise
+
+    def _flag_on(self, device: torch.device) -> InputFlag:
+        if self._flag is None or self._flag.state.device != device:
+            self._flag = InputFlag(self.num_classes, device)
+            self.row_gradients.flag = self._flag.state[:1]
+        return self._flag
 
 
 @dataclass(frozen=True)
@@ -230,74 +223,83 @@ class _Place:
 
     step_labels: Tensor | None
     first: int
+    counts: list[int] | None
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One forward pass: the global batch, this rank's part of the classes, and the figures of both passes."""
+    """One forward pass: the global batch, this rank's part of the classes, and the figures of both passes.
+
+    `bad`, () bool, is True where a flag says that nothing of it may be used; None where that would have raised.
+    """
 
     counts: list[int]
+    bad: Tensor | None
     unit_embeddings: Tensor
     norms: Tensor
     batch: softmax.ShardBatch
-    targets: softmax.TargetTerms
+    targets: TargetTerms
     path: softmax.Path
     negatives: softmax.NegativeSums
     terms: softmax.LossTerms
 
 
-def _gather_batch(head: PartialFC, embeddings: Tensor, labels: Tensor) -> tuple[list[int], Tensor, Tensor]:
-    """The global batch, checked: rows of each rank, (G, D) embeddings and (G,) labels. Three collectives."""
+def _gather_batch(
+    head: PartialFC, embeddings: Tensor, labels: Tensor, counts: list[int] | None
+) -> tuple[list[int], Tensor, Tensor]:
+    """The global batch: rows of each rank, (G, D) embeddings and (G,) labels. Three collectives, two with counts."""
     group = head.shard.group
-    counts = row_counts(len(embeddings), embeddings.device, group)
+    counts = row_counts(len(embeddings), embeddings.device, group) if counts is None else counts
     if sum(counts) == 0:
         raise InputError("the global batch is empty: the head needs at least one image on one rank.")
-    embeddings = all_gather_rows(embeddings.contiguous(), counts, group)
-    labels = all_gather_rows(labels, counts, group)
-    outside = ((labels < 0) | (labels >= head.num_classes)).nonzero()[:, 0]
-    if len(outside):
-        raise InputError(
-            f"label {int(labels[outside[0]])} lies outside [0, {head.num_classes}): the data has more classes than "
-            "the head."
-        )
-    if not bool(torch.isfinite(embeddings).all()):
-        raise NonFiniteEmbeddings(
-            f"embeddings of step {head.step} contain NaN or infinity: lower the learning rate or check the input."
-        )
-    return counts, embeddings, labels
+    return counts, all_gather_rows(embeddings.contiguous(), counts, group), all_gather_rows(labels, counts, group)
+
+
+def _check_batch(head: PartialFC, embeddings: Tensor, labels: Tensor, on_device: bool) -> Tensor | None:
+    """Refuse a bad global batch at once, or without a host read: () bool, whether it is bad, for what follows."""
+    if not on_device:
+        raise_bad_input(embeddings, labels, head.num_classes, head.step)
+        return None
+    device = embeddings.device
+    return head._flag_on(device).take_in(embeddings, labels, head.row_gradients.counter(device))
+
+
+def _sample(
+    head: PartialFC, labels: Tensor, step_labels: Tensor | None, on_device: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The classes of the step on this rank, (S,) int64, and () their count on the device if they are padded."""
+    positives = labels if step_labels is None else torch.cat([labels, step_labels])
+    share: dict[str, Any] = {"num_classes": head.num_classes, "sample_rate": head.sample_rate}
+    share |= {"start": head.shard.start, "stop": head.shard.stop}
+    if not on_device:
+        return sample_classes(positives, seed=head.seed, step=head.step, **share), None
+    keys = sampling_keys(head.seed, head.row_gradients.counter(labels.device))
+    sample = sample_padded(positives, keys=keys, **share)
+    return sample.padded, sample.count
 
 
 def _forward(
     head: PartialFC, path: softmax.Path, centers: Tensor, local: tuple[Tensor, Tensor], place: _Place, keep: bool
 ) -> _Step:
-    """Everything before backward, from this rank's embeddings and labels. Five collectives."""
+    """Everything before backward, from this rank's embeddings and labels. Five collectives, four with counts."""
     shard, margin = head.shard, head.margin
-    counts, embeddings, labels = _gather_batch(head, *local)
-    unit_embeddings, norms = softmax.normalise_rows(embeddings.double())
+    on_device = path.takes_padding and head.update == "deferred" and head.row_gradients.prepare is None
+    counts, embeddings, labels = _gather_batch(head, *local, place.counts)
+    bad = _check_batch(head, embeddings, labels, on_device)
+    unit_embeddings, norms = normalise_rows(embeddings.double())
     compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    classes = sample_classes(
-        (labels if place.step_labels is None else torch.cat([labels, place.step_labels])).unique(),
-        num_classes=head.num_classes,
-        sample_rate=head.sample_rate,
-        seed=head.seed,
-        step=head.step,
-        start=shard.start,
-        stop=shard.stop,
-    )
+    classes, count = _sample(head, labels, place.step_labels, on_device)
     if head.row_gradients.prepare is not None:
-        head.row_gradients.prepare(softmax.class_rows(classes - shard.start, margin.sub_centers))
-    owned = ((labels >= shard.start) & (labels < shard.stop)).nonzero()[:, 0]
-    targets = softmax.target_terms(centers, unit_embeddings, owned, labels[owned] - shard.start, margin)
-    target_cosine = torch.zeros_like(norms)
-    target_cosine[owned] = targets.cosine
-    all_reduce(target_cosine, group=shard.group)
-    margin_batch = _margin_batch(head, norms, target_cosine, place.first)
-    target_places = torch.full_like(labels, -1)
-    target_places[owned] = torch.searchsorted(classes, labels[owned])
+        head.row_gradients.prepare(class_rows(classes - shard.start, margin.sub_centers))
+    owned = (labels >= shard.start) & (labels < shard.stop)
+    targets = target_terms(centers, unit_embeddings, owned, labels - shard.start, margin)
+    target_cosine = all_reduce(targets.cosine.clone(), group=shard.group)
+    margin_batch = _margin_batch(head, norms, target_cosine, place.first, bad)
     batch = softmax.ShardBatch(
         embeddings=unit_embeddings.to(compute_dtype),
         classes=classes - shard.start,
-        target_places=target_places,
+        count=count,
+        target_places=torch.where(owned, torch.searchsorted(classes, labels), -1),
         target_cosine=target_cosine,
         margin=margin,
         margin_batch=margin_batch,
@@ -312,19 +314,22 @@ def _forward(
         scratch_bytes=head.scratch_bytes,
     )
     negatives = path.sum_negatives(centers, batch, keep=keep)
-    everything = torch.cat([negatives.sums, negatives.conflicts[None], torch.full_like(norms[:1], len(classes))])
+    used = torch.full_like(labels[0], len(classes)) if count is None else count
+    everything = torch.cat([negatives.sums, torch.stack([negatives.conflicts, used.double()])])
     all_reduce(everything, group=shard.group)
     sums, conflicts, sampled = everything[:-2], everything[-2], everything[-1]
     terms = softmax.loss_terms(sums, target_cosine, margin_batch, margin, head.scale, batch.shift)
     head.figures = HeadFigures(
         target_cosine=target_cosine.mean(),
         conflict_share=conflicts / ((sampled - 1) * len(labels)).clamp_min(1),
-        sampled=len(classes),
+        sampled=used,
     )
-    return _Step(counts, unit_embeddings, norms, batch, targets, path, negatives, terms)
+    return _Step(counts, bad, unit_embeddings, norms, batch, targets, path, negatives, terms)
 
 
-def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor, first_place: int) -> MarginBatch:
+def _margin_batch(
+    head: PartialFC, norms: Tensor, target_cosine: Tensor, first_place: int, bad: Tensor | None
+) -> MarginBatch:
     """What the margin sees; in training its running figures take this batch in first, as published margins do."""
     key = keyed_random.derive_key(head.seed, "margin", head.step)
     batch = MarginBatch(norms, key, head.margin_state(), first_place)
@@ -332,7 +337,8 @@ def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor, first_p
         return batch
     state = head.margin.updated_state(target_cosine, batch)
     for name, value in state.items():
-        head.get_buffer(f"margin_{name}").copy_(value)
+        buffer = head.get_buffer(f"margin_{name}")
+        buffer.copy_(value if bad is None else torch.where(bad, buffer, value))
     return replace(batch, state=state)
 
 
@@ -350,7 +356,8 @@ class _SampledSoftmax(torch.autograd.Function):
             step = _forward(head, path, centers, (embeddings, labels), place, keep)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
         ctx.save_for_backward(centers)
-        return step.terms.loss.mean().to(step.batch.embeddings.dtype)
+        loss = step.terms.loss.mean().to(step.batch.embeddings.dtype)
+        return loss if step.bad is None else loss.masked_fill(step.bad, torch.nan)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -374,19 +381,21 @@ def _embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Tensor
     start = sum(step.counts[: head.shard.rank])
     own = slice(start, start + len(gradient))
     gradient = gradient + (step.terms.norm_slope[own, None] * step.unit_embeddings[own]).to(gradient.dtype)
-    return gradient * (factor * head.shard.world_size).to(gradient.dtype)
+    gradient = gradient * (factor * head.shard.world_size).to(gradient.dtype)
+    return gradient if step.bad is None else gradient.masked_fill(step.bad, 0.0)
 
 
 def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Tensor) -> Tensor | None:
     """The sampled rows as a sparse tensor, or None where the optimizer will compute them."""
     prepared = softmax.center_gradient(
-        step.targets, step.terms, step.batch, step.unit_embeddings, factor, step.path, step.negatives.kept
+        step.targets, step.terms, step.batch, step.unit_embeddings, factor, len(centers), step.path, step.negatives.kept
     )
     step.negatives.kept = None  # the loss may outlive the gradient, and would keep the scratch memory
     if head.update == "deferred":
         head.row_gradients.deferred.append(prepared)
         return None
-    rows = step.batch.rows(0, len(step.batch.classes))
+    prepared = prepared.without_padding()
+    rows = prepared.batch.rows(0, len(prepared.batch.classes))
     values = torch.empty(len(rows), centers.shape[1], dtype=centers.dtype, device=centers.device)
 
     def copy(tile: Tensor, gradient: Tensor) -> None:

@@ -8,7 +8,6 @@ the sample, not to the classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,10 +20,7 @@ from partialfc import keyed_random
 BLOCK_BITS = 12
 BLOCK = 1 << BLOCK_BITS
 _ROUNDS = 4
-KEYS = _ROUNDS + 1
 _NOWHERE = 1 << 62  # a label that no shard and no block owns
-
-Keys = Sequence[int] | Tensor
 
 
 def sample_size(num_classes: int, sample_rate: float) -> int:
@@ -50,10 +46,11 @@ class Sample:
     count: Tensor
 
 
-def sampling_keys(seed: int, step: int) -> list[int]:
-    """What the negatives of a step are drawn from: `KEYS` int64 numbers."""
-    rounds = [keyed_random.derive_key(seed, "negatives", step, number) for number in range(_ROUNDS)]
-    return [*rounds, keyed_random.derive_key(seed, "negatives of the last block", step)]
+def sampling_keys(seed: int, step: Tensor) -> Tensor:
+    """What the negatives of a step, () int64 on any device, are drawn from: int64, one key a round and one more."""
+    return keyed_random.keys_at(
+        [keyed_random.derive_key(seed, "negatives", number) for number in range(_ROUNDS + 1)], step
+    )
 
 
 def sample_classes(
@@ -64,7 +61,7 @@ def sample_classes(
     Args:
         seed, step: what the negatives are drawn from.
     """
-    keys = sampling_keys(seed, step)
+    keys = sampling_keys(seed, torch.full((), step, dtype=torch.int64, device=positives.device))
     sample = sample_padded(
         positives, num_classes=num_classes, sample_rate=sample_rate, keys=keys, start=start, stop=stop
     )
@@ -72,7 +69,7 @@ def sample_classes(
 
 
 def sample_padded(
-    positives: Tensor, *, num_classes: int, sample_rate: float, keys: Keys, start: int, stop: int
+    positives: Tensor, *, num_classes: int, sample_rate: float, keys: Tensor, start: int, stop: int
 ) -> Sample:
     """The classes in [start, stop) that a step uses. No host read and no shape that depends on the labels' values.
 
@@ -83,7 +80,7 @@ def sample_padded(
             [0, C) counts for nothing.
         num_classes: C, over all ranks.
         sample_rate: in [0, 1]; 0 uses the positives only, 1 all classes.
-        keys: `sampling_keys`, or the same as (KEYS,) int64 on the device, which a replayed CUDA graph reads anew.
+        keys: `sampling_keys`; a replayed CUDA graph reads them anew.
         start, stop: the rows of this rank's shard.
     """
     device = positives.device
@@ -144,7 +141,7 @@ def _quotas(blocks: Tensor, num_classes: int, sample_rate: float) -> Tensor:
     return (ends.clamp_max(num_classes).double() * sample_rate + 0.5).floor().long().diff(dim=0)[0]
 
 
-def _draw(blocks: Tensor, width: int, num_classes: int, keys: Keys, *, ends: bool) -> Tensor:
+def _draw(blocks: Tensor, width: int, num_classes: int, keys: Tensor, *, ends: bool) -> Tensor:
     """(n, width) int64: the first classes of each block's permutation; `ends` if the last block is no full one."""
     rounds = [keyed_random.bits(keys[number], blocks)[:, None] for number in range(_ROUNDS)]
     places = torch.arange(width, device=blocks.device).expand(len(blocks), width)

@@ -1,0 +1,104 @@
+"""Bad input on a device that nobody waits for: a flag there, which stops every update and becomes an error later."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partialfc.errors import InputError
+
+_LABEL, _EMBEDDINGS = 1, 2
+
+
+class NonFiniteEmbeddings(InputError):
+    """The backbone gave NaN or infinity; every rank raises it in the same step, and nothing was updated."""
+
+
+def raise_bad_input(embeddings: Tensor, labels: Tensor, num_classes: int, step: int) -> None:
+    """Raise what is wrong with the global batch, (G, D) and (G,), at once: host reads.
+
+    Raises:
+        InputError: a label lies outside [0, num_classes).
+        NonFiniteEmbeddings: NaN or infinity.
+    """
+    outside = ((labels < 0) | (labels >= num_classes)).nonzero()[:, 0]
+    if len(outside):
+        raise _error(_LABEL, int(labels[outside[0]]), step, num_classes)
+    if not bool(torch.isfinite(embeddings).all()):
+        raise _error(_EMBEDDINGS, 0, step, num_classes)
+
+
+class InputFlag:
+    """The same without a host read: the device remembers the first bad batch until somebody has read of it.
+
+    The global batch is the same on all ranks, and so is the flag.
+
+    Attributes:
+        state: (3,) int64 on the device: not 0 if a batch was bad, the bad label, the step.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._num_classes = num_classes
+        self.state = torch.zeros(3, dtype=torch.int64, device=device)
+        self._on_cuda = device.type == "cuda"
+        self._arrived = torch.zeros(3, dtype=torch.int64, pin_memory=self._on_cuda)
+        self._event: torch.cuda.Event | None = None
+        self._sent = False
+
+    def take_in(self, embeddings: Tensor, labels: Tensor, step: Tensor) -> Tensor:
+        """Set it if the global batch, (G, D) and (G,), is bad, and send it to the host; () bool, whether it is set."""
+        outside = (labels < 0) | (labels >= self._num_classes)
+        finite = torch.isfinite(embeddings).all()
+        kind = torch.where(outside.any(), _LABEL, torch.where(finite, 0, _EMBEDDINGS))
+        seen = torch.stack([kind, labels[outside.int().argmax()], step])
+        self.state.copy_(torch.where(self.state[:1] == 0, seen, self.state))
+        self._send()
+        return self.state[0] != 0
+
+    def _send(self) -> None:
+        """Start a copy to the host, which nobody waits for."""
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+            return  # what a graph replays is read by `check`
+        self._arrived.copy_(self.state, non_blocking=True)
+        if self._on_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._sent = True
+
+    def look(self, alone: bool) -> None:
+        """Raise what the batch before set, as `check` does, from the copy that was sent with it.
+
+        Alone, a process looks only whether the copy has arrived. Several wait for it, since they must raise in the same
+        step: it was sent a whole step ago, and their devices have that step's backward pass to go on with.
+        """
+        if not self._sent or (self._on_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if self._event is not None:
+            if alone and not self._event.query():
+                return
+            self._event.synchronize()
+        self._raise(self._arrived)
+
+    def check(self) -> None:
+        """Raise what any batch since the last error set, and forget it. A host read.
+
+        Raises:
+            InputError: a label was out of range.
+            NonFiniteEmbeddings: NaN or infinity among the embeddings.
+        """
+        self._raise(self.state)
+
+    def _raise(self, state: Tensor) -> None:
+        kind, label, step = state.tolist()
+        self._sent = False
+        if kind:
+            self.state.zero_()
+            raise _error(kind, label, step, self._num_classes)
+
+
+def _error(kind: int, label: int, step: int, num_classes: int) -> InputError:
+    if kind == _LABEL:
+        return InputError(f"label {label} lies outside [0, {num_classes}): the data has more classes than the head.")
+    return NonFiniteEmbeddings(
+        f"embeddings of step {step} contain NaN or infinity: lower the learning rate or check the input."
+    )

@@ -41,7 +41,7 @@ class InputFlag:
         self._num_classes = num_classes
         self.state = torch.zeros(3, dtype=torch.int64, device=device)
         self._on_cuda = device.type == "cuda"
-        self._arrived = torch.zeros(3, dtype=torch.int64, pin_memory=self._on_cuda)
+        self._arrived: Tensor | None = None  # page-locked, so that a copy to it waits for nothing
         self._event: torch.cuda.Event | None = None
         self._sent = False
 
@@ -50,7 +50,8 @@ class InputFlag:
         outside = (labels < 0) | (labels >= self._num_classes)
         finite = torch.isfinite(embeddings).all()
         kind = torch.where(outside.any(), _LABEL, torch.where(finite, 0, _EMBEDDINGS))
-        seen = torch.stack([kind, labels[outside.int().argmax()], step])
+        place = outside.int().argmax(dim=0, keepdim=True)  # () would be an index that the host reads
+        seen = torch.stack([kind, labels[place][0], step])
         self.state.copy_(torch.where(self.state[:1] == 0, seen, self.state))
         self._send()
         return self.state[0] != 0
@@ -59,6 +60,8 @@ class InputFlag:
         """Start a copy to the host, which nobody waits for."""
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             return  # what a graph replays is read by `check`
+        if self._arrived is None:
+            self._arrived = torch.zeros(3, dtype=torch.int64, pin_memory=self._on_cuda)
         self._arrived.copy_(self.state, non_blocking=True)
         if self._on_cuda:
             self._event = torch.cuda.Event()
@@ -71,7 +74,7 @@ class InputFlag:
         Alone, a process looks only whether the copy has arrived. Several wait for it, since they must raise in the same
         step: it was sent a whole step ago, and their devices have that step's backward pass to go on with.
         """
-        if not self._sent or (self._on_cuda and torch.cuda.is_current_stream_capturing()):
+        if self._arrived is None or not self._sent or (self._on_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if self._event is not None:
             if alone and not self._event.query():

@@ -120,7 +120,7 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     g += tl.load(target_gradient + slot * D + columns[None, :], mask=inside & (slot >= 0), other=0.0)
     if UPDATE:
         lr = tl.load(rate) if RATE_ON_DEVICE else rate
-        go = inside & (tl.load(skip) == 0)
+        go = inside & (tl.load(skip + tl.zeros((BN, 1), tl.int32)) == 0)
         velocity = tl.load(momentum_buffer + offsets, mask=inside, other=0.0).to(tl.float32)
         velocity = momentum * velocity + (g + decay * w)
         w = w - lr * velocity

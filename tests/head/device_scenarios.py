@@ -1,4 +1,4 @@
-"""What ranks find when the head runs as on a GPU, in Triton's interpreter: padded classes, and the flag for bad input."""
+"""What ranks find when the head runs as on a GPU, in Triton's interpreter: padded classes, the flag for bad input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from partialfc.head.softmax_triton import TritonPath
 
 WIDTH, BATCH = 8, 14
 RATES = {"positives": (0.0, 4100), "blocks": (0.02, 9001), "all": (1.0, 149), "few": (0.3, 2)}
-BAD = {"too large": 1 << 40, "just too large": 149, "negative": -1, "very negative": -(1 << 63)}
+BAD = {  # a label, and what an embedding is multiplied by
+    "too large": (1 << 40, 1.0),
+    "just too large": (149, 1.0),
+    "negative, and nan": (-1, torch.nan),
+    "very negative": (-(1 << 63), 1.0),
+    "nan": (1, torch.nan),
+    "infinite": (1, -torch.inf),
+}
+SHARED = {name: BAD[name] for name in ("just too large", "nan")}  # at more than one process
 
 
 class Tracking(CosFace):
@@ -48,10 +56,8 @@ def play(group: Group | None = None) -> dict[str, Any]:
     for name in RATES:
         found[name] = {type(path).__name__: train(name, path, group) for path in (TritonPath(), ChunkedPath())}
     partial_fc.choose_path = lambda *arguments: TritonPath()
-    for name, label in BAD.items():
-        found["flags"][name] = bad_step(group, label, torch.nan if name == "negative" else 1.0)
-    found["flags"]["nan"] = bad_step(group, 1, torch.nan)
-    found["flags"]["infinite"] = bad_step(group, 1, -torch.inf)
+    for name, (label, value) in (BAD if world_size_of(group) == 1 else SHARED).items():
+        found["flags"][name] = bad_step(group, label, value)
     return found
 
 
@@ -93,7 +99,9 @@ def bad_step(group: Group | None, label: int, value: float) -> dict[str, Any]:
         before = [*state(head, optimizer)]
         embeddings = step(head, optimizer, 1, group, label, value)
         result = {
-            "untouched": all(torch.equal(one, other) for one, other in zip(before, state(head, optimizer), strict=True)),
+            "untouched": all(
+                torch.equal(one, other) for one, other in zip(before, state(head, optimizer), strict=True)
+            ),
             "gradient": float(embeddings.grad.abs().sum()),
         }
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import device_scenarios
-from device_scenarios import BAD, RATES
+from device_scenarios import BAD, RATES, SHARED
 
 from distributed_workers import run_ranks
 from partialfc.errors import InputError
@@ -45,12 +44,13 @@ def test_padded_classes_give_what_exact_ones_give(
 ) -> None:
     for rank in found[world_size]:
         for padded, exact in zip(rank[name]["TritonPath"], rank[name]["ChunkedPath"], strict=True):
-            torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(padded, exact, rtol=1e-4, atol=2e-5 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(
+    ("world_size", "bad"), [(1, bad) for bad in BAD] + [(n, bad) for n in (2, 3) for bad in SHARED]
+)
 @pytest.mark.parametrize("way", ["check", "next forward"])
-@pytest.mark.parametrize("bad", [*BAD, "nan", "infinite"])
 def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_told(
     bad: str, way: str, world_size: int, found: dict[int, list[dict[str, Any]]]
 ) -> None:
@@ -58,8 +58,9 @@ def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_told(
         result = rank["flags"][bad][way]
         assert result["untouched"]
         assert result["gradient"] == 0
-        if bad in BAD:
-            assert result["error"].startswith(f"InputError: label {BAD[bad]} lies outside [0, 149)")
+        label, _ = BAD[bad]
+        if label != 1:
+            assert result["error"].startswith(f"InputError: label {label} lies outside [0, 149)")
         else:
             assert result["error"].startswith("NonFiniteEmbeddings: embeddings of step 1 contain NaN")
         assert result["still untouched"]
@@ -97,9 +98,9 @@ def test_a_bad_micro_step_voids_the_whole_step(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_first_of_two_bad_batches_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     head, _ = head_and_optimizer(monkeypatch)
-    flag = head._flag_on(torch.device("cpu"))
-    for label in (41, 42):
-        flag.take_in(torch.ones(1, 4), torch.tensor([label]), torch.tensor(0))
+    head(torch.ones(1, 4), torch.tensor([41]))
+    assert head._flag is not None
+    head._flag.take_in(torch.ones(1, 4), torch.tensor([42]), torch.tensor(1))
     with pytest.raises(InputError, match="label 41"):
         head.check()
     head.check()

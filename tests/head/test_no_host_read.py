@@ -1,7 +1,7 @@
 """A step on a GPU reads nothing back: shown on the device "meta", whose tensors have a shape but no values.
 
-There nothing works that wants a value, or has a shape that depends on one: `item`, `bool`, `nonzero`, `unique`, a boolean
-index, a copy to the host. The kernels are left out; test_softmax_triton.py runs them.
+There nothing works that wants a value, or has a shape that depends on one: `item`, `bool`, `nonzero`, `unique`, a
+boolean index, a copy to the host. The kernels are left out; test_softmax_triton.py runs them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
     for kernel in ("unit_kernel", "weights_kernel", "finish_kernel"):
         monkeypatch.setattr(softmax_triton, kernel, NoKernel())
-    # The copy that nobody waits for needs page-locked memory and events: test_on_a_gpu.py has them.
+    # The copy that nobody waits for needs page-locked memory and events: test_on_a_gpu.py has both.
     monkeypatch.setattr(InputFlag, "_send", lambda flag: None)
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # it does not know the device
 
@@ -66,10 +66,12 @@ def test_a_step_of_sgd_reads_nothing(rate: float, operands: torch.dtype, scaled:
     assert head.figures.sampled.is_meta
 
 
-@pytest.mark.parametrize("options", [{"update": "sparse"}, {"make": RowwiseAdamW}, {"make": RowwiseAdamW, "scaled": False}])
+@pytest.mark.parametrize(
+    "options", [{"update": "sparse"}, {"make": RowwiseAdamW}, {"make": RowwiseAdamW, "scaled": False}]
+)
 def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any]) -> None:
     """So the test above would notice a read."""
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         take_step(**options)
 
 
@@ -89,5 +91,5 @@ def test_a_read_that_somebody_puts_back_is_found(
 ) -> None:
     original = partial_fc.sample_padded
     monkeypatch.setattr(partial_fc, "sample_padded", lambda labels, **rest: original(read(labels), **rest))
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         take_step()

@@ -60,7 +60,8 @@ def weights_kernel(  # type: ignore[no-untyped-def]
 
     With PRODUCT the cosines are computed here from `embeddings` (G, D) and `unit` (N, D); otherwise they stand in
     `weights`. With SUMS each block of classes leaves its part of Z in a row of `sums` (blocks, G), and with CONFLICTS
-    how many negatives it left out in one of `conflicts`. UPCAST is for the interpreter, whose dot is wrong for bfloat16.
+    how many negatives it left out in one of `conflicts`. UPCAST is for the interpreter, whose dot is wrong for
+    bfloat16.
     """
     # Neighbouring programs share the classes, whose rows then come from the cache; the samples' rows stay there anyway.
     blocks = tl.cdiv(G, BG)

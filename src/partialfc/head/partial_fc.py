@@ -153,8 +153,8 @@ class PartialFC(nn.Module):
     ) -> Tensor:
         """The mean loss of the global batch; the same value on every rank.
 
-        Under world size W it takes five collectives, four with `counts`, and backward one. The embeddings'
-        gradient is W times that of the mean loss, because DistributedDataParallel averages the backbone's over the ranks.
+        Under world size W it takes five collectives, four with `counts`, and backward one. The embeddings' gradient is W
+        times that of the mean loss, because DistributedDataParallel averages the backbone's over the ranks.
 
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
@@ -190,8 +190,7 @@ class PartialFC(nn.Module):
     def check(self) -> None:
         """Raise what was wrong with the batches since the last check, where nobody has waited to know: a host read.
 
-        That is a GPU with update="deferred" (docs/head.md): until the error is raised, no step changes anything.
-        Elsewhere `forward` has raised it, and nothing is read.
+        That is a GPU with update="deferred" (docs/head.md). Elsewhere `forward` raises at once, and nothing is read.
 
         Raises:
             InputError: a label was out of range (on all ranks alike).
@@ -210,12 +209,6 @@ class PartialFC(nn.Module):
             self.row_gradients.deferred.clear()
             raise
 
-    def _flag_on(self, device: torch.device) -> InputFlag:
-        if self._flag is None or self._flag.state.device != device:
-            self._flag = InputFlag(self.num_classes, device)
-            self.row_gradients.flag = self._flag.state[:1]
-        return self._flag
-
 
 @dataclass(frozen=True)
 class _Place:
@@ -228,10 +221,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Step:
-    """One forward pass: the global batch, this rank's part of the classes, and the figures of both passes.
-
-    `bad`, () bool, is True where a flag says that nothing of it may be used; None where that would have raised.
-    """
+    """One forward pass; `bad` is () bool where a flag says that nothing of it may be used, None where that raises."""
 
     counts: list[int]
     bad: Tensor | None
@@ -261,7 +251,10 @@ def _check_batch(head: PartialFC, embeddings: Tensor, labels: Tensor, on_device:
         raise_bad_input(embeddings, labels, head.num_classes, head.step)
         return None
     device = embeddings.device
-    return head._flag_on(device).take_in(embeddings, labels, head.row_gradients.counter(device))
+    if head._flag is None or head._flag.state.device != device:
+        head._flag = InputFlag(head.num_classes, device)
+        head.row_gradients.flag = head._flag.state[:1]
+    return head._flag.take_in(embeddings, labels, head.row_gradients.counter(device))
 
 
 def _sample(

@@ -15,7 +15,7 @@ from partialfc.head.softmax_chunked import ChunkedPath
 
 @cache
 def _triton_path(device: torch.device) -> Path | None:
-    """The GPU's path; None without Triton (PyTorch brings it along on Linux), or on a GPU without products of bfloat16."""
+    """The GPU's path; None without Triton (PyTorch brings it along on Linux), or on a GPU without bfloat16 products."""
     try:
         from partialfc.head.softmax_triton import TritonPath
     except ImportError:

@@ -214,7 +214,7 @@ def _product_blocks(device: torch.device, samples: int, product: bool, conflicts
     if not product:
         return {"BG": min(16, fewest), "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 1}
     available = _shared_memory(device)
-    for bg, bn, bk, warps, stages in _BLOCKS[conflicts:]:  # counting them leaves the largest no registers
-        if 2 * stages * (bg + bn) * bk <= available:
-            break
+    candidates = _BLOCKS[conflicts:]  # counting them leaves the largest no registers
+    fitting = [sizes for sizes in candidates if 2 * sizes[4] * (sizes[0] + sizes[1]) * sizes[2] <= available]
+    bg, bn, bk, warps, stages = (fitting or candidates[-1:])[0]
     return {"BG": min(bg, fewest), "BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}

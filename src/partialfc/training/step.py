@@ -12,7 +12,7 @@ from partialfc import keyed_random
 from partialfc.activity import doing
 from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
-from partialfc.distributed import all_gather_rows, any_rank, rank_of, row_counts, split_evenly, world_size_of
+from partialfc.distributed import all_gather_rows, any_rank, rank_of, split_evenly, world_size_of
 from partialfc.errors import JobError
 from partialfc.head.partial_fc import NonFiniteEmbeddings
 from partialfc.training.averaging import update_average
@@ -139,6 +139,10 @@ class Stepper:
             if seen is not None:
                 total += share * torch.stack([loss.detach().double(), seen.target_cosine, seen.conflict_share])
         norm = self._unscaled_and_clipped()
+        try:
+            self.state.head.check()  # where the norm is read in any case
+        except NonFiniteEmbeddings:
+            return {}
         return {"loss": total[0], "target_cosine": total[1], "conflict_share": total[2], "grad_norm": norm}
 
     def _unscaled_and_clipped(self) -> Tensor:
@@ -154,7 +158,8 @@ class Stepper:
         if len(micro_batches) == 1:
             return None
         labels = torch.cat([batch.labels for batch in micro_batches]).to(self.device)
-        return all_gather_rows(labels, row_counts(len(labels), self.device))
+        counts = torch.tensor([self._counts(batch.micro_step) for batch in micro_batches]).sum(dim=0)
+        return all_gather_rows(labels, counts.tolist())
 
     def _loss(self, batch: Batch) -> Tensor:
         """The mean loss of one micro-step over all ranks."""
@@ -171,8 +176,17 @@ class Stepper:
         if self.state.loss_scale is not None:
             embeddings = scale_gradient(embeddings, self.state.loss_scale.value)
         first, _ = split_evenly(self.config.data.global_batch_size, self.loader.micro_steps, batch.micro_step)
-        loss: Tensor = self.state.head(embeddings, labels, step_labels=self._step_labels, first_place=first)
+        counts = self._counts(batch.micro_step)
+        loss: Tensor = self.state.head(
+            embeddings, labels, step_labels=self._step_labels, first_place=first, counts=counts
+        )
         return loss
+
+    def _counts(self, micro_step: int) -> list[int]:
+        """How many images of a micro-step each rank has, as the loader cuts it."""
+        first, last = split_evenly(self.config.data.global_batch_size, self.loader.micro_steps, micro_step)
+        parts = (split_evenly(last - first, self.world_size, rank) for rank in range(self.world_size))
+        return [stop - start for start, stop in parts]
 
     def _without_synchronisation(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.network, DistributedDataParallel):

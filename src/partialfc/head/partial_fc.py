@@ -153,8 +153,8 @@ class PartialFC(nn.Module):
     ) -> Tensor:
         """The mean loss of the global batch; the same value on every rank.
 
-        Under world size W it takes five collectives, four with `counts`, and backward one. The embeddings' gradient is W
-        times that of the mean loss, because DistributedDataParallel averages the backbone's over the ranks.
+        Under world size W it takes five collectives, four with `counts`, and backward one. The embeddings' gradient is
+        W times that of the mean loss, because DistributedDataParallel averages the backbone's over the ranks.
 
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.

@@ -59,8 +59,8 @@ def weights_kernel(  # type: ignore[no-untyped-def]
     """`weights` (G, N): exp(s c − shift) of samples and a tile's classes, 0 for own classes, conflicts and padding.
 
     With PRODUCT the cosines are computed here from `embeddings` (G, D) and `unit` (N, D); otherwise they stand in
-    `weights`. With SUMS each block of classes leaves its part of Z in a row of `sums` (blocks, G), and with CONFLICTS
-    how many negatives it left out in one of `conflicts`. UPCAST is for the interpreter, whose dot is wrong for
+    `weights`. With SUMS each block of classes adds its part of Z to a row of `sums` (blocks, G), and with CONFLICTS how
+    many negatives it left out to one of `conflicts`. UPCAST is for the interpreter, whose dot is wrong for
     bfloat16.
     """
     # Neighbouring programs share the classes, whose rows then come from the cache; the samples' rows stay there anyway.
@@ -92,12 +92,12 @@ def weights_kernel(  # type: ignore[no-untyped-def]
     negative = (places < used)[None, :] & ((first + places)[None, :] != targets[:, None])
     values = tl.where(negative & (cosine <= threshold), tl.exp(scale * cosine - shift), 0.0)
     if SUMS:
-        total = tl.sum(values, 1)
+        total, own, in_g = tl.sum(values, 1), block * G + samples, samples < G
         if CONFLICTS:
             left_out = tl.sum((negative & (cosine > threshold)).to(tl.float32), 1)
             total += left_out * zero_logit
-            tl.store(conflicts + block * G + samples, left_out, mask=samples < G)
-        tl.store(sums + block * G + samples, total, mask=samples < G)
+            tl.store(conflicts + own, tl.load(conflicts + own, mask=in_g, other=0.0) + left_out, mask=in_g)
+        tl.store(sums + own, tl.load(sums + own, mask=in_g, other=0.0) + total, mask=in_g)
     tl.store(weights + at, values.to(weights.dtype.element_ty), mask=inside)
 
 

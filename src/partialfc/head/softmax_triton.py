@@ -52,10 +52,12 @@ class TritonPath:
         tile = _Tile.of(self.tile_classes(batch), centers, batch)
         for first, last in tile_bounds(self, batch):
             tile.gather(first, last)
-            sums, conflicts = tile.compute_weights(first, last)
-            result.sums += sums
-            result.conflicts += conflicts
+            tile.compute_weights(first, last)
             _add_product(result.pull, tile.weights, tile.unit)
+        totals = tile.totals.sum(dim=1, dtype=torch.float64)
+        result.sums = totals[0]
+        if batch.conflict_threshold is not None:
+            result.conflicts = totals[1].sum()
         return result
 
     def tile_gradient(self, gradient: CenterGradient, centers: Tensor, first: int, last: int) -> Tensor:
@@ -84,6 +86,8 @@ class _Tile:
         count: () on the device, the classes of the batch that are no padding.
         unit: (N, D) operand dtype, unit centers, and inverse: (N,) float32, 1 over their norms.
         weights: (G, N) operand dtype.
+        totals: (1, n, G) float32, parts of Z, and of the conflicts in a second row where there is a threshold.
+        blocks: compile-time arguments of the kernel of the weights.
     """
 
     centers: Tensor
@@ -93,6 +97,8 @@ class _Tile:
     unit: Tensor
     inverse: Tensor
     weights: Tensor
+    totals: Tensor
+    blocks: dict[str, Any]
 
     @staticmethod
     def of(classes: int, centers: Tensor, batch: ShardBatch) -> _Tile:
@@ -100,6 +106,9 @@ class _Tile:
         size = min(classes, len(batch.classes))
         size += -size % 16  # rows of the weights then begin where 16 bytes do
         dtype, device = batch.operand_dtype, batch.embeddings.device
+        has_threshold = batch.conflict_threshold is not None
+        # Products of float32 are cuBLAS's: Triton's take longer.
+        blocks = _product_blocks(device, samples, dtype != torch.float32, has_threshold)
         return _Tile(
             centers=centers.detach(),
             batch=batch,
@@ -108,6 +117,8 @@ class _Tile:
             unit=torch.empty(size, width, dtype=dtype, device=device),
             inverse=torch.empty(size, dtype=torch.float32, device=device),
             weights=torch.empty(samples, size, dtype=dtype, device=device),
+            totals=torch.zeros(1 + has_threshold, triton.cdiv(size, blocks["BN"]), samples, device=device),
+            blocks=blocks,
         )
 
     def gather(self, first: int, last: int) -> None:
@@ -118,26 +129,21 @@ class _Tile:
             self.centers, self.batch.classes, self.unit, self.inverse, self.count, first, last, size, width, **rows
         )
 
-    def compute_weights(self, first: int, last: int, *, sums: bool = True) -> tuple[Tensor, Tensor]:
-        """Fill `weights`; (G,) and () float64, this tile's part of Z and the conflicts, or nothing of meaning."""
-        batch, (samples, size), width = self.batch, self.weights.shape, self.unit.shape[1]
-        fused = batch.operand_dtype != torch.float32  # whose products cuBLAS does faster than Triton
-        if not fused:
+    def compute_weights(self, first: int, last: int, *, sums: bool = True) -> None:
+        """Fill `weights` from `unit`, and add their sums to `totals`."""
+        batch, (samples, size) = self.batch, self.weights.shape
+        product = batch.operand_dtype != torch.float32
+        if not product:
             torch.mm(self.operand, self.unit.T, out=self.weights)
-        counts_conflicts = batch.conflict_threshold is not None
-        blocks = _product_blocks(batch.embeddings.device, samples, fused, counts_conflicts)
-        parts = triton.cdiv(size, blocks["BN"])
-        totals = batch.embeddings.new_empty(2 if counts_conflicts else 1, parts if sums else 0, samples)
-        weights_kernel[(triton.cdiv(samples, blocks["BG"]) * parts,)](
-            self.operand, self.unit, batch.target_places, self.weights, totals[0], totals[-1], self.count,
+        grid = triton.cdiv(samples, self.blocks["BG"]) * triton.cdiv(size, self.blocks["BN"])
+        weights_kernel[(grid,)](
+            self.operand, self.unit, batch.target_places, self.weights, self.totals[0], self.totals[-1], self.count,
             first, last, samples, size, batch.scale, batch.shift,
             _NO_THRESHOLD if batch.conflict_threshold is None else batch.conflict_threshold,
             math.exp(-batch.shift) if batch.conflict_as_zero_logit else 0.0,
-            D=width, PRODUCT=fused, UPCAST=batch.embeddings.device.type == "cpu", SUMS=sums,
-            CONFLICTS=counts_conflicts, **blocks,
+            D=self.unit.shape[1], PRODUCT=product, UPCAST=batch.embeddings.device.type == "cpu", SUMS=sums,
+            CONFLICTS=batch.conflict_threshold is not None, **self.blocks,
         )  # fmt: skip
-        z = totals.sum(dim=1, dtype=torch.float64)
-        return z[0], z[1].sum() if counts_conflicts else z.new_zeros(())
 
     def gradient(
         self,

@@ -39,6 +39,7 @@ def split_over_processes(network: nn.Module, device: torch.device, gradients: to
     for name, parameter in network.named_parameters():
         if parameter.ndim == 0:
             raise InputError(f"processes.backbone fsdp cannot split {name}, a single number: use ddp.")
+        parameter.data = parameter.data.contiguous()  # FSDP takes no other memory format
     mesh = init_device_mesh(device.type, (world_size_of(),))
     policy = MixedPrecisionPolicy(reduce_dtype=gradients if gradients != torch.float32 else None)
     for unit in [*_units(network), network]:

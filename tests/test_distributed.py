@@ -40,6 +40,7 @@ def collect(rank: int, folder: Path) -> None:
         "scattered evenly": distributed.reduce_scatter_rows(everything, [1, 1, 1]),
         "reduced": [float(distributed.all_reduce(torch.tensor(float(rank)), op)) for op in ("sum", "max", "min")],
         "broadcast": distributed.broadcast(torch.tensor([rank]), source=1),
+        "any": [distributed.any_rank(rank == 2), distributed.any_rank(False)],
         "json": distributed.gather_json({"rank": rank, "text": "é" * rank}),
         "shard": [getattr(distributed.Shard.of(10), name) for name in ("start", "stop", "total", "rank", "world_size")],
         "pair": [distributed.rank_of(pair), distributed.world_size_of(pair)] if in_pair else [],
@@ -82,6 +83,7 @@ def test_reductions_are_the_same_everywhere(ranks: list[dict[str, Any]]) -> None
     for result in ranks:
         assert result["reduced"] == [3.0, 2.0, 0.0]
         assert result["broadcast"].tolist() == [1]
+        assert result["any"] == [True, False]
         assert result["json"] == [{"rank": rank, "text": "é" * rank} for rank in range(3)]
 
 
@@ -99,6 +101,8 @@ def test_one_process_is_the_same_code_without_communication() -> None:
     assert distributed.reduce_scatter_rows(rows, [3]) is rows
     assert distributed.all_reduce(rows, "max") is rows
     assert distributed.broadcast(rows) is rows
+    assert distributed.any_rank(True)
+    assert not distributed.any_rank(False)
     assert distributed.gather_json({"a": 1}) == [{"a": 1}]
     distributed.barrier()
     shard = distributed.Shard.of(5)

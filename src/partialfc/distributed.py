@@ -249,6 +249,13 @@ def broadcast(tensor: Tensor, source: int = 0, group: Group | None = None) -> Te
     return tensor
 
 
+def any_rank(flag: bool, device: torch.device | None = None, group: Group | None = None) -> bool:
+    """Whether `flag` is true on any rank: the same answer everywhere. One collective, and a host read."""
+    if world_size_of(group) == 1:
+        return flag
+    return bool(all_reduce(torch.tensor([int(flag)], device=device), "max", group).item())
+
+
 def barrier(group: Group | None = None) -> None:
     """Wait for all ranks. One collective."""
     if world_size_of(group) > 1:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from partialfc import keyed_random
 from partialfc.distributed import Group, Shard, all_reduce, start_gather_rows, start_reduce_scatter_rows
@@ -300,7 +301,8 @@ def _forward(
         scratch=head._scratch,
         scratch_bytes=head.scratch_bytes,
     )
-    negatives = path.sum_negatives(centers, batch, keep=keep)
+    with record_function("head: negatives"):
+        negatives = path.sum_negatives(centers, batch, keep=keep)
     everything = torch.cat([negatives.sums, negatives.conflicts[None], torch.full_like(norms[:1], len(classes))])
     all_reduce(everything, group=shard.group)
     sums, conflicts, sampled = everything[:-2], everything[-2], everything[-1]
@@ -349,7 +351,8 @@ class _SampledSoftmax(torch.autograd.Function):
         factor = loss_gradient.double() / len(step.norms)
         with torch.autocast(centers.device.type, enabled=False), alone_if(step.path.in_threads):
             embeddings_gradient = _start_embeddings_gradient(head, step, factor)
-            centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
+            with record_function("head: gradient of the centers"):
+                centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
             return embeddings_gradient().to(ctx.dtype), centers_gradient, None, None, None
 
 

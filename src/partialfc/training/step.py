@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from partialfc import keyed_random
 from partialfc.activity import doing
@@ -134,7 +135,10 @@ class Stepper:
                 with contextlib.nullcontext() if synchronise else without_synchronisation(self.network):
                     loss = self._loss(batch)
                     waits = synchronise or self._always_waits
-                    with doing("in the backward pass, which exchanges gradients", waits=waits):
+                    with (
+                        record_function("backward pass"),
+                        doing("in the backward pass, which exchanges gradients", waits=waits),
+                    ):
                         (loss * share).backward()
             except NonFiniteEmbeddings:
                 return {}

@@ -95,7 +95,7 @@ class Step:
     def alone(self) -> None:
         """Forward, backward and update."""
         self.embeddings.grad = None
-        self.head(self.embeddings, self.labels, counts=[len(self.labels)]).backward()
+        self.head(self.embeddings, self.labels).backward()
         self.optimizer.step()
 
     def graph(self) -> Callable[[], None]:

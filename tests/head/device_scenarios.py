@@ -12,6 +12,7 @@ from torch import Tensor
 from partialfc.distributed import Group, rank_of, split_evenly, world_size_of
 from partialfc.errors import InputError
 from partialfc.head import partial_fc
+from partialfc.head.global_batch import Everyone
 from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
@@ -61,14 +62,15 @@ def play(group: Group | None = None) -> dict[str, Any]:
     return found
 
 
-def local_batch(classes: int, step: int, group: Group | None) -> tuple[Tensor, Tensor, list[int]]:
-    """This rank's embeddings and labels, many of which repeat, and the images of each rank."""
+def local_batch(classes: int, step: int, group: Group | None) -> tuple[Tensor, Tensor, Everyone]:
+    """This rank's embeddings and labels, many of which repeat, and what it may know of all ranks."""
     generator = torch.Generator().manual_seed(step)
     embeddings = torch.randn(BATCH, WIDTH, generator=generator)
     labels = torch.randint(min(classes, 9), (BATCH,), generator=generator) * (classes // min(classes, 9))
     parts = [split_evenly(BATCH, world_size_of(group), rank) for rank in range(world_size_of(group))]
     own = slice(*parts[rank_of(group)])
-    return embeddings[own].requires_grad_(), labels[own], [stop - start for start, stop in parts]
+    everyone = Everyone([stop - start for start, stop in parts], labels)
+    return embeddings[own].requires_grad_(), labels[own].clone(), everyone
 
 
 def train(name: str, path: HeadPath, group: Group | None) -> list[Tensor]:
@@ -79,8 +81,8 @@ def train(name: str, path: HeadPath, group: Group | None) -> list[Tensor]:
     optimizer = RowwiseSGD(head.parameters(), lr=0.1)
     seen = []
     for step in range(3):
-        embeddings, labels, counts = local_batch(classes, step, group)
-        loss = head(embeddings, labels, counts=counts if step else None)
+        embeddings, labels, everyone = local_batch(classes, step, group)
+        loss = head(embeddings, labels, everyone=everyone if step else None)
         loss.backward()
         (gradient,) = head.row_gradients.deferred
         assert (gradient.batch.count is not None) == isinstance(path, TritonPath)
@@ -132,9 +134,9 @@ def step(
     head: PartialFC, optimizer: RowwiseSGD, number: int, group: Group | None, label: int = 1, value: float = 1.0
 ) -> Tensor:
     """One step, whose last rank has this label and an embedding multiplied by this value; the embeddings."""
-    embeddings, labels, counts = local_batch(149, number, group)
+    embeddings, labels, _ = local_batch(149, number, group)
     if rank_of(group) == world_size_of(group) - 1 and (label, value) != (1, 1.0):
         labels[1], embeddings = label, (embeddings.detach() * value).requires_grad_()
-    head(embeddings, labels, counts=counts).backward()
+    head(embeddings, labels).backward()
     optimizer.step()
     return embeddings

@@ -15,6 +15,7 @@ from device_scenarios import BAD, RATES, SHARED
 from distributed_workers import run_ranks
 from partialfc.errors import InputError
 from partialfc.head import partial_fc
+from partialfc.head.global_batch import Everyone
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.head.softmax_triton import TritonPath
@@ -142,5 +143,6 @@ def test_a_learning_rate_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("counts", [[3], [2, 0], []])
 def test_counts_that_do_not_agree_with_the_batch_are_refused(counts: list[int]) -> None:
+    labels = torch.tensor([1, 2])
     with pytest.raises(InputError, match="brings 2"):
-        PartialFC(40, 4)(torch.ones(2, 4), torch.tensor([1, 2]), counts=counts)
+        PartialFC(40, 4)(torch.ones(2, 4), labels, everyone=Everyone(counts, labels))

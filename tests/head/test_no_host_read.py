@@ -48,7 +48,7 @@ def take_step(make: Any = RowwiseSGD, scaled: bool = True, **options: Any) -> Pa
     optimizer = make(head.parameters(), lr=0.1)
     embeddings = torch.randn(BATCH, WIDTH, device="meta", requires_grad=True)
     labels = torch.randint(CLASSES, (BATCH,), device="meta")
-    head(embeddings, labels, counts=[BATCH]).backward()
+    head(embeddings, labels).backward()
     if scaled:  # as GradScaler leaves them
         optimizer.found_inf, optimizer.grad_scale = torch.zeros((), device="meta"), torch.ones((), device="meta")
     optimizer.step()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from partialfc.errors import InputError
+from partialfc.head.global_batch import NonFiniteEmbeddings
 from partialfc.head.optim import RowwiseSGD
-from partialfc.head.partial_fc import NonFiniteEmbeddings, PartialFC
+from partialfc.head.partial_fc import PartialFC
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +40,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def take_step(head: PartialFC, optimizer: RowwiseSGD, embeddings: Tensor, labels: Tensor) -> Tensor:
-    loss = head(embeddings, labels, counts=[BATCH])
+    loss = head(embeddings, labels)
     loss.backward()
     optimizer.step()
     return loss

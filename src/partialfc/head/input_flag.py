@@ -5,31 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partialfc.errors import InputError
+from partialfc.head.global_batch import bad_embeddings, bad_label
 
 _LABEL, _EMBEDDINGS = 1, 2
 
 
-class NonFiniteEmbeddings(InputError):
-    """The backbone gave NaN or infinity; every rank raises it in the same step, and nothing was updated."""
-
-
-def raise_bad_input(embeddings: Tensor, labels: Tensor, num_classes: int, step: int) -> None:
-    """Raise what is wrong with the global batch, (G, D) and (G,), at once: host reads.
-
-    Raises:
-        InputError: a label lies outside [0, num_classes).
-        NonFiniteEmbeddings: NaN or infinity.
-    """
-    outside = ((labels < 0) | (labels >= num_classes)).nonzero()[:, 0]
-    if len(outside):
-        raise _error(_LABEL, int(labels[outside[0]]), step, num_classes)
-    if not bool(torch.isfinite(embeddings).all()):
-        raise _error(_EMBEDDINGS, 0, step, num_classes)
-
-
 class InputFlag:
-    """The same without a host read: the device remembers the first bad batch until somebody has read of it.
+    """`raise_bad_input` without a host read: the device remembers the first bad batch until somebody has read of it.
 
     The global batch is the same on all ranks, and so is the flag.
 
@@ -96,12 +78,4 @@ class InputFlag:
         self._sent = False
         if kind:
             self.state.zero_()
-            raise _error(kind, label, step, self._num_classes)
-
-
-def _error(kind: int, label: int, step: int, num_classes: int) -> InputError:
-    if kind == _LABEL:
-        return InputError(f"label {label} lies outside [0, {num_classes}): the data has more classes than the head.")
-    return NonFiniteEmbeddings(
-        f"embeddings of step {step} contain NaN or infinity: lower the learning rate or check the input."
-    )
+            raise bad_label(label, self._num_classes) if kind == _LABEL else bad_embeddings(step)

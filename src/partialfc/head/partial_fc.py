@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from partialfc import keyed_random
-from partialfc.distributed import Group, Shard, all_gather_rows, all_reduce, reduce_scatter_rows, row_counts
+from partialfc.distributed import Group, Shard, all_reduce, start_gather_rows, start_reduce_scatter_rows
 from partialfc.errors import InputError
 from partialfc.head import checks, softmax
+from partialfc.head.global_batch import Everyone, gather_labels, raise_bad_input
 from partialfc.head.initial_centers import initial_centers
-from partialfc.head.input_flag import InputFlag, NonFiniteEmbeddings, raise_bad_input
+from partialfc.head.input_flag import InputFlag
 from partialfc.head.margins import CosFace, Margin, MarginBatch
 from partialfc.head.paths import choose_path
 from partialfc.head.row_gradients import RowGradients
@@ -24,7 +26,6 @@ from partialfc.head.targets import TargetTerms, class_rows, normalise_rows, targ
 from partialfc.head.threads import alone_if
 
 Update = Literal["sparse", "deferred"]
-__all__ = ["HeadFigures", "NonFiniteEmbeddings", "PartialFC", "Update"]
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,12 @@ class PartialFC(nn.Module):
         *,
         step_labels: Tensor | None = None,
         first_place: int = 0,
-        counts: Sequence[int] | None = None,
+        everyone: Everyone | None = None,
     ) -> Tensor:
         """The mean loss of the global batch; the same value on every rank.
 
-        Under world size W it takes five collectives, four with `counts`, and backward one. The embeddings' gradient is
-        W times that of the mean loss, because DistributedDataParallel averages the backbone's over the ranks.
+        Under world size W it takes five collectives, three with `everyone`, and backward one. The embeddings' gradient
+        is W times that of the mean loss, because DDP and FSDP average the backbone's gradients over the ranks.
 
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
@@ -162,9 +163,9 @@ class PartialFC(nn.Module):
             step_labels: (n,) int64, the labels of all micro-steps and ranks, the same on all ranks. With them, each
                 micro-step of an accumulated step uses the same classes, however the step is cut; without, each adds its
                 own positives to the shared negatives.
-            counts: the images of each rank, in rank order, where the caller knows them; otherwise the ranks ask each
-                other, and the host waits for the answer.
             first_place: how many samples the micro-steps before have, over all ranks; noise of margins goes by it.
+            everyone: numbers of samples and labels of all ranks, the same on all, if the caller knows them already;
+                otherwise the ranks ask each other, and the host waits for the answer.
 
         Returns:
             () float64 for float64 embeddings, float32 otherwise.
@@ -177,14 +178,14 @@ class PartialFC(nn.Module):
         rows = len(self.shard) * self.margin.sub_centers
         checks.check_not_wrapped(self.centers, rows, self.embedding_dim, getattr(self, "_is_replica", False))
         checks.check_batch(embeddings, labels, self.centers)
-        if counts is not None:
-            checks.check_counts(counts, len(embeddings), self.shard)
+        if everyone is not None:
+            checks.check_counts(everyone.counts, len(embeddings), self.shard)
         if self._flag is not None:
             with self._forgetting():
                 self._flag.look(alone=self.shard.world_size == 1)
         # Parameters lose attributes when a module is copied or moved to another storage.
         self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
-        place = _Place(step_labels, first_place, None if counts is None else list(counts))
+        place = _Place(step_labels, first_place, everyone)
         return _SampledSoftmax.apply(embeddings, self.centers, labels, self, place)
 
     def check(self) -> None:
@@ -216,7 +217,7 @@ class _Place:
 
     step_labels: Tensor | None
     first: int
-    counts: list[int] | None
+    everyone: Everyone | None
 
 
 @dataclass(frozen=True)
@@ -232,17 +233,6 @@ class _Step:
     path: softmax.Path
     negatives: softmax.NegativeSums
     terms: softmax.LossTerms
-
-
-def _gather_batch(
-    head: PartialFC, embeddings: Tensor, labels: Tensor, counts: list[int] | None
-) -> tuple[list[int], Tensor, Tensor]:
-    """The global batch: rows of each rank, (G, D) embeddings and (G,) labels. Three collectives, two with counts."""
-    group = head.shard.group
-    counts = row_counts(len(embeddings), embeddings.device, group) if counts is None else counts
-    if sum(counts) == 0:
-        raise InputError("the global batch is empty: the head needs at least one image on one rank.")
-    return counts, all_gather_rows(embeddings.contiguous(), counts, group), all_gather_rows(labels, counts, group)
 
 
 def _check_batch(head: PartialFC, embeddings: Tensor, labels: Tensor, on_device: bool) -> Tensor | None:
@@ -274,14 +264,17 @@ def _sample(
 def _forward(
     head: PartialFC, path: softmax.Path, centers: Tensor, local: tuple[Tensor, Tensor], place: _Place, keep: bool
 ) -> _Step:
-    """Everything before backward, from this rank's embeddings and labels. Five collectives, four with counts."""
+    """Everything before backward, from this rank's embeddings and labels. Five collectives, or three; see `forward`."""
     shard, margin = head.shard, head.margin
     on_device = path.takes_padding and head.update == "deferred" and head.row_gradients.prepare is None
-    counts, embeddings, labels = _gather_batch(head, *local, place.counts)
+    everyone = gather_labels(local[1], place.everyone, shard.group)
+    labels = everyone.labels
+    gathered = start_gather_rows(local[0].contiguous(), everyone.counts, shard.group)
+    classes, count = _sample(head, labels, place.step_labels, on_device)
+    embeddings = gathered()  # sampling went on beside it
     bad = _check_batch(head, embeddings, labels, on_device)
     unit_embeddings, norms = normalise_rows(embeddings.double())
     compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    classes, count = _sample(head, labels, place.step_labels, on_device)
     if head.row_gradients.prepare is not None:
         head.row_gradients.prepare(class_rows(classes - shard.start, margin.sub_centers))
     owned = (labels >= shard.start) & (labels < shard.stop)
@@ -306,7 +299,8 @@ def _forward(
         scratch=head._scratch,
         scratch_bytes=head.scratch_bytes,
     )
-    negatives = path.sum_negatives(centers, batch, keep=keep)
+    with record_function("head: negatives"):
+        negatives = path.sum_negatives(centers, batch, keep=keep)
     used = torch.full_like(labels[0], len(classes)) if count is None else count
     everything = torch.cat([negatives.sums, torch.stack([negatives.conflicts, used.double()])])
     all_reduce(everything, group=shard.group)
@@ -317,7 +311,7 @@ def _forward(
         conflict_share=conflicts / ((sampled - 1) * len(labels)).clamp_min(1),
         sampled=used,
     )
-    return _Step(counts, bad, unit_embeddings, norms, batch, targets, path, negatives, terms)
+    return _Step(everyone.counts, bad, unit_embeddings, norms, batch, targets, path, negatives, terms)
 
 
 def _margin_batch(
@@ -359,23 +353,29 @@ class _SampledSoftmax(torch.autograd.Function):
         (centers,) = ctx.saved_tensors
         factor = loss_gradient.double() / len(step.norms)
         with torch.autocast(centers.device.type, enabled=False), alone_if(step.path.in_threads):
-            embeddings_gradient = _embeddings_gradient(head, step, factor).to(ctx.dtype)
-            centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
-        return embeddings_gradient, centers_gradient, None, None, None
+            embeddings_gradient = _start_embeddings_gradient(head, step, factor)
+            with record_function("head: gradient of the centers"):
+                centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
+            return embeddings_gradient().to(ctx.dtype), centers_gradient, None, None, None
 
 
-def _embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Tensor:
-    """(B, D), times the world size since DDP averages. One collective."""
+def _start_embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Callable[[], Tensor]:
+    """Begin to compute (B, D), times the world size since DDP averages; what is returned gives it. One collective."""
     group = head.shard.group
     gradient = softmax.embedding_gradient(
         step.negatives, step.targets, step.terms, step.batch, step.unit_embeddings, step.norms
     )
-    gradient = reduce_scatter_rows(gradient, step.counts, group)
-    start = sum(step.counts[: head.shard.rank])
-    own = slice(start, start + len(gradient))
-    gradient = gradient + (step.terms.norm_slope[own, None] * step.unit_embeddings[own]).to(gradient.dtype)
-    gradient = gradient * (factor * head.shard.world_size).to(gradient.dtype)
-    return gradient if step.bad is None else gradient.masked_fill(step.bad, 0.0)
+    summed = start_reduce_scatter_rows(gradient, step.counts, group)
+
+    def finish() -> Tensor:
+        gradient = summed()
+        start = sum(step.counts[: head.shard.rank])
+        own = slice(start, start + len(gradient))
+        gradient = gradient + (step.terms.norm_slope[own, None] * step.unit_embeddings[own]).to(gradient.dtype)
+        gradient = gradient * (factor * head.shard.world_size).to(gradient.dtype)
+        return gradient if step.bad is None else gradient.masked_fill(step.bad, 0.0)
+
+    return finish
 
 
 def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Tensor) -> Tensor | None:

@@ -32,6 +32,7 @@ PICTURE = "images/compression.svg"
 
 def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainConfig:
     base = RECIPES["demo"]()
+    epochs = steps * BATCH / (IDENTITIES * SHOTS)
     return replace(
         base,
         seed=seed,
@@ -39,7 +40,7 @@ def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainCon
         device="cpu",
         data=replace(base.data, path=str(data), global_batch_size=BATCH, micro_batch_size=BATCH, workers=0),
         processes=ProcessesConfig(gradients=gradients),
-        schedule=replace(base.schedule, epochs=steps * BATCH / (IDENTITIES * SHOTS)),
+        schedule=replace(base.schedule, epochs=epochs, warmup_epochs=epochs / 12),
         output=replace(base.output, log_every=5, evaluate_every=steps, checkpoint_every=steps),
     )
 

@@ -149,10 +149,9 @@ def row(variant: str, steps: list[Step]) -> str:
 
 
 def picture(step: Step) -> str:
-    rows = [Row("backward pass", step.backward), Row("", []), Row("computing", step.computing), Row("", [])]
-    for name, spans in sorted(step.collectives.items()):
-        rows += [Row(name.replace("_", "-"), merged(spans)), Row("", [])]
-    return standalone_svg(timeline(rows[:-1], name="one training step", stop=step.length))
+    rows = [Row("backward pass", step.backward), Row("computing", step.computing)]
+    rows.append(Row("communicating", step.communicating))
+    return standalone_svg(timeline(rows, name="one training step", stop=step.length))
 
 
 def main() -> None:

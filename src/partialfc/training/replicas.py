@@ -68,9 +68,8 @@ def replicated(network: nn.Module, gradients: torch.dtype) -> nn.Module:
     if world_size_of() == 1 or _is_split(network):
         return network
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`broadcast_buffers`", FutureWarning
-        )  # torch 2.13 has no successor for it yet
+        # torch 2.13 deprecates the option before it has one in its place.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
         # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
         result = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     if gradients == torch.bfloat16:

@@ -61,7 +61,7 @@ def figures_of(run: Path) -> tuple[list[tuple[float, float]], float]:
 def table(found: dict[str, list[tuple[list[tuple[float, float]], float]]]) -> list[str]:
     lines = ["| gradients | seed | loss, first quarter | loss, last quarter | accuracy |", "|---|---|---|---|---|"]
     for gradients, runs in found.items():
-        quarter = len(runs[0][0]) // 4
+        quarter = max(1, len(runs[0][0]) // 4)
         rows = []
         for seed, (curve, accuracy) in zip(SEEDS, runs, strict=True):
             losses = [loss for _, loss in curve]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from partialfc.distributed import Group, rank_of
+from partialfc.errors import JobError
 from partialfc.training.checkpoint import CheckpointNotWritten
 from partialfc.training.checkpoint_async import CheckpointWriter
 from partialfc.training.config import TrainConfig
@@ -57,6 +58,16 @@ class Saver:
         self.finish()
         self.writer.save(state.snapshot(self.config))
         self.writer.finish()
+
+    def write_models(self, write: Callable[[], None]) -> None:
+        """Write models, on rank 0; a full disk is an error, unless the run is to go on without."""
+        try:
+            write()
+        except OSError as error:
+            message = f"could not write a model ({error})"
+            if self.output.on_checkpoint_error == "stop":
+                raise JobError(f"{message}: make room, and go on with --resume.") from error
+            self.report(message)
 
     def _tolerantly(self, work: Callable[[], Any]) -> None:
         try:

@@ -20,6 +20,7 @@ from partialfc.training.config import TrainConfig
 from partialfc.training.freezing import hold_frozen
 from partialfc.training.scaling import scale_gradient
 from partialfc.training.schedule import learning_rate
+from partialfc.training.skipping import Skip, locate
 from partialfc.training.state import TrainState
 
 _MOST_SKIPPED_IN_A_ROW = 10
@@ -38,6 +39,7 @@ class Stepper:
     Attributes:
         total_steps: of the whole run.
         lr, lr_head: learning rates of the last step.
+        skip: what this rank knows of the last step if that was skipped, else None.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class Stepper:
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False, gradient_as_bucket_view=True)
         self._buffers_before = [buffer.clone() for buffer in state.backbone.buffers()]
         self._random_parts = keyed_random.derive_key(config.seed, "backbone's random parts")
+        self.skip: Skip | None = None
         self._skipped_in_a_row = 0
+        self._outputs: list[tuple[Tensor, Tensor]] = []
         self._step_labels: Tensor | None = None
         channels_last = config.backbone.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -69,10 +73,7 @@ class Stepper:
     def step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
         """Take one step, and return its figures, none if it was skipped before it had any.
 
-        A gradient that is not finite on any rank is skipped by all, in both optimizers.
-
-        Raises:
-            JobError: ten steps in a row were skipped.
+        A gradient that is not finite on any rank is skipped by all, in both optimizers; see `skip`.
         """
         state, step = self.state, self.state.done
         # Whatever draws from torch's own generator draws the same after a resume.
@@ -97,9 +98,21 @@ class Stepper:
             state.loss_scale.update(finite)
         state.backbone_optimizer.zero_grad()
         state.head_optimizer.zero_grad()
+        self.skip = None if finite else locate(self._outputs)
+        self._outputs = []
         if not finite:
-            self._count_skip()
+            state.skipped += 1
+            self._skipped_in_a_row += 1
         return figures
+
+    def check_skips(self) -> None:
+        """Raise JobError, on all ranks alike, after ten skipped steps in a row: call it when the skip is reported."""
+        if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+            raise JobError(
+                f"{self._skipped_in_a_row} steps in a row, up to step {self.state.done}, had gradients that are not "
+                "finite: lower optimizer.lr or check the images that metrics.jsonl names; the checkpoints hold none of "
+                "these steps."
+            )
 
     def _set_learning_rates(self, step: int) -> None:
         schedule = self.config.schedule
@@ -167,7 +180,11 @@ class Stepper:
         wide = torch.promote_types(self.compute_dtype, torch.float32)
         inputs = inputs.to(wide, memory_format=self._memory_format)
         with torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced):
-            embeddings = self.network(inputs, keys).to(wide)
+            output = self.network(inputs, keys)
+        if output.requires_grad:
+            output.retain_grad()  # tells, should the step be skipped, which images were to blame
+        self._outputs.append((batch.positions, output))
+        embeddings = output.to(wide)
         if self.state.loss_scale is not None:
             embeddings = scale_gradient(embeddings, self.state.loss_scale.value)
         first, _ = split_evenly(self.config.data.global_batch_size, self.loader.micro_steps, batch.micro_step)
@@ -178,13 +195,3 @@ class Stepper:
         if isinstance(self.network, DistributedDataParallel):
             return self.network.no_sync()
         return contextlib.nullcontext()
-
-    def _count_skip(self) -> None:
-        """Count a step whose gradient is not finite; all ranks agree on that, so all come here."""
-        self.state.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-            raise JobError(
-                f"{self._skipped_in_a_row} steps in a row, up to step {self.state.done}, had gradients that are not "
-                "finite: lower optimizer.lr or check the data; the checkpoints hold none of these steps."
-            )

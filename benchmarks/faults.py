@@ -17,13 +17,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from fault_rows import damaged, killed, stopped
+from fault_rows import damaged, killed, others, stopped, storage
 from fault_rows.bench import Bench, Injection, Outcome, Row
+from fault_rows.launch import warm_up
 from partialfc.training.progress import track
 
-ROWS: list[Row] = [*killed.ROWS, *damaged.ROWS, *stopped.ROWS]
+ROWS: list[Row] = [*killed.ROWS, *damaged.ROWS, *stopped.ROWS, *storage.ROWS, *others.ROWS]
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 DOCS = Path(__file__).parents[1] / "docs" / "reliability.md"
 
@@ -57,6 +56,8 @@ def table(rows: list[Row], done: Done) -> list[str]:
     lines = ["| fault | injected | outcome | steps done again: mean, most |", "|---|---:|---|---|"]
     for row in rows:
         outcomes = [outcome for (key, _), outcome in done.items() if key == row.key]
+        if not outcomes:
+            continue
         count = sum(outcome.count for outcome in outcomes)
         failed = sum(outcome.problem is not None for outcome in outcomes)
         lost = [outcome.lost for outcome in outcomes if outcome.lost is not None]
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", choices=[row.key for row in ROWS], help="only these; no docs are written")
     parser.add_argument("--short", action="store_true", help="a few injections of each row; no docs are written")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    warm_up()
     rows = [row for row in ROWS if options.rows is None or row.key in options.rows]
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -117,10 +117,11 @@ class Bench:
         world_size: int = 1,
         fault: Fault | None = None,
         resume: bool = False,
+        logs: Path | None = None,
     ) -> Run:
-        """Start a run in folder `out`; what it prints is beside that."""
+        """Start a run in folder `out`; what it prints is in the folder `logs`, by default the one that `out` is in."""
         more = ["--resume"] if resume else []
-        log = out.with_name(f"{out.name}-{'resumed' if resume else 'first'}.log")
+        log = (logs or out.parent) / f"{out.name}-{'resumed' if resume else 'first'}.log"
         return Run(log, [*self.arguments(out, options), *more], world_size, fault)
 
     def straight(self, options: Sequence[str] = (), *, world_size: int = 1) -> Path:

@@ -20,7 +20,8 @@ from partialfc.training.checkpoint_reading import Checkpoint, folder_name, load_
 from partialfc.training.config import TrainConfig
 from partialfc.training.state import TrainState
 
-BLOCK = 2048  # bytes, so that small files have many blocks
+BLOCK = 32 * 1024  # bytes, so that small files have many blocks
+STRIDE_OF_MANIFEST = 64  # bytes; it is one block
 BEFORE, NEWEST = 6, 9
 SYNCHRONOUS = ("--output.checkpoint_async=false",)
 LENGTHS: dict[str, Callable[[bytes], bytes | None]] = {
@@ -115,7 +116,7 @@ def _prefixes(verify: bool) -> tuple[str, ...]:
 
 
 def _flip_all(bench: Bench, folder: Path, verify: bool, short: bool) -> Outcome:
-    """The first and last bit of each block, and one in between; every second block only if it is to be short."""
+    """The first and last bit of each block, and one in between; every sixteenth block only if it is to be short."""
     victim = Victim(bench, folder / "run")
     draw = random.Random(0)
     count = 0
@@ -124,9 +125,9 @@ def _flip_all(bench: Bench, folder: Path, verify: bool, short: bool) -> Outcome:
             continue
         path = victim.newest / name
         whole = path.read_bytes()
-        starts = range(0, len(whole), BLOCK * (8 if short else 1))
-        for start in starts:
-            stop = min(start + BLOCK, len(whole))
+        stride = STRIDE_OF_MANIFEST if name == MANIFEST else BLOCK
+        for start in range(0, len(whole), stride * (16 if short else 1)):
+            stop = min(start + stride, len(whole))
             for position, bit in ((start, 0), (draw.randrange(start, stop), draw.randrange(8)), (stop - 1, 7)):
                 damaged = bytearray(whole)
                 damaged[position] ^= 1 << bit

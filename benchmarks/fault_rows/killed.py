@@ -139,7 +139,8 @@ ROWS = [
         "interrupted-1",
         "the process killed in a step, between its micro-steps, between the two optimizers, in an evaluation, right "
         "after a save (1 process)",
-        "goes on from the last checkpoint; model, optimizer state, centers, momentum and metrics as without, bit for bit",
+        "goes on from the last checkpoint; model, optimizer state, centers, momentum and metrics are the same in the "
+        "end, bit for bit",
         interruptions(1),
     ),
     Row("interrupted-2", "the same with 2 processes, one of them killed", "the same", interruptions(2)),

@@ -2,13 +2,15 @@
 
 Each process runs the command line itself (`partialfc train …`) as one of the ranks that a launcher would start, and
 may first patch itself with a fault. This process starts no thread and no process group, and computes no gradient, so
-that forking it is safe. The launcher's key-value store lives in one more process, as it does with torchrun.
+that forking it is safe: `warm_up` makes sure of it. The launcher's key-value store lives in one more process, as it
+does with torchrun.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import re
 import signal
@@ -23,12 +25,25 @@ import torch
 from torch.distributed import TCPStore
 
 from partialfc import cli
+from partialfc.head.partial_fc import PartialFC
 from partialfc.training.signals import end_at_once
 
 Fault = Callable[[int], None]
 """Called with the rank in each process before it runs the command; it patches what is to go wrong."""
 
 _STUCK = 240.0  # seconds after which a run is taken for stuck
+
+
+def warm_up() -> None:
+    """Import and compile in this process what every training process would: half of its time otherwise."""
+    importlib.import_module("torch._dynamo")  # which PyTorch imports with the first optimizer
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        head = PartialFC(8, 16, 0.5)
+        head(torch.ones(4, 16), torch.arange(4))
+    threads = list(Path("/proc/self/task").iterdir()) if Path("/proc/self/task").is_dir() else [None]
+    if len(threads) > 1:
+        raise RuntimeError(f"{len(threads)} threads are at work: this process cannot be forked safely")
 
 
 class Run:

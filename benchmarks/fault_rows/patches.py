@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +16,7 @@ import torch
 
 from partialfc.data.loader import Batch
 from partialfc.training import checkpoint, checkpoint_async, loop
+from partialfc.training import step as step_module
 from partialfc.training.checkpoint_async import HostCopies
 from partialfc.training.checkpoint_manifest import MANIFEST
 from partialfc.training.step import Stepper
@@ -260,18 +263,73 @@ def between_renames(step: int, act: Act) -> None:
     _at_rename(step, act, ("", ".old"), "after")
 
 
-def poison(rank: int, number: int, steps: range) -> None:
-    """Make one image of each of these steps NaN, on rank `number`."""
-    if rank != number:
-        return
-    from partialfc.training import step as step_module
+def kill_reader(step: int, number: int) -> None:
+    """Before a step, SIGKILL to one of this process's processes that read the data."""
 
-    plain = step_module.augment
+    def kill() -> None:
+        os.kill(sorted(each.pid or 0 for each in multiprocessing.active_children())[number], signal.SIGKILL)
 
-    def augmented(images: torch.Tensor, positions: torch.Tensor, seed: int, **options: Any) -> torch.Tensor:
-        result = plain(images, positions, seed, **options)
-        if len(positions) and int(positions[0]) // 10 in steps:
+    in_step(step, kill)
+
+
+def poison_images(steps: range) -> None:
+    """Make the first image of this rank NaN in each of these steps."""
+    plain, now = step_module.augment, False
+
+    def watch(_: Stepper, batch: Batch) -> bool:
+        nonlocal now
+        now = batch.step in steps and batch.micro_step == 0
+        return False
+
+    def augmented(*arguments: Any, **options: Any) -> torch.Tensor:
+        result = plain(*arguments, **options)
+        if now:
             result[0] = float("nan")
         return result
 
+    wrap(Stepper, "_loss", when=watch)
     step_module.augment = augmented
+
+
+def poison_loss(steps: range) -> None:
+    """Make the gradient that this rank's embeddings get NaN in each of these steps."""
+    plain = Stepper._loss
+
+    def loss(self: Stepper, batch: Batch) -> torch.Tensor:
+        result = plain(self, batch)
+        return result * float("nan") if batch.step in steps and batch.micro_step == 0 else result
+
+    Stepper._loss = loss  # type: ignore[method-assign]
+
+
+def poison_weights_gradient(steps: range) -> None:
+    """Make the gradient of one weight NaN on this rank in each of these steps, before the ranks exchange gradients."""
+    now = False
+
+    def watch(stepper: Stepper, batches: Any) -> bool:
+        nonlocal now
+        now = stepper.state.done in steps
+        weight = next(stepper.state.backbone.parameters())
+        if not hasattr(weight, "poisoned"):
+            weight.poisoned = weight.register_hook(  # type: ignore[attr-defined]
+                lambda gradient: gradient * float("nan") if now else gradient
+            )
+        return False
+
+    wrap(Stepper, "step", when=watch)
+
+
+def note_replica(folder: Path, rank: int) -> None:
+    """After every step, keep the SHA-256 of this rank's weights in a file of the folder."""
+    plain = Stepper.step
+
+    def step(self: Stepper, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        figures = plain(self, batches)
+        digest = hashlib.sha256()
+        for parameter in self.state.backbone.parameters():
+            digest.update(parameter.detach().contiguous().numpy().tobytes())
+        with (folder / f"replica.{rank}").open("a") as file:
+            file.write(digest.hexdigest() + "\n")
+        return figures
+
+    Stepper.step = step  # type: ignore[method-assign]

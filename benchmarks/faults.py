@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # before NumPy is imported: its threads do not fork
 
 from fault_rows import damaged, killed, others, stopped, storage
 from fault_rows.bench import Bench, Injection, Outcome, Row

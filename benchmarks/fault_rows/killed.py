@@ -57,7 +57,7 @@ def interruptions(world_size: int) -> Callable[[Bench, bool], Iterator[Injection
 
     def injections(bench: Bench, short: bool) -> Iterator[Injection]:
         names = list(MOMENTS)
-        for number, name in enumerate(names[3:10:6] if short else names):
+        for number, name in enumerate(names[3 + 6 * (world_size - 1) :: 99] if short else names):
             rank = number % world_size
             options = (ASYNCHRONOUS, SYNCHRONOUS)[number // world_size % 2]
 
@@ -75,7 +75,7 @@ def saves(bench: Bench, short: bool) -> Iterator[Injection]:
         for rank in range(world_size):
             for options in (ASYNCHRONOUS, SYNCHRONOUS):
                 stages = _stages(rank, world_size, options == ASYNCHRONOUS)
-                chosen = list(stages)[:: 17 if options else 40] if short else list(stages)
+                chosen = list(stages)[:: 25 if options else 40] if short else list(stages)
                 for name in chosen:
                     yield _save_injection(bench, world_size, rank, options, name, stages[name])
 
@@ -101,7 +101,7 @@ def replacements(bench: Bench, short: bool) -> Iterator[Injection]:
     """Killed between the two renames with which a step that is saved again takes its old place."""
     for world_size in (1,) if short else (1, 2):
         for options in (SYNCHRONOUS,) if short else (ASYNCHRONOUS, SYNCHRONOUS):
-            for damaged in (True, False):
+            for damaged in (False,) if short else (True, False):
 
                 def inject(
                     folder: Path, n: int = world_size, options: tuple[str, ...] = options, damaged: bool = damaged

@@ -53,7 +53,7 @@ def finish(bench: Bench, out: Path, run: Run, world_size: int) -> Outcome:
 def random_moments(bench: Bench, short: bool) -> Iterator[Injection]:
     """At a moment drawn evenly from the length of a run, start-up included, on rank 0 or the last."""
     draw = random.Random(0)
-    for number in range(2 if short else RANDOM_MOMENTS):
+    for number in range(1 if short else RANDOM_MOMENTS):
         world_size, rank, part = 1 + number % 2, number // 2 % 2 * (number % 2), draw.random()
 
         def inject(folder: Path, world_size: int = world_size, rank: int = rank, part: float = part) -> Outcome:

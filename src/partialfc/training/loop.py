@@ -176,7 +176,7 @@ class _Trainer:
         with (
             self._open_trackers(first) as self.trackers,
             contextlib.closing(self._profiler()) as profiler,
-            self._open_log(first, owed) as self.log,
+            self._open_log(first, owed or first >= self.total_steps) as self.log,
             TrainingProgress(self.total_steps, "training", quiet=self.quiet or not self.leads) as self.progress,
         ):
             for note in [*self.notes, self._description(first)]:
@@ -316,10 +316,11 @@ class _Trainer:
             for tracker in trackers:
                 tracker.close()
 
-    def _open_log(self, first: int, owed: bool) -> MetricsLog:
+    def _open_log(self, first: int, evaluates: bool) -> MetricsLog:
         patient = self.config.output.on_checkpoint_error == "continue"
+        again = self.benchmarks if evaluates else ()
         return MetricsLog(
-            self.folder.metrics, resume_step=first, evaluates_again=owed, patient=patient, enabled=self.leads
+            self.folder.metrics, resume_step=first, evaluates_again=again, patient=patient, enabled=self.leads
         )
 
     def _profiler(self) -> StepProfiler:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ class MetricsLog:
         path: Path,
         *,
         resume_step: int = 0,
-        evaluates_again: bool = False,
+        evaluates_again: Collection[str] = (),
         patient: bool = False,
         enabled: bool = True,
     ) -> None:
@@ -39,7 +39,7 @@ class MetricsLog:
             path: the file; made if missing, together with its folder.
             resume_step: optimizer steps done. An interrupted run may have written lines of later steps, which will be
                 written again: those are removed, as is a last line that was cut off.
-            evaluates_again: the evaluation after `resume_step` comes again: its lines are removed too.
+            evaluates_again: benchmarks that are run again after `resume_step`: its lines of them are removed too.
             patient: keep lines that cannot be written, as on a full disk, until they can.
             enabled: False on all ranks but the first, where nothing is read or written.
 
@@ -146,12 +146,12 @@ def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
     return lines
 
 
-def _drop_lines_past(path: Path, step: int, evaluates_again: bool) -> None:
-    """Rewrite the file without later steps and without a cut-off last line; not at all if it has neither."""
+def _drop_lines_past(path: Path, step: int, evaluates_again: Collection[str]) -> None:
+    """Rewrite the file without what comes again and without a cut-off last line; not at all if it has neither."""
 
     def stays(line: Mapping[str, Any]) -> bool:
-        owed = evaluates_again and line["step"] == step and line.get("kind") == "evaluation"
-        return bool(line["step"] <= step and not owed)
+        comes_again = line.get("kind") == "evaluation" and line.get("benchmark") in evaluates_again
+        return bool(line["step"] < step or (line["step"] == step and not comes_again))
 
     if not path.exists():
         return

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fault_rows.launch import Fault, Run
+from fault_rows.patches import PLANNED
 from partialfc import keyed_random
 from partialfc.data.images import encode_png
 from partialfc.data.verification import write_pairs
@@ -185,7 +186,7 @@ def last_words(run: Run) -> str:
 def killed(run: Run) -> str | None:
     """Wait for a run one of whose ranks kills itself; the others are killed too. What is wrong if none did."""
     statuses = run.wait(then=signal.SIGKILL)
-    if -signal.SIGKILL in statuses:
+    if -signal.SIGKILL in statuses and PLANNED in run.said() and "Traceback" not in run.said():
         return None
     return f"nobody was killed: statuses {statuses}, {last_words(run)}"
 

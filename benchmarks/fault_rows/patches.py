@@ -22,10 +22,12 @@ from partialfc.training.checkpoint_manifest import MANIFEST
 from partialfc.training.step import Stepper
 
 Act = Callable[[], object]
+PLANNED = "here comes the planned signal"
 
 
 def die(*_: object) -> NoReturn:
     """SIGKILL: no handler, no cleaning up."""
+    os.write(2, f"{PLANNED}\n".encode())
     os.kill(os.getpid(), signal.SIGKILL)
     while True:
         time.sleep(1.0)
@@ -33,6 +35,7 @@ def die(*_: object) -> NoReturn:
 
 def terminate(*_: object) -> None:
     """SIGTERM to this process."""
+    os.write(2, f"{PLANNED}\n".encode())
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -98,13 +101,16 @@ def between_optimizers(step: int, act: Act) -> None:
 
 def in_evaluation(number: int, act: Act) -> None:
     """In the evaluation of this number, from 1, when its first batch is done."""
+    begun = 0
 
-    def patch(*_: Any, **__: Any) -> bool:
-        wrap(loop._Trainer, "_between_batches", before=act, when=nth(1))
+    def begins(*_: Any, **__: Any) -> bool:
+        nonlocal begun
+        begun += 1
         return False
 
-    first = nth(number)
-    wrap(loop, "evaluate_pair_set", when=lambda *a, **o: first() and patch())
+    wrap(loop, "evaluate_pair_set", when=begins)
+    first = nth(1)
+    wrap(loop._Trainer, "_between_batches", before=act, when=lambda _: begun == number and first())
 
 
 def after_evaluation(number: int, act: Act) -> None:

@@ -36,13 +36,14 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "while a model is written": lambda: patches.in_model(2, terminate),
     "in the last step": lambda: patches.in_step(STEPS - 1, terminate),
 }
+DONE_BY_THEN = ("while the last checkpoint is written", "in the last step")
 
 
-def finish(bench: Bench, out: Path, run: Run, world_size: int) -> Outcome:
+def finish(bench: Bench, out: Path, run: Run, world_size: int, allowed: tuple[int, ...] = (0, STOPPED)) -> Outcome:
     """Check that a run to which SIGTERM was sent ended as it should, resume it and compare."""
     statuses = run.wait(then=signal.SIGTERM)
     stopped, said = STOPPED in statuses, run.said()
-    if not set(statuses) <= {0, STOPPED} or "Traceback" in said or (stopped and "stopped by SIGTERM" not in said):
+    if not set(statuses) <= set(allowed) or "Traceback" in said or (stopped and "stopped by SIGTERM" not in said):
         return Outcome(problem=f"statuses {statuses}: {last_words(run)}")
     outcome = bench.resume_and_compare(out, world_size=world_size)
     if outcome.problem is None and outcome.lost != 0:
@@ -92,7 +93,8 @@ def named_moments(bench: Bench, short: bool) -> Iterator[Injection]:
         def inject(folder: Path, name: str = name, rank: int = rank, world_size: int = world_size) -> Outcome:
             fault = on_rank(rank, MOMENTS[name])
             run = bench.start(folder / "run", world_size=world_size, fault=fault)
-            return finish(bench, folder / "run", run, world_size)
+            outcome = finish(bench, folder / "run", run, world_size, (0 if name in DONE_BY_THEN else STOPPED,))
+            return outcome if patches.PLANNED in run.said(rank) else Outcome(problem="the signal was never sent")
 
         yield Injection(f"{name}, rank {rank} of {world_size}", inject)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialfc.activity import doing
 from partialfc.data.loader import Batch
@@ -336,7 +336,7 @@ class _Trainer:
         for network in (state.backbone, state.average):
             for buffer in network.buffers() if network is not None else ():
                 broadcast(buffer)
-        model = Model(state.evaluated, self.model_config)
+        model = Model(state.evaluated(), self.model_config)
         results = {}
         try:
             for name, pairs in self.benchmarks.items():
@@ -355,12 +355,13 @@ class _Trainer:
         if is_best:
             state.best_score, state.best_step = score if self.benchmarks else None, state.done
         if self.leads:
-            self.saver.write_models(lambda: self._write_models(("last", "best") if is_best else ("last",)))
+            names = ("last", "best") if is_best else ("last",)
+            self.saver.write_models(lambda: self._write_models(model.backbone, names))
         return 0
 
-    def _write_models(self, names: tuple[str, ...]) -> None:
+    def _write_models(self, backbone: nn.Module, names: tuple[str, ...]) -> None:
         for name in names:
-            save_model(self.folder.model(name), self.state.evaluated, self.model_config)
+            save_model(self.folder.model(name), backbone, self.model_config)
             write_identities(self.folder.model(name), self.state.identities)
 
     # -- words -------------------------------------------------------------------------------------------------------

@@ -74,9 +74,9 @@ class Stepper:
         """Take one step, and return its figures, none if it was skipped before it had any.
 
         A gradient that is not finite on any rank is skipped by all, in both optimizers (see `skip`). The ranks need not
-        ask each other about it. Embeddings that are not finite are seen by all, who gather them. Anything else that is not
-        finite on one rank is so in the mean of the ranks' gradients too, and all ranks compute the norm from the same
-        bits of that mean (DDP), or by one reduction over their parts of it (FSDP).
+        ask each other about it. Embeddings that are not finite are seen by all, who gather them. Anything else that is
+        not finite on one rank is so in the mean of the ranks' gradients too, and all ranks compute the norm from the
+        same bits of that mean (DDP), or by one reduction over their parts of it (FSDP).
         """
         state, step = self.state, self.state.done
         # Whatever draws from torch's own generator draws the same after a resume.

@@ -175,10 +175,11 @@ def _at_file(step: int, act: Act, name: str, where: str) -> None:
     plain = checkpoint.write_file
 
     def cut(pieces: Iterator[Any]) -> Iterator[Any]:
-        """All but the last piece, and half of that."""
+        """The same bytes, with the act in their middle."""
         content = b"".join(bytes(piece) for piece in pieces)
         yield content[: len(content) // 2]
         act()
+        yield content[len(content) // 2 :]
 
     def write(path: Path, pieces: Any, *options: Any) -> Any:
         return plain(path, cut(pieces) if saving.now and chosen(path) else pieces, *options)

@@ -19,6 +19,7 @@ from partialfc.training.metrics_log import read_metrics
 MEBIBYTE = 2**20
 FULL_FROM, FULL_UNTIL = 4, 10  # steps: checkpoint 6 and 9 and the evaluation after 8 meet a full disk, 3 and 12 do not
 CONTINUE = ("--output.on_checkpoint_error=continue",)
+NO_EVALUATION = ("--output.evaluate_every=1000",)  # but the one at the end
 ROOMS = {"nothing left": 0, "16 KiB left": 16 * 1024, "half a checkpoint left": 3 * MEBIBYTE}
 NO_CHECKPOINTS = ("--output.checkpoint_every=1000", "--output.evaluate_every=1000")
 _NO_SPACE = "No space left on device"
@@ -111,7 +112,9 @@ def goes_on(bench: Bench, short: bool) -> Iterator[Injection]:
 
         def inject(folder: Path, n: int = world_size, name: str = name, options: tuple[str, ...] = options) -> Outcome:
             with small_disk(folder) as disk:
-                return _go_on(bench, disk, (*CONTINUE, *options), n, full_for_some_steps(disk, ROOMS[name]))
+                return _go_on(
+                    bench, disk, (*CONTINUE, *NO_EVALUATION, *options), n, full_for_some_steps(disk, ROOMS[name])
+                )
 
         yield Injection(f"{name}, {world_size} processes, {options or 'asynchronous'}", inject)
 
@@ -127,6 +130,32 @@ def _go_on(bench: Bench, disk: Path, options: tuple[str, ...], world_size: int, 
         return Outcome(problem=f"logged: {lines}")
     straight = bench.straight(options, world_size=world_size)
     return Outcome(problem=difference(out, straight, ignored=("checkpoint_error",)))
+
+
+def models(bench: Bench, short: bool) -> Iterator[Injection]:
+    """The model of the second evaluation of three cannot be written; it may be the best one."""
+    for world_size in () if short else (1, 2):
+
+        def inject(folder: Path, n: int = world_size) -> Outcome:
+            with small_disk(folder) as disk:
+                fault = full_for_some_steps(disk, 0)
+                run = bench.start(disk / "run", CONTINUE, world_size=n, fault=fault, logs=folder)
+                statuses = run.wait()
+                if any(statuses) or "could not write a model" not in run.said(0):
+                    return Outcome(problem=f"statuses {statuses}: {last_words(run)}")
+                return Outcome(problem=_best_problem(disk / "run"))
+
+        yield Injection(f"{world_size} processes", inject)
+
+
+def _best_problem(out: Path) -> str | None:
+    """Whether model/best is the model of the step that the last checkpoint calls the best."""
+    best_step = Checkpoint(out / "checkpoints" / folder_name(12)).state["best_step"]
+    models = [(out / "model" / name / "model.safetensors").read_bytes() for name in ("last", "best")]
+    if best_step == 8 or (models[0] == models[1]) != (best_step == 12):
+        return f"the last checkpoint calls step {best_step} the best, and model/best is not of that step"
+    leftovers = [path.name for path in (out / "model").iterdir() if path.name.startswith(".")]
+    return f"left over: {leftovers}" if leftovers else None
 
 
 def never_room(bench: Bench, short: bool) -> Iterator[Injection]:
@@ -219,6 +248,12 @@ ROWS = [
         "the same for some steps, with `output.on_checkpoint_error continue`",
         "trains on, says and logs what was not written; metrics and the last checkpoint as without",
         _if_mounted(goes_on),
+    ),
+    Row(
+        "disk-model",
+        "the same in an evaluation",
+        "trains on, says and logs it; the best model is the best of those written, and called so",
+        _if_mounted(models),
     ),
     Row(
         "disk-never",

@@ -237,13 +237,39 @@ def test_a_model_that_cannot_be_written(goes_on: bool, tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(model, "save_file", full)
         if goes_on:
-            train(config, tmp_path, quiet=True)
+            result = train(config, tmp_path, quiet=True)
+            assert result.best_step is None
+            assert "best model" not in result.text()
         else:
             with pytest.raises(JobError, match=r"could not write a model .*No space left.*: make room, and go on with"):
                 train(config, tmp_path, quiet=True)
     assert not list((tmp_path / "model").iterdir())
     errors = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "checkpoint_error"]
     assert [line["step"] for line in errors] == ([4, 8, 10] if goes_on else [])
+
+
+def test_the_best_model_is_the_best_that_could_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores rise to the second evaluation of three, whose model is not written."""
+    plain, scores = loop.evaluate_pair_set, iter((0.5, 0.9, 0.7))
+
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        return replace(plain(*arguments, **options), accuracy=next(scores))
+
+    def write(folder: Path, *arguments: Any) -> None:
+        calls.append(folder.name)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_model(folder, *arguments)
+
+    calls: list[str] = []
+    save_model = loop.save_model
+    monkeypatch.setattr(loop, "evaluate_pair_set", evaluate)
+    monkeypatch.setattr(loop, "save_model", write)
+    config = config_of(on_checkpoint_error="continue")
+    config = replace(config, output=replace(config.output, evaluate_every=4))
+    result = train(config, tmp_path, benchmarks=PAIRS, quiet=True)
+    assert calls == ["last", "best", "last", "last", "best"]
+    assert (result.best_score, result.best_step) == (0.7, 10)
 
 
 def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,11 +352,10 @@ class _Trainer:
             )
         score = sum(result["accuracy"] for result in results.values()) / max(1, len(results))
         is_best = state.best_score is None or score > state.best_score or not self.benchmarks
-        if is_best:
+        names = ("last", "best") if is_best else ("last",)
+        written = self.saver.write_models(lambda: self._write_models(model.backbone, names), self.news_group)
+        if is_best and written:  # the best model is the best of those that could be written
             state.best_score, state.best_step = score if self.benchmarks else None, state.done
-        if self.leads:
-            names = ("last", "best") if is_best else ("last",)
-            self.saver.write_models(lambda: self._write_models(model.backbone, names))
         return 0
 
     def _write_models(self, backbone: nn.Module, names: tuple[str, ...]) -> None:

@@ -1,0 +1,124 @@
+"""What is planned: the sizes and options of a training that memory and time depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from partialfc.backbones import check_backbone
+from partialfc.errors import InputError
+from partialfc.head.compiled import row_loops
+from partialfc.head.sampling import sample_size
+
+Device = Literal["v100", "a100", "h100", "h200", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bf16", "fp16"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with the help text of its option."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A training to be planned; each field is an option of `partialfc plan`."""
+
+    classes: int | None = option(None, "identities, the classes of the head")
+    gpus: int = option(8, "processes, one a GPU")
+    backbone: str = option("r50", "name of the network")
+    device: Device = option(
+        "h100", "kind of GPU, from its data sheet; cpu or cuda measures this machine, in less than a minute"
+    )
+    batch_size: int = option(128, "images a GPU holds at once")
+    micro_steps: int = option(1, "such batches that make one optimizer step")
+    sample_rate: float = option(0.1, "part of the classes that a step uses")
+    image_size: int = option(112, "side of the images in pixels")
+    embedding_dim: int = option(512, "width of the embedding")
+    precision: Precision = option("auto", "arithmetic of the backbone; auto is bf16 where the device is quick at it")
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "of backbone and head")
+    checkpointing: bool = option(False, "compute the backbone's activations again instead of keeping them")
+    mask_ratio: float | None = option(None, "ViT: share of the tokens left out in training")
+    ema: bool = option(False, "keep a moving average of the backbone's weights")
+    head_update: Literal["sparse", "deferred"] = option("sparse", "store the gradient of sampled rows, or never")
+    head_operands: Literal["float32", "bfloat16"] = option("float32", "what the head's products round operands to")
+    head_dtype: Literal["float32", "bfloat16"] = option("float32", "how centers are stored")
+    state_dtype: Literal["float32", "bfloat16"] | None = option(None, "how their momentum is; by default as centers")
+    state_on_host: bool = option(False, "keep their momentum in host memory")
+    checkpoint_async: bool = option(True, "checkpoints are written from a copy in host memory")
+    workers: int = option(4, "reading processes a GPU")
+    gpus_per_node: int = option(8, "GPUs of one machine; more are joined by the network")
+    gpu_memory: float | None = option(None, "GiB of a GPU; by default what the device has")
+
+    def check(self) -> None:
+        """Raise an InputError, naming the option, for what no training can have."""
+        if self.classes is None:
+            raise InputError("--classes is missing: give the number of identities, or a recipe of known data.")
+        counts = ("classes", "gpus", "batch_size", "micro_steps", "image_size", "embedding_dim", "gpus_per_node")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
+        if self.workers < 0:
+            raise InputError(f"--workers is {self.workers}; it must be at least 0.")
+        if not 0 <= self.sample_rate <= 1:
+            raise InputError(f"--sample-rate is {self.sample_rate}; it is a part of the classes, from 0 to 1.")
+        if self.gpu_memory is not None and not self.gpu_memory > 0:
+            raise InputError(f"--gpu-memory is {self.gpu_memory}; it is a number of GiB above 0.")
+        check_backbone(self.backbone)
+
+    def with_rate(self, sample_rate: float) -> PlanRequest:
+        """The same at another sample rate."""
+        return replace(self, sample_rate=sample_rate)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def num_classes(self) -> int:
+        """C, which `check` has seen to be there."""
+        return self.classes or 0
+
+    @property
+    def local_classes(self) -> int:
+        """L, of the rank that owns the most."""
+        return -(-self.num_classes // self.gpus)
+
+    @property
+    def gathered(self) -> int:
+        """Images of all ranks that the head sees at once."""
+        return self.batch_size * self.gpus
+
+    @property
+    def sampled(self) -> int:
+        """S, classes that a rank uses in a step: its share of the sample, or of the positives where they are more."""
+        positives = min(self.num_classes, self.gathered * self.micro_steps)
+        used = max(sample_size(self.num_classes, self.sample_rate), positives)
+        return min(self.local_classes, -(-used // self.gpus))
+
+    @property
+    def states(self) -> int:
+        """State tensors of an optimizer for each parameter."""
+        return 2 if self.optimizer == "adamw" else 1
+
+    @property
+    def center_bytes(self) -> int:
+        """Bytes of a center's element."""
+        return 2 if self.head_dtype == "bfloat16" else 4
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of an element of momentum or average."""
+        return 2 if (self.state_dtype or self.head_dtype) == "bfloat16" else 4
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of an operand of the head's products."""
+        return 2 if self.head_operands == "bfloat16" else 4
+
+    @property
+    def compiled_head(self) -> bool:
+        """Whether the compiled loops of the CPU take this head."""
+        return self.on_cpu and self.head_dtype == "float32" and row_loops() is not None

@@ -3,8 +3,8 @@
     python benchmarks/plan.py [--only NAME ...] [--device cpu]    measure, and write the checked table
     python benchmarks/plan.py --tables                            write the tables of plans; measures nothing
 
-Each configuration runs in a fresh process: its peak memory beyond imports and the median of its steps, and then, side by
-side, the rates that the prediction takes, from small steps of the same kind. The table goes to docs/scaling.md. Exit
+Each configuration runs in a fresh process: its peak memory beyond imports, and then the median of its steps, in turn with
+the small steps of the same kind from which the rates of the prediction come. The table goes to docs/scaling.md. Exit
 status 1 if memory is off by more than 15 % or the head's time by more than 25 % in any of them.
 """
 
@@ -27,7 +27,7 @@ import torch
 from partialfc.bench.machine import describe, peak_resident_bytes
 from partialfc.data.images import encode_jpeg
 from partialfc.data.recordio import RecordWriter
-from partialfc.plan.measure import head_step, measure_backbone, measure_head, median_seconds
+from partialfc.plan.measure import HeadRates, head_step, measure_backbone, measure_head
 from partialfc.plan.memory import cpu_threads, head_memory, plan_memory
 from partialfc.plan.planning import Plan, leanest_that_fits, make_plan
 from partialfc.plan.rates import GIB, MachineRates
@@ -39,7 +39,7 @@ from partialfc.training.metrics_log import read_metrics
 
 MEMORY_LIMIT, TIME_LIMIT = 0.15, 0.25
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
-_STEPS, _WARM_UP = 7, 2
+_MEMORY_STEPS = 2
 _TRAINED_STEPS = 8
 _MIB = 1 << 20
 
@@ -93,23 +93,23 @@ def in_fresh_process(work: partial[Measured]) -> Measured:
         return pool.submit(work).result()
 
 
-def rates_of(request: PlanRequest, with_backbone: bool) -> MachineRates:
+def rates_of(head: HeadRates, backbone: tuple[float, float] = (1.0, 0.0)) -> MachineRates:
     """The rates that the checks need; the rest is not asked for."""
-    flops, seconds = measure_backbone(request, "float32") if with_backbone else (1.0, 0.0)
-    measured = measure_head(request)
-    return MachineRates("this machine", "measured", 0, flops, seconds, *measured, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1e6)
+    measured = head.flops, head.row_bytes, head.seconds
+    return MachineRates("this machine", "measured", 0, *backbone, *measured, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1e6)
 
 
 def measure_head_alone(request: PlanRequest) -> Measured:
-    """Peak and median step of a head, in this process."""
+    """Peak of a head, and its median step in turn with the small ones that give the rates; in this process."""
     is_cuda = request.device == "cuda"
     head_step(replace(request, classes=64, embedding_dim=8, sample_rate=0.5))[1](4)()  # libraries and loops compiled
     before = 0 if is_cuda else peak_resident_bytes()
     step = head_step(request)[1](request.batch_size)
-    seconds = median_seconds(step, torch.device(request.device), _STEPS, _WARM_UP)
+    for _ in range(_MEMORY_STEPS):
+        step()
     peak = torch.cuda.max_memory_allocated() if is_cuda else peak_resident_bytes() - before
-    del step
-    return Measured(peak, seconds, rates_of(request, with_backbone=False))
+    head, (seconds,) = measure_head(request, [step])
+    return Measured(peak, seconds, rates_of(head))
 
 
 def measure_training(request: PlanRequest, data: Path) -> Measured:
@@ -122,7 +122,8 @@ def measure_training(request: PlanRequest, data: Path) -> Measured:
         lines = [line for line in read_metrics(Path(folder) / "run" / "metrics.jsonl") if line["kind"] == "train"]
     peak = peak_resident_bytes() - before
     seconds = float(np.median([request.batch_size / line["images_per_second"] for line in lines[2:]]))
-    return Measured(peak, seconds, rates_of(request, with_backbone=True))
+    head, _ = measure_head(request)
+    return Measured(peak, seconds, rates_of(head, measure_backbone(request, "float32")))
 
 
 def configuration(request: PlanRequest, data: Path, steps: int) -> TrainConfig:
@@ -156,7 +157,7 @@ def write_images(path: Path, size: int) -> None:
         for number in range(_IMAGES):
             coarse = torch.from_numpy(generator.uniform(0, 255, (1, 3, size // 4, size // 4)))
             smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")[0].permute(1, 2, 0)
-            writer.write(encode_jpeg(smooth.numpy().astype(np.uint8)), number % 64)
+            writer.write(encode_jpeg(smooth.numpy().astype(np.uint8)), number * 64 // _IMAGES)
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,13 @@ class Checked:
 
     def row(self) -> str:
         asked, measured = self.request, self.measured
-        storage = f"{asked.head_update}, {asked.head_dtype}" + (", bfloat16 operands" if asked.operand_bytes == 2 else "")
+        storage = f"{asked.head_update}, {asked.head_dtype}" + (
+            ", bfloat16 operands" if asked.operand_bytes == 2 else ""
+        )
         what = f"{asked.backbone}, 64 px" if self.is_training else "head alone"
         return (
-            f"| {what} | {asked.num_classes:,} | {asked.sample_rate:g} | {asked.batch_size} | {storage}, {asked.optimizer} | "
+            f"| {what} | {asked.num_classes:,} | {asked.sample_rate:g} | {asked.batch_size} | "
+            f"{storage}, {asked.optimizer} | "
             f"{measured.peak_bytes / _MIB:,.0f} | {self.peak_bytes / _MIB:,.0f} ({self.memory_error:+.0%}) | "
             f"{1000 * measured.seconds:,.0f} | {1000 * self.seconds:,.0f} ({self.time_error:+.0%}) |"
         )
@@ -235,8 +239,8 @@ def main() -> int:
 def checked_table(rows: list[Checked]) -> list[str]:
     hardware = describe("cpu")
     return [
-        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads, torch {hardware['torch']}; D = 512. "
-        "Memory beyond imports in MiB, median step in ms, prediction (error).",
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads, torch {hardware['torch']}; "
+        "D = 512. Memory beyond imports in MiB, median step in ms, prediction (error).",
         "",
         "| | classes | rate | batch | head | memory | predicted | step | predicted |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -267,7 +271,10 @@ def _plan_row(storage: str, plan: Plan) -> str:
     start = f"| {asked.num_classes:,} | {asked.gpus} | "
     if not plan.fits:
         gpus = next((word for word in plan.advice if word.startswith("--gpus")), "no number of GPUs tried")
-        return start + f"none fits at rate {asked.sample_rate:g}: {plan.memory.peak / GIB:,.0f} GiB; fits with {gpus} | | | | | | memory |"
+        return (
+            start
+            + f"none fits at rate {asked.sample_rate:g}; fits with {gpus} | {plan.memory.peak / GIB:,.0f} GiB | | | | | memory |"
+        )
     equal = "never" if plan.equal_rate is None else f"{plan.equal_rate:g}"
     return start + (
         f"{storage} | {plan.memory.peak / GIB:.1f} GiB | {plan.fitting_rate:g} | {equal} | "

@@ -6,8 +6,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def measure_rates(request: PlanRequest, precision: str) -> MachineRates:
     """Rates for this request's backbone, precision and head on this machine's CPU or GPU."""
     device = torch.device(request.device)
     flops, seconds = measure_backbone(request, precision)
-    head_flops, row_bytes, head_seconds = measure_head(request)
+    head, _ = measure_head(request)
     on_cpu = device.type == "cpu"
     return MachineRates(
         name="this machine" if on_cpu else torch.cuda.get_device_name(device),
@@ -47,9 +48,9 @@ def measure_rates(request: PlanRequest, precision: str) -> MachineRates:
         memory_bytes=_memory_bytes(device) // (request.gpus if on_cpu else 1),
         backbone_flops=flops,
         backbone_seconds=seconds,
-        head_flops=head_flops,
-        head_row_bytes=row_bytes,
-        head_seconds=head_seconds,
+        head_flops=head.flops,
+        head_row_bytes=head.row_bytes,
+        head_seconds=head.seconds,
         memory_rate=0.0,
         host_rate=_copy_rate(device),
         node_rate=_LINK_RATE,
@@ -108,27 +109,46 @@ def _backbone_seconds(request: PlanRequest, precision: str, images: int) -> floa
         optimizer.step()
         optimizer.zero_grad()
 
-    return median_seconds(step, device, 3, 1)
+    return median_seconds([step], device, 3, 1)[0]
 
 
-def measure_head(request: PlanRequest) -> tuple[float, float, float]:
-    """Operations a second, row bytes a second and seconds a step whatever its size.
+@dataclass(frozen=True)
+class HeadRates:
+    """Operations a second, row bytes a second and seconds a step whatever its size."""
 
-    Three sizes of the requested head give three equations in the reciprocals.
+    flops: float
+    row_bytes: float
+    seconds: float
+
+
+def measure_head(request: PlanRequest, beside: Sequence[Callable[[], None]] = ()) -> tuple[HeadRates, list[float]]:
+    """Rates of the requested head: three sizes of it give three equations in their reciprocals.
+
+    Args:
+        beside: other steps that are timed in turn with these, on the same device.
+
+    Returns:
+        The rates, and the median seconds of the other steps.
     """
     classes = min(request.num_classes, max(2 * _SAMPLED, _TABLE_ELEMENTS // request.embedding_dim))
     base = replace(request, classes=classes, gpus=1, micro_steps=1)
-    head, step = head_step(base)
-    rows, times = [], []
+    head, step_of = head_step(base)
+    rows: list[list[float]] = []
+    steps: list[Callable[[], None]] = []
     for sampled, batch in ((_FEW_SAMPLED, _BATCHES[0]), (_SAMPLED, _BATCHES[0]), (_SAMPLED, _BATCHES[1])):
         sized = replace(base, batch_size=batch, sample_rate=min(1.0, sampled / classes))
-        head.sample_rate = sized.sample_rate
         work = head_work(sized)
         rows.append([work.flops, work.row_bytes + work.host_bytes, 1.0])
-        times.append(median_seconds(step(batch), torch.device(request.device), _STEPS, _WARM_UP))
-    per_flop, per_byte, fixed = np.linalg.solve(np.array(rows), np.array(times)).tolist()
+        steps.append(partial(_step_at_rate, head, sized.sample_rate, step_of(batch)))
+    times = median_seconds([*steps, *beside], torch.device(request.device), _STEPS, _WARM_UP)
+    per_flop, per_byte, fixed = np.linalg.solve(np.array(rows), np.array(times[: len(rows)])).tolist()
     # What noise makes negative counts as free.
-    return 1 / max(per_flop, 1e-16), 1 / max(per_byte, 1e-14), max(fixed, 0.0)
+    return HeadRates(1 / max(per_flop, 1e-16), 1 / max(per_byte, 1e-14), max(fixed, 0.0)), times[len(rows) :]
+
+
+def _step_at_rate(head: PartialFC, sample_rate: float, step: Callable[[], None]) -> None:
+    head.sample_rate = sample_rate
+    step()
 
 
 def head_step(request: PlanRequest) -> tuple[PartialFC, Callable[[int], Callable[[], None]]]:
@@ -170,15 +190,17 @@ def head_batch(request: PlanRequest, images: int, step: int) -> tuple[Tensor, Te
     return values.to(request.device).requires_grad_(), labels.to(request.device)
 
 
-def median_seconds(step: Callable[[], None], device: torch.device, steps: int, warm_up: int) -> float:
-    seconds = []
-    for _ in range(warm_up + steps):
-        _wait(device)
-        start = time.perf_counter()
-        step()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[warm_up:])
+def median_seconds(steps: Sequence[Callable[[], None]], device: torch.device, rounds: int, warm_up: int) -> list[float]:
+    """Median seconds of each step; they take turns, so that a machine that slows down slows all of them."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(warm_up + rounds):
+        for step, taken in zip(steps, seconds, strict=True):
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[warm_up:]) for taken in seconds]
 
 
 def _wait(device: torch.device) -> None:
@@ -194,7 +216,7 @@ def _copy_rate(device: torch.device) -> float:
     def copy() -> None:
         target.copy_(source)
 
-    return _COPY_BYTES / median_seconds(copy, device, 3, 1)
+    return _COPY_BYTES / median_seconds([copy], device, 3, 1)[0]
 
 
 def _decode_rate(size: int) -> float:

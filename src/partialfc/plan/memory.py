@@ -51,7 +51,8 @@ def weights_memory(request: PlanRequest) -> dict[str, int]:
     size = network_size(request)
     centers = request.local_classes * request.embedding_dim
     return {
-        "backbone weights": 4 * (size.parameters + 2 * size.buffers),  # the buffers' copy undoes a skipped step
+        "backbone weights": 4 * size.parameters,
+        "backbone statistics": 2 * 4 * size.buffers,  # twice: a copy undoes a skipped step
         "backbone gradient": 4 * size.trained,
         "backbone optimizer": 4 * request.states * size.trained,
         "backbone average": 4 * (size.parameters + size.buffers) * request.ema,
@@ -91,7 +92,9 @@ def plan_memory(request: PlanRequest, precision: str, threads: int = 1) -> Memor
         },
         "the update": {
             "backbone gradient": gradient,
-            "update at work": max(_backbone_update(request, size.trained, size.largest), _head_update(request, threads)),
+            "update at work": max(
+                _backbone_update(request, size.trained, size.largest), _head_update(request, threads)
+            ),
             "sampled rows' gradient": sparse * (2 if request.micro_steps > 1 else 1),
         },
     }
@@ -187,10 +190,18 @@ def _head_update(request: PlanRequest, threads: int) -> int:
 
 def _host_memory(request: PlanRequest, exact: dict[str, int]) -> dict[str, int]:
     """The copy of an asynchronous checkpoint, of which rank 0 has the backbone's part, and images read ahead."""
-    names = ("backbone weights", "backbone optimizer", "backbone average", "centers", "centers' optimizer")
+    names = (
+        "backbone weights",
+        "backbone statistics",
+        "backbone optimizer",
+        "backbone average",
+        "centers",
+        "centers' optimizer",
+    )
     image = 3 * request.image_size**2
+    copied = sum(exact[name] for name in names) - exact["backbone statistics"] // 2
     return {
-        "checkpoint copy": sum(exact[name] for name in names) * request.checkpoint_async,
+        "checkpoint copy": copied * request.checkpoint_async,
         "images read ahead": (max(1, request.workers * _PREFETCH) + 2) * request.batch_size * image,
     }
 

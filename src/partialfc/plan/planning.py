@@ -163,9 +163,9 @@ def _advice(request: PlanRequest, fits: Callable[[PlanRequest], bool]) -> list[s
         if fits(replace(request, **changes)):
             found.append(name)
             break
-    if not request.checkpointing and not request.backbone.startswith(("mini", "mbf", "timm:")):
-        if fits(replace(request, checkpointing=True)):
-            found.append("--checkpointing")
+    recomputes = not request.checkpointing and not request.backbone.startswith(("mini", "mbf", "timm:"))
+    if recomputes and fits(replace(request, checkpointing=True)):
+        found.append("--checkpointing true")
     batch = request.batch_size
     while batch > 2:
         batch //= 2
@@ -187,8 +187,9 @@ def fewest_gpus(request: PlanRequest, fits: Callable[[PlanRequest], bool]) -> in
 
 def leanest_that_fits(request: PlanRequest, make: Callable[[PlanRequest], Plan]) -> tuple[str, Plan]:
     """The first way of `STORAGE` with which a request fits, and its plan; the last way if none does."""
+    found = {}
     for name, changes in STORAGE.items():
-        plan = make(replace(request, **changes))
-        if plan.fits:
+        found = {name: make(replace(request, **changes))}
+        if found[name].fits:
             break
-    return name, plan
+    return next(iter(found.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -17,40 +17,48 @@ Precision = Literal["auto", "float32", "bf16", "fp16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def option(default: Any, text: str) -> Any:
-    """A field with the help text of its option."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class PlanRequest:
     """A training to be planned; each field is an option of `partialfc plan`."""
 
-    classes: int | None = option(None, "identities, the classes of the head")
-    gpus: int = option(8, "processes, one a GPU")
-    backbone: str = option("r50", "name of the network")
-    device: Device = option(
-        "h100", "kind of GPU, from its data sheet; cpu or cuda measures this machine, in less than a minute"
+    classes: int | None = field(default=None, metadata={"help": "identities, the classes of the head"})
+    gpus: int = field(default=8, metadata={"help": "processes, one a GPU"})
+    backbone: str = field(default="r50", metadata={"help": "name of the network"})
+    device: Device = field(
+        default="h100",
+        metadata={"help": "kind of GPU, from its data sheet; cpu or cuda measures this machine, in less than a minute"},
     )
-    batch_size: int = option(128, "images a GPU holds at once")
-    micro_steps: int = option(1, "such batches that make one optimizer step")
-    sample_rate: float = option(0.1, "part of the classes that a step uses")
-    image_size: int = option(112, "side of the images in pixels")
-    embedding_dim: int = option(512, "width of the embedding")
-    precision: Precision = option("auto", "arithmetic of the backbone; auto is bf16 where the device is quick at it")
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "of backbone and head")
-    checkpointing: bool = option(False, "compute the backbone's activations again instead of keeping them")
-    mask_ratio: float | None = option(None, "ViT: share of the tokens left out in training")
-    ema: bool = option(False, "keep a moving average of the backbone's weights")
-    head_update: Literal["sparse", "deferred"] = option("sparse", "store the gradient of sampled rows, or never")
-    head_operands: Literal["float32", "bfloat16"] = option("float32", "what the head's products round operands to")
-    head_dtype: Literal["float32", "bfloat16"] = option("float32", "how centers are stored")
-    state_dtype: Literal["float32", "bfloat16"] | None = option(None, "how their momentum is; by default as centers")
-    state_on_host: bool = option(False, "keep their momentum in host memory")
-    checkpoint_async: bool = option(True, "checkpoints are written from a copy in host memory")
-    workers: int = option(4, "reading processes a GPU")
-    gpus_per_node: int = option(8, "GPUs of one machine; more are joined by the network")
-    gpu_memory: float | None = option(None, "GiB of a GPU; by default what the device has")
+    batch_size: int = field(default=128, metadata={"help": "images a GPU holds at once"})
+    micro_steps: int = field(default=1, metadata={"help": "such batches that make one optimizer step"})
+    sample_rate: float = field(default=0.1, metadata={"help": "part of the classes that a step uses"})
+    image_size: int = field(default=112, metadata={"help": "side of the images in pixels"})
+    embedding_dim: int = field(default=512, metadata={"help": "width of the embedding"})
+    precision: Precision = field(
+        default="auto", metadata={"help": "arithmetic of the backbone; auto is bf16 where the device is quick at it"}
+    )
+    optimizer: Literal["sgd", "adamw"] = field(default="sgd", metadata={"help": "of backbone and head"})
+    checkpointing: bool = field(
+        default=False, metadata={"help": "compute the backbone's activations again instead of keeping them"}
+    )
+    mask_ratio: float | None = field(default=None, metadata={"help": "ViT: share of the tokens left out in training"})
+    ema: bool = field(default=False, metadata={"help": "keep a moving average of the backbone's weights"})
+    head_update: Literal["sparse", "deferred"] = field(
+        default="sparse", metadata={"help": "store the gradient of sampled rows, or never"}
+    )
+    head_operands: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "what the head's products round operands to"}
+    )
+    head_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "how centers are stored"})
+    state_dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"help": "how their momentum is; by default as centers"}
+    )
+    state_on_host: bool = field(default=False, metadata={"help": "keep their momentum in host memory"})
+    checkpoint_async: bool = field(
+        default=True, metadata={"help": "checkpoints are written from a copy in host memory"}
+    )
+    workers: int = field(default=4, metadata={"help": "reading processes a GPU"})
+    gpus_per_node: int = field(default=8, metadata={"help": "GPUs of one machine; more are joined by the network"})
+    gpu_memory: float | None = field(default=None, metadata={"help": "GiB of a GPU; by default what the device has"})
 
     def check(self) -> None:
         """Raise an InputError, naming the option, for what no training can have."""

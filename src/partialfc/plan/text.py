@@ -64,7 +64,7 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    asked, needed, usable = plan.request, plan.memory.peak / GIB, plan.capacity / GIB
+    needed, usable = plan.memory.peak / GIB, plan.capacity / GIB
     lines = []
     if plan.fits:
         lines.append(f"It fits: {needed:.1f} of {usable:.1f} GiB. The largest part of a step is the {plan.time.limit}.")

@@ -3,7 +3,7 @@
     python benchmarks/plan.py [--only NAME ...] [--device cpu]    measure, and write the checked table
     python benchmarks/plan.py --tables                            write the tables of plans; measures nothing
 
-Each configuration runs in a fresh process: its peak memory beyond imports, and then the median of its steps, in turn with
+Each configuration runs in a fresh process: its peak memory beyond imports, then the median of its steps, in turn with
 the small steps of the same kind from which the rates of the prediction come. The table goes to docs/scaling.md. Exit
 status 1 if memory is off by more than 15 % or the head's time by more than 25 % in any of them.
 """
@@ -135,7 +135,7 @@ def configuration(request: PlanRequest, data: Path, steps: int) -> TrainConfig:
             global_batch_size=request.batch_size,
             micro_batch_size=request.batch_size,
             workers=request.workers,
-            num_classes=request.num_classes,
+            num_classes=request.classes,
         ),
         backbone=BackboneConfig(request.backbone, request.embedding_dim, checkpointing=request.checkpointing),
         head=HeadConfig(request.sample_rate, update=request.head_update),
@@ -190,7 +190,7 @@ class Checked:
         )
         what = f"{asked.backbone}, 64 px" if self.is_training else "head alone"
         return (
-            f"| {what} | {asked.num_classes:,} | {asked.sample_rate:g} | {asked.batch_size} | "
+            f"| {what} | {asked.classes:,} | {asked.sample_rate:g} | {asked.batch_size} | "
             f"{storage}, {asked.optimizer} | "
             f"{measured.peak_bytes / _MIB:,.0f} | {self.peak_bytes / _MIB:,.0f} ({self.memory_error:+.0%}) | "
             f"{1000 * measured.seconds:,.0f} | {1000 * self.seconds:,.0f} ({self.time_error:+.0%}) |"
@@ -268,13 +268,11 @@ def plans_tables() -> list[str]:
 
 def _plan_row(storage: str, plan: Plan) -> str:
     asked, time = plan.request, plan.time
-    start = f"| {asked.num_classes:,} | {asked.gpus} | "
+    start = f"| {asked.classes:,} | {asked.gpus} | "
     if not plan.fits:
         gpus = next((word for word in plan.advice if word.startswith("--gpus")), "no number of GPUs tried")
-        return (
-            start
-            + f"none fits at rate {asked.sample_rate:g}; fits with {gpus} | {plan.memory.peak / GIB:,.0f} GiB | | | | | memory |"
-        )
+        needed = f"{plan.memory.peak / GIB:,.0f} GiB"
+        return start + f"none fits at rate {asked.sample_rate:g}; fits with {gpus} | {needed} | | | | | memory |"
     equal = "never" if plan.equal_rate is None else f"{plan.equal_rate:g}"
     return start + (
         f"{storage} | {plan.memory.peak / GIB:.1f} GiB | {plan.fitting_rate:g} | {equal} | "

@@ -130,7 +130,7 @@ def measure_head(request: PlanRequest, beside: Sequence[Callable[[], None]] = ()
     Returns:
         The rates, and the median seconds of the other steps.
     """
-    classes = min(request.num_classes, max(2 * _SAMPLED, _TABLE_ELEMENTS // request.embedding_dim))
+    classes = min(request.classes, max(2 * _SAMPLED, _TABLE_ELEMENTS // request.embedding_dim))
     base = replace(request, classes=classes, gpus=1, micro_steps=1)
     head, step_of = head_step(base)
     rows: list[list[float]] = []
@@ -154,7 +154,7 @@ def _step_at_rate(head: PartialFC, sample_rate: float, step: Callable[[], None])
 def head_step(request: PlanRequest) -> tuple[PartialFC, Callable[[int], Callable[[], None]]]:
     """A head of the request, and a step of it for a batch of some size."""
     head = PartialFC(
-        request.num_classes,
+        request.classes,
         request.embedding_dim,
         request.sample_rate,
         update=request.head_update,
@@ -185,7 +185,7 @@ def head_step(request: PlanRequest) -> tuple[PartialFC, Callable[[int], Callable
 def head_batch(request: PlanRequest, images: int, step: int) -> tuple[Tensor, Tensor]:
     """Embeddings (B, D) that want a gradient, and labels (B,): functions of the step."""
     places = torch.arange(images)
-    labels = (keyed_random.uniform(keyed_random.derive_key("labels", step), places) * request.num_classes).long()
+    labels = (keyed_random.uniform(keyed_random.derive_key("labels", step), places) * request.classes).long()
     values = keyed_random.normal_rows(keyed_random.derive_key("embeddings", step), 0, images, request.embedding_dim)
     return values.to(request.device).requires_grad_(), labels.to(request.device)
 

@@ -159,9 +159,11 @@ def _advice(request: PlanRequest, fits: Callable[[PlanRequest], bool]) -> list[s
     lower = largest_rate(lambda rate: fits(request.with_rate(rate)))
     if lower is not None:
         found.append(f"--sample-rate {lower:g}")
-    for name, changes in list(STORAGE.items())[1:]:
+    for changes in list(STORAGE.values())[1:]:
         if fits(replace(request, **changes)):
-            found.append(name)
+            found.append(
+                " ".join(f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in changes.items())
+            )
             break
     recomputes = not request.checkpointing and not request.backbone.startswith(("mini", "mbf", "timm:"))
     if recomputes and fits(replace(request, checkpointing=True)):

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 class PlanRequest:
     """A training to be planned; each field is an option of `partialfc plan`."""
 
-    classes: int | None = field(default=None, metadata={"help": "identities, the classes of the head"})
+    classes: int = field(default=0, metadata={"help": "identities, the classes of the head; a recipe knows its own"})
     gpus: int = field(default=8, metadata={"help": "processes, one a GPU"})
     backbone: str = field(default="r50", metadata={"help": "name of the network"})
     device: Device = field(
@@ -62,7 +62,7 @@ class PlanRequest:
 
     def check(self) -> None:
         """Raise an InputError, naming the option, for what no training can have."""
-        if self.classes is None:
+        if self.classes == 0:
             raise InputError("--classes is missing: give the number of identities, or a recipe of known data.")
         counts = ("classes", "gpus", "batch_size", "micro_steps", "image_size", "embedding_dim", "gpus_per_node")
         for name in counts:
@@ -85,14 +85,9 @@ class PlanRequest:
         return self.device == "cpu"
 
     @property
-    def num_classes(self) -> int:
-        """C, which `check` has seen to be there."""
-        return self.classes or 0
-
-    @property
     def local_classes(self) -> int:
         """L, of the rank that owns the most."""
-        return -(-self.num_classes // self.gpus)
+        return -(-self.classes // self.gpus)
 
     @property
     def gathered(self) -> int:
@@ -102,8 +97,8 @@ class PlanRequest:
     @property
     def sampled(self) -> int:
         """S, classes that a rank uses in a step: its share of the sample, or of the positives where they are more."""
-        positives = min(self.num_classes, self.gathered * self.micro_steps)
-        used = max(sample_size(self.num_classes, self.sample_rate), positives)
+        positives = min(self.classes, self.gathered * self.micro_steps)
+        used = max(sample_size(self.classes, self.sample_rate), positives)
         return min(self.local_classes, -(-used // self.gpus))
 
     @property

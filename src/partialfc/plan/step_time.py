@@ -83,17 +83,17 @@ def head_work(request: PlanRequest) -> HeadWork:
     """Work of one optimizer step on one process.
 
     Cosines, the embeddings' gradient and the centers' gradient are a product of 2 G S D operations each; cosines that
-    were not kept are computed once more. A sampled row is read in both passes (again where it is recomputed), and with
-    its state read and written in the update; the sparse update writes and reads its gradient besides.
+    were not kept are computed once more. A sampled row is read in both passes (on a CPU once more where it is
+    recomputed), and written with its state in the update; the sparse update writes and reads its gradient besides. A
+    GPU's deferred update has the row at hand, the others read it again.
     """
     sampled, width = request.sampled, request.embedding_dim
+    sparse = request.head_update == "sparse"
     again = 1 - kept_classes(request) / sampled if sampled else 0.0
     product = 2.0 * request.gathered * sampled * width
-    row = width * (
-        request.micro_steps * (2 + again) * request.center_bytes
-        + 2 * request.center_bytes
-        + 2 * request.micro_steps * request.center_bytes * (request.head_update == "sparse")
-    )
+    passes = request.micro_steps * (2 + again * request.on_cpu + 2 * sparse)
+    update = 2 if sparse or request.on_cpu else 1
+    row = width * (passes + update) * request.center_bytes
     state = 2 * width * request.states * request.state_bytes
     on_host = request.state_on_host and not request.on_cpu
     return HeadWork(

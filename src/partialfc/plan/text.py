@@ -17,13 +17,13 @@ def plan_text(plan: Plan) -> str:
 
 def _heading(plan: Plan) -> list[str]:
     asked = plan.request
-    place = "processes on the CPU" if asked.on_cpu else f"x {plan.rates.name}"
+    place = "x CPU of this machine" if asked.on_cpu else f"x {plan.rates.name}"
     images = asked.gathered * asked.micro_steps
     micro = f" in {asked.micro_steps} micro-steps" if asked.micro_steps > 1 else ""
     storage = f"{asked.head_dtype} centers, {asked.state_dtype or asked.head_dtype} state"
     storage += " on the host" if asked.state_on_host else ""
     return [
-        f"{asked.num_classes:,} identities, {asked.backbone} in {plan.precision}, {asked.gpus:,} {place}, "
+        f"{asked.classes:,} identities, {asked.backbone} in {plan.precision}, {asked.gpus:,} {place}, "
         f"global batch {images:,}{micro}",
         f"sample rate {asked.sample_rate:g}: {asked.sampled:,} of {asked.local_classes:,} classes a GPU; "
         f"{asked.head_update} update, {asked.head_operands} operands, {storage}, {asked.optimizer}",

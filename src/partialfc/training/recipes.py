@@ -262,7 +262,7 @@ def open_values(name: str) -> list[str]:
     ]
 
 
-def plan_request(config: TrainConfig, num_classes: int | None, gpus: int) -> PlanRequest:
+def plan_request(config: TrainConfig, num_classes: int, gpus: int) -> PlanRequest:
     """What `partialfc plan` has to know of a configuration."""
     data, backbone, head = config.data, config.backbone, config.head
     return PlanRequest(
@@ -289,7 +289,7 @@ def plan_request(config: TrainConfig, num_classes: int | None, gpus: int) -> Pla
 
 
 def recipe_plan_request(name: str) -> PlanRequest:
-    """The same of a recipe, on its own data and number of GPUs; `classes` is None for procedural faces.
+    """The same of a recipe, on its own data and number of GPUs; `classes` is 0 for procedural faces.
 
     Raises:
         InputError: unknown name.
@@ -297,7 +297,7 @@ def recipe_plan_request(name: str) -> PlanRequest:
     config = recipe_config(name)
     data = data_set(name)
     gpus = max(1, config.data.global_batch_size // config.data.micro_batch_size)
-    return plan_request(config, None if data is None else data[1], gpus)
+    return plan_request(config, 0 if data is None else data[1], gpus)
 
 
 def plan_memory(config: TrainConfig, num_classes: int, gpus: int) -> dict[str, int]:

@@ -100,7 +100,7 @@ def test_every_advice_fits() -> None:
     half = replace(request, head_update="deferred", head_dtype="bfloat16")
     assert plan_memory(half, "bf16").peak <= plan.capacity
     name, leanest = leanest_that_fits(request, lambda asked: make_plan(asked, rates=ROUND))
-    assert name == "deferred update, bfloat16 centers and momentum"
+    assert name == "bfloat16, deferred"
     assert leanest.fits
     text = plan_text(plan)
     assert "It does not fit" in text

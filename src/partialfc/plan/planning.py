@@ -14,12 +14,12 @@ from partialfc.plan.request import PlanRequest
 from partialfc.plan.step_time import StepTime, head_time, step_time
 
 _MOST_GPUS = 1 << 14
-# Ways to store the head, each leaner and slower than the one before.
+# Ways to store the head, each leaner than the one before; the first is what a request says.
 STORAGE: dict[str, dict[str, Any]] = {
-    "as asked": {},
-    "deferred update": {"head_update": "deferred"},
-    "deferred update, bfloat16 centers and momentum": {"head_update": "deferred", "head_dtype": "bfloat16"},
-    "deferred update, bfloat16 centers, bfloat16 momentum on the host": {
+    "float32, sparse": {},
+    "float32, deferred": {"head_update": "deferred"},
+    "bfloat16, deferred": {"head_update": "deferred", "head_dtype": "bfloat16"},
+    "bfloat16, deferred, state on the host": {
         "head_update": "deferred",
         "head_dtype": "bfloat16",
         "state_on_host": True,

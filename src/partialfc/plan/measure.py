@@ -71,7 +71,7 @@ def measure_backbone(request: PlanRequest, precision: str) -> tuple[float, float
     few = max(2, most // 4)
     slow, quick = (_backbone_seconds(request, precision, images) for images in (most, few))
     per_image = (slow - quick) / (most - few) if most > few else slow / most
-    per_image = max(per_image, 0.5 * slow / most)  # noise must not make a step free of charge
+    per_image = max(per_image, 0.25 * slow / most)  # noise must not make a step free of charge
     return single / per_image, max(0.0, slow - most * per_image)
 
 

@@ -19,6 +19,7 @@ from partialfc.head.partial_fc import PartialFC
 from partialfc.training.averaging import averaged_copy
 from partialfc.training.config import TrainConfig
 from partialfc.training.freezing import freeze
+from partialfc.training.replicas import split_over_processes
 from partialfc.training.scaling import LossScale
 from partialfc.training.state import TrainState
 
@@ -81,7 +82,9 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
     freeze(backbone, config.backbone.freeze)
     for parameter in backbone.parameters():
         if parameter.ndim == 4 and config.backbone.channels_last:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            # contiguous() leaves the strides of a 1 × 1 kernel as they are, and DDP then copies its gradients.
+            values = torch.empty_like(parameter.data, memory_format=torch.channels_last)
+            parameter.data = values.copy_(parameter.data)
     head = PartialFC(
         loader.num_classes,
         config.backbone.embedding_dim,
@@ -96,6 +99,13 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         device=device,
         dtype=torch.float64 if config.precision == "float64" else getattr(torch, config.head.dtype),
     )
+    average = averaged_copy(backbone) if config.optimizer.ema_decay else None
+    skeleton = None
+    if config.processes.backbone == "fsdp" and world_size_of() > 1:
+        skeleton = build_backbone(config, loader.image_size, device=torch.device("meta"))
+        for network in (backbone, average):
+            if network is not None:
+                split_over_processes(network, device, getattr(torch, config.processes.gradients))
     optimizers = build_optimizers(config, backbone, head)
     scaled = compute_dtype(config.precision, device) == torch.float16
     return TrainState(
@@ -105,7 +115,8 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         facts_of(loader),
         identities=loader.source.identities,
         loss_scale=LossScale() if scaled else None,
-        average=averaged_copy(backbone) if config.optimizer.ema_decay else None,
+        average=average,
+        skeleton=skeleton,
     )
 
 

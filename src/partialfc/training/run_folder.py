@@ -12,7 +12,7 @@ import yaml
 
 from partialfc.distributed import Group, gather_json, rank_of
 from partialfc.errors import InputError
-from partialfc.training.config import TrainConfig, differing_key, with_defaults
+from partialfc.training.config import FREE_KEYS, TrainConfig
 from partialfc.training.run_lock import LOCK, FolderLock
 
 
@@ -108,3 +108,28 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no configuration: restore it, or give another folder with --out.")
     return values
+
+
+def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration that may have been written before some options existed, with those options' defaults."""
+    complete = TrainConfig().to_dict() if defaults is None else dict(defaults)
+    for key, value in values.items():
+        inner = complete.get(key)
+        complete[key] = with_defaults(value, inner) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return complete
+
+
+def differing_key(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+    """The first dotted key, free ones aside, at which two nested configurations differ."""
+    for key in {**old, **new}:
+        name = prefix + key
+        left, right = old.get(key), new.get(key)
+        if name in FREE_KEYS or left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            inner = differing_key(left, right, name + ".")
+            if inner is None:
+                continue
+            return inner
+        return name
+    return None

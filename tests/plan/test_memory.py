@@ -79,6 +79,16 @@ def test_state_on_the_host_leaves_the_gpu() -> None:
     assert here.peak - there.peak == there.host["centers' optimizer"] == 4 * 500_000 * 64
 
 
+def test_a_backbone_in_parts_is_shared() -> None:
+    request = replace(SMALL, gpus=4, optimizer="adamw", ema=True)
+    whole, parts = (weights_memory(replace(request, processes_backbone=way)) for way in ("ddp", "fsdp"))
+    for name in ("backbone weights", "backbone gradient", "backbone optimizer"):
+        assert whole[name] / 4 <= parts[name] < whole[name] / 4 + 16, name
+    assert parts["centers"] == whole["centers"]
+    alone = replace(request, gpus=1)
+    assert weights_memory(replace(alone, processes_backbone="fsdp")) == weights_memory(alone)
+
+
 def test_a_cpu_has_everything_in_one_memory() -> None:
     on_cpu = plan_memory(replace(SMALL, device="cpu"), "float32")
     assert on_cpu.host == {}

@@ -26,6 +26,8 @@ def test_tensors_without_numbers_take_what_real_ones_do(backbone: str) -> None:
     counted = network_pass(request, "float32")
     assert counted.saved_bytes == pytest.approx(saved, rel=0.001)
     assert counted.peak_bytes == pytest.approx(live.peak, rel=0.001)
+    assert counted.working_bytes == pytest.approx(live.working_peak, rel=0.001)
+    assert saved <= live.working_peak <= live.peak <= live.working_peak + 4 * network_size(request).trained
 
 
 def test_live_bytes_are_those_of_storages_that_live() -> None:

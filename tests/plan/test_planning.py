@@ -55,6 +55,11 @@ def test_collectives_pass_the_slowest_link() -> None:
     latency = 0.25
     last_bucket = min(25 << 20, 4 * network_size(MINI).trained) / 1e6 + latency
     assert hidden == pytest.approx(embeddings + figures + 6 * latency + last_bucket)
+    rounded = communication_time(replace(MINI, gpus=2, gradients="bfloat16"), ROUND, 1e9)
+    assert rounded == pytest.approx(hidden - 2 * network_size(MINI).trained / 1e6)
+    bare = communication_time(replace(MINI, gpus=2), ROUND, 0.0)
+    in_parts = communication_time(replace(MINI, gpus=2, processes_backbone="fsdp"), ROUND, 0.0)
+    assert in_parts - bare == pytest.approx(0.5 * 8 * network_size(MINI).parameters / 1e6, rel=0.3)
     assert communication_time(replace(MINI, gpus=16), ROUND, 1e9) > 100 * hidden  # over the network
 
 

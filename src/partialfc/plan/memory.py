@@ -49,13 +49,14 @@ class MemoryPlan:
 def weights_memory(request: PlanRequest) -> dict[str, int]:
     """Everything whose size is exact: weights, gradients and states of backbone and head, in bytes a process."""
     size = network_size(request)
+    trained = -(-size.trained // request.backbone_parts)
     centers = request.local_classes * request.embedding_dim
     return {
-        "backbone weights": 4 * size.parameters,
+        "backbone weights": 4 * -(-size.parameters // request.backbone_parts),
         "backbone statistics": 2 * 4 * size.buffers,  # twice: a copy undoes a skipped step
-        "backbone gradient": 4 * size.trained,
-        "backbone optimizer": 4 * request.states * size.trained,
-        "backbone average": 4 * (size.parameters + size.buffers) * request.ema,
+        "backbone gradient": 4 * trained,
+        "backbone optimizer": 4 * request.states * trained,
+        "backbone average": 4 * (-(-size.parameters // request.backbone_parts) + size.buffers) * request.ema,
         "centers": request.center_bytes * centers,
         "centers' optimizer": request.states * request.state_bytes * centers
         + 4 * request.local_classes * (request.optimizer == "adamw"),
@@ -71,6 +72,8 @@ def plan_memory(request: PlanRequest, precision: str, threads: int = 1) -> Memor
     # DistributedDataParallel keeps the gradients in its buckets, and accumulation those of the micro-step before.
     stays = request.gpus > 1 or request.micro_steps > 1
     persistent = exact | {"head's scratch": _scratch(request, threads)}
+    if request.backbone_parts > 1:  # the unit at work, the next one, and the gradient of one
+        persistent["backbone put together"] = 3 * 4 * size.largest
     host = _host_memory(request, exact)
     if request.state_on_host and not request.on_cpu:
         host["centers' optimizer"] = persistent.pop("centers' optimizer")
@@ -87,14 +90,12 @@ def plan_memory(request: PlanRequest, precision: str, threads: int = 1) -> Memor
         },
         "the backward pass": {
             "backbone gradient": gradient * stays,
-            "activations and gradient": both.peak_bytes,
+            "activations" if stays else "activations and gradient": both.working_bytes if stays else both.peak_bytes,
             "sampled rows' gradient": sparse,
         },
         "the update": {
             "backbone gradient": gradient,
-            "update at work": max(
-                _backbone_update(request, size.trained, size.largest), _head_update(request, threads)
-            ),
+            "update at work": max(_backbone_update(request, gradient, size.largest), _head_update(request, threads)),
             "sampled rows' gradient": sparse * (2 if request.micro_steps > 1 else 1),
         },
     }
@@ -166,9 +167,9 @@ def _head_at_work(request: PlanRequest, threads: int) -> int:
     return batch + classes + tiles
 
 
-def _backbone_update(request: PlanRequest, trained: int, largest: int) -> int:
+def _backbone_update(request: PlanRequest, gradient: int, largest: int) -> int:
     """On a GPU all parameters are updated at once, with a temporary for each; on a CPU one after the other."""
-    return 4 * (largest if request.on_cpu else trained)
+    return 4 * -(-largest // request.backbone_parts) if request.on_cpu else gradient
 
 
 def _head_update(request: PlanRequest, threads: int) -> int:

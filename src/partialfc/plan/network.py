@@ -43,11 +43,13 @@ class NetworkPass:
         flops: operations of the forward pass; backward takes twice as many, recomputed activations as many again.
         saved_bytes: alive between forward and backward, images included.
         peak_bytes: the most alive at any time, gradients included.
+        working_bytes: the most alive at any time, without the gradients that are done.
     """
 
     flops: int
     saved_bytes: int
     peak_bytes: int
+    working_bytes: int
 
 
 class LiveBytes(TorchDispatchMode):
@@ -56,11 +58,16 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: alive at present.
         peak: the most at any time.
+        working_peak: the most at any time, without gradients that the module's parameters have.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.working_peak = 0
+        self._gradients = 0
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._set_aside)
         self._known = {each.untyped_storage()._cdata for each in (*module.parameters(), *module.buffers())}
 
     def __torch_dispatch__(
@@ -78,7 +85,11 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(storage._cdata)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
+        self.working_peak = max(self.working_peak, self.now - self._gradients)
         weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _set_aside(self, parameter: Tensor) -> None:
+        self._gradients += 0 if parameter.grad is None else parameter.grad.nbytes
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -141,7 +152,7 @@ def _pass(network: _Network, images: int, dtype: torch.dtype) -> NetworkPass:
                 embeddings = module(batch, keys).float()
             saved = live.now
             embeddings.backward(torch.ones_like(embeddings))
-        return NetworkPass(flops, saved, live.peak)
+        return NetworkPass(flops, saved, live.peak, live.working_peak)
 
 
 def _images(network: _Network, count: int, device: str) -> Tensor:

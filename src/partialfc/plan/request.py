@@ -56,6 +56,12 @@ class PlanRequest:
     checkpoint_async: bool = field(
         default=True, metadata={"help": "checkpoints are written from a copy in host memory"}
     )
+    processes_backbone: Literal["ddp", "fsdp"] = field(
+        default="ddp", metadata={"help": "each process has all of the backbone, or a part of it (FSDP2)"}
+    )
+    gradients: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "what the backbone's gradients are exchanged in"}
+    )
     workers: int = field(default=4, metadata={"help": "reading processes a GPU"})
     gpus_per_node: int = field(default=8, metadata={"help": "GPUs of one machine; more are joined by the network"})
     gpu_memory: float | None = field(default=None, metadata={"help": "GiB of a GPU; by default what the device has"})
@@ -100,6 +106,11 @@ class PlanRequest:
         positives = min(self.classes, self.gathered * self.micro_steps)
         used = max(sample_size(self.classes, self.sample_rate), positives)
         return min(self.local_classes, -(-used // self.gpus))
+
+    @property
+    def backbone_parts(self) -> int:
+        """Processes that the backbone's weights, gradient and states are spread over."""
+        return self.gpus if self.processes_backbone == "fsdp" else 1
 
     @property
     def states(self) -> int:

@@ -66,7 +66,7 @@ def _backbone_update(request: PlanRequest, rates: MachineRates) -> float:
     """Weight, gradient and states are read, all but the gradient written."""
     if not rates.memory_rate:
         return rates.backbone_seconds
-    bytes_moved = 4 * network_size(request).trained * (3 + 2 * request.states)
+    bytes_moved = 4 * network_size(request).trained * (3 + 2 * request.states) / request.backbone_parts
     return rates.backbone_seconds + bytes_moved / rates.memory_rate
 
 
@@ -119,7 +119,8 @@ def communication_time(request: PlanRequest, rates: MachineRates, passes: float)
 
     Rings: an all-gather or reduce-scatter moves (W - 1) / W of the data through each process, an all-reduce twice that.
     Embeddings are gathered and their gradients scattered in each micro-step, between the passes. The backbone's
-    gradient is reduced once, beside the last backward pass, all but its last bucket.
+    gradient is reduced once, beside the last backward pass, all but its last bucket; a backbone in parts (FSDP2) moves
+    its weights and gradients in every micro-step, beside both passes.
     """
     world = request.gpus
     if world == 1:
@@ -131,8 +132,17 @@ def communication_time(request: PlanRequest, rates: MachineRates, passes: float)
     embeddings = 2 * share * 4 * request.gathered * request.embedding_dim / rate
     figures = 2 * share * 2 * 8 * request.gathered / rate
     head = request.micro_steps * (embeddings + figures + 6 * latency)
-    gradient = 4 * network_size(request).trained
+    return head + _backbone_exchange(request, rate, latency, passes)
+
+
+def _backbone_exchange(request: PlanRequest, rate: float, latency: float, passes: float) -> float:
+    """What the passes do not hide of the gradient's all-reduce, or of a backbone that is put together in parts."""
+    size, share = network_size(request), (request.gpus - 1) / request.gpus
+    gradient = (2 if request.gradients == "bfloat16" else 4) * size.trained
+    if request.backbone_parts > 1:
+        # Weights are gathered for each of the two passes, gradients scattered, one unit after the other.
+        moved = request.micro_steps * share * (2 * 4 * size.parameters + gradient)
+        return max(3 * request.micro_steps * latency, moved / rate - passes)
     reduced = 2 * share * gradient / rate + math.ceil(gradient / _BUCKET) * latency
     last_bucket = 2 * share * min(gradient, _BUCKET) / rate + latency
-    backward = passes / request.micro_steps * 2 / 3
-    return head + max(last_bucket, reduced - backward)
+    return max(last_bucket, reduced - passes / request.micro_steps * 2 / 3)

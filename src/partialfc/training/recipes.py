@@ -284,6 +284,8 @@ def plan_request(config: TrainConfig, num_classes: int, gpus: int) -> PlanReques
         state_dtype=head.state_dtype,
         state_on_host=head.state_on_host,
         checkpoint_async=config.output.checkpoint_async,
+        processes_backbone=config.processes.backbone,
+        gradients=config.processes.gradients,
         workers=data.workers,
     )
 

@@ -24,6 +24,7 @@ GATHERED_BYTES, TARGET_BYTES = 32, 40  # of each element of the gathered embeddi
 UPDATE_BYTES = {("sgd", False): 20, ("sgd", True): 32, ("adamw", False): 24, ("adamw", True): 34}
 CONTEXT_BYTES = 1 << 30  # of CUDA, its libraries and NCCL on each GPU; assumed
 FRAGMENTATION = 0.05  # of a GPU's memory that its allocator cannot use; assumed
+HEAP = 0.35  # of the activations, that a CPU's heap holds between them; from the trainings of benchmarks/plan.py
 _PREFETCH = 2
 
 
@@ -99,6 +100,9 @@ def plan_memory(request: PlanRequest, precision: str, threads: int = 1) -> Memor
             "sampled rows' gradient": sparse * (2 if request.micro_steps > 1 else 1),
         },
     }
+    if request.on_cpu:
+        moments["the head"]["heap between them"] = int(HEAP * both.saved_bytes)
+        moments["the backward pass"]["heap between them"] = int(HEAP * both.peak_bytes)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (persistent | moments[moment]).items() if size}
     return MemoryPlan(moment, parts, {name: size for name, size in host.items() if size})

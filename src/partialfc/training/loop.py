@@ -230,7 +230,7 @@ class _Trainer:
             "lr_head": self.stepper.lr_head,
             "images_per_second": clock.images / clock.seconds,
             "data_wait": clock.waited / clock.seconds,
-            "sampled_classes": state.head.figures.sampled if state.head.figures else 0,
+            "sampled_classes": int(state.head.figures.sampled) if state.head.figures else 0,
             "skipped_steps": state.skipped,
             "unreadable": len(names),
             "peak_bytes": peak_bytes(self.device),

@@ -146,6 +146,10 @@ class Stepper:
             if seen is not None:
                 total += share * torch.stack([loss.detach().double(), seen.target_cosine, seen.conflict_share])
         norm = self._unscaled_and_clipped()
+        try:
+            self.state.head.check()  # here, since the norm is read next in any case
+        except NonFiniteEmbeddings:
+            return {}
         return {"loss": total[0], "target_cosine": total[1], "conflict_share": total[2], "grad_norm": norm}
 
     def _unscaled_and_clipped(self) -> Tensor:

@@ -152,6 +152,12 @@ ITEMS = [
         ),
         "B",
     ),
+    Item(
+        "plan",
+        "How far is `partialfc plan` from measured memory and time of heads and of whole steps on this GPU?",
+        ("benchmarks/plan.py", "--device", "cuda"),
+        "D",
+    ),
     end_to_end_item("r50", 256),
     end_to_end_item("r100", 256),
     end_to_end_item("vit_b", 256),

@@ -229,7 +229,8 @@ def test_gradients_travel_in_bfloat16_and_stay_close(folder: Path, name: str) ->
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
     way = "all_reduce" if name == "ddp" else "reduce"
     found = sum(count for key, count in exchanged.items() if key.startswith(way) and key.endswith("bfloat16"))
-    assert trained * STEPS <= found <= 1.02 * trained * STEPS  # FSDP pads rows that do not divide
+    passes = STEPS + (name == "ddp")  # DDP lays out its exchange in a pass of its own
+    assert trained * passes <= found <= 1.02 * trained * passes  # FSDP pads rows that do not divide
     full, rounded = curve(folder / f"{name}-32"), curve(folder / f"{name}-16")
     assert rounded[0] == full[0]
     assert rounded != full

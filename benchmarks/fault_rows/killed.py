@@ -11,7 +11,11 @@ from fault_rows.launch import Fault
 from fault_rows.patches import COPY_STAGES, LEADER_STAGES, OWN_STAGES, Stage, die
 from partialfc.training.checkpoint_reading import folder_name
 
-SYNCHRONOUS, ASYNCHRONOUS = ("--output.checkpoint_async=false",), ()
+SYNCHRONOUS: tuple[str, ...] = ("--output.checkpoint_async=false",)
+ASYNCHRONOUS: tuple[str, ...] = ()
+
+# Twelve images a step: two micro-steps, of which each of three processes has two images.
+THREE = ("--data.global_batch_size=12", "--data.micro_batch_size=6", "--data.micro_steps=2", "--schedule.epochs=4.5")
 
 Moment = Callable[[], None]
 MOMENTS: dict[str, Moment] = {
@@ -34,6 +38,7 @@ MOMENTS: dict[str, Moment] = {
         patches.checkpoint_async, "save_checkpoint", after=die, when=patches.nth(3)
     ),
 }
+ON_RANK_0 = ("between the two models of an evaluation",)
 
 
 def on_rank(rank: int, install: Moment) -> Fault:
@@ -58,8 +63,8 @@ def interruptions(world_size: int) -> Callable[[Bench, bool], Iterator[Injection
     def injections(bench: Bench, short: bool) -> Iterator[Injection]:
         names = list(MOMENTS)
         for number, name in enumerate(names[3 * world_size :][: int(world_size < 3)] if short else names):
-            rank = number % world_size
-            options = (ASYNCHRONOUS, SYNCHRONOUS)[number // world_size % 2]
+            rank = 0 if name in ON_RANK_0 else number % world_size
+            options = (ASYNCHRONOUS, SYNCHRONOUS)[number // world_size % 2] + (THREE if world_size == 3 else ())
 
             def inject(folder: Path, name: str = name, rank: int = rank, options: tuple[str, ...] = options) -> Outcome:
                 return kill_and_resume(bench, folder, options, world_size, on_rank(rank, MOMENTS[name]))

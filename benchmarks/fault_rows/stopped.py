@@ -67,7 +67,7 @@ def random_moments(bench: Bench, short: bool) -> Iterator[Injection]:
             run.send(signal.SIGTERM, rank)
             return finish(bench, folder / "run", run, world_size)
 
-        yield Injection(f"at {part:.0%} of a run, rank {rank} of {world_size}", inject)
+        yield Injection(f"{number}: at {part:.0%} of a run, rank {rank} of {world_size}", inject)
 
 
 _lengths: dict[int, float] = {}

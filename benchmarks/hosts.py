@@ -1,0 +1,337 @@
+"""Training on several hosts, and what happens when a host is cut off or a process is killed.
+
+    sudo python benchmarks/hosts.py --out runs/hosts
+
+The hosts are network namespaces of this machine (benchmarks/namespaces.py), each with a `torchrun -m partialfc train`
+of its own. A scenario injects one fault into a running training and sees what the processes do and what they say.
+Prints a table. The whole takes about 15 minutes on an idle machine of two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from elastic import write_patterns
+from namespaces import Host, network, why_not
+
+from partialfc.training.checkpoint_reading import Checkpoint, steps_in
+from partialfc.training.metrics_log import read_metrics
+
+SIZE, BATCH, IMAGES = 16, 12, 150  # of benchmarks/elastic.py's patterns
+PORT = 29400
+SECONDS_TO_NOTICE = 60.0  # for a dead process or host, on a busy machine; about 20 on an idle one
+SECONDS_OF_A_RUN = 300.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one injected fault did.
+
+    Attributes:
+        fault: in words.
+        as_written: whether it is what docs/reliability.md says.
+        said: what happened, in a sentence.
+        lost_steps: optimizer steps that had to be done again; None where no run went on.
+        seconds: from the fault to the end of the processes, or to the first new step; None without a fault.
+    """
+
+    fault: str
+    as_written: bool
+    said: str
+    lost_steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Run:
+    """One training. `nodes`, `per_host` and `restarts` are torchrun's --nnodes, --nproc-per-node and --max-restarts."""
+
+    out: Path
+    data: Path
+    steps: int
+    nodes: str = "2"
+    per_host: int = 1
+    restarts: int = 0
+    started: dict[str, subprocess.Popen] = field(default_factory=dict)
+    newest: int = 0
+
+    def start(self, *hosts: Host) -> None:
+        """Start torchrun on these hosts; the first host ever started holds the rendezvous."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for host in hosts:
+            first = next(iter(self.started), host.name)
+            self.started[host.name] = host.start(self.command(first), self._log(host.name))
+
+    def command(self, first: str) -> list[str]:
+        """The command line, the same on every host."""
+        launch = ["-m", "torch.distributed.run", "--nnodes", self.nodes, "--nproc-per-node", str(self.per_host)]
+        launch += ["--max-restarts", str(self.restarts), "--rdzv-id", self.out.name, "--rdzv-backend", "c10d"]
+        launch += ["--rdzv-endpoint", f"{first}:{PORT}", "--rdzv-conf", "last_call_timeout=5,join_timeout=120"]
+        options = {
+            "data.path": self.data,
+            "data.global_batch_size": BATCH,
+            "data.micro_batch_size": BATCH,
+            "data.micro_steps": 2,
+            "data.workers": 0,
+            "backbone.name": "mini",
+            "backbone.embedding_dim": 16,
+            "backbone.sync_batch_norm": "true",
+            "head.sample_rate": 0.5,
+            "head.scale": 16,
+            "optimizer.lr": 0.01,
+            "optimizer.lr_scaling": "absolute",
+            "schedule.epochs": self.steps * BATCH / IMAGES,
+            "output.log_every": 1,
+            "output.checkpoint_every": 20,
+            "output.evaluate_every": 10**9,
+            "precision": "float32",
+            "device": "cpu",
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [sys.executable, *launch, "-m", "partialfc", "train", "--resume", "--out", str(self.out), *words]
+
+    def log(self, *hosts: Host) -> str:
+        """What these hosts' processes have printed; all hosts' without any."""
+        return "".join(self._log(name).read_text() for name in [host.name for host in hosts] or self.started)
+
+    def _log(self, name: str) -> Path:
+        return self.out.parent / f"{self.out.name}-{name}.log"
+
+    def step(self) -> int:
+        """The newest step in the metrics now; `newest` keeps the largest ever seen."""
+        path = self.out / "metrics.jsonl"
+        lines = read_metrics(path) if path.is_file() else []
+        step = lines[-1]["step"] if lines else 0
+        self.newest = max(self.newest, step)
+        return step
+
+    def resumed(self) -> list[int]:
+        """The steps that its processes said to have resumed at, in the order of the hosts' logs."""
+        return [int(step.replace(",", "")) for step in re.findall(r"resumed at step ([\d,]+)", self.log())]
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the metrics have that step."""
+        self.wait(lambda: self.step() >= step, SECONDS_OF_A_RUN, f"step {step}")
+
+    def wait_for_end(self, host: Host, seconds: float) -> int:
+        """Wait for a host's torchrun; its exit status."""
+        process = self.started[host.name]
+        self.wait(lambda: process.poll() is not None, seconds, f"the end of {host.name}")
+        return process.returncode
+
+    def wait(self, until: Callable[[], bool], seconds: float, what: str) -> float:
+        """Wait, and say how many seconds it took. TimeoutError with the last lines printed if it takes too long."""
+        begin = time.monotonic()
+        while not until():
+            if time.monotonic() - begin > seconds:
+                raise TimeoutError(f"{what} did not come in {seconds:.0f} s; last printed:\n{self.log()[-2000:]}")
+            time.sleep(0.1)
+        return time.monotonic() - begin
+
+    def workers(self, host: Host) -> list[int]:
+        """The training processes of a host, in the order of their local ranks."""
+        launcher = self.started[host.name].pid
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        return sorted(int(each) for each in children)
+
+    def losses(self) -> list[float]:
+        """The loss curve."""
+        return [line["loss"] for line in read_metrics(self.out / "metrics.jsonl") if line["kind"] == "train"]
+
+    def final_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that the last checkpoint holds."""
+        root = self.out / "checkpoints"
+        checkpoint = Checkpoint(root / f"step-{steps_in(root)[-1]:08d}")
+        groups = ("backbone", "backbone-optimizer")
+        tensors = {f"{group}/{key}": value for group in groups for key, value in checkpoint.tensors(group).items()}
+        rows = {name: checkpoint.rows(name, 0, shape[0]) for name, shape in checkpoint.row_shapes.items()}
+        return tensors | {f"rows/{name}": value for name, value in rows.items()}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What scenarios share: a folder, the data, the length of the runs, and the two hosts that they start on."""
+
+    folder: Path
+    data: Path
+    steps: int
+    hosts: list[Host]
+
+    def run(self, name: str, **options: object) -> Run:
+        """A new run of that name."""
+        return Run(self.folder / name, self.data, self.steps, **options)  # type: ignore[arg-type]
+
+    def straight(self, nodes: int, per_host: int) -> Run:
+        """The uninterrupted run on so many hosts, made once."""
+        run = self.run(f"straight-{nodes}x{per_host}", nodes=str(nodes), per_host=per_host)
+        if not run.out.exists():
+            run.start(*self.hosts[:nodes])
+            for host in self.hosts[:nodes]:
+                run.wait_for_end(host, SECONDS_OF_A_RUN)
+        return run
+
+
+def two_hosts(stage: Stage) -> Outcome:
+    """Two hosts with a process each train what one host with two processes trains."""
+    apart, together = stage.straight(2, 1), stage.straight(1, 2)
+    same = difference(together, apart)
+    return Outcome("none: two hosts instead of one", same == 0, f"the final state {_apart(same)} that of one host")
+
+
+def killed_rank(stage: Stage) -> Outcome:
+    """SIGKILL to a rank under torchrun with --max-restarts, on one host: the run goes on by itself."""
+    host = stage.hosts[0]
+    run = stage.run("killed-rank", nodes="1", per_host=2, restarts=3)
+    run.start(host)
+    run.wait_for_step(stage.steps // 2)
+    signal_rank(run, host, 1, signal.SIGKILL)
+    seconds = run.wait(lambda: len(run.resumed()) > 0, SECONDS_OF_A_RUN, "the restart")
+    status = run.wait_for_end(host, SECONDS_OF_A_RUN)
+    same = difference(stage.straight(1, 2), run)
+    said = f"went on by itself; the final state {_apart(same)} that of the uninterrupted run"
+    return Outcome(
+        "a rank killed under torchrun --max-restarts", (status, same) == (0, 0), said, lost_steps(run), seconds
+    )
+
+
+def sigterm(stage: Stage) -> Outcome:
+    """SIGTERM to torchrun on both hosts, as a scheduler sends it; a new start goes on."""
+    run = stage.run("sigterm", nodes="2", restarts=3)
+    run.start(*stage.hosts)
+    run.wait_for_step(stage.steps // 2)
+    begin = time.monotonic()
+    for host in stage.hosts:
+        run.started[host.name].send_signal(signal.SIGTERM)
+    statuses = [run.wait_for_end(host, SECONDS_TO_NOTICE) for host in stage.hosts]
+    seconds = time.monotonic() - begin
+    saved = len(re.findall(r"stopped by SIGTERM after step [\d,]+, and saved", run.log()))
+    run.start(*stage.hosts)
+    ended = [run.wait_for_end(host, SECONDS_OF_A_RUN) for host in stage.hosts]
+    same = difference(stage.straight(2, 1), run)
+    said = f"{saved} ranks saved and ended, torchrun with status {statuses}; a new start went on, and the final state "
+    said += f"{_apart(same)} that of the uninterrupted run"
+    return Outcome("SIGTERM to torchrun", (saved, ended, same) == (2, [0, 0], 0), said, lost_steps(run), seconds)
+
+
+def cut_off(stage: Stage, held: int) -> Outcome:
+    """A host is cut off, and torchrun may not start again; `held` is the host that stays."""
+    stays, leaves = stage.hosts[held], stage.hosts[1 - held]
+    run = stage.run(f"cut-off-{leaves.name}", nodes="2")
+    run.start(stays, leaves)
+    run.wait_for_step(stage.steps // 2)
+    ranks = run.workers(stays)
+    leaves.cut_off()
+    try:
+        seconds = run.wait(lambda: not any(map(_is_running, ranks)), SECONDS_TO_NOTICE, f"the end of {stays.name}")
+        status = run.wait_for_end(stays, SECONDS_TO_NOTICE)
+        sentence = next((line for line in run.log(stays).splitlines() if "partialfc: error" in line), "nothing")
+    finally:
+        leaves.put_back()
+    said = f"the other host's processes ended and said: {sentence}; torchrun's status {status}"
+    return Outcome("a host cut off", status == 1 and leaves.name in sentence, said, None, seconds)
+
+
+def fewer_hosts(stage: Stage) -> Outcome:
+    """A host is cut off under --nnodes 1:2 --max-restarts 3: the one with the rendezvous goes on alone."""
+    stays, leaves = stage.hosts
+    run = stage.run("fewer-hosts", nodes="1:2", restarts=3)
+    run.start(stays, leaves)
+    run.wait_for_step(stage.steps // 2)
+    leaves.cut_off()
+    try:
+        seconds = run.wait(lambda: len(run.resumed()) > 0, SECONDS_OF_A_RUN, "the restart")
+        status = run.wait_for_end(stays, SECONDS_OF_A_RUN)
+    finally:
+        leaves.put_back()
+    curves = stage.straight(2, 1).losses(), run.losses()
+    apart = max((abs(one - other) / abs(one) for one, other in zip(*curves, strict=True)), default=float("inf"))
+    said = f"the other host went on alone; the loss curve is within {apart:.0e} of the uninterrupted one"
+    return Outcome("a host cut off, --nnodes 1:2", status == 0 and apart < 1e-3, said, lost_steps(run), seconds)
+
+
+def signal_rank(run: Run, host: Host, local_rank: int, which: signal.Signals) -> None:
+    """Send a signal to one training process."""
+    os.kill(run.workers(host)[local_rank], which)
+
+
+def lost_steps(run: Run) -> int:
+    """The steps done again after the first restart."""
+    return run.newest - run.resumed()[0]
+
+
+def difference(one: Run, other: Run) -> float:
+    """The largest difference of the last checkpoints, relative to the largest value of a tensor; 0 if bit-identical."""
+    left, right = one.final_tensors(), other.final_tensors()
+    if left.keys() != right.keys():
+        return float("inf")
+    apart = [float((left[name] - right[name]).abs().max() / left[name].abs().max()) for name in left if left[name].any()]
+    return 0.0 if all(torch.equal(left[name], right[name]) for name in left) else max(apart)
+
+
+def _apart(relative: float) -> str:
+    return "is bit for bit" if relative == 0 else f"differs by {relative:.0e} from"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[-1].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+SCENARIOS: dict[str, Callable[[Stage], Outcome]] = {
+    "two-hosts": two_hosts,
+    "killed-rank": killed_rank,
+    "sigterm": sigterm,
+    "cut-off": lambda stage: cut_off(stage, 0),
+    "cut-off-rendezvous": lambda stage: cut_off(stage, 1),
+    "fewer-hosts": fewer_hosts,
+}
+
+
+@contextmanager
+def opened_stage(folder: Path, steps: int) -> Iterator[Stage]:
+    """Data and two hosts in a new folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "images"
+    if not data.exists():
+        write_patterns(data, SIZE)
+    with network(["a", "b"], folder) as hosts:
+        yield Stage(folder, data, steps, hosts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="new folder for data and runs")
+    parser.add_argument("--steps", type=int, default=200, help="of each run, at least 80")
+    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if reason := why_not(options.out):
+        print(f"This machine cannot have several hosts ({reason}): run it as root, with iproute2.", file=sys.stderr)
+        return 2
+    print("| fault | as written | outcome | steps done again | seconds |\n|---|---|---|---|---|", flush=True)
+    failed = False
+    for name in options.scenarios:
+        with opened_stage(options.out.resolve(), options.steps) as stage:
+            outcome = SCENARIOS[name](stage)
+        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.0f}"
+        lost = "" if outcome.lost_steps is None else outcome.lost_steps
+        print(f"| {outcome.fault} | {outcome.as_written} | {outcome.said} | {lost} | {seconds} |", flush=True)
+        failed |= not outcome.as_written
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

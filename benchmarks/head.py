@@ -1,6 +1,6 @@
 """Measure the head beside the dense one and write the tables of docs/performance.md.
 
-    python benchmarks/head.py [--steps 5] [--device cpu] [--only step|growth|sampling] [--configuration 0]
+    python benchmarks/head.py [--steps 5] [--device cpu] [--only step|growth|sampling|unsampled] [--configuration 0]
 
 Each configuration is one alternating run. JSON lines go to standard output; a part of the tables is written as soon as
 it is measured.
@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from partialfc.bench.head import bench_head
+from partialfc.bench.head_variants import HeadConfiguration, Phases, our_steps
 from partialfc.bench.machine import describe
+from partialfc.head.optim import Unsampled
 from partialfc.head.sampling import sample_classes
 
 # The last one does not fit this memory with the dense head beside it.
@@ -32,6 +34,7 @@ STEPS: list[dict[str, Any]] = [
 ]
 GROWTH = (100_000, 400_000, 1_000_000, 4_000_000)
 GROWTH_SAMPLED = 10_000
+UNSAMPLED = (100_000, 1_000_000)
 SAMPLING = ((1_000_000, 0.1), (10_000_000, 0.1), (100_000_000, 0.01))
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 _MIB = 1 << 20
@@ -41,13 +44,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=("step", "growth", "sampling"))
+    parser.add_argument("--only", choices=("step", "growth", "sampling", "unsampled"))
     parser.add_argument("--configuration", type=int, help="measure only this one of the steps, and write no table")
     options = parser.parse_args()
     if options.configuration is not None:
         measure_step(STEPS[options.configuration], options)
         return
-    parts = {"step": step_table, "growth": growth_table, "sampling": sampling_table}
+    parts = {
+        "step": step_table,
+        "growth": growth_table,
+        "sampling": sampling_table,
+        "unsampled": unsampled_table,
+    }
     for name, part in parts.items():
         if options.only in (None, name):
             write_table(name, "\n".join([hardware_line(options.device), "", *part(options)]))
@@ -120,6 +128,26 @@ def sampling_table(options: argparse.Namespace) -> Iterator[str]:
         }
         print(json.dumps(line), flush=True)
         yield f"| {classes:,} | {len(drawn):,} | {line['ms']:.1f} ms | {line['usual_ms']:.0f} ms |"
+
+
+def unsampled_table(options: argparse.Namespace) -> Iterator[str]:
+    """Steps in which unsampled rows rest, and in which they move as under dense SGD, in turns."""
+    yield "| classes | rate | batch | unsampled rows rest | as dense SGD | beside it |"
+    yield "|---|---|---|---|---|---|"
+    for classes in UNSAMPLED:
+        configuration = HeadConfiguration(classes, 512, 128, 0.1, options.device)
+        ways: tuple[Unsampled, ...] = ("rest", "as_dense")
+        heads = {way: our_steps(configuration, unsampled=way)["deferred"] for way in ways}
+        seconds: dict[str, list[float]] = {way: [] for way in heads}
+        # A row is sampled every tenth step on average: after some tens of steps rows are behind as in a long run.
+        for step in range(30 + options.steps):
+            for way, take in heads.items():
+                phases = Phases(options.device)
+                take(*configuration.batch(step), phases)
+                seconds[way].append(sum(phases.seconds.values()))
+        rest, dense = (1000 * min(seconds[way][30:]) for way in ways)
+        print(json.dumps({"classes": classes, "rest_ms": rest, "as_dense_ms": dense}), flush=True)
+        yield f"| {classes:,} | 0.1 | 128 | {rest:.0f} ms | {dense:.0f} ms | {dense / rest:.2f} × |"
 
 
 def hardware_line(device: str) -> str:

@@ -38,3 +38,20 @@ def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path) 
     )
     with distributed.process_group(torch.device("cpu"), timeout_seconds=60):
         worker(rank, folder)
+
+
+def run_apart(world_size: int, worker: Worker, folder: Path) -> list[int | None]:
+    """`run_ranks` for processes that may die: the exit status of each, negative for a signal; none fails the caller."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    context = mp.get_context("spawn")
+    arguments = (world_size, store.port, worker, folder)
+    processes = [context.Process(target=_start, args=(rank, *arguments)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()

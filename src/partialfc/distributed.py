@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,10 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from partialfc.errors import InputError
+from partialfc.activity import doing
+from partialfc.errors import InputError, JobError
 
 Group = dist.ProcessGroup
+_WORDS_OF_COLLECTIVES = ("gloo", "nccl", "connection closed by peer")
 
 # torch 2.13 gave the two a new name and deprecated the one that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -92,7 +95,7 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
 
     Without torchrun's variables, or with one process, it starts nothing.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if _launched_size() == 1 or dist.is_initialized():
         yield
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -100,18 +103,74 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
         raise InputError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start the processes with torchrun.")
     # Beside a GPU's NCCL, gloo carries what lives on the host, such as the checkpoints' agreements.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except dist.DistError as error:
+        raise JobError(
+            f"Rank {launched_rank()} has not met the other {_launched_size() - 1} processes at {_store_name()} within "
+            f"{timeout_seconds:.0f} s ({str(error).splitlines()[0]}): start all of them, and let the network pass them."
+        ) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
+def _launched_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _store_name() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def is_broken_exchange(error: BaseException) -> bool:
+    """Whether an error comes from a collective: NCCL's and the store's have types, gloo's are known by their words."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = str(error).lower()
+    ours = isinstance(error, JobError)
+    return isinstance(error, RuntimeError) and not ours and any(word in words for word in _WORDS_OF_COLLECTIVES)
+
+
+class KeyValueStore:
+    """The launcher's store of small values, over a connection of its own, which blocks no one else's.
+
+    Attributes:
+        name: where it is, for people.
+    """
+
+    def __init__(self, prefix: str, timeout_seconds: float) -> None:
+        self.name = f"the processes' meeting point {_store_name()}"
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        connection = TCPStore(
+            host, port, is_master=False, timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False
+        )
+        self._store = PrefixStore(prefix, connection)
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def get(self, keys: list[str]) -> list[str]:
+        """The values of keys that were set before, in one round trip."""
+        return [value.decode() for value in self._store.multi_get(keys)]
+
+
+def has_store() -> bool:
+    """Whether the processes were started through a store that `KeyValueStore` can reach."""
+    return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+
+
+def _exchange(name: str) -> AbstractContextManager[None]:
+    return doing(f"in {name}", waits=True)
+
+
 def all_reduce(tensor: Tensor, op: str = "sum", group: Group | None = None) -> Tensor:
     """Replace `tensor`, in place, by its "sum", "max" or "min" over the ranks. One collective."""
     if world_size_of(group) > 1:
         ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        dist.all_reduce(tensor, ops[op], group=group)
+        with _exchange("an all-reduce"):
+            dist.all_reduce(tensor, ops[op], group=group)
     return tensor
 
 
@@ -138,7 +197,8 @@ def all_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = Non
     padded = tensor.new_zeros((widest, *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
     gathered = tensor.new_empty((widest * len(counts), *tensor.shape[1:]))
-    _all_gather(gathered, padded, group=group)
+    with _exchange("an all-gather"):
+        _all_gather(gathered, padded, group=group)
     if min(counts) == widest:
         return gathered
     return torch.cat([gathered[r * widest : r * widest + count] for r, count in enumerate(counts)])
@@ -156,14 +216,16 @@ def reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None =
         for r, part in enumerate(parts):
             tensor[r * widest : r * widest + len(part)] = part
     result = tensor.new_empty((widest, *tensor.shape[1:]))
-    _reduce_scatter(result, tensor.contiguous(), group=group)
+    with _exchange("a reduce-scatter"):
+        _reduce_scatter(result, tensor.contiguous(), group=group)
     return result[:own]
 
 
 def broadcast(tensor: Tensor, source: int = 0, group: Group | None = None) -> Tensor:
     """Replace `tensor`, in place, by the one of rank `source`. One collective."""
     if world_size_of(group) > 1:
-        dist.broadcast(tensor, group_src=source, group=group)
+        with _exchange("a broadcast"):
+            dist.broadcast(tensor, group_src=source, group=group)
     return tensor
 
 
@@ -177,7 +239,8 @@ def any_rank(flag: bool, device: torch.device | None = None, group: Group | None
 def barrier(group: Group | None = None) -> None:
     """Wait for all ranks. One collective."""
     if world_size_of(group) > 1:
-        dist.barrier(group=group)
+        with _exchange("a barrier"):
+            dist.barrier(group=group)
 
 
 def gather_json(value: Any, device: torch.device | None = None, group: Group | None = None) -> list[Any]:
@@ -216,7 +279,8 @@ def start_max(values: list[int], group: Group | None = None) -> Callable[[], lis
     work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
 
     def finish() -> list[int]:
-        work.wait()
+        with _exchange("an all-reduce"):
+            work.wait()
         return largest.tolist()
 
     return finish

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from partialfc.activity import progress
 from partialfc.backbones import check_backbone, create_backbone
 from partialfc.backbones.recognise import recognise, without_prefixes
 from partialfc.data.augment import normalise
@@ -293,6 +294,7 @@ def embed(model: Model, images: np.ndarray | Tensor, *, flip: bool = True, batch
                 if flip:
                     embeddings = embeddings + model.backbone(batch.flip(3))
                 result[start : start + batch_size] = embeddings
+                progress()
     finally:
         for module, training in modes.items():
             module.training = training

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from partialfc import keyed_random
 from partialfc.head.margins import CosFace
-from partialfc.head.optim import RowwiseSGD
+from partialfc.head.optim import RowwiseSGD, Unsampled
 from partialfc.head.partial_fc import PartialFC
 from partialfc.head.sampling import sample_classes, sample_size
 
@@ -66,7 +66,7 @@ class Phases:
 StepFunction = Callable[[Tensor, Tensor, Phases], None]
 
 
-def our_steps(configuration: HeadConfiguration) -> dict[Variant, StepFunction]:
+def our_steps(configuration: HeadConfiguration, unsampled: Unsampled = "rest") -> dict[Variant, StepFunction]:
     """A step of each variant; all train one head, so that the memory of others is not needed."""
     head = PartialFC(
         configuration.num_classes,
@@ -76,7 +76,7 @@ def our_steps(configuration: HeadConfiguration) -> dict[Variant, StepFunction]:
         SCALE,
         device=configuration.device,
     )
-    optimizer = RowwiseSGD(head.parameters(), LEARNING_RATE, MOMENTUM, WEIGHT_DECAY)
+    optimizer = RowwiseSGD(head.parameters(), LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, unsampled=unsampled)
 
     def step(variant: Variant, embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
         head.update = "deferred" if variant.startswith("deferred") else "sparse"

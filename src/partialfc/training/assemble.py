@@ -81,7 +81,9 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
     freeze(backbone, config.backbone.freeze)
     for parameter in backbone.parameters():
         if parameter.ndim == 4 and config.backbone.channels_last:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            # contiguous() leaves the strides of a 1 × 1 kernel as they are, and DDP then copies its gradients.
+            values = torch.empty_like(parameter.data, memory_format=torch.channels_last)
+            parameter.data = values.copy_(parameter.data)
     head = PartialFC(
         loader.num_classes,
         config.backbone.embedding_dim,

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from partialfc.activity import doing
 from partialfc.distributed import Group, Shard, gather_json
 from partialfc.errors import JobError
 from partialfc.training.checkpoint_io import (
@@ -97,7 +98,8 @@ def save_checkpoint(
     token = _together("prepare", lambda: _prepare(root, contents), group)[0]
     writing = root / f".{folder_name(step)}.{token}.writing"
     try:
-        reports = _together("write", lambda: _write_files(writing, contents), group)
+        with doing(f"writing {writing}"):
+            reports = _together("write", lambda: _write_files(writing, contents), group)
         _together("complete", lambda: _commit(root, writing, contents, reports, keep) if leader else None, group)
     except CheckpointNotWritten:
         if leader:

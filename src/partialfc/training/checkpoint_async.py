@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.activity import doing
 from partialfc.distributed import Group
 from partialfc.training.checkpoint import RowTensors, save_checkpoint
 
@@ -113,7 +114,8 @@ class CheckpointWriter:
             CheckpointNotWritten: on all ranks alike, if any could not write.
         """
         if self._thread is not None:
-            self._thread.join()
+            with doing(f"waiting for its checkpoint of step {self.step}", waits=True):
+                self._thread.join()
         self._thread, error, self._error = None, self._error, None
         if error is not None:
             raise error

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.activity import progress
 from partialfc.errors import InputError
 
 BLOCK_BYTES = 16 * 2**20
@@ -92,6 +93,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], block_bytes: in
                 size += len(part)
                 room -= len(part)
                 if room == 0:
+                    progress()
                     digests.append(block.hexdigest())
                     block, room = hashlib.sha256(), block_bytes
         if room < block_bytes:
@@ -256,6 +258,7 @@ class VerifiedFiles:
         if hashlib.sha256(block).hexdigest() != record.sha256[number]:
             raise self._damaged(name, f"differs from what was written in block {number} (bytes {start:,} to {stop:,})")
         self._last = (name, number, block)
+        progress()
         return block
 
     def _damaged(self, name: str, what: str) -> DamagedCheckpoint:

@@ -173,8 +173,9 @@ class ProcessesConfig:
     """How several processes work together."""
 
     timeout_seconds: float = 600.0
-    """How long a process waits for the others before the run fails; longer than the longest checkpoint or evaluation
-    of one process alone."""
+    """How long a process may be at one thing without progress, waiting for others included, before the run fails."""
+    silence_seconds: float = 30.0
+    """How long a process may give no sign of life before it is taken for dead and the run fails."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ class TrainConfig:
             ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
             ("schedule.warmup_epochs", self.schedule.warmup_epochs, 0),
             ("schedule.power", self.schedule.power, 0),
-            ("processes.timeout_seconds", self.processes.timeout_seconds, 1),
+            ("processes.timeout_seconds", self.processes.timeout_seconds, 10),
+            ("processes.silence_seconds", self.processes.silence_seconds, 5),
             ("output.log_every", self.output.log_every, 1),
             ("output.evaluate_every", self.output.evaluate_every, 0),
             ("output.checkpoint_every", self.output.checkpoint_every, 0),
@@ -355,7 +357,15 @@ class TrainConfig:
 
 # Keys that may differ between a run and its continuation: they change where, how fast and how often, not what.
 FREE_KEYS = frozenset(
-    {"data.path", "data.workers", "data.max_unreadable", "processes.timeout_seconds", "output", "device"}
+    {
+        "data.path",
+        "data.workers",
+        "data.max_unreadable",
+        "processes.timeout_seconds",
+        "processes.silence_seconds",
+        "output",
+        "device",
+    }
 )
 
 

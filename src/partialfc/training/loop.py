@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.activity import doing
 from partialfc.data.loader import Batch
 from partialfc.distributed import (
     broadcast,
@@ -23,6 +24,7 @@ from partialfc.distributed import (
 from partialfc.errors import InputError, StoppedBySignal
 from partialfc.evaluation.benchmarks import read_benchmarks
 from partialfc.evaluation.pairs import evaluate_pair_set
+from partialfc.liveness import Liveness
 from partialfc.model import Model, ModelConfig, save_model
 from partialfc.training.assemble import (
     PRECISION_NAMES,
@@ -74,10 +76,27 @@ def train(
     config.check()
     check_trackers(config.output)
     device = choose_device(config.device)
-    timeout = config.processes.timeout_seconds
-    with StopSignals() as signals, process_group(device, timeout), contextlib.ExitStack() as held:
-        trainer = _Trainer(config, out, benchmarks or {}, device, signals, held, resume=resume, quiet=quiet)
-        return trainer.run()
+    silence, timeout = config.processes.silence_seconds, config.processes.timeout_seconds
+    with (
+        StopSignals() as signals,
+        process_group(device, _patience(config)),
+        Liveness(silence, timeout) as liveness,
+        contextlib.ExitStack() as held,
+    ):
+        try:
+            with doing("opening data, networks and run folder"):
+                trainer = _Trainer(config, out, benchmarks or {}, device, signals, held, resume=resume, quiet=quiet)
+            return trainer.run()
+        except RuntimeError as error:
+            lost = liveness.explain(error)
+            if lost is None:
+                raise
+            raise lost from error
+
+
+def _patience(config: TrainConfig) -> float:
+    """Seconds after which a collective fails by itself: `Liveness`, which knows more, is to speak first."""
+    return config.processes.timeout_seconds + 60
 
 
 class _Trainer:
@@ -112,9 +131,8 @@ class _Trainer:
         self.notes: list[str] = []
         if resume:
             load_latest(self.folder.checkpoints, self.state.restore, warn=self.notes.append)
-        timeout = config.processes.timeout_seconds
-        self.saver = Saver(config, self.folder, host_group(timeout), self._report_unsaved)
-        self.news_group = host_group(timeout)
+        self.saver = Saver(config, self.folder, host_group(_patience(config)), self._report_unsaved)
+        self.news_group = host_group(_patience(config))
         self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))
         self.total_steps = self.stepper.total_steps
         self.results: dict[str, dict[str, Any]] = {}
@@ -150,7 +168,10 @@ class _Trainer:
         while state.done < self.total_steps:
             news = self._exchange_news()
             with profiler.step(state.done):
-                figures = self.stepper.step([clock.next_batch(batches) for _ in range(self.loader.micro_steps)])
+                with doing(f"reading the images of step {state.done}"):
+                    micro_batches = [clock.next_batch(batches) for _ in range(self.loader.micro_steps)]
+                with doing(f"computing step {state.done}"):
+                    figures = self.stepper.step(micro_batches)
             state.done += 1
             stop, minutes_passed, writing = news()
             clock.images += self.config.data.global_batch_size
@@ -254,7 +275,8 @@ class _Trainer:
                 broadcast(buffer)
         model = Model(state.evaluated, self.model_config)
         for name, pairs in self.benchmarks.items():
-            result = evaluate_pair_set(model, pairs).summary()
+            with doing(f"evaluating {name}"):
+                result = evaluate_pair_set(model, pairs).summary()
             self.results[name] = result
             self._log({"kind": "evaluation", "step": state.done, "benchmark": name, **result})
             self.progress.message(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from partialfc import keyed_random
+from partialfc.activity import doing
 from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
 from partialfc.distributed import all_gather_rows, any_rank, rank_of, row_counts, split_evenly, world_size_of
@@ -130,7 +131,8 @@ class Stepper:
             try:
                 with contextlib.nullcontext() if synchronise else self._without_synchronisation():
                     loss = self._loss(batch)
-                    (loss * share).backward()
+                    with doing("in the backward pass, which exchanges gradients", waits=synchronise):
+                        (loss * share).backward()
             except NonFiniteEmbeddings:
                 return {}
             seen = self.state.head.figures

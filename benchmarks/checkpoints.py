@@ -1,0 +1,149 @@
+"""How long a checkpoint holds a step of training up: written within the step, and beside it.
+
+    python benchmarks/checkpoints.py --out /tmp/checkpoints
+
+Two processes of gloo with a head of 1,000,000 classes × 512 and its momentum (4.1 GB) train it (rate 0.1, 128 images
+each), and save three times each way. Writes its table into docs/performance.md. Needs 9 GB of disk and of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from partialfc import distributed, keyed_random
+from partialfc.bench.machine import describe
+from partialfc.head.margins import CosFace
+from partialfc.head.optim import RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+from partialfc.training.checkpoint import RowTensors
+from partialfc.training.checkpoint_async import CheckpointWriter, Snapshot
+
+CLASSES, WIDTH, IMAGES, PROCESSES, SAVES = 1_000_000, 512, 128, 2, 3
+DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- benchmarks/checkpoints.py begin -->", "<!-- benchmarks/checkpoints.py end -->"
+
+
+@dataclass(frozen=True)
+class Save:
+    """Seconds of one save on one rank.
+
+    Attributes:
+        held: how long `save` kept the training.
+        written: from its beginning until the checkpoint was in place.
+        step: median step while it was written; of a step without a save where there is none.
+    """
+
+    held: float
+    written: float
+    step: float
+
+
+class Training:
+    """One rank's head, and steps of it."""
+
+    def __init__(self, rank: int, classes: int) -> None:
+        self.rank = rank
+        self.head = PartialFC(classes, WIDTH, 0.1, CosFace(0.4), update="deferred", operand_dtype=torch.bfloat16)
+        self.optimizer = RowwiseSGD(self.head.parameters())
+
+    def step(self) -> float:
+        """Take a step; its seconds."""
+        key = keyed_random.derive_key("checkpoints", self.head.step, self.rank)
+        labels = (keyed_random.uniform(key, torch.arange(IMAGES)) * self.head.num_classes).long()
+        embeddings = keyed_random.normal_rows(key, 0, IMAGES, WIDTH).requires_grad_()
+        start = time.perf_counter()
+        self.head(embeddings, labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    def snapshot(self) -> Snapshot:
+        tensors = {"centers": self.head.centers.detach(), **self.optimizer.row_state(self.head.centers)}
+        return Snapshot(self.head.step, {}, RowTensors(self.head.shard, tensors), {}, {})
+
+    def save(self, writer: CheckpointWriter) -> Save:
+        """Save once, training on while it is written."""
+        start = time.perf_counter()
+        writer.save(self.snapshot())
+        held = time.perf_counter() - start
+        steps = []
+        while distributed.any_rank(writer.busy):
+            steps.append(self.step())
+        writer.finish()
+        return Save(held, time.perf_counter() - start, statistics.median(steps or [0.0]))
+
+
+def run(rank: int, port: int, classes: int, out: Path) -> None:
+    """One process: both ways of saving, and steps without."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    with distributed.process_group(torch.device("cpu")):
+        training = Training(rank, classes)
+        plain = [training.step() for _ in range(8)][3:]
+        found = {"plain": [Save(0.0, 0.0, statistics.median(plain))]}
+        for name, asynchronous in (("within", False), ("beside", True)):
+            group = distributed.host_group()
+            writer = CheckpointWriter(out / "checkpoints", 1, asynchronous=asynchronous, group=group)
+            found[name] = []
+            for _ in range(SAVES):
+                found[name].append(training.save(writer))
+                training.step()
+        everyone = distributed.gather_json({name: [each.__dict__ for each in saves] for name, saves in found.items()})
+        if rank == 0:
+            (out / "saves.json").write_text(json.dumps(everyone))
+
+
+def slowest(everyone: list[dict[str, list[dict[str, float]]]], name: str) -> list[Save]:
+    """Each save as the slowest rank saw it."""
+    saves = zip(*(ranks[name] for ranks in everyone), strict=True)
+    return [Save(**{key: max(rank[key] for rank in each) for key in each[0]}) for each in saves]
+
+
+def table(everyone: list[dict[str, list[dict[str, float]]]], size: float) -> list[str]:
+    plain, within, beside = (slowest(everyone, name) for name in ("plain", "within", "beside"))
+    usual = statistics.median(save.held for save in within)
+    lines = ["| checkpoint | step held up | until it is in place | a step meanwhile |", "|---|---|---|---|"]
+    lines.append(f"| none | – | – | {plain[0].step:.2f} s |")
+    lines += [f"| within the step | {save.held:.2f} s | {save.written:.2f} s | – |" for save in within]
+    for number, save in enumerate(beside):
+        first = " (the first, which takes the memory)" if number == 0 else ""
+        share = f"{save.held / usual:.1%}"
+        lines.append(f"| beside{first} | {save.held:.2f} s ({share}) | {save.written:.2f} s | {save.step:.2f} s |")
+    facts = describe("cpu")
+    return [f"{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}; {size:.1f} GB.", "", *lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="new folder, on the storage to measure")
+    parser.add_argument("--classes", type=int, default=CLASSES, help="another number writes no table")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    try:
+        mp.spawn(run, args=(store.port, options.classes, options.out), nprocs=PROCESSES)
+        everyone = json.loads((options.out / "saves.json").read_text())
+    finally:
+        shutil.rmtree(options.out)
+    lines = table(everyone, 8 * options.classes * WIDTH / 1e9)
+    print("\n".join(lines))
+    if options.classes == CLASSES:
+        before, rest = DOCUMENT.read_text().split(BEGIN)
+        DOCUMENT.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]))
+
+
+if __name__ == "__main__":
+    main()

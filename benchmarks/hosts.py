@@ -134,7 +134,9 @@ class Run:
         """Wait, and say how many seconds it took. TimeoutError with the last lines printed if it takes too long."""
         begin = time.monotonic()
         while not until():
-            if time.monotonic() - begin > seconds:
+            if time.monotonic() - begin > seconds or all(each.poll() is not None for each in self.started.values()):
+                if until():
+                    break
                 raise TimeoutError(f"{what} did not come in {seconds:.0f} s; last printed:\n{self.log()[-2000:]}")
             time.sleep(0.1)
         return time.monotonic() - begin

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from partialfc.activity import doing
 from partialfc.errors import InputError, JobError
+from partialfc.meeting import meet
 
 Group = dist.ProcessGroup
 _WORDS_OF_COLLECTIVES = ("gloo", "nccl", "connection closed by peer")
@@ -90,10 +91,24 @@ def split_evenly(total: int, parts: int, part: int) -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[None]:
+def process_group(
+    device: torch.device,
+    timeout_seconds: float = 600.0,
+    *,
+    card: Mapping[str, Any] | None = None,
+    judge: Callable[[Sequence[Mapping[str, Any]]], str | None] = lambda cards: None,
+) -> Iterator[None]:
     """Start the default group from torchrun's environment (gloo on the CPU, NCCL on CUDA), and end it afterwards.
 
     Without torchrun's variables, or with one process, it starts nothing.
+
+    Args:
+        card: what this process says of itself, for `judge`.
+        judge: called on rank 0 with the cards of all ranks; a sentence if they do not fit together.
+
+    Raises:
+        InputError: on all ranks, with that sentence; or torchrun's variables are not complete.
+        JobError: the processes did not meet in time.
     """
     if _launched_size() == 1 or dist.is_initialized():
         yield
@@ -104,7 +119,12 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
     # Beside a GPU's NCCL, gloo carries what lives on the host, such as the checkpoints' agreements.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        timeout = timedelta(seconds=timeout_seconds)
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        word = meet(store, rank, world_size, card or {}, judge, timeout_seconds)
+        dist.init_process_group(
+            backend, store=PrefixStore(f"partialfc/{word}", store), rank=rank, world_size=world_size, timeout=timeout
+        )
     except dist.DistError as error:
         raise JobError(
             f"Rank {launched_rank()} has not met the other {_launched_size() - 1} processes at {_store_name()} within "

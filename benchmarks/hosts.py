@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
 from elastic import write_patterns
 from namespaces import Host, network, why_not
-
 from partialfc.training.checkpoint_reading import Checkpoint, steps_in
 from partialfc.training.metrics_log import read_metrics
 
@@ -95,7 +95,7 @@ class Run:
             "output.log_every": 1,
             "output.checkpoint_every": 20,
             "output.evaluate_every": 10**9,
-            "precision": "float32",
+            "precision": "float64",
             "device": "cpu",
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -120,6 +120,11 @@ class Run:
         """The steps that its processes said to have resumed at, in the order of the hosts' logs."""
         return [int(step.replace(",", "")) for step in re.findall(r"resumed at step ([\d,]+)", self.log())]
 
+    def wait_for_resume(self) -> tuple[int, float]:
+        """Wait until it goes on; the steps that are to be done again, and the seconds it took."""
+        seconds = self.wait(lambda: bool(self.resumed()), SECONDS_OF_A_RUN, "the restart")
+        return self.newest - self.resumed()[0], seconds
+
     def wait_for_step(self, step: int) -> None:
         """Wait until the metrics have that step."""
         self.wait(lambda: self.step() >= step, SECONDS_OF_A_RUN, f"step {step}")
@@ -134,6 +139,7 @@ class Run:
         """Wait, and say how many seconds it took. TimeoutError with the last lines printed if it takes too long."""
         begin = time.monotonic()
         while not until():
+            self.step()
             if time.monotonic() - begin > seconds or all(each.poll() is not None for each in self.started.values()):
                 if until():
                     break
@@ -198,13 +204,11 @@ def killed_rank(stage: Stage) -> Outcome:
     run.start(host)
     run.wait_for_step(stage.steps // 2)
     signal_rank(run, host, 1, signal.SIGKILL)
-    seconds = run.wait(lambda: len(run.resumed()) > 0, SECONDS_OF_A_RUN, "the restart")
+    lost, seconds = run.wait_for_resume()
     status = run.wait_for_end(host, SECONDS_OF_A_RUN)
     same = difference(stage.straight(1, 2), run)
     said = f"went on by itself; the final state {_apart(same)} that of the uninterrupted run"
-    return Outcome(
-        "a rank killed under torchrun --max-restarts", (status, same) == (0, 0), said, lost_steps(run), seconds
-    )
+    return Outcome("a rank killed under torchrun --max-restarts", (status, same) == (0, 0), said, lost, seconds)
 
 
 def sigterm(stage: Stage) -> Outcome:
@@ -218,12 +222,14 @@ def sigterm(stage: Stage) -> Outcome:
     statuses = [run.wait_for_end(host, SECONDS_TO_NOTICE) for host in stage.hosts]
     seconds = time.monotonic() - begin
     saved = len(re.findall(r"stopped by SIGTERM after step [\d,]+, and saved", run.log()))
+    run.step()
     run.start(*stage.hosts)
+    lost, _ = run.wait_for_resume()
     ended = [run.wait_for_end(host, SECONDS_OF_A_RUN) for host in stage.hosts]
     same = difference(stage.straight(2, 1), run)
     said = f"{saved} ranks saved and ended, torchrun with status {statuses}; a new start went on, and the final state "
     said += f"{_apart(same)} that of the uninterrupted run"
-    return Outcome("SIGTERM to torchrun", (saved, ended, same) == (2, [0, 0], 0), said, lost_steps(run), seconds)
+    return Outcome("SIGTERM to torchrun", (saved, ended, same) == (2, [0, 0], 0), said, lost, seconds)
 
 
 def cut_off(stage: Stage, held: int) -> Outcome:
@@ -252,14 +258,14 @@ def fewer_hosts(stage: Stage) -> Outcome:
     run.wait_for_step(stage.steps // 2)
     leaves.cut_off()
     try:
-        seconds = run.wait(lambda: len(run.resumed()) > 0, SECONDS_OF_A_RUN, "the restart")
+        lost, seconds = run.wait_for_resume()
         status = run.wait_for_end(stays, SECONDS_OF_A_RUN)
     finally:
         leaves.put_back()
     curves = stage.straight(2, 1).losses(), run.losses()
     apart = max((abs(one - other) / abs(one) for one, other in zip(*curves, strict=True)), default=float("inf"))
     said = f"the other host went on alone; the loss curve is within {apart:.0e} of the uninterrupted one"
-    return Outcome("a host cut off, --nnodes 1:2", status == 0 and apart < 1e-3, said, lost_steps(run), seconds)
+    return Outcome("a host cut off, --nnodes 1:2", status == 0 and apart < 1e-6, said, lost, seconds)
 
 
 def signal_rank(run: Run, host: Host, local_rank: int, which: signal.Signals) -> None:
@@ -267,17 +273,14 @@ def signal_rank(run: Run, host: Host, local_rank: int, which: signal.Signals) ->
     os.kill(run.workers(host)[local_rank], which)
 
 
-def lost_steps(run: Run) -> int:
-    """The steps done again after the first restart."""
-    return run.newest - run.resumed()[0]
-
-
 def difference(one: Run, other: Run) -> float:
     """The largest difference of the last checkpoints, relative to the largest value of a tensor; 0 if bit-identical."""
     left, right = one.final_tensors(), other.final_tensors()
     if left.keys() != right.keys():
         return float("inf")
-    apart = [float((left[name] - right[name]).abs().max() / left[name].abs().max()) for name in left if left[name].any()]
+    apart = [
+        float((left[name] - right[name]).abs().max() / left[name].abs().max()) for name in left if left[name].any()
+    ]
     return 0.0 if all(torch.equal(left[name], right[name]) for name in left) else max(apart)
 
 

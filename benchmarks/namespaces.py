@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class Host:
     switch: str
     names: Path
 
-    def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
+    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen:
         """Start a command there; its output is appended to `log`. Its process is the command's own."""
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c", _ENTER]
         with log.open("ab") as output:
@@ -46,7 +46,6 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
 

@@ -1,8 +1,8 @@
 """How the processes of one start find each other in a store that may still hold what an earlier start left there.
 
-torchrun keeps one store over all its restarts, and PyTorch's groups take the addresses of dead processes from it. So the
-processes first agree on a word that no earlier start knew, and keep everything under it. On the way rank 0 compares what
-each process says of itself, so that processes that do not fit are refused before they wait for each other in vain.
+torchrun keeps one store over all its restarts, and PyTorch's groups take the addresses of dead processes from it. So
+the processes first agree on a word that no earlier start knew, and keep everything under it. On the way rank 0 compares
+what each process says of itself, so that those that do not fit are refused before they wait for each other in vain.
 """
 
 from __future__ import annotations
@@ -84,12 +84,16 @@ def _receive(
                 store.set(_end(word), "")
                 return word, refusal
         if time.monotonic() > until:
-            key = (lambda rank: _confirmation(word, rank)) if word else _hello
-            missing = [rank for rank in others if not store.check([key(rank)])]
-            named = ", ".join(map(str, missing[:_LISTED])) + (" and others" if len(missing) > _LISTED else "")
-            raise JobError(f"Of {world_size} processes {len(missing)} did not come (rank {named}): see what they print.")
+            keys = {rank: _confirmation(word, rank) if word else _hello(rank) for rank in others}
+            raise JobError(_missing(store, keys, world_size))
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_SLEEP)
+
+
+def _missing(store: Store, keys: Mapping[int, str], world_size: int) -> str:
+    missing = [rank for rank, key in keys.items() if not store.check([key])]
+    named = ", ".join(map(str, missing[:_LISTED])) + (" and others" if len(missing) > _LISTED else "")
+    return f"{len(missing)} of {world_size} processes did not come (rank {named}): see what they or their hosts print."
 
 
 def _arrive(store: Store, rank: int, card: Card, until: float) -> tuple[str, str | None]:

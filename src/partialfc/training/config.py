@@ -378,15 +378,17 @@ def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None
     return complete
 
 
-def differing_key(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+def differing_key(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, free: frozenset[str] = FREE_KEYS
+) -> str | None:
     """The first dotted key, free ones aside, at which two nested configurations differ."""
     for key in {**old, **new}:
         name = prefix + key
         left, right = old.get(key), new.get(key)
-        if name in FREE_KEYS or left == right:
+        if name in free or left == right:
             continue
         if isinstance(left, dict) and isinstance(right, dict):
-            inner = differing_key(left, right, name + ".")
+            inner = differing_key(left, right, name + ".", free=free)
             if inner is None:
                 continue
             return inner

@@ -13,6 +13,7 @@ import yaml
 from partialfc.distributed import Group, gather_json, rank_of
 from partialfc.errors import InputError
 from partialfc.training.config import TrainConfig, differing_key, with_defaults
+from partialfc.training.launch import check_shared
 from partialfc.training.run_lock import LOCK, FolderLock
 
 
@@ -49,16 +50,18 @@ def open_run_folder(
 ) -> Iterator[RunFolder]:
     """Make the folder of a new run, or check that the run in it can be continued; locked until the end.
 
-    Four collectives.
+    Eight collectives.
 
     Raises:
         InputError: on all ranks alike. The folder holds something and is not to be resumed, or the run in it had
-            another configuration, or another process is at work in it.
+            another configuration, or another process is at work in it, or not all ranks see it.
     """
     folder = RunFolder(root)
     with ExitStack() as held:
         _refuse_together(lambda: _check(folder, config, resume), group)  # every rank looks before rank 0 writes
-        _refuse_together(lambda: _take(folder, config, held) if rank_of(group) == 0 else None, group)
+        locks: list[FolderLock] = []
+        _refuse_together(lambda: _take(folder, config, held, locks) if rank_of(group) == 0 else None, group)
+        check_shared(root, root / LOCK, locks[0].content if locks else None)
         yield folder
 
 
@@ -74,9 +77,9 @@ def _refuse_together(work: Callable[[], None], group: Group | None) -> None:
         raise InputError(refusals[0])
 
 
-def _take(folder: RunFolder, config: TrainConfig, held: ExitStack) -> None:
+def _take(folder: RunFolder, config: TrainConfig, held: ExitStack, locks: list[FolderLock]) -> None:
     folder.root.mkdir(parents=True, exist_ok=True)
-    held.enter_context(FolderLock(folder.root))
+    locks.append(held.enter_context(FolderLock(folder.root)))
     folder.config.write_text(config.to_yaml(), encoding="utf-8")
 
 

@@ -75,6 +75,19 @@ def test_rank_0_first_believes_the_past() -> None:
     assert asked == [[0, "dead"], [0, 1]]
 
 
+def test_rank_0_may_be_in_its_next_meeting_already() -> None:
+    """Processes that meet again and again, none waiting for the slowest, still have the same words."""
+    store = dist.HashStore()
+
+    def often(rank: int) -> list[str]:
+        return [meet(store, rank, 3, {}, fits, 20.0) for _ in range(8)]
+
+    with ThreadPoolExecutor(3) as threads:
+        first, *others = threads.map(often, range(3))
+    assert others == [first, first]
+    assert len(set(first)) == 8
+
+
 def test_a_refusal_reaches_all() -> None:
     found = meeting(dist.HashStore(), range(3), 3, lambda cards: f"no room for {len(cards)}")
     assert [(type(each), str(each)) for each in found] == [(InputError, "no room for 3")] * 3

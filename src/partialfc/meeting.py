@@ -100,16 +100,16 @@ def _arrive(store: Store, rank: int, card: Card, until: float) -> tuple[str, str
     """The part of another rank."""
     mine = secrets.token_hex(8)
     store.set(_hello(rank), json.dumps({"nonce": mine, "card": card}))
-    confirmed, pause = "", _SLEEP
+    confirmed, refusal, pause = "", None, _SLEEP
     while time.monotonic() <= until:
+        # First, since rank 0 may already be in its next meeting and answer what it finds of this one.
+        if confirmed and store.check([_end(confirmed)]):
+            return confirmed, refusal
         if store.check([_answer(rank)]):
-            nonce, word, refusal = json.loads(store.multi_get([_answer(rank)])[0])
-            if nonce == mine:
-                if word != confirmed:
-                    store.set(_confirmation(word, rank), "")
-                    confirmed, pause = word, _SLEEP
-                if store.check([_end(word)]):
-                    return word, refusal
+            nonce, word, judged = json.loads(store.multi_get([_answer(rank)])[0])
+            if nonce == mine and word != confirmed:
+                store.set(_confirmation(word, rank), "")
+                confirmed, refusal, pause = word, judged, _SLEEP
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_SLEEP)
     raise JobError(f"Rank {rank} has waited in vain for rank 0 or others: see what the other processes print.")

@@ -46,7 +46,10 @@ def test_what_a_host_may_have_of_its_own() -> None:
         ({"eval": []}, r"rank 2 on b has eval \[\], but rank 0 on a has \['lfw'\]: "),
         ({"resume": False}, "rank 2 on b has resume False, but rank 0 on a has True: "),
         ({"device type": "cuda"}, "rank 2 on b has device type cuda, but rank 0 on a has cpu: "),
-        ({"torch": "2.11.0"}, "rank 2 on b has torch 2.11.0, but rank 0 on a has 2.13.0: install the same on all hosts"),
+        (
+            {"torch": "2.11.0"},
+            "rank 2 on b has torch 2.11.0, but rank 0 on a has 2.13.0: install the same on all hosts",
+        ),
         ({"partialfc": "0.2.0"}, r"rank 2 on b has partialfc 0.2.0, but rank 0 on a has 0.1.0 \(code 12345678\): inst"),
         ({"refusal": "no GPU."}, r"rank 2 on b: no GPU\."),
     ],

@@ -111,13 +111,13 @@ def check_shared(folder: Path, marker: Path, content: str | None) -> None:
     Raises:
         InputError: on all ranks, naming those that do not see it.
     """
-    host, written = gather_json([socket.gethostname(), content])[0]
+    host, root, written = gather_json([socket.gethostname(), str(folder), content])[0]
     blind = None if rank_of() == 0 or _sees(marker, written) else socket.gethostname()
     hosts = {rank: name for rank, name in enumerate(gather_json(blind)) if name is not None}
     if hosts:
         named = ", ".join(f"rank {rank} on {name}" for rank, name in list(hosts.items())[:_LISTED])
         raise InputError(
-            f"{named} cannot see what rank 0 on {host} writes to {folder}: give a folder on storage that all hosts "
+            f"{named} cannot see what rank 0 on {host} writes to {root}: give a folder on storage that all hosts "
             "share with --out."
         )
 

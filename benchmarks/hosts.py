@@ -55,7 +55,11 @@ class Outcome:
 
 @dataclass
 class Run:
-    """One training. `nodes`, `per_host` and `restarts` are torchrun's --nnodes, --nproc-per-node and --max-restarts."""
+    """One training.
+
+    `nodes`, `per_host` and `restarts` are torchrun's --nnodes, --nproc-per-node and --max-restarts, `silence` is
+    processes.silence_seconds.
+    """
 
     out: Path
     data: Path
@@ -63,6 +67,7 @@ class Run:
     nodes: str = "2"
     per_host: int = 1
     restarts: int = 0
+    silence: int = 30
     started: dict[str, subprocess.Popen] = field(default_factory=dict)
     newest: int = 0
 
@@ -93,7 +98,8 @@ class Run:
             "optimizer.lr_scaling": "absolute",
             "schedule.epochs": self.steps * BATCH / IMAGES,
             "output.log_every": 1,
-            "output.checkpoint_every": 20,
+            "processes.silence_seconds": self.silence,
+            "output.checkpoint_every": max(1, self.steps // 8),
             "output.evaluate_every": 10**9,
             "precision": "float64",
             "device": "cpu",
@@ -169,16 +175,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Stage:
-    """What scenarios share: a folder, the data, the length of the runs, and the two hosts that they start on."""
+    """What scenarios share.
+
+    Attributes:
+        steps: of each run.
+        fault_step: the step after which the fault comes.
+        silence: processes.silence_seconds of each run.
+        hosts: two.
+    """
 
     folder: Path
     data: Path
     steps: int
+    fault_step: int
+    silence: int
     hosts: list[Host]
 
     def run(self, name: str, **options: object) -> Run:
         """A new run of that name."""
-        return Run(self.folder / name, self.data, self.steps, **options)  # type: ignore[arg-type]
+        return Run(self.folder / name, self.data, self.steps, silence=self.silence, **options)  # type: ignore[arg-type]
 
     def straight(self, nodes: int, per_host: int) -> Run:
         """The uninterrupted run on so many hosts, made once."""
@@ -202,7 +217,7 @@ def killed_rank(stage: Stage) -> Outcome:
     host = stage.hosts[0]
     run = stage.run("killed-rank", nodes="1", per_host=2, restarts=3)
     run.start(host)
-    run.wait_for_step(stage.steps // 2)
+    run.wait_for_step(stage.fault_step)
     signal_rank(run, host, 1, signal.SIGKILL)
     lost, seconds = run.wait_for_resume()
     status = run.wait_for_end(host, SECONDS_OF_A_RUN)
@@ -215,7 +230,7 @@ def sigterm(stage: Stage) -> Outcome:
     """SIGTERM to torchrun on both hosts, as a scheduler sends it; a new start goes on."""
     run = stage.run("sigterm", nodes="2", restarts=3)
     run.start(*stage.hosts)
-    run.wait_for_step(stage.steps // 2)
+    run.wait_for_step(stage.fault_step)
     begin = time.monotonic()
     for host in stage.hosts:
         run.started[host.name].send_signal(signal.SIGTERM)
@@ -232,31 +247,63 @@ def sigterm(stage: Stage) -> Outcome:
     return Outcome("SIGTERM to torchrun", (saved, ended, same) == (2, [0, 0], 0), said, lost, seconds)
 
 
-def cut_off(stage: Stage, held: int) -> Outcome:
-    """A host is cut off, and torchrun may not start again; `held` is the host that stays."""
-    stays, leaves = stage.hosts[held], stage.hosts[1 - held]
+def cut_off(stage: Stage, leaving: int) -> Outcome:
+    """A host is cut off, and torchrun may not start again: the processes of both end by themselves.
+
+    The first host has rank 0. The one that stays holds torchrun's rendezvous.
+    """
+    leaves, stays = stage.hosts[leaving], stage.hosts[1 - leaving]
     run = stage.run(f"cut-off-{leaves.name}", nodes="2")
     run.start(stays, leaves)
-    run.wait_for_step(stage.steps // 2)
-    ranks = run.workers(stays)
+    run.wait_for_step(stage.fault_step)
+    ranks = {host.name: run.workers(host) for host in stage.hosts}
     leaves.cut_off()
+    begin = time.monotonic()
     try:
-        seconds = run.wait(lambda: not any(map(_is_running, ranks)), SECONDS_TO_NOTICE, f"the end of {stays.name}")
+        ended = {}
+        for host in (stays, leaves):
+            run.wait(lambda name=host.name: not any(map(_is_running, ranks[name])), SECONDS_TO_NOTICE, host.name)
+            ended[host.name] = time.monotonic() - begin
         status = run.wait_for_end(stays, SECONDS_TO_NOTICE)
-        sentence = next((line for line in run.log(stays).splitlines() if "partialfc: error" in line), "nothing")
     finally:
         leaves.put_back()
-    said = f"the other host's processes ended and said: {sentence}; torchrun's status {status}"
-    return Outcome("a host cut off", status == 1 and leaves.name in sentence, said, None, seconds)
+    said = {host.name: _last_sentence(run.log(host)) for host in stage.hosts}
+    named = leaves.name in said[stays.name] and "partialfc: error" in said[leaves.name]
+    outcome = (
+        f"the processes of both ended; of the other: “{said[stays.name]}”, torchrun's status {status}; of the one "
+    )
+    outcome += f"cut off after {ended[leaves.name]:.0f} s: “{said[leaves.name]}”"
+    which = "the first" if leaving == 0 else "the second"
+    return Outcome(f"a host cut off, {which} of two", status == 1 and named, outcome, None, ended[stays.name])
+
+
+def _last_sentence(log: str) -> str:
+    """The last error that our processes printed; empty without one."""
+    return next((line for line in reversed(log.splitlines()) if line.startswith("partialfc: error")), "")
 
 
 def fewer_hosts(stage: Stage) -> Outcome:
     """A host is cut off under --nnodes 1:2 --max-restarts 3: the one with the rendezvous goes on alone."""
+    said = "the other host went on alone"
+    return _goes_on_alone(stage, "fewer-hosts", "a host cut off, --nnodes 1:2", said, Host.cut_off)
+
+
+def preempted(stage: Stage) -> Outcome:
+    """SIGTERM to torchrun on one host under --nnodes 1:2 --max-restarts 3, as when that host is taken away."""
+
+    def end(host: Host) -> None:
+        host.started[-1].send_signal(signal.SIGTERM)
+
+    said = "all ranks saved; the other host went on alone"
+    return _goes_on_alone(stage, "preempted", "SIGTERM to torchrun on one of two hosts, --nnodes 1:2", said, end)
+
+
+def _goes_on_alone(stage: Stage, name: str, fault: str, said: str, inject: Callable[[Host], None]) -> Outcome:
     stays, leaves = stage.hosts
-    run = stage.run("fewer-hosts", nodes="1:2", restarts=3)
+    run = stage.run(name, nodes="1:2", restarts=3)
     run.start(stays, leaves)
-    run.wait_for_step(stage.steps // 2)
-    leaves.cut_off()
+    run.wait_for_step(stage.fault_step)
+    inject(leaves)
     try:
         lost, seconds = run.wait_for_resume()
         status = run.wait_for_end(stays, SECONDS_OF_A_RUN)
@@ -264,8 +311,8 @@ def fewer_hosts(stage: Stage) -> Outcome:
         leaves.put_back()
     curves = stage.straight(2, 1).losses(), run.losses()
     apart = max((abs(one - other) / abs(one) for one, other in zip(*curves, strict=True)), default=float("inf"))
-    said = f"the other host went on alone; the loss curve is within {apart:.0e} of the uninterrupted one"
-    return Outcome("a host cut off, --nnodes 1:2", status == 0 and apart < 1e-6, said, lost, seconds)
+    said += f"; the loss curve is within {apart:.0e} of the uninterrupted one"
+    return Outcome(fault, status == 0 and apart < 1e-6, said, lost, seconds)
 
 
 def signal_rank(run: Run, host: Host, local_rank: int, which: signal.Signals) -> None:
@@ -299,21 +346,22 @@ SCENARIOS: dict[str, Callable[[Stage], Outcome]] = {
     "two-hosts": two_hosts,
     "killed-rank": killed_rank,
     "sigterm": sigterm,
-    "cut-off": lambda stage: cut_off(stage, 0),
-    "cut-off-rendezvous": lambda stage: cut_off(stage, 1),
+    "first-host-cut-off": lambda stage: cut_off(stage, 0),
+    "second-host-cut-off": lambda stage: cut_off(stage, 1),
     "fewer-hosts": fewer_hosts,
+    "preempted": preempted,
 }
 
 
 @contextmanager
-def opened_stage(folder: Path, steps: int) -> Iterator[Stage]:
+def opened_stage(folder: Path, steps: int, fault_step: int | None = None, silence: int = 30) -> Iterator[Stage]:
     """Data and two hosts in a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "images"
     if not data.exists():
         write_patterns(data, SIZE)
-    with network(["a", "b"], folder) as hosts:
-        yield Stage(folder, data, steps, hosts)
+    with network(["host-a", "host-b"], folder) as hosts:
+        yield Stage(folder, data, steps, fault_step or steps // 2, silence, hosts)
 
 
 def main() -> int:

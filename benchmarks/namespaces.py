@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _NETWORKS = itertools.count()
@@ -30,24 +30,28 @@ class Host:
         namespace: of the network, as `ip netns` knows it.
         switch: the namespace of the switch.
         names: the file that is its /etc/hosts.
+        started: what was started there.
     """
 
     name: str
     namespace: str
     switch: str
     names: Path
+    started: list[subprocess.Popen] = field(default_factory=list, repr=False)
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen:
         """Start a command there; its output is appended to `log`. Its process is the command's own."""
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c", _ENTER]
         with log.open("ab") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*inside, self.name, str(self.names), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.started.append(process)
+        return process
 
     def cut_off(self) -> None:
         """Pull its cable out: packets vanish, connections are not closed, and whoever waits goes on waiting."""
@@ -121,11 +125,13 @@ def _end_processes(host: Host) -> None:
         with suppress(RuntimeError):
             processes = host.processes()
         if not processes:
-            return
+            break
         for process in processes:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.1)
+    for started in host.started:
+        started.wait(timeout=10)
 
 
 def _ip(*words: str) -> str:

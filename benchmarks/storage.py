@@ -28,7 +28,6 @@ SEEDS = (0, 1, 2, 3, 4)
 STORAGES: tuple[tuple[DType, DType], ...] = (
     ("float32", "float32"),
     ("bfloat16", "float32"),
-    ("float32", "bfloat16"),
     ("bfloat16", "bfloat16"),
 )
 STEPS, BATCH, IDENTITIES, SHOTS = 2_000, 32, 2_000, 8

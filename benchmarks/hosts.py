@@ -298,6 +298,22 @@ def preempted(stage: Stage) -> Outcome:
     return _goes_on_alone(stage, "preempted", "SIGTERM to torchrun on one of two hosts, --nnodes 1:2", said, end)
 
 
+def returned(stage: Stage) -> Outcome:
+    """A second host comes under --nnodes 1:2: the first stops, saves, and both go on together."""
+    first, second = stage.hosts
+    run = stage.run("returned", nodes="1:2", restarts=3)
+    run.start(first)
+    run.wait_for_step(stage.fault_step)
+    run.start(second)
+    lost, seconds = run.wait_for_resume()
+    statuses = [run.wait_for_end(host, SECONDS_OF_A_RUN) for host in stage.hosts]
+    together = "2 x cpu" in run.log().split("resumed at step")[-1]
+    apart = _curves_apart(stage.straight(2, 1), run)
+    said = f"both went on together; the loss curve is within {apart:.0e} of the one of two hosts"
+    as_written = (statuses, together) == ([0, 0], True) and apart < 1e-6
+    return Outcome("a second host comes, --nnodes 1:2", as_written, said, lost, seconds)
+
+
 def _goes_on_alone(stage: Stage, name: str, fault: str, said: str, inject: Callable[[Host], None]) -> Outcome:
     stays, leaves = stage.hosts
     run = stage.run(name, nodes="1:2", restarts=3)
@@ -309,10 +325,17 @@ def _goes_on_alone(stage: Stage, name: str, fault: str, said: str, inject: Calla
         status = run.wait_for_end(stays, SECONDS_OF_A_RUN)
     finally:
         leaves.put_back()
-    curves = stage.straight(2, 1).losses(), run.losses()
-    apart = max((abs(one - other) / abs(one) for one, other in zip(*curves, strict=True)), default=float("inf"))
+    apart = _curves_apart(stage.straight(2, 1), run)
     said += f"; the loss curve is within {apart:.0e} of the uninterrupted one"
     return Outcome(fault, status == 0 and apart < 1e-6, said, lost, seconds)
+
+
+def _curves_apart(one: Run, other: Run) -> float:
+    """The largest relative difference of two loss curves; infinite if one is shorter."""
+    left, right = one.losses(), other.losses()
+    if len(left) != len(right) or not left:
+        return float("inf")
+    return max(abs(a - b) / abs(a) for a, b in zip(left, right, strict=True))
 
 
 def signal_rank(run: Run, host: Host, local_rank: int, which: signal.Signals) -> None:
@@ -350,6 +373,7 @@ SCENARIOS: dict[str, Callable[[Stage], Outcome]] = {
     "second-host-cut-off": lambda stage: cut_off(stage, 1),
     "fewer-hosts": fewer_hosts,
     "preempted": preempted,
+    "returned": returned,
 }
 
 

@@ -138,10 +138,14 @@ def process_group(
         dist.init_process_group(
             backend, store=PrefixStore(f"partialfc/{word}", store), rank=rank, world_size=world_size, timeout=timeout
         )
-    except dist.DistError as error:
+    except RuntimeError as error:
+        if not is_broken_exchange(error):
+            raise
+        reason = " ".join(str(error).splitlines()[0].split())
         raise JobError(
-            f"Rank {launched_rank()} has not met the other {_launched_size() - 1} processes at {_store_name()} within "
-            f"{timeout_seconds:.0f} s ({str(error).splitlines()[0]}): start all of them, and let the network pass them."
+            f"Rank {launched_rank()} cannot connect to the other {_launched_size() - 1} processes, which meet at "
+            f"{_store_name()} ({reason}): start all of them, let the network pass them, and name its interface "
+            "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) if the names of the hosts lead elsewhere."
         ) from error
     try:
         yield

@@ -142,7 +142,7 @@ def test_half_of_torchruns_variables_are_an_error(monkeypatch: pytest.MonkeyPatc
     [
         ("WORLD_SIZE", None, "RANK is set but WORLD_SIZE is not: start the processes with torchrun"),
         ("MASTER_ADDR", None, "WORLD_SIZE is set but MASTER_ADDR is not: start"),
-        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two' in the environment, which is no number: start"),
+        ("WORLD_SIZE", "two", "The environment has WORLD_SIZE='two', which is no number: start"),
         ("RANK", "2", "RANK is 2 and WORLD_SIZE 2, but ranks count from 0: start"),
     ],
 )

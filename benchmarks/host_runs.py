@@ -78,7 +78,18 @@ class Run:
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         # docs/launching.md says why; with one host it is not needed.
         own_store = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"] if self.nodes != "1" else []
-        return [*own_store, sys.executable, *launch, "-m", "partialfc", "train", "--resume", "--out", str(self.out), *words]
+        return [
+            *own_store,
+            sys.executable,
+            *launch,
+            "-m",
+            "partialfc",
+            "train",
+            "--resume",
+            "--out",
+            str(self.out),
+            *words,
+        ]
 
     def log(self, *hosts: Host) -> str:
         """What these hosts' processes have printed; all hosts' without any."""

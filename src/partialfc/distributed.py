@@ -238,23 +238,38 @@ def all_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = Non
         tensor: (counts[rank], ...) of one dtype and trailing shape on all ranks.
         counts: the rows of each rank, as `row_counts` gives them.
     """
+    return start_gather_rows(tensor, counts, group)()
+
+
+def start_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Callable[[], Tensor]:
+    """Begin `all_gather_rows`; what is returned waits for it. One collective, beside what the caller does meanwhile."""
     if world_size_of(group) == 1:
-        return tensor
+        return lambda: tensor
     widest = max(counts)
     padded = tensor.new_zeros((widest, *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
     gathered = tensor.new_empty((widest * len(counts), *tensor.shape[1:]))
-    with _exchange("an all-gather"):
-        _all_gather(gathered, padded, group=group)
-    if min(counts) == widest:
-        return gathered
-    return torch.cat([gathered[r * widest : r * widest + count] for r, count in enumerate(counts)])
+    work = _all_gather(gathered, padded, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        with _exchange("an all-gather"):
+            work.wait()
+        if min(counts) == widest:
+            return gathered
+        return torch.cat([gathered[r * widest : r * widest + count] for r, count in enumerate(counts)])
+
+    return finish
 
 
 def reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Tensor:
     """Sum (sum of counts, ...) over the ranks and keep this rank's rows: (counts[rank], ...). One collective."""
+    return start_reduce_scatter_rows(tensor, counts, group)()
+
+
+def start_reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Callable[[], Tensor]:
+    """Begin `reduce_scatter_rows`; what is returned waits for it. One collective, beside what the caller does."""
     if world_size_of(group) == 1:
-        return tensor
+        return lambda: tensor
     widest = max(counts)
     own = counts[rank_of(group)]
     if min(counts) < widest:
@@ -263,9 +278,14 @@ def reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None =
         for r, part in enumerate(parts):
             tensor[r * widest : r * widest + len(part)] = part
     result = tensor.new_empty((widest, *tensor.shape[1:]))
-    with _exchange("a reduce-scatter"):
-        _reduce_scatter(result, tensor.contiguous(), group=group)
-    return result[:own]
+    work = _reduce_scatter(result, tensor.contiguous(), group=group, async_op=True)
+
+    def finish() -> Tensor:
+        with _exchange("a reduce-scatter"):
+            work.wait()
+        return result[:own]
+
+    return finish
 
 
 def broadcast(tensor: Tensor, source: int = 0, group: Group | None = None) -> Tensor:
@@ -331,3 +351,43 @@ def start_max(values: list[int], group: Group | None = None) -> Callable[[], lis
         return largest.tolist()
 
     return finish
+
+
+# -- tensors in parts: DTensors, each rank with some of the rows -----------------------------------------------------
+# Their module takes half a second to import, so it is imported where such a tensor may appear.
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part, in the same memory; a tensor that is not in parts is its own."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in parts put together, on every rank; others as they are. One collective for one in parts."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with _exchange("an all-gather of a tensor"):
+        result: Tensor = tensor.full_tensor().detach()
+    return result
+
+
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor the part that `like` is of its own, in memory of its own; itself if `like` is whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return tensor
+    # Without a source rank, each rank cuts its part out of its own copy; a view of it would keep all of it in memory.
+    part: Tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
+    return part

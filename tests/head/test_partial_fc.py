@@ -12,9 +12,10 @@ from head_cases import pending_gradient
 from torch import Tensor, nn
 
 from partialfc.errors import InputError
+from partialfc.head.global_batch import NonFiniteEmbeddings
 from partialfc.head.margins import ArcFace, CosFace
 from partialfc.head.optim import RowwiseSGD
-from partialfc.head.partial_fc import NonFiniteEmbeddings, PartialFC
+from partialfc.head.partial_fc import PartialFC
 
 LABELS = torch.tensor([0, 4, 4])
 

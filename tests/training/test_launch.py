@@ -12,7 +12,7 @@ from small_runs import small_config, write_images
 
 from distributed_workers import run_ranks
 from partialfc.errors import InputError
-from partialfc.training import launch
+from partialfc.training import run_folder
 from partialfc.training.assemble import choose_device
 from partialfc.training.config import TrainConfig
 from partialfc.training.launch import first_difference
@@ -93,7 +93,7 @@ def every_mistake(rank: int, folder: Path) -> None:
     (folder / "options").mkdir(exist_ok=True)
     try_to_train(rank, folder / "options", with_rate(0.5 + 0.25 * rank), folder / "run")
     assert not (folder / "run").exists()
-    launch._SECONDS_TO_SEE = 0.5
+    run_folder._SECONDS_TO_SEE = 0.5
     (folder / "folders").mkdir(exist_ok=True)
     try_to_train(rank, folder / "folders", config, folder / f"run-{rank}")
     (folder / "data").mkdir(exist_ok=True)

@@ -86,10 +86,15 @@ class _Plan:
 
     def positions(self, step: int, micro_step: int) -> Tensor:
         """The places in the endless order that a micro-batch of this rank takes: int64 (B,)."""
-        start, stop = split_evenly(self.global_batch_size, self.micro_steps, micro_step)
-        first, last = split_evenly(stop - start, self.world_size, self.rank)
-        offset = step * self.global_batch_size + start
+        first, last = self.share(micro_step, self.rank)
+        offset = step * self.global_batch_size
         return torch.arange(offset + first, offset + last)
+
+    def share(self, micro_step: int, rank: int) -> tuple[int, int]:
+        """Start and stop, in the step, of what a rank takes of a micro-step."""
+        start, stop = split_evenly(self.global_batch_size, self.micro_steps, micro_step)
+        first, last = split_evenly(stop - start, self.world_size, rank)
+        return start + first, start + last
 
     def read(self, step: int, micro_step: int) -> Batch:
         """Read and decode a micro-batch."""
@@ -266,6 +271,11 @@ class Loader:
             for name, reason in outcome.unreadable.items():
                 self._count(name, reason)
             yield outcome
+
+    def counts(self, micro_step: int) -> list[int]:
+        """How many images each rank takes in a micro-step, in rank order: known without asking the ranks."""
+        shares = [self._plan.share(micro_step, rank) for rank in range(self._plan.world_size)]
+        return [stop - start for start, stop in shares]
 
     def _find_image_size(self) -> int:
         for index in range(len(self.source)):

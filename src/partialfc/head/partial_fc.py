@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from partialfc import keyed_random
-from partialfc.distributed import Group, Shard, all_gather_rows, all_reduce, reduce_scatter_rows, row_counts
+from partialfc.distributed import Group, Shard, all_reduce, start_gather_rows, start_reduce_scatter_rows
 from partialfc.errors import InputError
 from partialfc.head import softmax
+from partialfc.head.global_batch import Everyone, check_finite, gather_labels
 from partialfc.head.initial_centers import initial_centers
 from partialfc.head.margins import CosFace, Margin, MarginBatch
 from partialfc.head.paths import choose_path
@@ -23,10 +26,6 @@ from partialfc.head.threads import alone_if
 
 Update = Literal["sparse", "deferred"]
 _WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
-
-
-class NonFiniteEmbeddings(InputError):
-    """The backbone gave NaN or infinity; every rank raises it in the same step, and nothing was updated."""
 
 
 @dataclass(frozen=True)
@@ -172,12 +171,18 @@ class PartialFC(nn.Module):
         )
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, *, step_labels: Tensor | None = None, first_place: int = 0
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        step_labels: Tensor | None = None,
+        first_place: int = 0,
+        everyone: Everyone | None = None,
     ) -> Tensor:
         """The mean loss of the global batch; the same value on every rank.
 
-        Under world size W it takes five collectives, and backward one. The embeddings' gradient is W times that of the
-        mean loss, because DistributedDataParallel averages the backbone's gradients over the ranks.
+        Under world size W it takes five collectives, three with `everyone`, and backward one. The embeddings' gradient
+        is W times that of the mean loss, because DDP and FSDP average the backbone's gradients over the ranks.
 
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
@@ -186,6 +191,7 @@ class PartialFC(nn.Module):
                 micro-step of an accumulated step uses the same classes, however the step is cut; without, each adds its
                 own positives to the shared negatives.
             first_place: how many samples the micro-steps before have, over all ranks; noise of margins goes by it.
+            everyone: numbers of samples and labels of all ranks, the same on all, if the caller knows them already.
 
         Returns:
             () float64 for float64 embeddings, float32 otherwise.
@@ -197,7 +203,7 @@ class PartialFC(nn.Module):
         self._check_inputs(embeddings, labels)
         # Parameters lose attributes when a module is copied or moved to another storage.
         self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
-        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, _Place(step_labels, first_place))
+        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, _Place(step_labels, first_place, everyone))
 
     def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
         inside_ddp = getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
@@ -230,6 +236,7 @@ class _Place:
 
     step_labels: Tensor | None
     first: int
+    everyone: Everyone | None
 
 
 @dataclass(frozen=True)
@@ -246,35 +253,14 @@ class _Step:
     terms: softmax.LossTerms
 
 
-def _gather_batch(head: PartialFC, embeddings: Tensor, labels: Tensor) -> tuple[list[int], Tensor, Tensor]:
-    """The global batch, checked: rows of each rank, (G, D) embeddings and (G,) labels. Three collectives."""
-    group = head.shard.group
-    counts = row_counts(len(embeddings), embeddings.device, group)
-    if sum(counts) == 0:
-        raise InputError("the global batch is empty: the head needs at least one image on one rank.")
-    embeddings = all_gather_rows(embeddings.contiguous(), counts, group)
-    labels = all_gather_rows(labels, counts, group)
-    outside = ((labels < 0) | (labels >= head.num_classes)).nonzero()[:, 0]
-    if len(outside):
-        raise InputError(
-            f"label {int(labels[outside[0]])} lies outside [0, {head.num_classes}): the data has more classes than "
-            "the head."
-        )
-    if not bool(torch.isfinite(embeddings).all()):
-        raise NonFiniteEmbeddings(
-            f"embeddings of step {head.step} contain NaN or infinity: lower the learning rate or check the input."
-        )
-    return counts, embeddings, labels
-
-
 def _forward(
     head: PartialFC, path: softmax.Path, centers: Tensor, local: tuple[Tensor, Tensor], place: _Place, keep: bool
 ) -> _Step:
-    """Everything before backward, from this rank's embeddings and labels. Five collectives."""
+    """Everything before backward, from this rank's embeddings and labels. Five collectives, or three; see `forward`."""
     shard, margin = head.shard, head.margin
-    counts, embeddings, labels = _gather_batch(head, *local)
-    unit_embeddings, norms = softmax.normalise_rows(embeddings.double())
-    compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    everyone = gather_labels(local[1], place.everyone, head.num_classes, shard.group)
+    labels = everyone.labels
+    gathered = start_gather_rows(local[0].contiguous(), everyone.counts, shard.group)
     classes = sample_classes(
         (labels if place.step_labels is None else torch.cat([labels, place.step_labels])).unique(),
         num_classes=head.num_classes,
@@ -284,6 +270,10 @@ def _forward(
         start=shard.start,
         stop=shard.stop,
     )
+    embeddings = gathered()  # sampling went on beside it
+    check_finite(embeddings, head.step)
+    unit_embeddings, norms = softmax.normalise_rows(embeddings.double())
+    compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
     if head.row_gradients.prepare is not None:
         head.row_gradients.prepare(softmax.class_rows(classes - shard.start, margin.sub_centers))
     owned = ((labels >= shard.start) & (labels < shard.stop)).nonzero()[:, 0]
@@ -311,7 +301,8 @@ def _forward(
         scratch=head._scratch,
         scratch_bytes=head.scratch_bytes,
     )
-    negatives = path.sum_negatives(centers, batch, keep=keep)
+    with record_function("head: negatives"):
+        negatives = path.sum_negatives(centers, batch, keep=keep)
     everything = torch.cat([negatives.sums, negatives.conflicts[None], torch.full_like(norms[:1], len(classes))])
     all_reduce(everything, group=shard.group)
     sums, conflicts, sampled = everything[:-2], everything[-2], everything[-1]
@@ -321,7 +312,7 @@ def _forward(
         conflict_share=conflicts / ((sampled - 1) * len(labels)).clamp_min(1),
         sampled=len(classes),
     )
-    return _Step(counts, unit_embeddings, norms, batch, targets, path, negatives, terms)
+    return _Step(everyone.counts, unit_embeddings, norms, batch, targets, path, negatives, terms)
 
 
 def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor, first_place: int) -> MarginBatch:
@@ -359,22 +350,28 @@ class _SampledSoftmax(torch.autograd.Function):
         (centers,) = ctx.saved_tensors
         factor = loss_gradient.double() / len(step.norms)
         with torch.autocast(centers.device.type, enabled=False), alone_if(step.path.in_threads):
-            embeddings_gradient = _embeddings_gradient(head, step, factor).to(ctx.dtype)
-            centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
-        return embeddings_gradient, centers_gradient, None, None, None
+            embeddings_gradient = _start_embeddings_gradient(head, step, factor)
+            with record_function("head: gradient of the centers"):
+                centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
+            return embeddings_gradient().to(ctx.dtype), centers_gradient, None, None, None
 
 
-def _embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Tensor:
-    """(B, D), times the world size since DDP averages. One collective."""
+def _start_embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Callable[[], Tensor]:
+    """Begin to compute (B, D), times the world size since DDP averages; what is returned gives it. One collective."""
     group = head.shard.group
     gradient = softmax.embedding_gradient(
         step.negatives, step.targets, step.terms, step.batch, step.unit_embeddings, step.norms
     )
-    gradient = reduce_scatter_rows(gradient, step.counts, group)
-    start = sum(step.counts[: head.shard.rank])
-    own = slice(start, start + len(gradient))
-    gradient = gradient + (step.terms.norm_slope[own, None] * step.unit_embeddings[own]).to(gradient.dtype)
-    return gradient * (factor * head.shard.world_size).to(gradient.dtype)
+    summed = start_reduce_scatter_rows(gradient, step.counts, group)
+
+    def finish() -> Tensor:
+        gradient = summed()
+        start = sum(step.counts[: head.shard.rank])
+        own = slice(start, start + len(gradient))
+        gradient = gradient + (step.terms.norm_slope[own, None] * step.unit_embeddings[own]).to(gradient.dtype)
+        return gradient * (factor * head.shard.world_size).to(gradient.dtype)
+
+    return finish
 
 
 def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Tensor) -> Tensor | None:

@@ -107,6 +107,13 @@ footer { margin-top: 2.5rem; font-size: 0.82rem; }
 """
 
 
+def standalone_svg(svg: str) -> str:
+    """A plot of `plots` as a file of its own, in light colours on white."""
+    opening, rest = svg.split(">", 1)
+    style = f"svg {{ {_LIGHT} background: #ffffff; font-family: sans-serif; }} {_RULES}"
+    return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
+
+
 def render_page(title: str, subtitle: str, body: str, footer: str) -> str:
     """The whole document. `body` is HTML; the other texts are escaped here.
 

@@ -19,6 +19,7 @@ from partialfc.head.partial_fc import PartialFC
 from partialfc.training.averaging import averaged_copy
 from partialfc.training.config import TrainConfig
 from partialfc.training.freezing import freeze
+from partialfc.training.replicas import split_over_processes
 from partialfc.training.scaling import LossScale
 from partialfc.training.state import TrainState
 
@@ -108,6 +109,13 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         device=device,
         dtype=torch.float64 if config.precision == "float64" else getattr(torch, config.head.dtype),
     )
+    average = averaged_copy(backbone) if config.optimizer.ema_decay else None
+    skeleton = None
+    if config.processes.backbone == "fsdp" and world_size_of() > 1:
+        skeleton = build_backbone(config, loader.image_size, device=torch.device("meta"))
+        for network in (backbone, average):
+            if network is not None:
+                split_over_processes(network, device, getattr(torch, config.processes.gradients))
     optimizers = build_optimizers(config, backbone, head)
     scaled = compute_dtype(config.precision, device) == torch.float16
     return TrainState(
@@ -117,7 +125,8 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         facts_of(loader),
         identities=loader.source.identities,
         loss_scale=LossScale() if scaled else None,
-        average=averaged_copy(backbone) if config.optimizer.ema_decay else None,
+        average=average,
+        skeleton=skeleton,
     )
 
 

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from partialfc.distributed import own_part
+
 
 def averaged_copy(backbone: nn.Module) -> nn.Module:
     """A copy of the backbone to average into, in evaluation mode and without gradients."""
@@ -21,7 +23,8 @@ def update_average(average: nn.Module, backbone: nn.Module, decay: float, steps:
     averaged like weights, since they belong to them; what is no floating point number is copied.
     """
     decay = min(decay, (1 + steps) / (10 + steps))
-    pairs = list(zip(average.state_dict().values(), backbone.state_dict().values(), strict=True))
+    states = zip(average.state_dict().values(), backbone.state_dict().values(), strict=True)
+    pairs = [(own_part(mean), own_part(now)) for mean, now in states]
     floating = [pair for pair in pairs if pair[0].is_floating_point()]
     torch._foreach_lerp_([mean for mean, _ in floating], [now for _, now in floating], 1.0 - decay)
     for mean, now in pairs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from partialfc.activity import doing
-from partialfc.distributed import Group
+from partialfc.distributed import Group, is_split, whole
 from partialfc.training.checkpoint import RowTensors, save_checkpoint
 
 
@@ -36,12 +36,12 @@ class HostCopies:
     def of(self, snapshot: Snapshot) -> Snapshot:
         """The same snapshot on the host: its tensors may change afterwards, the copies not before the next call.
 
-        Tensors that all ranks share are copied on rank 0 alone, which writes them.
+        Tensors that all ranks share are copied on rank 0 alone, which writes them. Those in parts over the ranks are
+        put together first, one at a time: a collective for each.
         """
-        shared = snapshot.tensors if snapshot.rows.shard.rank == 0 else {}
         tensors = {
-            group: {name: self._copy(f"{group}/{name}", tensor) for name, tensor in named.items()}
-            for group, named in shared.items()
+            group: {name: self._copy(f"{group}/{name}", tensor) for name, tensor in each}
+            for group, each in shared_tensors(snapshot)
         }
         rows = {name: self._copy(f"rows/{name}", tensor) for name, tensor in snapshot.rows.tensors.items()}
         if torch.cuda.is_available():
@@ -56,6 +56,29 @@ class HostCopies:
             self._buffers[name] = buffer
         buffer.copy_(source, non_blocking=True)
         return buffer
+
+
+def shared_tensors(snapshot: Snapshot) -> Iterator[tuple[str, Iterator[tuple[str, Tensor]]]]:
+    """Groups with the names and whole tensors that rank 0 writes; the other ranks give their parts and get nothing."""
+    leads = snapshot.rows.shard.rank == 0
+
+    def pairs(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named.items():
+            together = whole(tensor)
+            if leads:
+                yield name, together
+
+    for group, named in snapshot.tensors.items():
+        yield group, pairs(named)
+
+
+def _put_together(snapshot: Snapshot) -> Snapshot:
+    """The same snapshot with its tensors in parts as whole ones, on the host: a GPU may have no room for them all."""
+    tensors = {
+        group: {name: each.cpu() if is_split(snapshot.tensors[group][name]) else each for name, each in pairs}
+        for group, pairs in shared_tensors(snapshot)
+    }
+    return replace(snapshot, tensors=tensors)
 
 
 class CheckpointWriter:
@@ -80,7 +103,9 @@ class CheckpointWriter:
         self.step: int | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint, or start to; the one before must be finished. No collective if asynchronous.
+        """Write a checkpoint, or start to; the one before must be finished.
+
+        If asynchronous, no collective but those that put tensors in parts together.
 
         Raises:
             CheckpointNotWritten: not asynchronous, and it could not be written.
@@ -90,7 +115,7 @@ class CheckpointWriter:
         rows = replace(snapshot.rows, shard=replace(snapshot.rows.shard, group=self.group))
         snapshot = replace(snapshot, rows=rows)
         if not self.asynchronous:
-            self._write(snapshot)
+            self._write(_put_together(snapshot))
             return
         self.step = snapshot.step
         copied = self._copies.of(snapshot)

@@ -176,6 +176,10 @@ class ProcessesConfig:
     """How long a process may be at one thing without progress, waiting for others included, before the run fails."""
     silence_seconds: float = 30.0
     """How long a process may give no sign of life before it is taken for dead and the run fails."""
+    backbone: Literal["ddp", "fsdp"] = "ddp"
+    """Each process holds all of the backbone, or a part of it and of its optimizer's state (FSDP2), for large ones."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """What the backbone's gradients are exchanged in; bfloat16 halves the traffic and rounds them."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +311,12 @@ class TrainConfig:
             "backbone.compile cannot compile the exchange of backbone.sync_batch_norm: leave one out": (
                 backbone.compile and backbone.sync_batch_norm
             ),
+            "backbone.compile does not go together with processes.backbone fsdp: leave one out": (
+                backbone.compile and self.processes.backbone == "fsdp"
+            ),
+            "precision float64 is for proofs, and processes.gradients bfloat16 rounds: leave one out": (
+                self.precision == "float64" and self.processes.gradients != "float32"
+            ),
             "precision float64 stores the centers so too: leave head.dtype, head.state_dtype and head.operands out": (
                 self.precision == "float64"
                 and (head.dtype != "float32" or head.state_dtype is not None or head.operands != "float32")
@@ -363,34 +373,8 @@ FREE_KEYS = frozenset(
         "data.max_unreadable",
         "processes.timeout_seconds",
         "processes.silence_seconds",
+        "processes.backbone",
         "output",
         "device",
     }
 )
-
-
-def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A configuration that may have been written before some options existed, with those options' defaults."""
-    complete = TrainConfig().to_dict() if defaults is None else dict(defaults)
-    for key, value in values.items():
-        inner = complete.get(key)
-        complete[key] = with_defaults(value, inner) if isinstance(value, dict) and isinstance(inner, dict) else value
-    return complete
-
-
-def differing_key(
-    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, free: frozenset[str] = FREE_KEYS
-) -> str | None:
-    """The first dotted key, free ones aside, at which two nested configurations differ."""
-    for key in {**old, **new}:
-        name = prefix + key
-        left, right = old.get(key), new.get(key)
-        if name in free or left == right:
-            continue
-        if isinstance(left, dict) and isinstance(right, dict):
-            inner = differing_key(left, right, name + ".", free=free)
-            if inner is None:
-                continue
-            return inner
-        return name
-    return None

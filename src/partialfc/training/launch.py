@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -17,16 +14,15 @@ import torch
 
 import partialfc
 from partialfc.data.loader import Loader
-from partialfc.distributed import gather_json, process_group, rank_of
+from partialfc.distributed import gather_json, process_group
 from partialfc.errors import InputError
 from partialfc.training.assemble import choose_device, facts_of
-from partialfc.training.config import TrainConfig, differing_key
+from partialfc.training.config import TrainConfig
+from partialfc.training.run_folder import differing_key
 from partialfc.training.trackers import check_trackers
 
 # Keys that a host may have of its own: where its copy of the data is, and how it reads it.
 _KEYS_OF_A_HOST = frozenset({"config.data.path", "config.data.workers"})
-_LISTED = 8  # ranks named in one message
-_SECONDS_TO_SEE = 20.0  # a network file system may show a new file late
 _Card = Mapping[str, Any]
 
 
@@ -98,40 +94,6 @@ def check_same_data(loader: Loader) -> None:
                     f"rank {rank} on {found['host']} finds {found['facts'][name]:,} as {name} in {found['path']}, but "
                     f"rank 0 on {first['host']} finds {value:,} in {first['path']}: give all hosts the same data."
                 )
-
-
-def check_shared(folder: Path, marker: Path, content: str | None) -> None:
-    """Whether all ranks see the file that rank 0 has written into the folder. Four collectives.
-
-    Args:
-        folder: of the run.
-        marker: the file; rank 0 does not open it, since that would give up the lock on it.
-        content: what is in it, on rank 0.
-
-    Raises:
-        InputError: on all ranks, naming those that do not see it.
-    """
-    host, root, written = gather_json([socket.gethostname(), str(folder), content])[0]
-    blind = None if rank_of() == 0 or _sees(marker, written) else socket.gethostname()
-    hosts = {rank: name for rank, name in enumerate(gather_json(blind)) if name is not None}
-    if hosts:
-        named = ", ".join(f"rank {rank} on {name}" for rank, name in list(hosts.items())[:_LISTED])
-        raise InputError(
-            f"{named} cannot see what rank 0 on {host} writes to {root}: give a folder on storage that all hosts "
-            "share with --out."
-        )
-
-
-def _sees(marker: Path, content: str) -> bool:
-    until = time.monotonic() + _SECONDS_TO_SEE
-    while True:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            os.listdir(marker.parent)  # which makes a network file system look again
-            if marker.read_text(encoding="utf-8") == content:
-                return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.2)
 
 
 def _own_version() -> str:

@@ -271,7 +271,7 @@ class _Trainer:
         for network in (state.backbone, state.average):
             for buffer in network.buffers() if network is not None else ():
                 broadcast(buffer)
-        model = Model(state.evaluated, self.model_config)
+        model = Model(state.evaluated(), self.model_config)
         for name, pairs in self.benchmarks.items():
             with doing(f"evaluating {name}"):
                 result = evaluate_pair_set(model, pairs).summary()
@@ -286,7 +286,7 @@ class _Trainer:
             state.best_score, state.best_step = score if self.benchmarks else None, state.done
         if self.leads:
             for which in ("last", "best") if is_best else ("last",):
-                save_model(self.folder.model(which), state.evaluated, self.model_config)
+                save_model(self.folder.model(which), model.backbone, self.model_config)
                 write_identities(self.folder.model(which), state.identities)
 
     # -- words -------------------------------------------------------------------------------------------------------

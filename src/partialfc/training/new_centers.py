@@ -12,6 +12,7 @@ from partialfc.data.sources import Source, read_image
 from partialfc.distributed import all_reduce, rank_of, world_size_of
 from partialfc.model import Model, ModelConfig, embed
 from partialfc.training.config import TrainConfig
+from partialfc.training.replicas import whole_network
 from partialfc.training.state import TrainState
 
 _IMAGES_PER_CLASS = 10
@@ -38,7 +39,8 @@ def fill_with_class_means(
     own_old = (old_classes[shard.start : shard.stop] >= 0).to(centers.device)
     lengths = centers[own_old].double().norm(dim=1)
     total = all_reduce(torch.stack([lengths.sum(), own_old.sum().double()]), group=shard.group)
-    model = Model(state.backbone, ModelConfig(config.backbone.name, config.backbone.embedding_dim, image_size))
+    backbone = whole_network(state.backbone, state.skeleton)
+    model = Model(backbone, ModelConfig(config.backbone.name, config.backbone.embedding_dim, image_size))
     labels = source.labels()
     for classes in new.split(_CLASSES_AT_ONCE):
         sums = _embedding_sums(model, source, labels, classes, reverse=config.data.color_order == "bgr")

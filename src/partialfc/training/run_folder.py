@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import yaml
 
 from partialfc.distributed import Group, gather_json, rank_of
 from partialfc.errors import InputError
-from partialfc.training.config import TrainConfig, differing_key, with_defaults
-from partialfc.training.launch import check_shared
+from partialfc.training.config import FREE_KEYS, TrainConfig
 from partialfc.training.run_lock import LOCK, FolderLock
+
+_LISTED = 8  # ranks named in one message
+_SECONDS_TO_SEE = 20.0  # a network file system may show a new file late
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def open_run_folder(
         _refuse_together(lambda: _check(folder, config, resume), group)  # every rank looks before rank 0 writes
         locks: list[FolderLock] = []
         _refuse_together(lambda: _take(folder, config, held, locks) if rank_of(group) == 0 else None, group)
-        check_shared(root, root / LOCK, locks[0].content if locks else None)
+        _check_shared(root, root / LOCK, locks[0].content if locks else None)
         yield folder
 
 
@@ -111,3 +116,64 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no configuration: restore it, or give another folder with --out.")
     return values
+
+
+def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration that may have been written before some options existed, with those options' defaults."""
+    complete = TrainConfig().to_dict() if defaults is None else dict(defaults)
+    for key, value in values.items():
+        inner = complete.get(key)
+        complete[key] = with_defaults(value, inner) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return complete
+
+
+def differing_key(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, free: frozenset[str] = FREE_KEYS
+) -> str | None:
+    """The first dotted key, free ones aside, at which two nested configurations differ."""
+    for key in {**old, **new}:
+        name = prefix + key
+        left, right = old.get(key), new.get(key)
+        if name in free or left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            inner = differing_key(left, right, name + ".", free=free)
+            if inner is None:
+                continue
+            return inner
+        return name
+    return None
+
+
+def _check_shared(folder: Path, marker: Path, content: str | None) -> None:
+    """Whether all ranks see the file that rank 0 has written into the folder. Four collectives.
+
+    Args:
+        folder: of the run.
+        marker: the file; rank 0 does not open it, since that would give up the lock on it.
+        content: what is in it, on rank 0.
+
+    Raises:
+        InputError: on all ranks, naming those that do not see it.
+    """
+    host, root, written = gather_json([socket.gethostname(), str(folder), content])[0]
+    blind = None if rank_of() == 0 or _sees(marker, written) else socket.gethostname()
+    hosts = {rank: name for rank, name in enumerate(gather_json(blind)) if name is not None}
+    if hosts:
+        named = ", ".join(f"rank {rank} on {name}" for rank, name in list(hosts.items())[:_LISTED])
+        raise InputError(
+            f"{named} cannot see what rank 0 on {host} writes to {root}: give a folder on storage that all hosts "
+            "share with --out."
+        )
+
+
+def _sees(marker: Path, content: str) -> bool:
+    until = time.monotonic() + _SECONDS_TO_SEE
+    while True:
+        with suppress(OSError, UnicodeDecodeError):
+            os.listdir(marker.parent)  # which makes a network file system look again
+            if marker.read_text(encoding="utf-8") == content:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)

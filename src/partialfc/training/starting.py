@@ -21,6 +21,7 @@ from partialfc.training.checkpoint_reading import folder_name, steps_in
 from partialfc.training.config import TrainConfig
 from partialfc.training.identities import match_identities
 from partialfc.training.new_centers import fill_with_class_means
+from partialfc.training.replicas import load_weights
 from partialfc.training.state import TrainState, check_facts
 
 
@@ -74,7 +75,7 @@ def apply_start(start: Start, state: TrainState, config: TrainConfig, loader: Lo
     if start.weights is not None:
         for network in (state.backbone, state.average):
             if network is not None:
-                network.load_state_dict(start.weights)
+                load_weights(network, start.weights)
     if start.old_classes is None or start.old_centers is None:
         return
     shard = state.head.shard

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partialfc.distributed import Shard
+from partialfc.distributed import Shard, part_like
 from partialfc.errors import InputError
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.checkpoint import Checkpoint, RowTensors
 from partialfc.training.checkpoint_async import Snapshot
+from partialfc.training.replicas import load_weights, whole_network
 from partialfc.training.scaling import LossScale
 
 
@@ -29,6 +30,7 @@ class TrainState:
         loss_scale: of fp16, None in other precisions.
         evaluation_owed: the run was stopped where an evaluation was due, which comes first when it goes on.
         average: the backbone with averaged weights, None where they are not averaged.
+        skeleton: the backbone on the meta device if it is in parts over the processes, None if each has all of it.
         facts: what must be the same when the run goes on, such as the number of images.
     """
 
@@ -40,16 +42,19 @@ class TrainState:
     identities: list[str] | None = None
     loss_scale: LossScale | None = None
     average: nn.Module | None = None
+    skeleton: nn.Module | None = None
     done: int = 0
     skipped: int = 0
     best_score: float | None = None
     best_step: int | None = None
     evaluation_owed: bool = False
 
-    @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and saved as model: the average if there is one."""
-        return self.backbone if self.average is None else self.average
+        """The network that is evaluated and saved as model: the average if there is one. All ranks call it.
+
+        If the networks are in parts it is a copy, which takes a collective for each parameter.
+        """
+        return whole_network(self.backbone if self.average is None else self.average, self.skeleton)
 
     def row_tensors(self) -> RowTensors:
         """The centers and their optimizer state, all up to date, with the global rows they are."""
@@ -60,7 +65,7 @@ class TrainState:
         return RowTensors(rows, {"centers": centers, **self.head_optimizer.row_state(self.head.centers)})
 
     def snapshot(self, config: dict[str, Any]) -> Snapshot:
-        """What a checkpoint of this moment holds; its tensors are those of the run, no copies."""
+        """What a checkpoint of this moment holds; its tensors are those of the run, no copies, maybe in parts."""
         margin_state = {name: value.tolist() for name, value in self.head.margin_state().items()}
         return Snapshot(
             self.done,
@@ -91,9 +96,9 @@ class TrainState:
             InputError: it belongs to other data.
         """
         check_facts(checkpoint, self.facts)
-        self.backbone.load_state_dict(checkpoint.tensors("backbone"))
+        load_weights(self.backbone, checkpoint.tensors("backbone"))
         if self.average is not None:
-            self.average.load_state_dict(checkpoint.tensors("backbone-ema"))
+            load_weights(self.average, checkpoint.tensors("backbone-ema"))
         load_optimizer_tensors(self.backbone, self.backbone_optimizer, checkpoint.tensors("backbone-optimizer"))
         rows = self.row_tensors()
         for name, tensor in rows.tensors.items():
@@ -139,5 +144,6 @@ def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: dic
         name, key = full_name.rsplit(".", 1)
         # A count of steps stays on the host unless a fused update reads it; all else lives beside its parameter.
         beside = key != "step" or bool(optimizer.defaults.get("fused"))
-        place = names[name].device if beside else value.device
-        optimizer.state[names[name]][key] = value.to(place)
+        parameter = names[name]
+        moved = value.to(parameter.device if beside else value.device)
+        optimizer.state[parameter][key] = part_like(moved, parameter) if key != "step" else moved

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from partialfc import keyed_random
 from partialfc.activity import doing
 from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
-from partialfc.distributed import all_gather_rows, any_rank, rank_of, row_counts, split_evenly, world_size_of
+from partialfc.distributed import own_part, rank_of, split_evenly, start_gather_rows, whole
 from partialfc.errors import JobError
-from partialfc.head.partial_fc import NonFiniteEmbeddings
+from partialfc.head.global_batch import Everyone, NonFiniteEmbeddings
 from partialfc.training.averaging import update_average
 from partialfc.training.config import TrainConfig
 from partialfc.training.freezing import hold_frozen
+from partialfc.training.replicas import replicated, waits_in_every_pass, without_synchronisation
 from partialfc.training.scaling import scale_gradient
 from partialfc.training.schedule import learning_rate
 from partialfc.training.state import TrainState
@@ -50,26 +52,27 @@ class Stepper:
     ) -> None:
         self.config, self.state, self.loader, self.device = config, state, loader, device
         self.compute_dtype = compute_dtype
-        self.world_size = world_size_of()
         self.total_steps = max(1, round(config.schedule.epochs * loader.steps_per_epoch))
         self.lr = self.lr_head = 0.0
         self.network: nn.Module = state.backbone
         if config.backbone.compile:
             self.network = torch.compile(self.network)  # type: ignore[assignment]
-        if self.world_size > 1:
-            # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.network = replicated(self.network, getattr(torch, config.processes.gradients))
+        self._always_waits = waits_in_every_pass(self.network)
         self._buffers_before = [buffer.clone() for buffer in state.backbone.buffers()]
         self._random_parts = keyed_random.derive_key(config.seed, "backbone's random parts")
         self._skipped_in_a_row = 0
-        self._step_labels: Tensor | None = None
+        self._labels = _StepLabels(loader, device)
         channels_last = config.backbone.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
         """Take one step, and return its figures, none if it was skipped before it had any.
 
-        A gradient that is not finite on any rank is skipped by all, in both optimizers.
+        A gradient that is not finite on any rank is skipped by all, in both optimizers. The ranks need not ask each
+        other about it. Embeddings that are not finite are seen by all, who gather them. Anything else that is not
+        finite on one rank is so in the mean of the ranks' gradients too, and all ranks compute the norm from the same
+        bits of that mean (DDP), or by one reduction over their parts of it (FSDP).
 
         Raises:
             JobError: ten steps in a row were skipped.
@@ -84,7 +87,7 @@ class Stepper:
         buffers = list(state.backbone.buffers())
         torch._foreach_copy_(self._buffers_before, buffers)
         figures = self._forward_and_backward(micro_batches)
-        finite = bool(figures) and not any_rank(not bool(torch.isfinite(figures["grad_norm"])), self.device)
+        finite = bool(figures) and bool(torch.isfinite(figures["grad_norm"]))  # the step's one look at the gradient
         if finite:
             state.backbone_optimizer.step()
             state.head_optimizer.step()
@@ -123,15 +126,19 @@ class Stepper:
         """
         total = torch.zeros(3, dtype=torch.float64, device=self.device)
         images = self.config.data.global_batch_size
-        self._step_labels = self._labels_of_all(micro_batches)
+        self._labels.gather(micro_batches)
         for number, batch in enumerate(micro_batches):
             first, last = split_evenly(images, len(micro_batches), number)
             share = (last - first) / images
             synchronise = number == len(micro_batches) - 1
             try:
-                with contextlib.nullcontext() if synchronise else self._without_synchronisation():
+                with contextlib.nullcontext() if synchronise else without_synchronisation(self.network):
                     loss = self._loss(batch)
-                    with doing("in the backward pass, which exchanges gradients", waits=synchronise):
+                    waits = synchronise or self._always_waits
+                    with (
+                        record_function("backward pass"),
+                        doing("in the backward pass, which exchanges gradients", waits=waits),
+                    ):
                         (loss * share).backward()
             except NonFiniteEmbeddings:
                 return {}
@@ -143,18 +150,13 @@ class Stepper:
 
     def _unscaled_and_clipped(self) -> Tensor:
         """The norm of the backbone's gradient, after which that is scaled down to the largest norm allowed."""
-        parameters = list(self.state.backbone.parameters())
+        parameters = [each for each in self.state.backbone.parameters() if each.grad is not None]
+        gradients = [each.grad for each in parameters if each.grad is not None]
         if self.state.loss_scale is not None:
-            gradients = [each.grad for each in parameters if each.grad is not None]
-            torch._foreach_mul_(gradients, 1.0 / self.state.loss_scale.value)
-        return torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
-
-    def _labels_of_all(self, micro_batches: list[Batch]) -> Tensor | None:
-        """The labels of all micro-steps and ranks; None for a single micro-step, whose labels the head gathers."""
-        if len(micro_batches) == 1:
-            return None
-        labels = torch.cat([batch.labels for batch in micro_batches]).to(self.device)
-        return all_gather_rows(labels, row_counts(len(labels), self.device))
+            torch._foreach_mul_([own_part(each) for each in gradients], 1.0 / self.state.loss_scale.value)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"), norm)
+        return norm
 
     def _loss(self, batch: Batch) -> Tensor:
         """The mean loss of one micro-step over all ranks."""
@@ -166,18 +168,21 @@ class Stepper:
         reduced = self.compute_dtype in (torch.bfloat16, torch.float16)
         wide = torch.promote_types(self.compute_dtype, torch.float32)
         inputs = inputs.to(wide, memory_format=self._memory_format)
-        with torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced):
+        with (
+            torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced),
+            doing("in the forward pass, which exchanges parameters", waits=True)
+            if self._always_waits
+            else contextlib.nullcontext(),
+        ):
             embeddings = self.network(inputs, keys).to(wide)
         if self.state.loss_scale is not None:
             embeddings = scale_gradient(embeddings, self.state.loss_scale.value)
         first, _ = split_evenly(self.config.data.global_batch_size, self.loader.micro_steps, batch.micro_step)
-        loss: Tensor = self.state.head(embeddings, labels, step_labels=self._step_labels, first_place=first)
+        everyone = self._labels.of_micro_step(batch.micro_step)
+        loss: Tensor = self.state.head(
+            embeddings, labels, step_labels=self._labels.of_step(), first_place=first, everyone=everyone
+        )
         return loss
-
-    def _without_synchronisation(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.network, DistributedDataParallel):
-            return self.network.no_sync()
-        return contextlib.nullcontext()
 
     def _count_skip(self) -> None:
         """Count a step whose gradient is not finite; all ranks agree on that, so all come here."""
@@ -188,3 +193,39 @@ class Stepper:
                 f"{self._skipped_in_a_row} steps in a row, up to step {self.state.done}, had gradients that are not "
                 "finite: lower optimizer.lr or check the data; the checkpoints hold none of these steps."
             )
+
+
+class _StepLabels:
+    """The labels of a step on all ranks: gathered once, while the backbone computes, for all its micro-steps.
+
+    How many images each rank has is known, so the head need not ask for it either.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        self._device = device
+        self._counts = [loader.counts(number) for number in range(loader.micro_steps)]
+        self._totals = [sum(of_rank) for of_rank in zip(*self._counts, strict=True)]
+        self._finish: Callable[[], Tensor] | None = None
+        self._all = torch.empty(0, dtype=torch.int64)
+
+    def gather(self, micro_batches: list[Batch]) -> None:
+        """Begin; one collective."""
+        labels = torch.cat([batch.labels for batch in micro_batches]).to(self._device, non_blocking=True)
+        self._finish = start_gather_rows(labels, self._totals)
+
+    def of_step(self) -> Tensor | None:
+        """The labels of all micro-steps and ranks; None for a single micro-step, whose labels are all there are."""
+        if self._finish is not None:
+            self._all, self._finish = self._finish(), None
+        return self._all if len(self._counts) > 1 else None
+
+    def of_micro_step(self, number: int) -> Everyone:
+        """The labels of one micro-step on all ranks, in rank order."""
+        self.of_step()
+        own, first, labels = self._counts[number], 0, []
+        before = [sum(counts[rank] for counts in self._counts[:number]) for rank in range(len(own))]
+        for rank, total in enumerate(self._totals):
+            start = first + before[rank]
+            labels.append(self._all[start : start + own[rank]])
+            first += total
+        return Everyone(own, torch.cat(labels))

@@ -32,6 +32,7 @@ PICTURE = "images/compression.svg"
 
 def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainConfig:
     base = RECIPES["demo"]()
+    epochs = steps * BATCH / (IDENTITIES * SHOTS)
     return replace(
         base,
         seed=seed,
@@ -39,7 +40,7 @@ def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainCon
         device="cpu",
         data=replace(base.data, path=str(data), global_batch_size=BATCH, micro_batch_size=BATCH, workers=0),
         processes=ProcessesConfig(gradients=gradients),
-        schedule=replace(base.schedule, epochs=steps * BATCH / (IDENTITIES * SHOTS)),
+        schedule=replace(base.schedule, epochs=epochs, warmup_epochs=epochs / 12),
         output=replace(base.output, log_every=5, evaluate_every=steps, checkpoint_every=steps),
     )
 
@@ -60,7 +61,7 @@ def figures_of(run: Path) -> tuple[list[tuple[float, float]], float]:
 def table(found: dict[str, list[tuple[list[tuple[float, float]], float]]]) -> list[str]:
     lines = ["| gradients | seed | loss, first quarter | loss, last quarter | accuracy |", "|---|---|---|---|---|"]
     for gradients, runs in found.items():
-        quarter = len(runs[0][0]) // 4
+        quarter = max(1, len(runs[0][0]) // 4)
         rows = []
         for seed, (curve, accuracy) in zip(SEEDS, runs, strict=True):
             losses = [loss for _, loss in curve]

@@ -24,7 +24,6 @@ from partialfc.training.metrics_log import read_metrics
 from partialfc.training.recipes import RECIPES
 
 DType = Literal["float32", "bfloat16"]
-SEEDS = (0, 1, 2, 3, 4)
 STORAGES: tuple[tuple[DType, DType], ...] = (
     ("float32", "float32"),
     ("bfloat16", "float32"),
@@ -52,16 +51,22 @@ def configuration(centers: DType, momentum: DType, seed: int, data: Path) -> Tra
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data and runs")
+    parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=3000, pair_identities=1000).write(
         options.out / "data", take_over=True
     )
+    runs = {
+        (storage, seed): figures_of(*storage, seed, options.out)
+        for seed in range(options.seeds)
+        for storage in STORAGES
+    }
     lines = ["| centers | momentum | seed | loss, first quarter | loss, last quarter | accuracy |"]
     lines += ["|---|---|---|---|---|---|"]
     for centers, momentum in STORAGES:
-        figures = [figures_of(centers, momentum, seed, options.out) for seed in SEEDS]
-        for seed, (first, last, accuracy) in zip(SEEDS, figures, strict=True):
+        figures = [runs[(centers, momentum), seed] for seed in range(options.seeds)]
+        for seed, (first, last, accuracy) in enumerate(figures):
             lines.append(f"| {centers} | {momentum} | {seed} | {first:.3f} | {last:.3f} | {accuracy:.2%} |")
         means = [statistics.mean(column) for column in zip(*figures, strict=True)]
         spread = [statistics.stdev(column) for column in zip(*figures, strict=True)]

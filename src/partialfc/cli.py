@@ -166,6 +166,9 @@ def _train_parser(recipe: str | None = None) -> ArgumentParser:
         "--eval", nargs="+", default=[], metavar="NAME=PATH", help="verification .bin files to evaluate on the way"
     )
     parser.add_argument("--resume", action="store_true", help="go on if the folder holds a run, else start")
+    parser.add_argument(
+        "--verify", action="store_true", help="with --resume: read and compare every byte of the checkpoint first"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_class_arguments(TrainConfig)
     if recipe is not None:
@@ -260,7 +263,14 @@ def _run_train(options: Namespace) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
-    result = train(config, options.out, benchmarks=named_paths(options.eval), resume=options.resume, quiet=options.json)
+    result = train(
+        config,
+        options.out,
+        benchmarks=named_paths(options.eval),
+        resume=options.resume,
+        verify=options.verify,
+        quiet=options.json,
+    )
     if launched_rank() == 0:
         _show(options.json, result.to_dict(), result.text())
 

@@ -152,6 +152,7 @@ def test_same_at_every_world_size(name: str, world_size: int, merged_results: Ca
     assert torch.equal(result["rows"], alone["rows"])
     tolerance = 1e-13 if case.dtype == torch.float64 else 1e-6
     # What is computed in tiles of another shape may differ in the cosines' last digit, times the scale; in a batch of
-    # one nothing averages it out.
-    assert torch.allclose(result["losses"].double(), alone["losses"].double(), rtol=4 * tolerance, atol=0)
+    # one nothing averages it out of the loss.
+    of_loss = 4 * tolerance if name.startswith("batch of one") else tolerance
+    assert torch.allclose(result["losses"].double(), alone["losses"].double(), rtol=of_loss, atol=0)
     assert reference.relative_error(result["centers after"], alone["centers after"]) < 4 * tolerance

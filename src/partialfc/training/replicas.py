@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -66,8 +67,11 @@ def replicated(network: nn.Module, gradients: torch.dtype) -> nn.Module:
     """The network with gradients that are the mean over all processes: itself for one process, or if it is in parts."""
     if world_size_of() == 1 or _is_split(network):
         return network
-    # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
-    result = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        # torch 2.13 deprecates the option before it has one in its place.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
+        result = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     if gradients == torch.bfloat16:
         # DDP refuses the hook by its name where there is no NCCL, though gloo reduces bfloat16 too.
         result.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))

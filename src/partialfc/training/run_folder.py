@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,13 @@ def _refuse_together(work: Callable[[], None], group: Group | None) -> None:
 def _take(folder: RunFolder, config: TrainConfig, held: ExitStack) -> None:
     folder.root.mkdir(parents=True, exist_ok=True)
     held.enter_context(FolderLock(folder.root))
-    folder.config.write_text(config.to_yaml(), encoding="utf-8")
+    beside = folder.config.with_name(f".{folder.config.name}.writing")
+    try:  # the old one stays until the new one is whole: a full disk must not cost a run its configuration
+        beside.write_text(config.to_yaml(), encoding="utf-8")
+        os.replace(beside, folder.config)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{folder.config} cannot be written ({error.strerror}): make room, or give --out.") from error
 
 
 def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:

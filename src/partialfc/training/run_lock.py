@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -42,9 +43,10 @@ class FolderLock:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
+        own = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         self._file.truncate(0)
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-        self._file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock has no name, and what comes next says why
+            os.write(self._file.fileno(), own)
 
     def close(self) -> None:
         """Let others in."""

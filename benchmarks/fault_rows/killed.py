@@ -57,7 +57,7 @@ def interruptions(world_size: int) -> Callable[[Bench, bool], Iterator[Injection
 
     def injections(bench: Bench, short: bool) -> Iterator[Injection]:
         names = list(MOMENTS)
-        for number, name in enumerate(names[3 + 6 * (world_size - 1) :: 99] if short else names):
+        for number, name in enumerate(names[3 * world_size :][: int(world_size < 3)] if short else names):
             rank = number % world_size
             options = (ASYNCHRONOUS, SYNCHRONOUS)[number // world_size % 2]
 
@@ -144,6 +144,7 @@ ROWS = [
         interruptions(1),
     ),
     Row("interrupted-2", "the same with 2 processes, one of them killed", "the same", interruptions(2)),
+    Row("interrupted-3", "the same with 3 processes, one of them killed", "the same", interruptions(3)),
     Row(
         "killed-saving",
         "a process killed at any stage of a save: copy, each file, exchanges, manifest, flush, rename, deletion "

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
-from small_runs import PAIRS, final_tensors, small_config, timeless
+from small_runs import PAIRS, final_tensors, small_config, timeless, tiny_config, write_images
 
 from distributed_workers import run_ranks
 from partialfc import model
@@ -93,6 +93,39 @@ def test_a_signal_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
     said = {(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)}
     assert said == {"stopped by SIGTERM after step 4, and saved; go on with --resume"}
     assert steps_in(tmp_path / "run" / "checkpoints") == [4]
+
+
+class Interrupted(Exception):
+    """The run was interrupted on purpose."""
+
+
+def interrupted_and_whole(rank: int, folder: Path) -> None:
+    """One of three ranks: a run without interruption, and one that breaks off in a step and goes on."""
+    config = tiny_config(folder / "images", precision="float32")
+    train(config, folder / "whole", quiet=True)
+    plain = Stepper.step
+
+    def step(self: Stepper, batches: Any) -> Any:
+        if self.state.done == 4:
+            raise Interrupted
+        return plain(self, batches)
+
+    Stepper.step = step  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        train(config, folder / "stopped", quiet=True)
+    Stepper.step = plain  # type: ignore[method-assign]
+    train(config, folder / "stopped", resume=True, quiet=True)
+
+
+def test_three_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """With three, the order in which gradients are added can be told from the sum."""
+    write_images(tmp_path / "images", [f"person {number}" for number in range(8)])
+    run_ranks(3, interrupted_and_whole, tmp_path)
+    digests = []
+    for run in ("whole", "stopped"):
+        root = tmp_path / run / "checkpoints"
+        digests.append(Checkpoint(root / f"step-{steps_in(root)[-1]:08d}").digest)
+    assert digests[0] == digests[1]
 
 
 def test_the_command_ends_with_143(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from partialfc.head.global_batch import Everyone, NonFiniteEmbeddings
 from partialfc.training.averaging import update_average
 from partialfc.training.config import TrainConfig
 from partialfc.training.freezing import hold_frozen
-from partialfc.training.replicas import replicated, waits_in_every_pass, without_synchronisation
+from partialfc.training.replicas import replicated, settle_exchange, waits_in_every_pass, without_synchronisation
 from partialfc.training.scaling import scale_gradient
 from partialfc.training.schedule import learning_rate
 from partialfc.training.skipping import Skip, locate
@@ -69,6 +69,8 @@ class Stepper:
         self._labels = _StepLabels(loader, device)
         channels_last = config.backbone.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        settle_exchange(self.network, self._pass_of_nothing)
+        torch._foreach_copy_(list(state.backbone.buffers()), self._buffers_before)
 
     def step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
         """Take one step, and return its figures, none if it was skipped before it had any.
@@ -182,20 +184,11 @@ class Stepper:
         positions = batch.positions.to(self.device, non_blocking=True)
         inputs = augment(images, positions, self.config.seed, flip=self.config.data.flip)
         keys = keyed_random.bits(self._random_parts, positions)
-        reduced = self.compute_dtype in (torch.bfloat16, torch.float16)
-        wide = torch.promote_types(self.compute_dtype, torch.float32)
-        inputs = inputs.to(wide, memory_format=self._memory_format)
-        with (
-            torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced),
-            doing("in the forward pass, which exchanges parameters", waits=True)
-            if self._always_waits
-            else contextlib.nullcontext(),
-        ):
-            output = self.network(inputs, keys)
+        output = self._embed(inputs, keys)
         if output.requires_grad:
             output.retain_grad()  # tells, should the step be skipped, which images were to blame
         self._outputs.append((batch.positions, output))
-        embeddings = output.to(wide)
+        embeddings = output.to(torch.promote_types(self.compute_dtype, torch.float32))
         if self.state.loss_scale is not None:
             embeddings = scale_gradient(embeddings, self.state.loss_scale.value)
         first, _ = split_evenly(self.config.data.global_batch_size, self.loader.micro_steps, batch.micro_step)
@@ -204,6 +197,26 @@ class Stepper:
             embeddings, labels, step_labels=self._labels.of_step(), first_place=first, everyone=everyone
         )
         return loss
+
+    def _embed(self, inputs: Tensor, keys: Tensor) -> Tensor:
+        """The backbone's output for normalised images (B, 3, S, S), in the dtype that it computes in last."""
+        reduced = self.compute_dtype in (torch.bfloat16, torch.float16)
+        wide = torch.promote_types(self.compute_dtype, torch.float32)
+        with (
+            torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced),
+            doing("in the forward pass, which exchanges parameters", waits=True)
+            if self._always_waits
+            else contextlib.nullcontext(),
+        ):
+            output: Tensor = self.network(inputs.to(wide, memory_format=self._memory_format), keys)
+        return output
+
+    def _pass_of_nothing(self) -> Tensor:
+        """The output for grey images, as many as this rank has in a micro-step; it changes running statistics."""
+        images, size = self.loader.counts(0)[rank_of()], self.loader.image_size
+        self.state.backbone.train()
+        inputs = torch.zeros(images, 3, size, size, device=self.device)
+        return self._embed(inputs, torch.arange(images, device=self.device))
 
 
 class _StepLabels:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types docs bench clean
+.PHONY: install demo test lint types docs bench faults clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ lint: .venv/dev  ## ruff and the import contract
 
 types: .venv/dev  ## mypy
 	$(BIN)/mypy
+
+faults: .venv/core  ## inject every fault into real training processes; writes the table of docs/reliability.md
+	$(BIN)/python benchmarks/faults.py --out runs/faults
 
 clean:  ## remove the environment and the runs
 	rm -rf .venv runs

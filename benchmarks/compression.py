@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from documents import DOCS, write_between
 from partialfc.bench.machine import describe
 from partialfc.data.face_world import FaceWorld
 from partialfc.report.plots import Line, line_chart
@@ -22,16 +23,16 @@ from partialfc.training.config import ProcessesConfig, TrainConfig
 from partialfc.training.loop import train
 from partialfc.training.metrics_log import read_metrics
 from partialfc.training.recipes import RECIPES
-from processes import run_processes, write_between
+from processes import run_processes
 
 GRADIENTS, SEEDS = ("float32", "bfloat16"), (0, 1, 2)
 STEPS, BATCH, IDENTITIES, SHOTS, SIZE = 300, 64, 1_000, 8, 64
-DOCUMENTS = Path(__file__).parent.parent / "docs"
 PICTURE = "images/compression.svg"
 
 
 def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainConfig:
     base = RECIPES["demo"]()
+    epochs = steps * BATCH / (IDENTITIES * SHOTS)
     return replace(
         base,
         seed=seed,
@@ -39,7 +40,7 @@ def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainCon
         device="cpu",
         data=replace(base.data, path=str(data), global_batch_size=BATCH, micro_batch_size=BATCH, workers=0),
         processes=ProcessesConfig(gradients=gradients),
-        schedule=replace(base.schedule, epochs=steps * BATCH / (IDENTITIES * SHOTS)),
+        schedule=replace(base.schedule, epochs=epochs, warmup_epochs=epochs / 12),
         output=replace(base.output, log_every=5, evaluate_every=steps, checkpoint_every=steps),
     )
 
@@ -60,7 +61,7 @@ def figures_of(run: Path) -> tuple[list[tuple[float, float]], float]:
 def table(found: dict[str, list[tuple[list[tuple[float, float]], float]]]) -> list[str]:
     lines = ["| gradients | seed | loss, first quarter | loss, last quarter | accuracy |", "|---|---|---|---|---|"]
     for gradients, runs in found.items():
-        quarter = len(runs[0][0]) // 4
+        quarter = max(1, len(runs[0][0]) // 4)
         rows = []
         for seed, (curve, accuracy) in zip(SEEDS, runs, strict=True):
             losses = [loss for _, loss in curve]
@@ -103,8 +104,8 @@ def main() -> None:
     lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed]({PICTURE})")
     print("\n".join(lines))
     if options.steps == STEPS:
-        (DOCUMENTS / PICTURE).write_text(picture(found, options.steps))
-        write_between(DOCUMENTS / "training.md", "compression.py", lines)
+        (DOCS / PICTURE).write_text(picture(found, options.steps))
+        write_between("training.md", "benchmarks/compression.py", lines)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,11 @@ def head_item(classes: int, sample_rate: float, batch_size: int, issue: str = "A
     )
 
 
+def kernels_item(name: str, words: str, question: str) -> Item:
+    """The head's kernels at one size: tile sizes and blocks, a CUDA graph, and where the time goes."""
+    return Item(name, question, ("benchmarks/head_kernels.py", *words.split()), "C")
+
+
 def end_to_end_item(backbone: str, batch_size: int) -> Item:
     """Whole training steps beside a loop written the usual way, for one backbone."""
     words = f"--backbone {backbone} --classes 360000 --batch {batch_size} --steps 60 --rounds 2"
@@ -98,6 +103,17 @@ ITEMS = [
     head_item(1_000_000, 0.1, 1024),
     head_item(1_000_000, 1.0, 1024),
     head_item(10_000_000, 0.1, 1024),
+    kernels_item(
+        "head-kernels-1m",
+        "--classes 1000000 --sample-rate 1.0 --batch 1024",
+        "One million classes, all of them, batch 1024: within 2 × the roofline of four bfloat16 products? Which tile "
+        "size and which block of the product are best, and what does a CUDA graph save?",
+    ),
+    kernels_item(
+        "head-kernels-1m-rate0.1-bfloat16",
+        "--classes 1000000 --sample-rate 0.1 --batch 1024 --dtype bfloat16",
+        "The same with a tenth of the classes and centers in bfloat16, where small kernels weigh more.",
+    ),
     identities_item(
         "identities-29m",
         "--classes 29000000 --sample-rate 1.0 --batch 1024",
@@ -135,6 +151,12 @@ ITEMS = [
             "r100",
         ),
         "B",
+    ),
+    Item(
+        "plan",
+        "How far is `partialfc plan` from measured memory and time of heads and of whole steps on this GPU?",
+        ("benchmarks/plan.py", "--device", "cuda"),
+        "D",
     ),
     end_to_end_item("r50", 256),
     end_to_end_item("r100", 256),

@@ -57,7 +57,7 @@ def main() -> None:
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    rows = head.figures.sampled if head.figures else 0
+    rows = int(head.figures.sampled) if head.figures else 0
     row_bytes = WIDTH * head.centers.element_size()
     line = {
         "classes": options.classes,

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from documents import write_between
 from partialfc.bench.machine import describe
 from partialfc.data.face_world import FaceWorld
 from partialfc.training.config import OptimizerConfig, TrainConfig
@@ -24,15 +25,12 @@ from partialfc.training.metrics_log import read_metrics
 from partialfc.training.recipes import RECIPES
 
 DType = Literal["float32", "bfloat16"]
-SEEDS = (0, 1, 2, 3, 4)
 STORAGES: tuple[tuple[DType, DType], ...] = (
     ("float32", "float32"),
     ("bfloat16", "float32"),
     ("bfloat16", "bfloat16"),
 )
 STEPS, BATCH, IDENTITIES, SHOTS = 2_000, 32, 2_000, 8
-DOCUMENT = Path(__file__).parent.parent / "docs" / "head.md"
-BEGIN, END = "<!-- benchmarks/storage.py begin -->", "<!-- benchmarks/storage.py end -->"
 
 
 def configuration(centers: DType, momentum: DType, seed: int, data: Path) -> TrainConfig:
@@ -52,16 +50,22 @@ def configuration(centers: DType, momentum: DType, seed: int, data: Path) -> Tra
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data and runs")
+    parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=3000, pair_identities=1000).write(
         options.out / "data", take_over=True
     )
+    runs = {
+        (storage, seed): figures_of(*storage, seed, options.out)
+        for seed in range(options.seeds)
+        for storage in STORAGES
+    }
     lines = ["| centers | momentum | seed | loss, first quarter | loss, last quarter | accuracy |"]
     lines += ["|---|---|---|---|---|---|"]
     for centers, momentum in STORAGES:
-        figures = [figures_of(centers, momentum, seed, options.out) for seed in SEEDS]
-        for seed, (first, last, accuracy) in zip(SEEDS, figures, strict=True):
+        figures = [runs[(centers, momentum), seed] for seed in range(options.seeds)]
+        for seed, (first, last, accuracy) in enumerate(figures):
             lines.append(f"| {centers} | {momentum} | {seed} | {first:.3f} | {last:.3f} | {accuracy:.2%} |")
         means = [statistics.mean(column) for column in zip(*figures, strict=True)]
         spread = [statistics.stdev(column) for column in zip(*figures, strict=True)]
@@ -70,10 +74,9 @@ def main() -> None:
             f"{means[1]:.3f} ± {spread[1]:.3f} | {means[2]:.2%} ± {spread[2]:.2%} |"
         )
     hardware = describe("cpu")
-    text = "\n".join([f"{hardware['cpu']}, torch {hardware['torch']}.", "", *lines])
-    print(text)
-    before, rest = DOCUMENT.read_text().split(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    lines = [f"{hardware['cpu']}, torch {hardware['torch']}.", "", *lines]
+    print("\n".join(lines))
+    write_between("head.md", "benchmarks/storage.py", lines)
 
 
 def figures_of(centers: DType, momentum: DType, seed: int, out: Path) -> tuple[float, float, float]:

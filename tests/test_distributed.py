@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from distributed_workers import run_ranks
 from partialfc import distributed
@@ -36,6 +39,8 @@ def collect(rank: int, folder: Path) -> None:
         "gathered": distributed.all_gather_rows(rows, counts),
         "gathered evenly": distributed.all_gather_rows(torch.tensor([rank]), [1, 1, 1]),
         "gathered bfloat16": distributed.all_gather_rows(rows.bfloat16(), counts).float(),
+        "begun": distributed.start_gather_rows(rows, counts)(),
+        "parts": split_and_back(),
         "scattered": distributed.reduce_scatter_rows(everything, [0, 1, 2]),
         "scattered evenly": distributed.reduce_scatter_rows(everything, [1, 1, 1]),
         "reduced": [float(distributed.all_reduce(torch.tensor(float(rank)), op)) for op in ("sum", "max", "min")],
@@ -49,6 +54,18 @@ def collect(rank: int, folder: Path) -> None:
     }
     distributed.barrier()
     torch.save(results, folder / f"{rank}.pt")
+
+
+def split_and_back() -> list[Tensor]:
+    """This rank's part of 5 rows of 2, twice (like another tensor's and of its own), and the whole again."""
+    tensor = torch.arange(10.0).view(5, 2)
+    like = distribute_tensor(torch.zeros(5, 2), init_device_mesh("cpu", (WORLD_SIZE,)), [Shard(0)])
+    split = distributed.part_like(tensor, like)
+    assert distributed.is_split(split)
+    assert not distributed.is_split(tensor)
+    part = distributed.own_part(split)
+    assert part.untyped_storage().nbytes() == 4 * part.numel()  # no view that keeps the whole tensor
+    return [part, distributed.whole(split)]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +87,14 @@ def test_rows_are_gathered_in_rank_order(ranks: list[dict[str, Any]]) -> None:
         assert torch.equal(result["gathered"], torch.tensor([[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]))
         assert torch.equal(result["gathered"], result["gathered bfloat16"])
         assert torch.equal(result["gathered evenly"], torch.arange(3))
+        assert torch.equal(result["begun"], result["gathered"])
+
+
+def test_a_tensor_in_parts_is_put_together(ranks: list[dict[str, Any]]) -> None:
+    whole = torch.arange(10.0).view(5, 2)
+    assert torch.equal(torch.cat([result["parts"][0] for result in ranks]), whole)
+    assert all(torch.equal(result["parts"][1], whole) for result in ranks)
+    assert distributed.whole(whole) is distributed.own_part(whole) is distributed.part_like(whole, whole) is whole
 
 
 def test_rows_are_summed_and_handed_back(ranks: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -28,12 +28,15 @@ from partialfc.errors import InputError, JobError, StoppedBySignal
 from partialfc.evaluation.benchmarks import evaluate_benchmarks, read_benchmarks, table, write_results
 from partialfc.evaluation.pairs import evaluate_pair_set
 from partialfc.model import load_model
+from partialfc.plan.planning import make_plan
+from partialfc.plan.request import PlanRequest
+from partialfc.plan.text import plan_text
 from partialfc.report.page import write_report
-from partialfc.training.assemble import choose_device
+from partialfc.training.assemble import PRECISION_NAMES, choose_device, compute_dtype
 from partialfc.training.config import TrainConfig
 from partialfc.training.loop import train
 from partialfc.training.progress import track
-from partialfc.training.recipes import RECIPES, describe, recipe_config
+from partialfc.training.recipes import RECIPES, describe, recipe_config, recipe_plan_request
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,6 +131,7 @@ def build_parser(recipe: str | None = None) -> ArgumentParser:
     commands.add_subcommand("demo", _demo_parser(), help="the whole job on procedural faces, on this machine")
     commands.add_subcommand("train", _train_parser(recipe), help="train a model, evaluating on the way")
     commands.add_subcommand("recipes", _recipes_parser(), help="the published recipes: data, cost, expected score")
+    commands.add_subcommand("plan", _plan_parser(recipe), help="predicted memory and step time, and the rate that fits")
     commands.add_subcommand("evaluate", _evaluate_parser(), help="run benchmarks on a trained model")
     commands.add_subcommand("report", _report_parser(), help="one run as one HTML page")
     data, bench = _Parser(), _Parser()
@@ -162,6 +166,9 @@ def _train_parser(recipe: str | None = None) -> ArgumentParser:
         "--eval", nargs="+", default=[], metavar="NAME=PATH", help="verification .bin files to evaluate on the way"
     )
     parser.add_argument("--resume", action="store_true", help="go on if the folder holds a run, else start")
+    parser.add_argument(
+        "--verify", action="store_true", help="with --resume: read and compare every byte of the checkpoint first"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_class_arguments(TrainConfig)
     if recipe is not None:
@@ -180,6 +187,17 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _recipes_parser() -> ArgumentParser:
     parser = _Parser(description="Show the recipes that `train --recipe` takes, or one of them in full.")
     parser.add_argument("name", nargs="?", default=None, help="one recipe")
+    return _with_json(parser)
+
+
+def _plan_parser(recipe: str | None = None) -> ArgumentParser:
+    parser = _Parser(description="Predict memory a GPU and time a step of a training, and which sample rate fits.")
+    parser.add_argument("--recipe", help="start from a recipe, its data and its number of GPUs")
+    defaults = PlanRequest() if recipe is None else recipe_plan_request(recipe)
+    types = get_type_hints(PlanRequest)
+    for field in dataclasses.fields(PlanRequest):
+        name, default = "--" + field.name.replace("_", "-"), getattr(defaults, field.name)
+        parser.add_argument(name, type=types[field.name], default=default, help=field.metadata["help"])
     return _with_json(parser)
 
 
@@ -245,7 +263,14 @@ def _run_train(options: Namespace) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
-    result = train(config, options.out, benchmarks=named_paths(options.eval), resume=options.resume, quiet=options.json)
+    result = train(
+        config,
+        options.out,
+        benchmarks=named_paths(options.eval),
+        resume=options.resume,
+        verify=options.verify,
+        quiet=options.json,
+    )
     if launched_rank() == 0:
         _show(options.json, result.to_dict(), result.text())
 
@@ -262,6 +287,13 @@ def _run_recipes(options: Namespace) -> None:
     lines = [f"{'recipe':<32} {'data':<62} expected score"]
     lines += [f"{facts['name']:<32} {facts['data']:<62} {facts['score']}" for facts in every]
     _show(options.json, every, "\n".join(lines))
+
+
+def _run_plan(options: Namespace) -> None:
+    request = PlanRequest(**{field.name: options[field.name] for field in dataclasses.fields(PlanRequest)})
+    here = choose_device(request.device if request.device in ("cpu", "cuda") else "cpu")
+    plan = make_plan(request, auto_precision=PRECISION_NAMES[compute_dtype("auto", here)])
+    _show(options.json, plan.to_dict(), plan_text(plan))
 
 
 def _run_evaluate(options: Namespace) -> None:
@@ -314,6 +346,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "demo": _run_demo,
     "train": _run_train,
     "recipes": _run_recipes,
+    "plan": _run_plan,
     "evaluate": _run_evaluate,
     "report": _run_report,
     "data inspect": _run_inspect,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,9 +47,14 @@ def derive_key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def bits(key: int, counters: Tensor) -> Tensor:
-    """64 random bits for each counter: int64, the shape of `counters` (int64)."""
+def bits(key: int | Tensor, counters: Tensor) -> Tensor:
+    """64 random bits for each counter: int64, the shape of `counters` (int64); a key is an int64 or a () tensor."""
     return mix(mix(counters) ^ key)
+
+
+def keys_at(keys: Sequence[int], counter: Tensor) -> Tensor:
+    """(n,) int64: from n keys those of one step or sample, `counter` () int64 on any device, without a host read."""
+    return mix(torch.stack([mix(counter) ^ key for key in keys]))
 
 
 def uniform(key: int, counters: Tensor) -> Tensor:

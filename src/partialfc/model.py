@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
 
     Raises:
         InputError: `folder` is a file or a folder with something other than a model in it.
+        OSError: it cannot be written; the model that was there stays.
         ValueError: `backbone` is not what `config` says, so that it could not be loaded again.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
@@ -117,21 +119,32 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
     new, old = folder.parent / f".{folder.name}.new", _old(folder)
     if new.exists():
         shutil.rmtree(new)  # left by a save that was interrupted
-    if replaces:
-        shutil.copytree(folder, new, ignore=shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME))
-    else:
-        new.mkdir()
-    save_file(weights, new / WEIGHTS_NAME, metadata={"format": "pt"})
-    text = json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
-    (new / CONFIG_NAME).write_text(text, encoding="utf-8")
-    for path in (new / WEIGHTS_NAME, new / CONFIG_NAME, new):
-        _flush(path)
+    try:
+        if replaces:
+            shutil.copytree(folder, new, ignore=shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME))
+        else:
+            new.mkdir()
+        _write(new, weights, config)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)  # on a full disk, what is there of it is in the way
+        raise
     if replaces:
         folder.rename(old)
     new.rename(folder)
     _flush(folder.parent)
     if replaces:
         shutil.rmtree(old)
+
+
+def _write(folder: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
+    try:
+        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    except SafetensorError as error:  # so it calls a full disk
+        raise OSError(f"{folder / WEIGHTS_NAME} cannot be written ({error})") from error
+    text = json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    for path in (folder / WEIGHTS_NAME, folder / CONFIG_NAME, folder):
+        _flush(path)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
@@ -264,7 +277,14 @@ def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str
     return ", ".join(found[:3]) + (f", and {len(found) - 3} more differences" if len(found) > 3 else "")
 
 
-def embed(model: Model, images: np.ndarray | Tensor, *, flip: bool = True, batch_size: int = 256) -> Tensor:
+def embed(
+    model: Model,
+    images: np.ndarray | Tensor,
+    *,
+    flip: bool = True,
+    batch_size: int = 256,
+    between: Callable[[], None] | None = None,
+) -> Tensor:
     """Embeddings f(x) + f(flipped x) of aligned images, as the LFW and IJB protocols take them.
 
     Args:
@@ -272,6 +292,7 @@ def embed(model: Model, images: np.ndarray | Tensor, *, flip: bool = True, batch
         images: uint8 (N, S, S, 3) RGB, with S the model's `image_size`.
         flip: add the embedding of the mirrored image.
         batch_size: images in one pass.
+        between: called after each pass; what it raises ends the work.
 
     Returns:
         float32 (N, D), not normalised, on the model's device.
@@ -295,6 +316,8 @@ def embed(model: Model, images: np.ndarray | Tensor, *, flip: bool = True, batch
                     embeddings = embeddings + model.backbone(batch.flip(3))
                 result[start : start + batch_size] = embeddings
                 progress()
+                if between is not None:
+                    between()
     finally:
         for module, training in modes.items():
             module.training = training

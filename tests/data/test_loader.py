@@ -117,6 +117,18 @@ class TestBatches:
         for field in ("images", "labels", "positions"):
             assert torch.equal(torch.cat([getattr(batch, field) for batch in every]), getattr(one, field))
 
+    @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 6))
+    def test_the_numbers_of_all_ranks_are_known(self, global_size: int, world: int, micro: int) -> None:
+        sizes: dict[str, Any] = {
+            "global_batch_size": global_size,
+            "micro_batch_size": global_size,
+            "micro_steps": micro,
+        }
+        ranks = [loader(Pictures(12), rank=rank, world_size=world, **sizes) for rank in range(world)]
+        steps = [list(each.batches(3, 4)) for each in ranks]
+        for number in range(micro):
+            assert ranks[0].counts(number) == [len(batches[number].labels) for batches in steps]
+
     @pytest.mark.parametrize("world", [1, 2, 3, 4])
     def test_a_micro_step_has_the_same_images_at_any_world_size(self, world: int) -> None:
         sizes = {"global_batch_size": 11, "micro_batch_size": 6, "micro_steps": 3}

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from partialfc.backbones import create_backbone
 from partialfc.data.verification import PairSet
 from partialfc.errors import InputError
+from partialfc.evaluation import pairs
 from partialfc.evaluation.pairs import PairResult, evaluate_pair_set, evaluate_pairs
 from partialfc.model import Model, ModelConfig, embed
 
@@ -116,3 +117,23 @@ def test_result_is_identical_at_any_world_size(tmp_path: Path) -> None:
     mp.spawn(evaluate_on_rank, args=(3, tmp_path), nprocs=3)
     for rank in range(3):
         np.testing.assert_array_equal(np.load(tmp_path / f"scores-3-{rank}.npy"), alone.scores)
+
+
+@pytest.mark.parametrize(("images", "world_size", "calls"), [(40, 1, 5), (40, 2, 3), (40, 3, 2), (8, 3, 1)])
+def test_all_ranks_are_called_between_batches_equally_often(
+    images: int, world_size: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank with fewer batches of eight images is called after its last one too: what is called may communicate."""
+    model = Model(create_backbone("mini", embedding_dim=8, image_size=16), ModelConfig("mini", 8, 16))
+    pixels = np.zeros((images, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(pairs, "world_size_of", lambda group: world_size)
+    monkeypatch.setattr(pairs, "all_gather_rows", lambda own, counts, group: own)
+    counts = []
+    for rank in range(world_size):
+        monkeypatch.setattr(pairs, "rank_of", lambda group, rank=rank: rank)
+        seen: list[None] = []
+        pairs.embed_across_ranks(
+            model, pixels, flip=False, batch_size=8, group=None, between=lambda seen=seen: seen.append(None)
+        )
+        counts.append(len(seen))
+    assert counts == [calls] * world_size

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from partialfc import distributed
 from partialfc.distributed import Group, rank_of, split_evenly, world_size_of
 from partialfc.errors import InputError
+from partialfc.head.global_batch import Everyone
 from partialfc.head.margins import ArcFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
@@ -120,6 +123,51 @@ class BackboneAndHead(nn.Module):
         return self.head(self.backbone(images), labels)
 
 
+def _everyone(group: Group | None) -> dict[str, Any]:
+    """The same step without and with the numbers and labels of all ranks, and the collectives that each takes."""
+    world_size, rank = world_size_of(group), rank_of(group)
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(BATCH, DIM, generator=generator, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (BATCH,), generator=generator)
+    shares = [split_evenly(BATCH, world_size, each) for each in range(world_size)]
+    start, stop = shares[rank]
+    known = Everyone([last - first for first, last in shares], labels)
+    results: dict[str, Any] = {}
+    for name, everyone in (("asked", None), ("known", known)):
+        head = PartialFC(CLASSES, DIM, 0.1, ArcFace(0.5), 16.0, seed=3, dtype=torch.float64, group=group)
+        embeddings = images[start:stop].clone().requires_grad_()
+        with counted_collectives() as forward:
+            loss = head(embeddings, labels[start:stop], everyone=everyone)
+        with counted_collectives() as backward:
+            loss.backward()
+        results[name] = [loss.detach(), embeddings.grad, head.centers.grad.to_dense()]
+        results[f"{name} collectives"] = [len(forward), len(backward)]
+    return results
+
+
+@contextmanager
+def counted_collectives() -> Iterator[list[str]]:
+    """One entry for each collective within."""
+    places = [(distributed, "_all_gather"), (distributed, "_reduce_scatter"), (dist, "all_reduce")]
+    originals = [getattr(place, name) for place, name in places]
+    calls: list[str] = []
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: Any, **options: Any) -> Any:
+            calls.append(name)
+            return original(*inputs, **options)
+
+        return call
+
+    for (place, name), original in zip(places, originals, strict=True):
+        setattr(place, name, counting(name, original))
+    try:
+        yield calls
+    finally:
+        for (place, name), original in zip(places, originals, strict=True):
+            setattr(place, name, original)
+
+
 def _message(module: nn.Module, embeddings: Tensor, labels: Tensor) -> str:
     """What the InputError says, "" if there is none."""
     try:
@@ -129,4 +177,9 @@ def _message(module: nn.Module, embeddings: Tensor, labels: Tensor) -> str:
     return ""
 
 
-SCENARIOS: dict[str, Callable[[Group | None], Any]] = {"training": _training, "errors": _errors, "wrapped": _wrapped}
+SCENARIOS: dict[str, Callable[[Group | None], Any]] = {
+    "training": _training,
+    "errors": _errors,
+    "wrapped": _wrapped,
+    "everyone": _everyone,
+}

@@ -43,3 +43,13 @@ def test_refuses_to_stand_inside_ddp(world_size: int, scenario: Scenario) -> Non
     for found in scenario("wrapped", world_size):
         assert "wrap the backbone alone" in found["head"]
         assert "wrap the backbone alone" in found["module"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_what_is_known_of_all_ranks_saves_collectives_and_changes_nothing(world_size: int, scenario: Scenario) -> None:
+    for found in scenario("everyone", world_size):
+        for asked, known in zip(found["asked"], found["known"], strict=True):
+            assert torch.equal(asked, known)
+        if world_size > 1:
+            assert found["asked collectives"] == [5, 1]
+            assert found["known collectives"] == [3, 1]

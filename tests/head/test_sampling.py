@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from partialfc.distributed import split_evenly
-from partialfc.head.sampling import BLOCK, sample_bound, sample_classes, sample_size
+from partialfc.head import sampling
+from partialfc.head.sampling import BLOCK, sample_bound, sample_classes, sample_padded, sample_size, sampling_keys
 
 NOBODY = torch.zeros(0, dtype=torch.int64)
 
@@ -109,3 +110,67 @@ def test_seeds_and_steps_draw_differently() -> None:
         for other in samples[:number]:
             shared = len(one) + len(other) - len(torch.cat([one, other]).unique())
             assert abs(shared - 500) < 6 * 500**0.5
+
+
+def reference_sample(positives: Tensor, num_classes: int, rate: float, keys: Tensor, block: int = BLOCK) -> Tensor:
+    """The rule, block by block: the positives, then the first negatives of the block's permutation up to its quota."""
+    chosen = [positives]
+    for start in range(0, num_classes, block):
+        stop = min(start + block, num_classes)
+        quota = math.floor(stop * rate + 0.5) - math.floor(start * rate + 0.5)
+        own = positives[(positives >= start) & (positives < stop)]
+        drawn = sampling._draw(
+            torch.tensor([start // block]), block, num_classes, keys, ends=stop == num_classes and stop % block > 0
+        )[0]
+        drawn = drawn[drawn >= 0]
+        assert torch.equal(drawn.sort().values, torch.arange(start, stop))
+        chosen.append(drawn[:quota][~torch.isin(drawn[:quota], own)][: max(0, quota - len(own))])
+    return torch.cat(chosen).sort().values
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    num_classes=st.sampled_from([1, 7, 149, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 5]),
+    rate=st.sampled_from([0.0, 1e-4, 0.01, 0.3, 0.999, 1.0]) | st.floats(0, 1),
+    parts=st.integers(1, 7),
+)
+def test_padded_form_has_the_same_classes_and_a_shape_that_no_label_changes(
+    data: st.DataObject, num_classes: int, rate: float, parts: int
+) -> None:
+    """Against the rule written out, with repeated and impossible labels."""
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, num_classes - 1), min_size=1, max_size=40)))
+    keys = sampling_keys(5, torch.tensor(2))
+    expected = reference_sample(labels.unique(), num_classes, rate, keys)
+    bad = torch.tensor([-1, num_classes, 1 << 40, -(1 << 63)])
+    for part in range(parts):
+        start, stop = split_evenly(num_classes, parts, part)
+        options = {"num_classes": num_classes, "sample_rate": rate, "start": start, "stop": stop}
+        found = sample_padded(labels, keys=keys, **options)
+        count = int(found.count)
+        own = expected[(expected >= start) & (expected < stop)]
+        assert torch.equal(found.padded[:count], own)
+        assert bool((found.padded[count:] == stop).all())
+        assert len(found.padded) <= min(stop - start, own.numel() + 2 * BLOCK + len(labels))
+        others = torch.zeros_like(labels)
+        assert sample_padded(others, keys=keys, **options).padded.shape == found.padded.shape
+        mixed = sample_padded(torch.cat([labels, bad, labels]), keys=keys, **options)
+        assert torch.equal(mixed.padded[:count], own)
+        assert int(mixed.count) == count
+
+
+def test_padding_is_little() -> None:
+    """What a GPU computes for nothing: at most a block's quota at each end, and a class for each label."""
+    labels = torch.arange(512) * 1900
+    for rate, parts in ((0.1, 1), (0.1, 8), (0.01, 3)):
+        for part in range(parts):
+            start, stop = split_evenly(1_000_000, parts, part)
+            found = sample_padded(
+                labels,
+                num_classes=1_000_000,
+                sample_rate=rate,
+                keys=sampling_keys(0, torch.tensor(0)),
+                start=start,
+                stop=stop,
+            )
+            assert len(found.padded) - int(found.count) <= 512 + 2 * math.ceil(rate * BLOCK)

@@ -64,6 +64,7 @@ def train(head: PartialFC, optimizer: torch.optim.Optimizer, micro_steps: int = 
         ({"sample_rate": 0.3}, {"width": 33}, 2),
         ({"sample_rate": 0.0}, {"samples": 3, "width": 7}, 1),
         ({"scale": 99.0}, {}, 1),
+        ({"scratch_bytes": 40 * 6 * WIDTH, "conflict_threshold": 0.21}, {"samples": 40}, 1),
     ],
 )
 def test_the_same_as_the_chunked_path(
@@ -77,7 +78,7 @@ def test_the_same_as_the_chunked_path(
         optimizer = RowwiseSGD(head.parameters(), lr=0.01, weight_decay=0.1)
         results.append(train(head, optimizer, micro_steps, **sizes))
     for kernels, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(kernels, chunked, rtol=3e-4, atol=3e-6)
+        torch.testing.assert_close(kernels, chunked, rtol=3e-4, atol=max(3e-6, 5e-5 * float(chunked.abs().max())))
 
 
 def test_adamw_takes_the_gradient_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,14 +110,14 @@ def test_error_against_float64(operands: torch.dtype, target_cosine: float) -> N
         assert error <= limit
 
 
-@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
-def test_blocks_fit_small_and_large_gpus(operands: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, largest in ((232_448, True), (101_376, False)):
+def test_blocks_fit_small_and_large_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory of an H100, of a consumer's GPU, and less than any has."""
+    for limit, classes in ((232_448, 256), (101_376, 128), (49_152, 64)):
         monkeypatch.setattr(softmax_triton, "_shared_memory", lambda device, limit=limit: limit)
-        assert softmax_triton.fits(torch.device("cpu"), 512)
-        first = softmax_triton._fitting(torch.device("cpu"), 512, operands, 2)
-        assert (first == (64, 32)) == largest
-    assert not softmax_triton.fits(torch.device("cpu"), 2048)
+        blocks = softmax_triton._product_blocks(torch.device("cpu"), 1024, True, False)
+        assert blocks["BN"] == classes
+        assert 2 * blocks["num_stages"] * (blocks["BG"] + blocks["BN"]) * blocks["BK"] <= limit
+    assert softmax_triton._product_blocks(torch.device("cpu"), 9, True, False)["BG"] == 16
 
 
 def test_bfloat16_tables_are_rounded_as_the_fallback_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,9 +144,8 @@ def test_a_set_flag_leaves_everything_as_it_is() -> None:
     momentum = torch.zeros_like(head.centers)
     before = head.centers.detach().clone()
     for flag in (1, 0):
-        rule = partial_fc.softmax.SGDRule(
-            0.1, 0.9, 0.0, 0, 1, 2, torch.tensor([flag], dtype=torch.int32, device=DEVICE)
-        )
+        skip, keys = torch.tensor([flag], device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        rule = partial_fc.softmax.SGDRule(0.1, 0.9, 0.0, 0, keys, skip)
         assert TritonPath().update(gradient, head.centers, momentum, rule)
         assert torch.equal(before, head.centers.detach()) == bool(flag)
         assert bool((momentum == 0).all()) == bool(flag)
@@ -164,7 +164,7 @@ def test_rows_past_two_to_the_31() -> None:
     results = []
     for table, classes in ((centers, far), (near, torch.arange(40, device=DEVICE))):
         shard = partial_fc.softmax.ShardBatch(
-            embeddings=embeddings, classes=classes, target_places=torch.tensor([1, -1, 39], device=DEVICE),
+            embeddings=embeddings, classes=classes, count=None, target_places=torch.tensor([1, -1, 39], device=DEVICE),
             target_cosine=torch.zeros(3, dtype=torch.float64, device=DEVICE), margin=CosFace(), margin_batch=None,
             scale=64.0, shift=0.0, conflict_threshold=None, conflict_as_zero_logit=False,
             operand_dtype=torch.float32, scratch=scratch, scratch_bytes=1 << 20,

@@ -21,7 +21,7 @@ from partialfc.training.loop import train
 
 def card(host: str = "a", **changes: Any) -> dict[str, Any]:
     config = changes.pop("config", small_config())
-    facts = {"partialfc": "0.1.0 (code 12345678)", "torch": "2.13.0", "eval": ["lfw"], "resume": True}
+    facts = {"partialfc": "0.1.0 (code 12345678)", "torch": "2.13.0", "eval": ["lfw"], "resume": True, "verify": False}
     return {"host": host, "refusal": None, "config": config.to_dict(), "device type": "cpu", **facts, **changes}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from partialfc.errors import InputError
+from partialfc.errors import InputError, JobError
 from partialfc.training.metrics_log import MetricsLog, read_metrics
 
 
@@ -65,6 +66,63 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_removed(tmp_path: Path, ta
     assert steps(path) == [1, 2, 3]
     write(path, range(4, 5), resume_step=9)
     assert steps(path) == [1, 2, 3, 4]
+
+
+def test_an_evaluation_that_comes_again_is_not_there_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in (4, 8):
+            log.write({"kind": "train", "step": step})
+            for name in ("lfw", "cfp"):
+                log.write({"kind": "evaluation", "step": step, "benchmark": name})
+    with MetricsLog(path, resume_step=8, evaluates_again=["lfw"]) as log:
+        log.write({"kind": "evaluation", "step": 8, "benchmark": "lfw", "accuracy": 0.9})
+    found = [(line["step"], line.get("benchmark"), line.get("accuracy")) for line in read_metrics(path)]
+    assert found[:3] == [(4, None, None), (4, "lfw", None), (4, "cfp", None)]
+    assert found[3:] == [(8, None, None), (8, "cfp", None), (8, "lfw", 0.9)]
+
+
+class SmallDisk:
+    """Stands for os.write on a disk with so many bytes left."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room, self.plain = room, os.write
+        monkeypatch.setattr(os, "write", self.write)
+
+    def write(self, descriptor: int, content: bytes) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.plain(descriptor, content[: self.room])
+        self.room -= written
+        return written
+
+
+def test_a_full_disk_ends_the_log_without_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write({"step": 1})
+        SmallDisk(monkeypatch, 7)
+        with pytest.raises(JobError, match=r"metrics\.jsonl cannot be written \(No space left on device\): make room"):
+            log.write({"step": 2})
+        assert path.read_bytes() == b'{"step": 1}\n'
+
+
+def test_a_patient_log_writes_later_what_it_could_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, patient=True) as log:
+        disk = SmallDisk(monkeypatch, 7)
+        log.write({"step": 1})
+        log.write({"step": 2})
+        assert path.read_bytes() == b""
+        disk.room = 1000
+        log.write({"step": 3})
+        assert steps(path) == [1, 2, 3]
+    log = MetricsLog(path, resume_step=9, patient=True)
+    disk.room = 0
+    log.write({"step": 4})
+    with pytest.raises(JobError, match="No space left"):
+        log.close()
+    assert steps(path) == [1, 2, 3]
 
 
 def test_numbers_that_json_lacks_return_as_numbers(tmp_path: Path) -> None:

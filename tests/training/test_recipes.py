@@ -29,7 +29,7 @@ def test_figures_of_one_plan() -> None:
     facts = describe("wf42m-r200")
     assert facts["score"] == "MFR-ALL 97.70, IJB-C 1e-4 97.97, 1e-5 96.93"
     assert facts["data"].startswith("WebFace42M: 2,059,906 identities")
-    assert facts["memory"]["backbone_weights"] == 4 * 118_833_920
+    assert facts["memory"]["backbone weights"] == 4 * 118_833_920
     assert facts["memory"]["centers"] == 4 * 512 * 257_489
     assert describe("wf12m-conflict-r50")["data"].startswith("WebFace12M-Conflict: 1,017,970")
     assert describe("ms1mv3-r50")["score"] == "no published figure in our records"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_runs import final_tensors, small_config, timeless
+from safetensors import SafetensorError
+from small_runs import PAIRS, final_tensors, small_config, timeless, tiny_config, write_images
 
 from distributed_workers import run_ranks
+from partialfc import model
 from partialfc.distributed import Shard
-from partialfc.errors import InputError, StoppedBySignal
-from partialfc.training import checkpoint_async
+from partialfc.errors import InputError, JobError, StoppedBySignal
+from partialfc.training import checkpoint_async, loop
 from partialfc.training.checkpoint import CheckpointNotWritten, RowTensors, save_checkpoint
 from partialfc.training.checkpoint_async import CheckpointWriter, Snapshot
 from partialfc.training.checkpoint_reading import Checkpoint, steps_in
@@ -92,6 +95,39 @@ def test_a_signal_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
     assert steps_in(tmp_path / "run" / "checkpoints") == [4]
 
 
+class Interrupted(Exception):
+    """The run was interrupted on purpose."""
+
+
+def interrupted_and_whole(rank: int, folder: Path) -> None:
+    """One of three ranks: a run without interruption, and one that breaks off in a step and goes on."""
+    config = tiny_config(folder / "images", precision="float32")
+    train(config, folder / "whole", quiet=True)
+    plain = Stepper.step
+
+    def step(self: Stepper, batches: Any) -> Any:
+        if self.state.done == 4:
+            raise Interrupted
+        return plain(self, batches)
+
+    Stepper.step = step  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        train(config, folder / "stopped", quiet=True)
+    Stepper.step = plain  # type: ignore[method-assign]
+    train(config, folder / "stopped", resume=True, quiet=True)
+
+
+def test_three_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """With three, the order in which gradients are added can be told from the sum."""
+    write_images(tmp_path / "images", [f"person {number}" for number in range(8)])
+    run_ranks(3, interrupted_and_whole, tmp_path)
+    digests = []
+    for run in ("whole", "stopped"):
+        root = tmp_path / run / "checkpoints"
+        digests.append(Checkpoint(root / f"step-{steps_in(root)[-1]:08d}").digest)
+    assert digests[0] == digests[1]
+
+
 def test_the_command_ends_with_143(tmp_path: Path) -> None:
     """A whole process: the exit status, one line of words, and a folder that goes on."""
     command = [sys.executable, "-m", "partialfc", "train", "--data.path", small_config().data.path]
@@ -107,6 +143,173 @@ def test_the_command_ends_with_143(tmp_path: Path) -> None:
     assert "partialfc: stopped by SIGTERM after step" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert len(steps_in(tmp_path / "run" / "checkpoints")) >= 1
+
+
+def test_a_signal_in_start_up_ends_the_run_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = loop.build_state
+
+    def build(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "build_state", build)
+        with pytest.raises(StoppedBySignal, match="stopped by SIGTERM before its first step"):
+            train(config_of(), tmp_path, quiet=True)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 2, signal.SIGTERM)
+        with pytest.raises(StoppedBySignal):
+            train(config_of(), tmp_path, quiet=True)  # it is no other run
+        patch.setattr(loop, "build_state", build)
+        with pytest.raises(StoppedBySignal, match="with 4 steps done and saved; go on with --resume"):
+            train(config_of(), tmp_path, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_signal_in_an_evaluation_breaks_it_off_and_it_comes_again(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first evaluation of two, and the last, after which no step is left."""
+    base = small_config(precision="float32")
+    train(base, tmp_path / "whole", benchmarks=PAIRS, quiet=True)
+    plain, calls = loop.evaluate_pair_set, []
+
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_pair_set", evaluate)
+        with pytest.raises(StoppedBySignal, match=f"after step {5 * number}, and saved"):
+            train(base, tmp_path / "stopped", benchmarks=PAIRS, quiet=True)
+    lines = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [5][: number - 1]
+    train(base, tmp_path / "stopped", benchmarks=PAIRS, resume=True, quiet=True)
+    whole, resumed = (tmp_path / run / "checkpoints" / "step-00000010" for run in ("whole", "stopped"))
+    assert Checkpoint(whole).digest == Checkpoint(resumed).digest
+    lines = [timeless(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("whole", "stopped")]
+    assert lines[0] == lines[1]
+    train(base, tmp_path / "stopped", benchmarks=PAIRS, resume=True, quiet=True)  # a finished run says nothing twice
+    assert timeless(read_metrics(tmp_path / "stopped" / "metrics.jsonl")) == lines[0]
+
+
+LONE = """
+import os, signal, sys, threading, time
+from partialfc.training.signals import StopSignals
+with StopSignals() as signals, signals.nothing_to_save():
+    print("waiting", flush=True)
+    if sys.argv[1] == "alone":
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGTERM)
+print("received", signals.received)
+"""
+
+
+def test_a_process_that_waits_for_others_ends_by_itself() -> None:
+    """Its main thread sits in a call that a signal does not end; where the others come, the signal is remembered."""
+    command = [sys.executable, "-c", LONE]
+    process = subprocess.Popen([*command, "alone"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "partialfc: stopped by SIGTERM while it was not training; nothing was to be saved\n"
+    done = subprocess.run([*command, "met"], capture_output=True, text=True, check=True)
+    assert done.stdout == "waiting\nreceived 15\n"
+
+
+IMPORTING = """
+import os, signal, sys, types
+from partialfc.__main__ import main
+assert "torch" not in sys.modules
+class Cli(types.ModuleType):
+    def __getattr__(self, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None
+sys.modules["partialfc.cli"] = Cli("partialfc.cli")
+main()
+"""
+
+
+def test_a_signal_while_the_command_imports_is_heard() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr == "partialfc: stopped by SIGTERM while it was not training; nothing was to be saved\n"
+
+
+def test_a_full_disk_spares_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config_of(), tmp_path, quiet=True)
+    before, plain = (tmp_path / "config.yaml").read_bytes(), Path.write_text
+
+    def full(self: Path, content: str, **options: Any) -> int:
+        if self.suffix == ".writing":
+            plain(self, content[:50], **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(self, content, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match=r"config\.yaml cannot be written \(No space left on device\)"):
+        train(config_of(), tmp_path, resume=True, quiet=True)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    assert not list(tmp_path.glob(".config*"))
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_model_that_cannot_be_written(goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    config = config_of(on_checkpoint_error="continue" if goes_on else "stop")
+    config = replace(config, output=replace(config.output, evaluate_every=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_file", full)
+        if goes_on:
+            result = train(config, tmp_path, quiet=True)
+            assert result.best_step is None
+            assert "best model" not in result.text()
+        else:
+            with pytest.raises(JobError, match=r"could not write a model .*No space left.*: make room, and go on with"):
+                train(config, tmp_path, quiet=True)
+    assert not list((tmp_path / "model").iterdir())
+    errors = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "checkpoint_error"]
+    assert [line["step"] for line in errors] == ([4, 8, 10] if goes_on else [])
+
+
+def test_the_best_model_is_the_best_that_could_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores rise to the second evaluation of three, whose model is not written."""
+    plain, scores = loop.evaluate_pair_set, iter((0.5, 0.9, 0.7))
+
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        return replace(plain(*arguments, **options), accuracy=next(scores))
+
+    def write(folder: Path, *arguments: Any) -> None:
+        calls.append(folder.name)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_model(folder, *arguments)
+
+    calls: list[str] = []
+    save_model = loop.save_model
+    monkeypatch.setattr(loop, "evaluate_pair_set", evaluate)
+    monkeypatch.setattr(loop, "save_model", write)
+    config = config_of(on_checkpoint_error="continue")
+    config = replace(config, output=replace(config.output, evaluate_every=4))
+    result = train(config, tmp_path, benchmarks=PAIRS, quiet=True)
+    assert calls == ["last", "best", "last", "last", "best"]
+    assert (result.best_score, result.best_step) == (0.7, 10)
+
+
+def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that may go on without a checkpoint must not end without its last one as if all were well."""
+    failing_at(monkeypatch, 10)
+    with pytest.raises(CheckpointNotWritten, match="No space left"):
+        train(config_of(on_checkpoint_error="continue"), tmp_path, quiet=True)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:

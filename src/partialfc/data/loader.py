@@ -247,6 +247,11 @@ class Loader:
         """The number of images."""
         return len(self.source)
 
+    def names(self, positions: list[int]) -> list[str]:
+        """What messages call the images at these places of the endless order."""
+        indices = order(torch.tensor(positions, dtype=torch.int64), len(self.source), self._plan.seed)
+        return [self.source.name(index) for index in indices.tolist()]
+
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of the steps from `first_step` up to, not including, `last_step`, in order.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,33 +98,49 @@ def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairRe
 
 
 def evaluate_pair_set(
-    model: Model, pairs: PairSet, *, flip: bool = True, batch_size: int = 256, group: Group | None = None
+    model: Model,
+    pairs: PairSet,
+    *,
+    flip: bool = True,
+    batch_size: int = 256,
+    group: Group | None = None,
+    between: Callable[[], None] | None = None,
 ) -> PairResult:
     """The protocol on images, which the ranks of `group` embed together; every rank returns the same result.
 
     The images are cut into the same batches at any world size, and a rank takes whole batches: the result does not
     depend on the world size, as long as the ranks compute alike (same device, same number of threads).
-    One collective.
+    One collective, and those of `between`, which all ranks call equally often: after every batch.
 
     Raises:
         InputError: images of another size than the model's, and what `evaluate_pairs` refuses.
     """
     check_images(pairs.images, model.config)
-    embeddings = embed_across_ranks(model, pairs.images, flip=flip, batch_size=batch_size, group=group)
+    embeddings = embed_across_ranks(model, pairs.images, flip=flip, batch_size=batch_size, group=group, between=between)
     return evaluate_pairs(embeddings, pairs.is_same)
 
 
 def embed_across_ranks(
-    model: Model, images: NDArray[np.uint8] | Tensor, *, flip: bool, batch_size: int, group: Group | None
+    model: Model,
+    images: NDArray[np.uint8] | Tensor,
+    *,
+    flip: bool,
+    batch_size: int,
+    group: Group | None,
+    between: Callable[[], None] | None = None,
 ) -> Tensor:
     """`embed` with the batches shared out over the ranks of `group`: all embeddings (N, D) on every rank.
 
-    One collective.
+    One collective, and those of `between`: called after every batch, and as often on a rank that has fewer of them.
     """
     batches = -(-len(images) // batch_size)
     world_size = world_size_of(group)
     cuts = [split_evenly(batches, world_size, rank) for rank in range(world_size)]
     counts = [min(stop * batch_size, len(images)) - min(start * batch_size, len(images)) for start, stop in cuts]
     start, stop = cuts[rank_of(group)]
-    own = embed(model, images[start * batch_size : stop * batch_size], flip=flip, batch_size=batch_size)
+    chosen = images[start * batch_size : stop * batch_size]
+    own = embed(model, chosen, flip=flip, batch_size=batch_size, between=between)
+    if between is not None:
+        for _ in range(max(last - first for first, last in cuts) - (stop - start)):
+            between()
     return all_gather_rows(own, counts, group)

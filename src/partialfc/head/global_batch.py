@@ -28,29 +28,41 @@ class Everyone:
     labels: Tensor
 
 
-def gather_labels(labels: Tensor, known: Everyone | None, num_classes: int, group: Group | None) -> Everyone:
-    """Numbers and labels of all ranks' samples, checked. Two collectives, none if they are known.
+def gather_labels(labels: Tensor, known: Everyone | None, group: Group | None) -> Everyone:
+    """Numbers and labels of all ranks' samples. Two collectives, none if they are known.
 
     Raises:
-        InputError: there is no sample, or a label lies outside [0, num_classes); on all ranks alike.
+        InputError: there is no sample, on all ranks alike.
     """
     if known is None:
         counts = row_counts(len(labels), labels.device, group)
         known = Everyone(counts, all_gather_rows(labels, counts, group))
     if sum(known.counts) == 0:
         raise InputError("the global batch is empty: the head needs at least one image on one rank.")
-    outside = ((known.labels < 0) | (known.labels >= num_classes)).nonzero()[:, 0]
-    if len(outside):
-        raise InputError(
-            f"label {int(known.labels[outside[0]])} lies outside [0, {num_classes}): the data has more classes than "
-            "the head."
-        )
     return known
 
 
-def check_finite(embeddings: Tensor, step: int) -> None:
-    """Raise NonFiniteEmbeddings for NaN or infinity among the embeddings of all ranks."""
+def raise_bad_input(embeddings: Tensor, labels: Tensor, num_classes: int, step: int) -> None:
+    """Raise what is wrong with the global batch, (G, D) and (G,), at once: host reads.
+
+    Raises:
+        InputError: a label lies outside [0, num_classes).
+        NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
+    """
+    outside = ((labels < 0) | (labels >= num_classes)).nonzero()[:, 0]
+    if len(outside):
+        raise bad_label(int(labels[outside[0]]), num_classes)
     if not bool(torch.isfinite(embeddings).all()):
-        raise NonFiniteEmbeddings(
-            f"embeddings of step {step} contain NaN or infinity: lower the learning rate or check the input."
-        )
+        raise bad_embeddings(step)
+
+
+def bad_label(label: int, num_classes: int) -> InputError:
+    """The error of a label that no class has."""
+    return InputError(f"label {label} lies outside [0, {num_classes}): the data has more classes than the head.")
+
+
+def bad_embeddings(step: int) -> NonFiniteEmbeddings:
+    """The error of embeddings that are no numbers."""
+    return NonFiniteEmbeddings(
+        f"embeddings of step {step} contain NaN or infinity: lower the learning rate or check the input."
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from partialfc.errors import InputError
 from partialfc.head.catch_up import CatchUp
 from partialfc.head.compiled import compiled_for
 from partialfc.head.row_gradients import RowGradients, row_gradients_of
-from partialfc.head.row_storage import Rows, StateStorage, rounding_key
+from partialfc.head.row_storage import Rows, StateStorage, rounding_keys
 from partialfc.head.softmax import RowVisitor, SGDRule
 from partialfc.head.threads import run_parallel
 
@@ -51,26 +52,28 @@ class _RowwiseOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        overflowed = bool(getattr(self, "found_inf", False))
         for group in self.param_groups:
             for parameter in group["params"]:
                 link = row_gradients_of(parameter)
                 # A rank whose shard has no sampled class counts the step like the others: they draw from its number.
-                happens = not overflowed and (parameter.grad is not None or (link is not None and bool(link.deferred)))
+                pending = parameter.grad is not None or (link is not None and bool(link.deferred))
+                happens = pending and not self._is_skipped(parameter, link)
                 if happens:
                     self._update_parameter(parameter, link, group)
                 if link is not None:
                     link.deferred.clear()
-                    link.step += happens
+                    if happens:
+                        link.advance()
         return loss
+
+    def _is_skipped(self, parameter: Tensor, link: RowGradients | None) -> bool:
+        """Whether this step changes nothing, as far as the host has to know."""
+        bad_batch = link is not None and link.flag is not None and bool(link.flag)
+        return bad_batch or bool(getattr(self, "found_inf", False))
 
     def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if link is not None and link.deferred and hasattr(self, "found_inf") and grad_scale is None:
-            raise InputError(
-                "GradScaler.unscale_ cannot reach the gradient of update='deferred', which step() computes: leave it "
-                "out for the head's optimizer, since scaler.step unscales by itself."
-            )
+        self._refuse_unscaled(link)
         self.row_state(parameter)  # before threads may want to create it
 
         def update(rows: Tensor, gradient: Tensor) -> None:
@@ -82,6 +85,13 @@ class _RowwiseOptimizer(Optimizer, ABC):
         _visit_sparse(parameter, update)
         if link is not None:
             link.visit(parameter, update)
+
+    def _refuse_unscaled(self, link: RowGradients | None) -> None:
+        if link is not None and link.deferred and hasattr(self, "found_inf") and self.grad_scale is None:  # type: ignore[attr-defined]
+            raise InputError(
+                "GradScaler.unscale_ cannot reach the gradient of update='deferred', which step() computes: leave it "
+                "out for the head's optimizer, since scaler.step unscales by itself."
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that a deferred update has not computed yet included."""
@@ -167,7 +177,8 @@ class RowwiseSGD(_RowwiseOptimizer):
 
     Args:
         params: the head's parameters.
-        lr, momentum, weight_decay: as in torch.optim.SGD.
+        lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () float32 on the device, which a replayed CUDA
+            graph reads anew.
         unsampled: what happens to a row that a step does not sample. "rest", the paper's rule: nothing. "as_dense":
             what torch.optim.SGD would do to it for a gradient of zero, made up for when it is sampled next; call
             `settle` before reading centers.
@@ -207,22 +218,43 @@ class RowwiseSGD(_RowwiseOptimizer):
     def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
         if self._unsampled == "as_dense":
             self._follow(parameter, link)
-        if not self._update_at_once(parameter, link, group):
+        if link is None or not self._is_on_device(parameter, link):
             super()._update_parameter(parameter, link, group)
+        else:
+            self._update_on_device(parameter, link, group)
         behind = self._behind.get(parameter)
         if behind is not None:
             behind.finish_step(group["lr"], group["momentum"], group["weight_decay"])
 
-    def _update_at_once(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> bool:
-        """Let the path of a deferred gradient update the rows without storing any of it, if it can."""
-        if link is None or len(link.deferred) != 1 or self._behind or parameter.grad is not None:
-            return False
-        if hasattr(self, "found_inf"):
-            return False
+    def _is_skipped(self, parameter: Tensor, link: RowGradients | None) -> bool:
+        if link is not None and self._is_on_device(parameter, link):
+            # There the update looks by itself; a number is what a GradScaler leaves that has found no gradient.
+            found_inf = getattr(self, "found_inf", False)
+            return not isinstance(found_inf, Tensor) and bool(found_inf)
+        return super()._is_skipped(parameter, link)
+
+    def _is_on_device(self, parameter: Tensor, link: RowGradients) -> bool:
+        """Whether the path of a deferred gradient updates the rows, storing none of it and reading nothing back."""
+        alone = len(link.deferred) == 1 and parameter.grad is None and self._unsampled == "rest"
+        return alone and link.deferred[0].path.takes_padding
+
+    def _update_on_device(self, parameter: Tensor, link: RowGradients, group: dict[str, Any]) -> None:
         (gradient,) = link.deferred
-        keys = rounding_key(link, "centers"), rounding_key(link, "momentum_buffer")
-        rule = SGDRule(group["lr"], group["momentum"], group["weight_decay"], link.first_row, *keys)
-        return gradient.path.update(gradient, parameter, self.row_state(parameter)["momentum_buffer"], rule)
+        self._refuse_unscaled(link)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            gradient = replace(
+                gradient,
+                scaled_embeddings=gradient.scaled_embeddings / grad_scale,
+                target_gradient=gradient.target_gradient / grad_scale,
+            )
+        skip, found_inf = link.flag, getattr(self, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            overflow = (found_inf != 0).long().view(1)
+            skip = overflow if skip is None else skip + overflow
+        keys = rounding_keys(link, ("centers", "momentum_buffer"), parameter.device)
+        rule = SGDRule(group["lr"], group["momentum"], group["weight_decay"], link.first_row, keys, skip)
+        gradient.path.update(gradient, parameter, self.row_state(parameter)["momentum_buffer"], rule)
 
     def _follow(self, parameter: Tensor, link: RowGradients | None) -> None:
         """From now on, bring rows up to date when the head is about to read them."""
@@ -263,7 +295,7 @@ class RowwiseSGD(_RowwiseOptimizer):
         gradient = gradient.add(values, alpha=group["weight_decay"])
         velocity = rows.read(buffer).mul_(group["momentum"]).add_(gradient)
         rows.write(buffer, "momentum_buffer", velocity)
-        rows.write(parameter, "centers", values.add_(velocity, alpha=-group["lr"]))
+        rows.write(parameter, "centers", values.add_(velocity, alpha=-float(group["lr"])))
 
 
 class RowwiseAdamW(_RowwiseOptimizer):

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from partialfc import keyed_random
 from partialfc.distributed import Group, Shard, all_reduce, start_gather_rows, start_reduce_scatter_rows
 from partialfc.errors import InputError
-from partialfc.head import softmax
-from partialfc.head.global_batch import Everyone, check_finite, gather_labels
+from partialfc.head import checks, softmax
+from partialfc.head.global_batch import Everyone, gather_labels, raise_bad_input
 from partialfc.head.initial_centers import initial_centers
+from partialfc.head.input_flag import InputFlag
 from partialfc.head.margins import CosFace, Margin, MarginBatch
 from partialfc.head.paths import choose_path
 from partialfc.head.row_gradients import RowGradients
-from partialfc.head.sampling import sample_classes
+from partialfc.head.sampling import sample_classes, sample_padded, sampling_keys
+from partialfc.head.targets import TargetTerms, class_rows, normalise_rows, target_terms
 from partialfc.head.threads import alone_if
 
 Update = Literal["sparse", "deferred"]
-_WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class HeadFigures:
     Attributes:
         target_cosine: () mean cosine between embeddings and their own class centers.
         conflict_share: () part of the negatives left out as conflicts.
-        sampled: classes that the step used on this rank.
+        sampled: () int64, classes that the step used on this rank.
     """
 
     target_cosine: Tensor
     conflict_share: Tensor
-    sampled: int
+    sampled: Tensor
 
 
 class PartialFC(nn.Module):
@@ -105,7 +105,8 @@ class PartialFC(nn.Module):
         self.operand_dtype = operand_dtype
         self.seed = seed
         self.scratch_bytes = scratch_bytes
-        self._check_arguments()
+        checks.check_sizes(num_classes, embedding_dim, sample_rate)
+        checks.check_loss(self.margin, scale, conflict_threshold, operand_dtype, update)
         self.shard = Shard.of(num_classes, group)
         self.centers = nn.Parameter(
             initial_centers(self.shard.rows(self.margin.sub_centers), embedding_dim, seed, device, dtype)
@@ -113,37 +114,9 @@ class PartialFC(nn.Module):
         self.row_gradients = RowGradients(seed, self.shard.start * self.margin.sub_centers)
         self.figures: HeadFigures | None = None
         self._scratch = softmax.Scratch()
+        self._flag: InputFlag | None = None
         for name, value in self.margin.initial_state().items():
             self.register_buffer(f"margin_{name}", value.to(device))
-
-    def _check_arguments(self) -> None:
-        if self.num_classes < 1 or self.embedding_dim < 1:
-            raise InputError(
-                f"PartialFC needs at least 1 class and 1 dimension, not {self.num_classes} and {self.embedding_dim}."
-            )
-        if not 0 <= self.sample_rate <= 1:
-            raise InputError(
-                f"sample_rate is {self.sample_rate}; it is a part of the classes, from 0 (positives only) to 1."
-            )
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise InputError(f"scale is {self.scale}; it must be a positive number, such as 64.")
-        widest = self.scale * (1 + self.margin.negatives_bound)
-        if widest > _WIDEST_LOGITS:
-            raise InputError(
-                f"scale {self.scale} would overflow: with {type(self.margin).__name__} the logits spread over "
-                f"{widest:g}, and float32's exponentials allow {_WIDEST_LOGITS:g}; lower the scale."
-            )
-        if self.conflict_threshold is not None and not -1 <= self.conflict_threshold <= 1:
-            raise InputError(
-                f"conflict_threshold is {self.conflict_threshold}; it is a cosine in [-1, 1], such as 0.4."
-            )
-        if self.operand_dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(f"operand_dtype is {self.operand_dtype}; it is torch.float32 or torch.bfloat16.")
-        if self.update not in self.margin.updates:
-            raise InputError(
-                f"update is {self.update!r}; {type(self.margin).__name__} works with "
-                f"{', '.join(sorted(self.margin.updates))}."
-            )
 
     @property
     def step(self) -> int:
@@ -191,7 +164,8 @@ class PartialFC(nn.Module):
                 micro-step of an accumulated step uses the same classes, however the step is cut; without, each adds its
                 own positives to the shared negatives.
             first_place: how many samples the micro-steps before have, over all ranks; noise of margins goes by it.
-            everyone: numbers of samples and labels of all ranks, the same on all, if the caller knows them already.
+            everyone: numbers of samples and labels of all ranks, the same on all, if the caller knows them already;
+                otherwise the ranks ask each other, and the host waits for the answer.
 
         Returns:
             () float64 for float64 embeddings, float32 otherwise.
@@ -199,35 +173,42 @@ class PartialFC(nn.Module):
         Raises:
             InputError: wrong shapes, dtypes or devices, or a label out of range (on all ranks alike).
             NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
+            On a GPU with update="deferred" the last two are those of an earlier batch; see `check`.
         """
-        self._check_inputs(embeddings, labels)
+        rows = len(self.shard) * self.margin.sub_centers
+        checks.check_not_wrapped(self.centers, rows, self.embedding_dim, getattr(self, "_is_replica", False))
+        checks.check_batch(embeddings, labels, self.centers)
+        if everyone is not None:
+            checks.check_counts(everyone.counts, len(embeddings), self.shard)
+        if self._flag is not None:
+            with self._forgetting():
+                self._flag.look(alone=self.shard.world_size == 1)
         # Parameters lose attributes when a module is copied or moved to another storage.
         self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
-        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, _Place(step_labels, first_place, everyone))
+        place = _Place(step_labels, first_place, everyone)
+        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, place)
 
-    def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
-        inside_ddp = getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
-        rows = len(self.shard) * self.margin.sub_centers
-        resharded = type(self.centers.data) is not Tensor or self.centers.shape != (rows, self.embedding_dim)
-        if inside_ddp or resharded or getattr(self, "_is_replica", False):
-            raise InputError(
-                "PartialFC stands inside a parallel wrapper, which would overwrite its shards with rank 0's: "
-                "wrap the backbone alone and call the head beside it."
-            )
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim or not embeddings.is_floating_point():
-            raise InputError(
-                f"embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; the head expects floating point "
-                f"of (B, {self.embedding_dim})."
-            )
-        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
-            raise InputError(
-                f"labels are {tuple(labels.shape)} of {labels.dtype}; the head expects int64 of ({len(embeddings)},)."
-            )
-        if not embeddings.device == labels.device == self.centers.device:
-            raise InputError(
-                f"embeddings are on {embeddings.device}, labels on {labels.device} and centers on "
-                f"{self.centers.device}; move all to one device."
-            )
+    def check(self) -> None:
+        """Raise what was wrong with the batches since the last check, where nobody has waited to know: a host read.
+
+        That is a GPU with update="deferred" (docs/head.md). Elsewhere `forward` raises at once, and nothing is read.
+
+        Raises:
+            InputError: a label was out of range (on all ranks alike).
+            NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
+        """
+        if self._flag is not None:
+            with self._forgetting():
+                self._flag.check()
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """What waits for the optimizer is void if an error leaves."""
+        try:
+            yield
+        except InputError:
+            self.row_gradients.deferred.clear()
+            raise
 
 
 @dataclass(frozen=True)
@@ -241,16 +222,43 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Step:
-    """One forward pass: the global batch, this rank's part of the classes, and the figures of both passes."""
+    """One forward pass; `bad` is () bool where a flag says that nothing of it may be used, None where that raises."""
 
     counts: list[int]
+    bad: Tensor | None
     unit_embeddings: Tensor
     norms: Tensor
     batch: softmax.ShardBatch
-    targets: softmax.TargetTerms
+    targets: TargetTerms
     path: softmax.Path
     negatives: softmax.NegativeSums
     terms: softmax.LossTerms
+
+
+def _check_batch(head: PartialFC, embeddings: Tensor, labels: Tensor, on_device: bool) -> Tensor | None:
+    """Refuse a bad global batch at once, or without a host read: () bool, whether it is bad, for what follows."""
+    if not on_device:
+        raise_bad_input(embeddings, labels, head.num_classes, head.step)
+        return None
+    device = embeddings.device
+    if head._flag is None or head._flag.state.device != device:
+        head._flag = InputFlag(head.num_classes, device)
+        head.row_gradients.flag = head._flag.state[:1]
+    return head._flag.take_in(embeddings, labels, head.row_gradients.counter(device))
+
+
+def _sample(
+    head: PartialFC, labels: Tensor, step_labels: Tensor | None, on_device: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The classes of the step on this rank, (S,) int64, and () their count on the device if they are padded."""
+    positives = labels if step_labels is None else torch.cat([labels, step_labels])
+    share: dict[str, Any] = {"num_classes": head.num_classes, "sample_rate": head.sample_rate}
+    share |= {"start": head.shard.start, "stop": head.shard.stop}
+    if not on_device:
+        return sample_classes(positives, seed=head.seed, step=head.step, **share), None
+    keys = sampling_keys(head.seed, head.row_gradients.counter(labels.device))
+    sample = sample_padded(positives, keys=keys, **share)
+    return sample.padded, sample.count
 
 
 def _forward(
@@ -258,36 +266,26 @@ def _forward(
 ) -> _Step:
     """Everything before backward, from this rank's embeddings and labels. Five collectives, or three; see `forward`."""
     shard, margin = head.shard, head.margin
-    everyone = gather_labels(local[1], place.everyone, head.num_classes, shard.group)
+    on_device = path.takes_padding and head.update == "deferred" and head.row_gradients.prepare is None
+    everyone = gather_labels(local[1], place.everyone, shard.group)
     labels = everyone.labels
     gathered = start_gather_rows(local[0].contiguous(), everyone.counts, shard.group)
-    classes = sample_classes(
-        (labels if place.step_labels is None else torch.cat([labels, place.step_labels])).unique(),
-        num_classes=head.num_classes,
-        sample_rate=head.sample_rate,
-        seed=head.seed,
-        step=head.step,
-        start=shard.start,
-        stop=shard.stop,
-    )
+    classes, count = _sample(head, labels, place.step_labels, on_device)
     embeddings = gathered()  # sampling went on beside it
-    check_finite(embeddings, head.step)
-    unit_embeddings, norms = softmax.normalise_rows(embeddings.double())
+    bad = _check_batch(head, embeddings, labels, on_device)
+    unit_embeddings, norms = normalise_rows(embeddings.double())
     compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
     if head.row_gradients.prepare is not None:
-        head.row_gradients.prepare(softmax.class_rows(classes - shard.start, margin.sub_centers))
-    owned = ((labels >= shard.start) & (labels < shard.stop)).nonzero()[:, 0]
-    targets = softmax.target_terms(centers, unit_embeddings, owned, labels[owned] - shard.start, margin)
-    target_cosine = torch.zeros_like(norms)
-    target_cosine[owned] = targets.cosine
-    all_reduce(target_cosine, group=shard.group)
-    margin_batch = _margin_batch(head, norms, target_cosine, place.first)
-    target_places = torch.full_like(labels, -1)
-    target_places[owned] = torch.searchsorted(classes, labels[owned])
+        head.row_gradients.prepare(class_rows(classes - shard.start, margin.sub_centers))
+    owned = (labels >= shard.start) & (labels < shard.stop)
+    targets = target_terms(centers, unit_embeddings, owned, labels - shard.start, margin)
+    target_cosine = all_reduce(targets.cosine.clone(), group=shard.group)
+    margin_batch = _margin_batch(head, norms, target_cosine, place.first, bad)
     batch = softmax.ShardBatch(
         embeddings=unit_embeddings.to(compute_dtype),
         classes=classes - shard.start,
-        target_places=target_places,
+        count=count,
+        target_places=torch.where(owned, torch.searchsorted(classes, labels), -1),
         target_cosine=target_cosine,
         margin=margin,
         margin_batch=margin_batch,
@@ -303,19 +301,22 @@ def _forward(
     )
     with record_function("head: negatives"):
         negatives = path.sum_negatives(centers, batch, keep=keep)
-    everything = torch.cat([negatives.sums, negatives.conflicts[None], torch.full_like(norms[:1], len(classes))])
+    used = torch.full_like(labels[0], len(classes)) if count is None else count
+    everything = torch.cat([negatives.sums, torch.stack([negatives.conflicts, used.double()])])
     all_reduce(everything, group=shard.group)
     sums, conflicts, sampled = everything[:-2], everything[-2], everything[-1]
     terms = softmax.loss_terms(sums, target_cosine, margin_batch, margin, head.scale, batch.shift)
     head.figures = HeadFigures(
         target_cosine=target_cosine.mean(),
         conflict_share=conflicts / ((sampled - 1) * len(labels)).clamp_min(1),
-        sampled=len(classes),
+        sampled=used,
     )
-    return _Step(everyone.counts, unit_embeddings, norms, batch, targets, path, negatives, terms)
+    return _Step(everyone.counts, bad, unit_embeddings, norms, batch, targets, path, negatives, terms)
 
 
-def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor, first_place: int) -> MarginBatch:
+def _margin_batch(
+    head: PartialFC, norms: Tensor, target_cosine: Tensor, first_place: int, bad: Tensor | None
+) -> MarginBatch:
     """What the margin sees; in training its running figures take this batch in first, as published margins do."""
     key = keyed_random.derive_key(head.seed, "margin", head.step)
     batch = MarginBatch(norms, key, head.margin_state(), first_place)
@@ -323,7 +324,8 @@ def _margin_batch(head: PartialFC, norms: Tensor, target_cosine: Tensor, first_p
         return batch
     state = head.margin.updated_state(target_cosine, batch)
     for name, value in state.items():
-        head.get_buffer(f"margin_{name}").copy_(value)
+        buffer = head.get_buffer(f"margin_{name}")
+        buffer.copy_(value if bad is None else torch.where(bad, buffer, value))
     return replace(batch, state=state)
 
 
@@ -341,7 +343,8 @@ class _SampledSoftmax(torch.autograd.Function):
             step = _forward(head, path, centers, (embeddings, labels), place, keep)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
         ctx.save_for_backward(centers)
-        return step.terms.loss.mean().to(step.batch.embeddings.dtype)
+        loss = step.terms.loss.mean().to(step.batch.embeddings.dtype)
+        return loss if step.bad is None else loss.masked_fill(step.bad, torch.nan)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -369,7 +372,8 @@ def _start_embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> 
         start = sum(step.counts[: head.shard.rank])
         own = slice(start, start + len(gradient))
         gradient = gradient + (step.terms.norm_slope[own, None] * step.unit_embeddings[own]).to(gradient.dtype)
-        return gradient * (factor * head.shard.world_size).to(gradient.dtype)
+        gradient = gradient * (factor * head.shard.world_size).to(gradient.dtype)
+        return gradient if step.bad is None else gradient.masked_fill(step.bad, 0.0)
 
     return finish
 
@@ -377,13 +381,14 @@ def _start_embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> 
 def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Tensor) -> Tensor | None:
     """The sampled rows as a sparse tensor, or None where the optimizer will compute them."""
     prepared = softmax.center_gradient(
-        step.targets, step.terms, step.batch, step.unit_embeddings, factor, step.path, step.negatives.kept
+        step.targets, step.terms, step.batch, step.unit_embeddings, factor, len(centers), step.path, step.negatives.kept
     )
     step.negatives.kept = None  # the loss may outlive the gradient, and would keep the scratch memory
     if head.update == "deferred":
         head.row_gradients.deferred.append(prepared)
         return None
-    rows = step.batch.rows(0, len(step.batch.classes))
+    prepared = prepared.without_padding()
+    rows = prepared.batch.rows(0, len(prepared.batch.classes))
     values = torch.empty(len(rows), centers.shape[1], dtype=centers.dtype, device=centers.device)
 
     def copy(tile: Tensor, gradient: Tensor) -> None:

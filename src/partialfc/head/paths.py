@@ -14,13 +14,13 @@ from partialfc.head.softmax_chunked import ChunkedPath
 
 
 @cache
-def _triton_path(device: torch.device, width: int) -> Path | None:
-    """The GPU's path; None without Triton (PyTorch brings it along on Linux), or on a GPU too small for its blocks."""
+def _triton_path(device: torch.device) -> Path | None:
+    """The GPU's path; None without Triton (PyTorch brings it along on Linux), or on a GPU without bfloat16 products."""
     try:
-        from partialfc.head.softmax_triton import TritonPath, fits
+        from partialfc.head.softmax_triton import TritonPath
     except ImportError:
         return None
-    return TritonPath() if fits(device, width) else None
+    return TritonPath() if torch.cuda.get_device_capability(device) >= (8, 0) else None
 
 
 def choose_path(centers: Tensor, embeddings: Tensor, margin: Margin) -> Path:
@@ -31,5 +31,5 @@ def choose_path(centers: Tensor, embeddings: Tensor, margin: Margin) -> Path:
 
         return CPUPath()
     if plain and centers.is_cuda and centers.dtype in (torch.float32, torch.bfloat16):
-        return _triton_path(centers.device, centers.shape[1]) or ChunkedPath()
+        return _triton_path(centers.device) or ChunkedPath()
     return ChunkedPath()

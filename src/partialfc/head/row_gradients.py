@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from partialfc.head.softmax import CenterGradient, RowVisitor, class_rows
+from partialfc.head.softmax import CenterGradient, RowVisitor
+from partialfc.head.targets import class_rows
 from partialfc.head.threads import alone_if
 
 
@@ -18,14 +19,37 @@ class RowGradients:
         step: optimizer steps taken; the negatives of a step are drawn from it.
         deferred: what backward left for `step()` to compute, one entry a micro-step (update="deferred").
         prepare: what the optimizer does to rows (n,) before the head reads them, if anything.
+        flag: (1,) int64 on the device, not 0 if a batch was bad and nothing may be updated; None where a bad batch
+            raises at once.
         seed, first_row: of the head, and the global number of its first row: what stochastic rounding draws from.
     """
 
     def __init__(self, seed: int = 0, first_row: int = 0) -> None:
         self.seed, self.first_row = seed, first_row
-        self.step = 0
+        self._step, self._counter = 0, torch.zeros((), dtype=torch.int64)
+        self.flag: Tensor | None = None
         self.deferred: list[CenterGradient] = []
         self.prepare: Callable[[Tensor], None] | None = None
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._step = value
+        self._counter.fill_(value)
+
+    def advance(self) -> None:
+        """One step more, on the device too: a replayed CUDA graph counts by itself."""
+        self._step += 1
+        self._counter.add_(1)
+
+    def counter(self, device: torch.device) -> Tensor:
+        """`step` as () int64 on `device`, the same tensor in every step."""
+        if self._counter.device != device:
+            self._counter = torch.full((), self._step, dtype=torch.int64, device=device)
+        return self._counter
 
     def visit(self, centers: Tensor, visit: RowVisitor) -> None:
         """Show `visit` all rows that have a deferred gradient, each once, tile by tile, maybe in several threads.
@@ -34,6 +58,7 @@ class RowGradients:
         """
         if not self.deferred:
             return
+        self.deferred = [gradient.without_padding() for gradient in self.deferred]
         with alone_if(self.deferred[0].path.in_threads):
             if len(self.deferred) == 1:
                 self.deferred[0].visit(centers, visit)

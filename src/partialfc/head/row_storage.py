@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,25 +79,24 @@ class Rows:
     def write(self, table: Tensor, name: str, values: Tensor) -> None:
         """Put values (n, …) into the rows of `table`; bfloat16 is rounded stochastically, keyed by `name`."""
         if table.dtype == torch.bfloat16 and values.dtype == torch.float32:
-            values = round_stochastically(values, self.rounding_key(name), self.global_numbers())
+            (key,) = rounding_keys(self.link, (name,), values.device)
+            values = round_stochastically(values, key, self.global_numbers())
         numbers = self.numbers.to(table.device)
         table[numbers] = values.to(table.device, table.dtype)
-
-    def rounding_key(self, name: str) -> int:
-        """What the rounding of table `name` in this step draws from."""
-        return rounding_key(self.link, name)
 
     def global_numbers(self) -> Tensor:
         """(n,) row numbers that do not depend on how the rows are sharded."""
         return self.numbers + (self.link.first_row if self.link else 0)
 
 
-def rounding_key(link: RowGradients | None, name: str) -> int:
-    """A key for the stochastic rounding of table `name` in the present step."""
-    return keyed_random.derive_key(link.seed if link else 0, "rounding", name, link.step if link else 0)
+def rounding_keys(link: RowGradients | None, names: Sequence[str], device: torch.device) -> Tensor:
+    """A key for the stochastic rounding of each table in the present step: int64 on `device`."""
+    link = link or RowGradients()
+    keys = [keyed_random.derive_key(link.seed, "rounding", name) for name in names]
+    return keyed_random.keys_at(keys, link.counter(device))
 
 
-def round_stochastically(values: Tensor, key: int, rows: Tensor) -> Tensor:
+def round_stochastically(values: Tensor, key: int | Tensor, rows: Tensor) -> Tensor:
     """(n, D) bfloat16: one of the two neighbours of each of values (n, D) float32, whose expectation is the value.
 
     Rounded to nearest, an update smaller than half a unit in the last place would be lost every time. The draw is a

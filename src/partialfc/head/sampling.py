@@ -8,6 +8,10 @@ the sample, not to the classes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +20,7 @@ from partialfc import keyed_random
 BLOCK_BITS = 12
 BLOCK = 1 << BLOCK_BITS
 _ROUNDS = 4
+_NOWHERE = 1 << 62  # a label that no shard and no block owns
 
 
 def sample_size(num_classes: int, sample_rate: float) -> int:
@@ -28,44 +33,106 @@ def sample_bound(num_classes: int, sample_rate: float, global_batch_size: int) -
     return min(num_classes, sample_size(num_classes, sample_rate) + global_batch_size)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The classes in [start, stop) that a step uses, in a tensor whose size does not depend on the labels.
+
+    Attributes:
+        padded: (N,) int64, sorted and distinct class numbers, then `stop` repeated to the end.
+        count: () int64, how many are no padding; on the device, like `padded`.
+    """
+
+    padded: Tensor
+    count: Tensor
+
+
+def sampling_keys(seed: int, step: Tensor) -> Tensor:
+    """What the negatives of a step, () int64 on any device, are drawn from: int64, one key a round and one more."""
+    return keyed_random.keys_at(
+        [keyed_random.derive_key(seed, "negatives", number) for number in range(_ROUNDS + 1)], step
+    )
+
+
 def sample_classes(
     positives: Tensor, *, num_classes: int, sample_rate: float, seed: int, step: int, start: int, stop: int
 ) -> Tensor:
-    """The classes in [start, stop) that a step uses.
+    """`sample_padded` without the padding: (S,) int64, sorted and distinct. A host read.
+
+    Args:
+        seed, step: what the negatives are drawn from.
+    """
+    keys = sampling_keys(seed, torch.full((), step, dtype=torch.int64, device=positives.device))
+    sample = sample_padded(
+        positives, num_classes=num_classes, sample_rate=sample_rate, keys=keys, start=start, stop=stop
+    )
+    return sample.padded[: int(sample.count)]
+
+
+def sample_padded(
+    positives: Tensor, *, num_classes: int, sample_rate: float, keys: Tensor, start: int, stop: int
+) -> Sample:
+    """The classes in [start, stop) that a step uses. No host read and no shape that depends on the labels' values.
 
     A block gives max(quota, its positives) classes, and the quotas sum to `sample_size`.
 
     Args:
-        positives: (P,) int64, the distinct labels of the global batch, sorted.
+        positives: (P,) int64, the labels of the global batch in any order, repeated ones included; a label outside
+            [0, C) counts for nothing.
         num_classes: C, over all ranks.
-        sample_rate: in [0, 1]; 0 uses the positives only.
-        seed, step: what the negatives are drawn from.
+        sample_rate: in [0, 1]; 0 uses the positives only, 1 all classes.
+        keys: `sampling_keys`; a replayed CUDA graph reads them anew.
         start, stop: the rows of this rank's shard.
-
-    Returns:
-        (S,) int64, sorted and distinct class numbers.
     """
     device = positives.device
     if sample_rate >= 1:
-        return torch.arange(start, stop, device=device)
-    own = positives[(positives >= start) & (positives < stop)]
-    if stop <= start:
-        return own
-    blocks = torch.arange(start // BLOCK, (stop - 1) // BLOCK + 1, device=device)
-    quotas = _quotas(blocks, num_classes, sample_rate)
-    width = int(quotas.max()) if sample_rate > 0 else 0
-    if width == 0:
-        return own
-    drawn = _draw(blocks, width, num_classes, seed, step)
+        every = torch.arange(start, stop, device=device)
+        return Sample(every, torch.full((), len(every), device=device))
+    inside = (positives >= 0) & (positives < num_classes)
+    positives = torch.where(inside, positives, _NOWHERE).sort().values
+    first = torch.ones_like(inside)
+    first[1:] = positives[1:] != positives[:-1]
+    wanted = [torch.where(first & (positives >= start) & (positives < stop), positives, stop)]
+    width, bound = _sizes(num_classes, sample_rate, start, stop)
+    if width > 0:
+        blocks = torch.arange(start // BLOCK, (stop - 1) // BLOCK + 1, device=device)
+        drawn = _draw(blocks, width, num_classes, keys, ends=(stop - 1) // BLOCK == num_classes // BLOCK)
+        negatives = _negatives(positives, first, drawn, _quotas(blocks, num_classes, sample_rate), blocks)
+        wanted.append(torch.where((negatives >= start) & (negatives < stop), negatives, stop).flatten())
+    everything = torch.cat(wanted)
+    count = (everything < stop).sum()
+    return Sample(everything.sort().values[: min(stop - start, bound + len(positives))], count)
+
+
+@lru_cache(maxsize=64)
+def _sizes(num_classes: int, sample_rate: float, start: int, stop: int) -> tuple[int, int]:
+    """The largest quota of the blocks that a shard overlaps, and the most classes it takes beside a batch's labels."""
+    if stop <= start or sample_rate <= 0:
+        return 0, 0
+    blocks = np.arange(start // BLOCK, (stop - 1) // BLOCK + 1)
+    quotas = np.diff(
+        np.floor(np.minimum([blocks * BLOCK, (blocks + 1) * BLOCK], num_classes) * sample_rate + 0.5), axis=0
+    )
+    quotas = quotas[0].astype(np.int64)  # as `_quotas` has them on the device
+    overlaps = np.minimum((blocks + 1) * BLOCK, stop) - np.maximum(blocks * BLOCK, start)
+    return int(quotas.max()), int(np.minimum(quotas, overlaps).sum())
+
+
+def _negatives(positives: Tensor, first: Tensor, drawn: Tensor, quotas: Tensor, blocks: Tensor) -> Tensor:
+    """(n, width) int64: what each of n blocks takes of its `drawn` classes, −1 where it takes none.
+
+    Args:
+        positives: (P,) sorted, and `first` (P,): whether each is the first of its class.
+        quotas, blocks: (n,), of which and whose numbers.
+    """
     is_negative = ~_is_member(drawn, positives)
-    is_negative &= torch.arange(width, device=device) < quotas[:, None]
-    positives_per_block = torch.searchsorted(positives, torch.stack([blocks, blocks + 1]) * BLOCK).diff(dim=0)[0]
+    is_negative &= torch.arange(drawn.shape[1], device=drawn.device) < quotas[:, None]
+    distinct_before = torch.nn.functional.pad(first.cumsum(0), (1, 0))
+    ends = torch.searchsorted(positives, torch.stack([blocks, blocks + 1]) * BLOCK)
+    positives_per_block = distinct_before[ends].diff(dim=0)[0]
     wanted = (quotas - positives_per_block).clamp_min(0)
     # A prefix as long as the quota holds at least `wanted` negatives, since at most all positives stand in it.
     is_negative &= is_negative.cumsum(dim=1) <= wanted[:, None]
-    negatives = drawn[is_negative]
-    negatives = negatives[(negatives >= start) & (negatives < stop)]
-    return torch.cat([own, negatives]).sort().values
+    return torch.where(is_negative, drawn, -1)
 
 
 def _quotas(blocks: Tensor, num_classes: int, sample_rate: float) -> Tensor:
@@ -74,20 +141,15 @@ def _quotas(blocks: Tensor, num_classes: int, sample_rate: float) -> Tensor:
     return (ends.clamp_max(num_classes).double() * sample_rate + 0.5).floor().long().diff(dim=0)[0]
 
 
-def _draw(blocks: Tensor, width: int, num_classes: int, seed: int, step: int) -> Tensor:
-    """(n, width) int64: the first classes of each block's permutation of this step."""
-    keys = [
-        keyed_random.bits(keyed_random.derive_key(seed, "negatives", step, number), blocks)[:, None]
-        for number in range(_ROUNDS)
-    ]
+def _draw(blocks: Tensor, width: int, num_classes: int, keys: Tensor, *, ends: bool) -> Tensor:
+    """(n, width) int64: the first classes of each block's permutation; `ends` if the last block is no full one."""
+    rounds = [keyed_random.bits(keys[number], blocks)[:, None] for number in range(_ROUNDS)]
     places = torch.arange(width, device=blocks.device).expand(len(blocks), width)
-    drawn = keyed_random.permute_bits(places, BLOCK_BITS, keys) + blocks[:, None] * BLOCK
-    last_start = num_classes // BLOCK * BLOCK
-    if int(blocks[-1]) * BLOCK == last_start:
+    drawn = keyed_random.permute_bits(places, BLOCK_BITS, rounds) + blocks[:, None] * BLOCK
+    if ends:
         # The last block is no power of two: its permutation is the order of keyed bits.
-        classes = torch.arange(last_start, num_classes, device=blocks.device)
-        key = keyed_random.derive_key(seed, "negatives of the last block", step)
-        order = classes[keyed_random.bits(key, classes).argsort()][:width]
+        classes = torch.arange(num_classes // BLOCK * BLOCK, num_classes, device=blocks.device)
+        order = classes[keyed_random.bits(keys[_ROUNDS], classes).argsort()][:width]
         drawn[-1] = -1
         drawn[-1, : len(order)] = order
     return drawn

@@ -24,16 +24,10 @@ import torch
 from torch import Tensor
 
 from partialfc.head.margins import Margin, MarginBatch
+from partialfc.head.targets import TINY, TargetTerms, class_rows, sum_by_row
 
 _LARGEST_EXPONENT = 85.0  # exp(88.7) is the largest float32; a sum over the batch's tile stays below it
-_TINY = 1e-12
 T = TypeVar("T")
-
-
-def normalise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows (…, D) and their former lengths (…); a row of zeros stays zero."""
-    norms = torch.linalg.vector_norm(rows, dim=-1).clamp_min(_TINY)
-    return rows / norms[..., None], norms
 
 
 def exponent_shift(scale: float, bound: float, num_classes: int) -> float:
@@ -47,7 +41,9 @@ class ShardBatch:
 
     Attributes:
         embeddings: (G, D) unit embeddings of the global batch, compute dtype.
-        classes: (S,) int64, sorted local numbers of the sampled classes.
+        classes: (S,) int64, sorted local numbers of the sampled classes; or padded at the end to a size that no label
+            changes, with the number of local classes.
+        count: () int64 on the device, how many of `classes` are no padding; None for all.
         target_places: (G,) int64, where the sample's own class stands in `classes`; −1 where another shard owns it.
         target_cosine: (G,) float64.
         margin, margin_batch: the margin and what it may look at.
@@ -62,6 +58,7 @@ class ShardBatch:
 
     embeddings: Tensor
     classes: Tensor
+    count: Tensor | None
     target_places: Tensor
     target_cosine: Tensor
     margin: Margin
@@ -77,6 +74,12 @@ class ShardBatch:
     def rows(self, first: int, last: int) -> Tensor:
         """((last − first) × K,) int64, sorted: the local rows of `classes[first:last]`."""
         return class_rows(self.classes[first:last], self.margin.sub_centers)
+
+    def without_padding(self) -> ShardBatch:
+        """The same with `classes` of its exact size: a host read where it is padded."""
+        if self.count is None:
+            return self
+        return replace(self, classes=self.classes[: int(self.count)], count=None)
 
 
 @dataclass(eq=False)
@@ -137,23 +140,18 @@ class SGDRule:
     """One step of SGD with momentum and weight decay on rows.
 
     Attributes:
-        lr, momentum, weight_decay: as in torch.optim.SGD.
+        lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () float32 on the device, for CUDA graphs.
         first_row: global number of the shard's first row.
-        center_key, momentum_key: what rounding to bfloat16 draws from.
-        skip: (1,) int32 on the device, not 0 if nothing is to change; None for never.
+        keys: (2,) int64 on the device, what centers and momentum draw from when they are rounded to bfloat16.
+        skip: (1,) of integers on the device, not 0 if nothing is to change; None for never.
     """
 
-    lr: float
+    lr: float | Tensor
     momentum: float
     weight_decay: float
     first_row: int
-    center_key: int
-    momentum_key: int
+    keys: Tensor
     skip: Tensor | None = None
-
-    def numbers(self) -> tuple[float, float, float, int, int, int]:
-        """All but `skip`."""
-        return self.lr, self.momentum, self.weight_decay, self.first_row, self.center_key, self.momentum_key
 
 
 class Path(Protocol):
@@ -161,9 +159,12 @@ class Path(Protocol):
 
     Attributes:
         in_threads: whether it spreads tiles over threads, beside which operations should not spread themselves.
+        takes_padding: whether its first pass takes padded classes, and its `update` a flag to change nothing: a step
+            then needs no host read.
     """
 
     in_threads: ClassVar[bool]
+    takes_padding: ClassVar[bool]
 
     def tile_classes(self, batch: ShardBatch) -> int:
         """The most classes in a tile."""
@@ -194,49 +195,6 @@ def tile_bounds(path: Path, batch: ShardBatch) -> Iterator[tuple[int, int]]:
     size = path.tile_classes(batch)
     for first in range(0, len(batch.classes), size):
         yield first, min(first + size, len(batch.classes))
-
-
-def class_rows(classes: Tensor, sub_centers: int) -> Tensor:
-    """(s × K,) numbers of the rows that hold the centers of (s,) classes."""
-    if sub_centers == 1:
-        return classes
-    return (classes[:, None] * sub_centers + torch.arange(sub_centers, device=classes.device)).flatten()
-
-
-@dataclass(frozen=True)
-class TargetTerms:
-    """The targets that this shard owns, in float64.
-
-    Attributes:
-        samples: (T,) int64, their places in the global batch.
-        rows: (T,) int64, local row of the (nearest) center of each.
-        unit_centers: (T, D) and center_norms: (T,).
-        cosine: (T,).
-    """
-
-    samples: Tensor
-    rows: Tensor
-    unit_centers: Tensor
-    center_norms: Tensor
-    cosine: Tensor
-
-
-def target_terms(
-    centers: Tensor, unit_embeddings: Tensor, samples: Tensor, classes: Tensor, margin: Margin
-) -> TargetTerms:
-    """Cosines of the samples' own classes.
-
-    Args:
-        centers: (L × K, D), raw.
-        unit_embeddings: (G, D) float64.
-        samples: (T,) int64, samples of the global batch whose class this shard owns.
-        classes: (T,) int64, their local class numbers.
-    """
-    rows = class_rows(classes, margin.sub_centers).view(-1, margin.sub_centers)
-    unit_centers, norms = normalise_rows(centers[rows].double())
-    cosine, nearest = (unit_centers @ unit_embeddings[samples][:, :, None])[..., 0].max(dim=1)
-    pick = torch.arange(len(samples), device=samples.device), nearest
-    return TargetTerms(samples, rows[pick], unit_centers[pick], norms[pick], cosine.clamp(-1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -314,10 +272,10 @@ def embedding_gradient(
     gradient = negatives.pull * terms.negative_factor.to(dtype)[:, None]
     gradient -= (gradient * batch.embeddings).sum(dim=1, keepdim=True) * batch.embeddings
     # ŵ − cos ê is what the projection leaves of a target center: in float64, since it is small where cos is near 1.
-    tangent = targets.unit_centers - targets.cosine[:, None] * unit_embeddings[targets.samples]
-    gradient[targets.samples] += (terms.target_slope[targets.samples][:, None] * tangent).to(dtype)
-    # An embedding of zeros has no direction: without this its gradient would be the factor over _TINY.
-    return gradient.masked_fill_(norms[:, None] <= _TINY, 0.0) / norms.to(dtype)[:, None]
+    tangent = targets.unit_centers - targets.cosine[:, None] * unit_embeddings
+    gradient += torch.where(targets.owned[:, None], terms.target_slope[:, None] * tangent, 0.0).to(dtype)
+    # An embedding of zeros has no direction: without this its gradient would be the factor over TINY.
+    return gradient.masked_fill_(norms[:, None] <= TINY, 0.0) / norms.to(dtype)[:, None]
 
 
 @dataclass(frozen=True)
@@ -327,8 +285,8 @@ class CenterGradient:
     Attributes:
         batch: the step.
         scaled_embeddings: (G, D) compute dtype, ê times the factor of its negatives.
-        target_rows: (T,) int64 sorted and distinct local rows, and target_gradient: (T, D) compute dtype, already
-            projected.
+        target_rows: (G,) int64 local rows, distinct and sorted, then the number of rows to the end, and
+            target_gradient: (G, D) compute dtype, already projected.
         path: what computes it.
         kept: what the path's first pass left for it.
     """
@@ -351,6 +309,10 @@ class CenterGradient:
 
         self.path.spread(work, tile_bounds(self.path, self.batch))
 
+    def without_padding(self) -> CenterGradient:
+        """The same of exactly the sampled classes: a host read where they are padded."""
+        return self if self.batch.count is None else replace(self, batch=self.batch.without_padding())
+
     def tile(self, centers: Tensor, first: int, last: int) -> Tensor:
         """`Path.tile_gradient` of this gradient."""
         return self.path.tile_gradient(self, centers, first, last)
@@ -362,15 +324,17 @@ def center_gradient(
     batch: ShardBatch,
     unit_embeddings: Tensor,
     factor: Tensor,
+    rows: int,
     path: Path,
     kept: Any,
 ) -> CenterGradient:
-    """The second pass, prepared; `factor` () is the caller's gradient over the size of the global batch."""
+    """The second pass, prepared; `factor` () is the caller's gradient over the size of the global batch.
+
+    `rows` is the number of the shard's rows.
+    """
     dtype = batch.embeddings.dtype
-    slope = terms.target_slope[targets.samples] * factor
-    tangent = unit_embeddings[targets.samples] - targets.cosine[:, None] * targets.unit_centers
-    contributions = (slope / targets.center_norms)[:, None] * tangent
-    target_rows, places = targets.rows.unique(return_inverse=True)
-    summed = contributions.new_zeros((len(target_rows), contributions.shape[1])).index_add_(0, places, contributions)
+    slope = terms.target_slope * factor / targets.center_norms
+    contributions = slope[:, None] * (unit_embeddings - targets.cosine[:, None] * targets.unit_centers)
+    target_rows, summed = sum_by_row(targets.rows, contributions, rows)
     scaled = batch.embeddings * (terms.negative_factor * factor).to(dtype)[:, None]
     return CenterGradient(batch, scaled, target_rows, summed.to(dtype), path, kept)

@@ -10,7 +10,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from partialfc.head.softmax import CenterGradient, NegativeSums, SGDRule, ShardBatch, normalise_rows, tile_bounds
+from partialfc.head.softmax import CenterGradient, NegativeSums, SGDRule, ShardBatch, tile_bounds
+from partialfc.head.targets import normalise_rows
 
 T = TypeVar("T")
 _CPU_SCRATCH = 32 << 20  # fresh pages cost a CPU more than computing a tile again (docs/performance.md)
@@ -83,6 +84,7 @@ def _scratch_bytes(batch: ShardBatch) -> int:
 class ChunkedPath:
     """`Path` in plain PyTorch."""
 
+    takes_padding: ClassVar[bool] = False
     in_threads: ClassVar[bool] = False
 
     def tile_classes(self, batch: ShardBatch) -> int:

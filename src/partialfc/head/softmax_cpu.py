@@ -30,6 +30,7 @@ _NO_THRESHOLD = 2.0  # no cosine is above it
 class CPUPath:
     """`Path` for float32 centers of one center a class, and margins that leave negatives as they are."""
 
+    takes_padding: ClassVar[bool] = False
     in_threads: ClassVar[bool] = True
 
     def tile_classes(self, batch: ShardBatch) -> int:

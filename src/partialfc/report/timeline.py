@@ -22,7 +22,7 @@ class Row:
 
 
 def timeline(rows: Sequence[Row], *, name: str, stop: float) -> str:
-    """Bars over the milliseconds from 0 to `stop`; every other row in the second colour, for communication beside work.
+    """Bars over the milliseconds from 0 to `stop`; every other row in the second colour.
 
     Args:
         rows: at least one, from the top.
@@ -37,10 +37,10 @@ def timeline(rows: Sequence[Row], *, name: str, stop: float) -> str:
         top = _TOP + number * _ROW
         parts.append(f'<text class="y-tick" x="{_LEFT - 6:g}" y="{top + _ROW / 2 + 4:.2f}">{escape(row.name)}</text>')
         color = "orange" if number % 2 else "blue"
-        for start, end in row.spans:
+        for start, end in _drawn(row.spans, least_gap=stop / (_RIGHT - _LEFT)):
             left, right = x.place(start), x.place(end)
             parts.append(
-                f'<rect x="{left:.2f}" y="{top + 3:.2f}" width="{max(right - left, 0.2):.2f}" height="{_ROW - 6:g}" '
+                f'<rect x="{left:.2f}" y="{top + 3:.2f}" width="{max(right - left, 0.5):.2f}" height="{_ROW - 6:g}" '
                 f'fill="var(--{color})"><title>{escape(row.name)}: {start:.1f} to {end:.1f} ms</title></rect>'
             )
     for value in x.ticks:
@@ -55,3 +55,14 @@ def timeline(rows: Sequence[Row], *, name: str, stop: float) -> str:
     )
     view = f"0 0 {_WIDTH:g} {bottom + 38:g}"
     return f'<svg viewBox="{view}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+
+
+def _drawn(spans: Sequence[Span], least_gap: float) -> list[Span]:
+    """The spans in order, those that a gap of less than a pixel parts as one."""
+    result: list[Span] = []
+    for start, stop in sorted(spans):
+        if result and start < result[-1][1] + least_gap:
+            result[-1] = (result[-1][0], max(stop, result[-1][1]))
+        else:
+            result.append((start, stop))
+    return result

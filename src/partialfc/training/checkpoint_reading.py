@@ -91,13 +91,19 @@ class Checkpoint:
                 wanted = target.detach()[first - start : last - start]
                 self._files.read_rows(part.file, name, first - part.start, wanted)
 
-    def verify(self) -> None:
-        """Read everything and compare it with the manifest.
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many files it has beside its manifest, and how many bytes these have together."""
+        records = self._files.records.values()
+        return len(records), sum(record.size for record in records)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read everything, or one of `parts` even parts of it, and compare it with the manifest.
 
         Raises:
             DamagedCheckpoint: naming the first file and block that differ.
         """
-        self._files.verify()
+        self._files.verify(part, parts)
 
 
 def load_latest(

@@ -28,7 +28,7 @@ _Card = Mapping[str, Any]
 
 @contextmanager
 def joined(
-    config: TrainConfig, benchmarks: Mapping[str, Path], *, resume: bool, timeout_seconds: float
+    config: TrainConfig, benchmarks: Mapping[str, Path], *, resume: bool, verify: bool, timeout_seconds: float
 ) -> Iterator[torch.device]:
     """The process group of a run, and this process's device.
 
@@ -39,6 +39,8 @@ def joined(
     device, refusal = torch.device("cpu"), None
     try:
         config.check()
+        if verify and not resume:
+            raise InputError("--verify reads the checkpoint that a run goes on from: give --resume too.")
         check_trackers(config.output)
         device = choose_device(config.device)
     except InputError as error:
@@ -51,6 +53,7 @@ def joined(
         "config": config.to_dict(),
         "eval": sorted(benchmarks),
         "resume": resume,
+        "verify": verify,
         "device type": device.type,
     }
     with process_group(device, timeout_seconds, card=card, judge=first_difference):
@@ -110,7 +113,7 @@ def _own_version() -> str:
 
 
 def _options(card: _Card) -> dict[str, Any]:
-    return {name: card[name] for name in ("config", "eval", "resume", "device type")}
+    return {name: card[name] for name in ("config", "eval", "resume", "verify", "device type")}
 
 
 def _value(card: _Card, key: str) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialfc.activity import doing
 from partialfc.data.loader import Batch
@@ -32,7 +33,7 @@ from partialfc.training.assemble import (
     compute_dtype,
     open_loader,
 )
-from partialfc.training.checkpoint import load_latest
+from partialfc.training.checkpoint import Checkpoint, load_latest
 from partialfc.training.config import TrainConfig
 from partialfc.training.identities import write_identities
 from partialfc.training.launch import check_same_data, joined
@@ -43,6 +44,7 @@ from partialfc.training.result import Clock, TrainResult
 from partialfc.training.run_folder import open_run_folder
 from partialfc.training.saving import Saver
 from partialfc.training.signals import StopSignals
+from partialfc.training.skipping import Skip, describe_skip
 from partialfc.training.starting import Start, apply_start, check_resumable, read_start
 from partialfc.training.step import Stepper
 from partialfc.training.trackers import Tracker, open_trackers
@@ -56,6 +58,7 @@ def train(
     *,
     benchmarks: Mapping[str, Path] | None = None,
     resume: bool = False,
+    verify: bool = False,
     quiet: bool = False,
 ) -> TrainResult:
     """Train, evaluating on the way; in every process of a torchrun launch.
@@ -65,6 +68,7 @@ def train(
         out: the run folder, new or, with `resume`, that of a run with the same configuration.
         benchmarks: verification files by name.
         resume: go on from the newest whole checkpoint, or start if there is none.
+        verify: with `resume`, first read and compare every byte of that checkpoint, also what no rank needs.
         quiet: no progress display.
 
     Raises:
@@ -74,15 +78,16 @@ def train(
     """
     names = benchmarks or {}
     silence, timeout = config.processes.silence_seconds, config.processes.timeout_seconds
-    with (
-        StopSignals() as signals,
-        joined(config, names, resume=resume, timeout_seconds=_patience(config)) as device,
-        Liveness(silence, timeout) as liveness,
-        contextlib.ExitStack() as held,
-    ):
+    how = _How(resume, verify, quiet)
+    with StopSignals() as signals, contextlib.ExitStack() as held:
+        with signals.nothing_to_save():
+            device = held.enter_context(
+                joined(config, names, resume=resume, verify=verify, timeout_seconds=_patience(config))
+            )
+        liveness = held.enter_context(Liveness(silence, timeout))
         try:
             with doing("opening data, networks and run folder"):
-                trainer = _Trainer(config, out, names, device, signals, held, resume=resume, quiet=quiet)
+                trainer = _Trainer(config, out, names, device, signals, held, how)
             return trainer.run()
         except RuntimeError as error:
             lost = liveness.explain(error)
@@ -96,6 +101,23 @@ def _patience(config: TrainConfig) -> float:
     return config.processes.timeout_seconds + 60
 
 
+@dataclass(frozen=True)
+class _How:
+    """The arguments of `train` that say how to start and show a run."""
+
+    resume: bool
+    verify: bool
+    quiet: bool
+
+
+class _EvaluationStopped(Exception):
+    """A signal came to some rank during an evaluation; every rank raises it alike."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 class _Trainer:
     """One run in one process."""
 
@@ -107,12 +129,10 @@ class _Trainer:
         device: torch.device,
         signals: StopSignals,
         held: contextlib.ExitStack,
-        *,
-        resume: bool,
-        quiet: bool,
+        how: _How,
     ) -> None:
         self.clock_of_run = Clock.start()
-        self.config, self.device, self.quiet, self.signals = config, device, quiet, signals
+        self.config, self.device, self.quiet, self.signals = config, device, how.quiet, signals
         self.world_size, self.leads = world_size_of(), rank_of() == 0
         self.loader = open_loader(config)
         check_same_data(self.loader)
@@ -120,15 +140,18 @@ class _Trainer:
         self.model_config = ModelConfig(backbone.name, backbone.embedding_dim, self.loader.image_size)
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)
         build_backbone(config, self.loader.image_size, device=torch.device("meta"))
-        resuming = resume and check_resumable(out, self.loader)
+        resuming = how.resume and check_resumable(out, self.loader)
         start = Start() if resuming else read_start(config, self.loader)
         self.state = build_state(config, self.loader, device)
         # Nothing is written before all is known to fit.
-        self.folder = held.enter_context(open_run_folder(out, config, resume=resume))
+        self.folder = held.enter_context(open_run_folder(out, config, resume=how.resume))
         apply_start(start, self.state, config, self.loader)
         self.notes: list[str] = []
-        if resume:
-            load_latest(self.folder.checkpoints, self.state.restore, warn=self.notes.append)
+        if how.resume:
+            restore = self._verify_and_restore if how.verify else self.state.restore
+            verified = load_latest(self.folder.checkpoints, restore, warn=self.notes.append)
+            if how.verify:
+                self.notes.append(verified or "there is no checkpoint to verify")
         self.saver = Saver(config, self.folder, host_group(_patience(config)), self._report_unsaved)
         self.news_group = host_group(_patience(config))
         self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))
@@ -136,23 +159,35 @@ class _Trainer:
         self.results: dict[str, dict[str, Any]] = {}
         self.images_done, self.seconds_done = 0, 0.0
 
+    def _verify_and_restore(self, checkpoint: Checkpoint) -> str:
+        """Restore after the ranks have together read every byte; in words what was read."""
+        checkpoint.verify(rank_of(), self.world_size)
+        self.state.restore(checkpoint)
+        files, size = checkpoint.extent
+        return f"{checkpoint.folder} is whole: all {size:,} bytes of its {files} files were read and compared"
+
     def run(self) -> TrainResult:
         """All steps that are left, and what falls due on the way."""
         state = self.state
-        first = state.done
+        first, owed = state.done, state.evaluation_owed
         batches = self.loader.batches(first, self.total_steps)
         with (
             self._open_trackers(first) as self.trackers,
             contextlib.closing(self._profiler()) as profiler,
-            MetricsLog(self.folder.metrics, resume_step=first, enabled=self.leads) as self.log,
+            self._open_log(first, owed or first >= self.total_steps) as self.log,
             TrainingProgress(self.total_steps, "training", quiet=self.quiet or not self.leads) as self.progress,
         ):
             for note in [*self.notes, self._description(first)]:
                 self.progress.message(note)
             self.progress.update(first)
-            if first >= self.total_steps or state.evaluation_owed:
-                state.evaluation_owed = False
-                self._evaluate()
+            saved = f"with {first:,} steps done and saved; go on with --resume" if first else "before its first step"
+            stop = self._agreed_signal()
+            if not stop and (owed or first >= self.total_steps):
+                stop = self._evaluate()
+                if owed and not stop and first >= self.total_steps:
+                    self.saver.save_and_wait(state)  # with the score that its last checkpoint could not know
+            if stop:
+                raise StoppedBySignal(stop, saved)
             try:
                 self._train(batches, profiler)
             except BaseException:
@@ -173,21 +208,32 @@ class _Trainer:
             state.done += 1
             stop, minutes_passed, writing = news()
             clock.images += self.config.data.global_batch_size
+            if self.stepper.skip is not None:
+                self._report_skip(self.stepper.skip)
             if self._is_due(output.log_every):
                 clock = self._report(figures, clock)
             with clock.stopped():
                 if not writing:
                     saver.finish()
                 if self._is_due(output.evaluate_every):
-                    state.evaluation_owed = bool(stop)  # who asks for the end will not wait for an evaluation
-                    if not stop:
-                        self._evaluate()
+                    state.evaluation_owed = True  # until it is done: who asks for the end will not wait for it
+                    stop = stop or self._evaluate()
                 if stop:
                     saver.save_and_wait(state)
                     raise StoppedBySignal(stop, f"after step {state.done:,}, and saved; go on with --resume")
-                if minutes_passed or self._is_due(output.checkpoint_every):
+                if state.done == self.total_steps:
+                    saver.save_and_wait(state)
+                elif minutes_passed or self._is_due(output.checkpoint_every):
                     saver.save(state)
-        saver.finish()
+
+    def _agreed_signal(self) -> int:
+        """The signal that has come to any rank, 0 for none: one answer for all. One collective."""
+        return start_max([self.signals.received], self.news_group)()[0]
+
+    def _between_batches(self) -> None:
+        stop = self._agreed_signal()
+        if stop:
+            raise _EvaluationStopped(stop)
 
     def _exchange_news(self) -> Callable[[], list[int]]:
         """Begin to tell the other ranks what only this one knows; the answer, asked for after the step, is one for all.
@@ -228,7 +274,7 @@ class _Trainer:
             "lr_head": self.stepper.lr_head,
             "images_per_second": clock.images / clock.seconds,
             "data_wait": clock.waited / clock.seconds,
-            "sampled_classes": state.head.figures.sampled if state.head.figures else 0,
+            "sampled_classes": int(state.head.figures.sampled) if state.head.figures else 0,
             "skipped_steps": state.skipped,
             "unreadable": len(names),
             "peak_bytes": peak_bytes(self.device),
@@ -241,6 +287,13 @@ class _Trainer:
         self.images_done += clock.images
         self.seconds_done += clock.seconds
         return Clock.start()
+
+    def _report_skip(self, skip: Skip) -> None:
+        """Log a skipped step with the images behind it; the end of the run if there were too many in a row."""
+        line, sentence = describe_skip(skip, self.state.done, self.loader, self.news_group)
+        self._log(line)
+        self.progress.message(sentence)
+        self.stepper.check_skips()
 
     def _report_unsaved(self, message: str) -> None:
         self._log({"kind": "checkpoint_error", "step": self.state.done, "message": message})
@@ -261,33 +314,52 @@ class _Trainer:
             for tracker in trackers:
                 tracker.close()
 
+    def _open_log(self, first: int, evaluates: bool) -> MetricsLog:
+        patient = self.config.output.on_checkpoint_error == "continue"
+        again = self.benchmarks if evaluates else ()
+        return MetricsLog(
+            self.folder.metrics, resume_step=first, evaluates_again=again, patient=patient, enabled=self.leads
+        )
+
     def _profiler(self) -> StepProfiler:
         steps = parse_steps(self.config.output.profile_steps) if self.leads else range(0)
         return StepProfiler(steps, self.folder.root)
 
-    def _evaluate(self) -> None:
-        """Run the benchmarks on all ranks; keep the model as the last one and, if no other was better, the best."""
+    def _evaluate(self) -> int:
+        """Run the benchmarks on all ranks; keep the model as the last one and, if no other was better, the best.
+
+        Returns the signal that broke it off, 0 if it is done; nothing is logged or kept of one that is not.
+        """
         state = self.state
         for network in (state.backbone, state.average):
             for buffer in network.buffers() if network is not None else ():
                 broadcast(buffer)
         model = Model(state.evaluated(), self.model_config)
-        for name, pairs in self.benchmarks.items():
-            with doing(f"evaluating {name}"):
-                result = evaluate_pair_set(model, pairs).summary()
-            self.results[name] = result
+        results = {}
+        try:
+            for name, pairs in self.benchmarks.items():
+                with doing(f"evaluating {name}"):
+                    results[name] = evaluate_pair_set(model, pairs, between=self._between_batches).summary()
+        except _EvaluationStopped as stopped:
+            return stopped.signum
+        self.results, state.evaluation_owed = results, False
+        for name, result in results.items():
             self._log({"kind": "evaluation", "step": state.done, "benchmark": name, **result})
             self.progress.message(
                 f"step {state.done}: {name} accuracy {result['accuracy']:.2%} ± {result['accuracy_std']:.2%}"
             )
-        score = sum(result["accuracy"] for result in self.results.values()) / max(1, len(self.results))
+        score = sum(result["accuracy"] for result in results.values()) / max(1, len(results))
         is_best = state.best_score is None or score > state.best_score or not self.benchmarks
-        if is_best:
+        names = ("last", "best") if is_best else ("last",)
+        written = self.saver.write_models(lambda: self._write_models(model.backbone, names), self.news_group)
+        if is_best and written:  # the best model is the best of those that could be written
             state.best_score, state.best_step = score if self.benchmarks else None, state.done
-        if self.leads:
-            for which in ("last", "best") if is_best else ("last",):
-                save_model(self.folder.model(which), model.backbone, self.model_config)
-                write_identities(self.folder.model(which), state.identities)
+        return 0
+
+    def _write_models(self, backbone: nn.Module, names: tuple[str, ...]) -> None:
+        for name in names:
+            save_model(self.folder.model(name), backbone, self.model_config)
+            write_identities(self.folder.model(name), self.state.identities)
 
     # -- words -------------------------------------------------------------------------------------------------------
 

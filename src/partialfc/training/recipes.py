@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
-from partialfc.backbones import create_backbone
 from partialfc.errors import InputError
+from partialfc.plan.memory import weights_memory
+from partialfc.plan.request import PlanRequest
 from partialfc.training.config import (
     BackboneConfig,
     DataConfig,
@@ -198,11 +197,16 @@ def recipe_config(name: str) -> TrainConfig:
     return RECIPES[name]()
 
 
+def data_set(name: str) -> tuple[str, int, int] | None:
+    """Name, identities and images of a recipe's data; None for procedural faces."""
+    # The longer names stand first, so that wf12m does not take what belongs to wf12m-conflict.
+    return next((each for key, each in DATA_SETS.items() if name.startswith(key + "-")), None)
+
+
 def describe(name: str) -> dict[str, Any]:
     """Command, data, learning rates, what is our choice, expected score and memory plan of a recipe, as plain values.
 
-    The plan counts bytes a GPU for float32 weights, gradients and optimizer state of the backbone (the whole network,
-    built on the meta device) and of its share of the centers; activations, which depend on precision, are not in it.
+    The memory is that of weights, gradients and optimizers on a GPU; `partialfc plan --recipe` plans the whole.
 
     Raises:
         InputError: unknown name.
@@ -214,8 +218,7 @@ def describe(name: str) -> dict[str, Any]:
         "learning_rate": config.describe_lr(),
         "epochs": config.schedule.epochs,
     }
-    # The longer names stand first, so that wf12m does not take what belongs to wf12m-conflict.
-    data = next((each for key, each in DATA_SETS.items() if name.startswith(key + "-")), None)
+    data = data_set(name)
     if data is None:
         return facts | {"data": "procedural faces", "score": "see docs/demo.md", "memory": None}
     gpus = config.data.global_batch_size // config.data.micro_batch_size
@@ -259,20 +262,47 @@ def open_values(name: str) -> list[str]:
     ]
 
 
+def plan_request(config: TrainConfig, num_classes: int, gpus: int) -> PlanRequest:
+    """What `partialfc plan` has to know of a configuration."""
+    data, backbone, head = config.data, config.backbone, config.head
+    return PlanRequest(
+        classes=num_classes,
+        gpus=gpus,
+        backbone=backbone.name,
+        batch_size=min(data.micro_batch_size, -(-data.global_batch_size // gpus)),
+        micro_steps=data.micro_steps or -(-data.global_batch_size // (gpus * data.micro_batch_size)),
+        sample_rate=head.sample_rate,
+        embedding_dim=backbone.embedding_dim,
+        precision="auto" if config.precision == "float64" else config.precision,
+        optimizer=config.optimizer.name,
+        checkpointing=backbone.checkpointing,
+        mask_ratio=backbone.mask_ratio,
+        ema=config.optimizer.ema_decay > 0,
+        head_update=head.update,
+        head_operands=head.operands,
+        head_dtype=head.dtype,
+        state_dtype=head.state_dtype,
+        state_on_host=head.state_on_host,
+        checkpoint_async=config.output.checkpoint_async,
+        processes_backbone=config.processes.backbone,
+        gradients=config.processes.gradients,
+        workers=data.workers,
+    )
+
+
+def recipe_plan_request(name: str) -> PlanRequest:
+    """The same of a recipe, on its own data and number of GPUs; `classes` is 0 for procedural faces.
+
+    Raises:
+        InputError: unknown name.
+    """
+    config = recipe_config(name)
+    data = data_set(name)
+    gpus = max(1, config.data.global_batch_size // config.data.micro_batch_size)
+    return plan_request(config, 0 if data is None else data[1], gpus)
+
+
 def plan_memory(config: TrainConfig, num_classes: int, gpus: int) -> dict[str, int]:
-    """Bytes on each of `gpus` for everything but activations, in float32."""
-    chosen = config.backbone
-    with torch.device("meta"):
-        network = create_backbone(chosen.name, embedding_dim=chosen.embedding_dim, **chosen.options())
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    states = 2 if config.optimizer.name == "adamw" else 1
-    centers = -(-num_classes // gpus) * chosen.embedding_dim
-    plan = {
-        "backbone_weights": 4 * parameters,
-        "backbone_gradients": 4 * parameters,
-        "backbone_optimizer": 4 * states * parameters,
-        "centers": 4 * centers,
-        "centers_optimizer": 4 * states * centers,
-        "centers_gradient": int(4 * config.head.sample_rate * centers),
-    }
+    """Bytes on each of `gpus` for weights, gradients and optimizers; `partialfc plan` adds activations and scratch."""
+    plan = {name: size for name, size in weights_memory(plan_request(config, num_classes, gpus)).items() if size}
     return plan | {"total": sum(plan.values())}

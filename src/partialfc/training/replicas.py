@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,32 @@ def replicated(network: nn.Module, gradients: torch.dtype) -> nn.Module:
     """The network with gradients that are the mean over all processes: itself for one process, or if it is in parts."""
     if world_size_of() == 1 or _is_split(network):
         return network
-    # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
-    result = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        # torch 2.13 deprecates the option before it has one in its place.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        # BatchNorm's statistics are those of rank 0's batches and travel when they are used, not in every step.
+        result = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     if gradients == torch.bfloat16:
         # DDP refuses the hook by its name where there is no NCCL, though gloo reduces bfloat16 too.
         result.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return result
+
+
+def settle_exchange(network: nn.Module, run: Callable[[], Tensor]) -> None:
+    """Let DDP lay out the buffers in which it exchanges gradients as it will keep them; one backward pass.
+
+    It does so after its first backward pass, in the order in which the gradients came. With three processes or more the
+    layout decides in which order their gradients are added. So the first step of a resumed run would differ in its last
+    bits from the same step of a run that was not interrupted, if a pass that does not count did not come first.
+
+    Args:
+        run: the output of a forward pass through `network`.
+    """
+    if isinstance(network, DistributedDataParallel):
+        output = run()
+        if output.requires_grad:
+            (output.sum() * 0.0).backward()
+        network.zero_grad()
 
 
 def _is_split(network: nn.Module) -> bool:

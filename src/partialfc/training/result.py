@@ -21,7 +21,8 @@ class TrainResult:
         seconds: wall time of this process, start-up included.
         images_per_second: of this process's training steps alone, over all ranks; None if there was none to do.
         benchmarks: the last result on each benchmark, by name.
-        best_score, best_step: the best mean accuracy over the benchmarks, and after which step.
+        best_score, best_step: the best mean accuracy over the benchmarks, and after which step; None if no model could
+            be written.
     """
 
     folder: Path
@@ -43,7 +44,8 @@ class TrainResult:
         lines = [f"{self.steps:,} steps, {self.images:,} images in {self.seconds:,.0f} s{speed}"]
         for name, result in self.benchmarks.items():
             lines.append(f"{name}: accuracy {result['accuracy']:.2%} ± {result['accuracy_std']:.2%}")
-        lines.append(f"best model (step {self.best_step}): {self.folder / 'model' / 'best'}")
+        if self.best_step is not None:
+            lines.append(f"best model (step {self.best_step}): {self.folder / 'model' / 'best'}")
         return "\n".join(lines)
 
 

@@ -85,7 +85,13 @@ def _refuse_together(work: Callable[[], None], group: Group | None) -> None:
 def _take(folder: RunFolder, config: TrainConfig, held: ExitStack, locks: list[FolderLock]) -> None:
     folder.root.mkdir(parents=True, exist_ok=True)
     locks.append(held.enter_context(FolderLock(folder.root)))
-    folder.config.write_text(config.to_yaml(), encoding="utf-8")
+    beside = folder.config.with_name(f".{folder.config.name}.writing")
+    try:  # the old one stays until the new one is whole: a full disk must not cost a run its configuration
+        beside.write_text(config.to_yaml(), encoding="utf-8")
+        os.replace(beside, folder.config)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{folder.config} cannot be written ({error.strerror}): make room, or give --out.") from error
 
 
 def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -38,21 +39,21 @@ class FolderLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             self._file.seek(0)
-            holder = _describe(self._file.read())
+            other = _describe(self._file.read())
             self._file.close()
             raise InputError(
-                f"{folder} is in use by another run ({holder}): wait for it or stop it, or give another folder "
+                f"{folder} is in use by another run ({other}): wait for it or stop it, or give another folder "
                 "with --out."
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "word": secrets.token_hex(8)}
+        self.content = json.dumps(holder)
         self._file.truncate(0)
-        own = {"host": socket.gethostname(), "pid": os.getpid(), "word": secrets.token_hex(8)}
-        self.content = json.dumps(own)
-        self._file.write(self.content.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())  # other hosts look for it
+        with contextlib.suppress(OSError):  # on a full disk the lock has no name, and what comes next says why
+            os.write(self._file.fileno(), self.content.encode())
+            os.fsync(self._file.fileno())  # other hosts look for it
 
     def close(self) -> None:
         """Let others in."""

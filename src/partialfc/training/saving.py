@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from partialfc.distributed import Group, rank_of
+from partialfc.distributed import Group, gather_json, rank_of
+from partialfc.errors import JobError
 from partialfc.training.checkpoint import CheckpointNotWritten
 from partialfc.training.checkpoint_async import CheckpointWriter
 from partialfc.training.config import TrainConfig
@@ -57,6 +58,25 @@ class Saver:
         self.finish()
         self.writer.save(state.snapshot(self.config))
         self.writer.finish()
+
+    def write_models(self, write: Callable[[], None], group: Group | None) -> bool:
+        """Let rank 0 write models; whether it could. Two collectives.
+
+        Raises:
+            JobError: on all ranks alike, if it could not, unless the run is to go on without.
+        """
+        message = None
+        if rank_of() == 0:
+            try:
+                write()
+            except OSError as error:
+                message = f"could not write a model ({error})"
+        message = gather_json(message, group=group)[0]
+        if message is not None and self.output.on_checkpoint_error == "stop":
+            raise JobError(f"{message}: make room, and go on with --resume.")
+        if message is not None:
+            self.report(message)
+        return message is None
 
     def _tolerantly(self, work: Callable[[], Any]) -> None:
         try:

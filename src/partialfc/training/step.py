@@ -19,9 +19,10 @@ from partialfc.head.global_batch import Everyone, NonFiniteEmbeddings
 from partialfc.training.averaging import update_average
 from partialfc.training.config import TrainConfig
 from partialfc.training.freezing import hold_frozen
-from partialfc.training.replicas import replicated, waits_in_every_pass, without_synchronisation
+from partialfc.training.replicas import replicated, settle_exchange, waits_in_every_pass, without_synchronisation
 from partialfc.training.scaling import scale_gradient
 from partialfc.training.schedule import learning_rate
+from partialfc.training.skipping import Skip, locate
 from partialfc.training.state import TrainState
 
 _MOST_SKIPPED_IN_A_ROW = 10
@@ -40,6 +41,7 @@ class Stepper:
     Attributes:
         total_steps: of the whole run.
         lr, lr_head: learning rates of the last step.
+        skip: what this rank knows of the last step if that was skipped, else None.
     """
 
     def __init__(
@@ -61,21 +63,22 @@ class Stepper:
         self._always_waits = waits_in_every_pass(self.network)
         self._buffers_before = [buffer.clone() for buffer in state.backbone.buffers()]
         self._random_parts = keyed_random.derive_key(config.seed, "backbone's random parts")
+        self.skip: Skip | None = None
         self._skipped_in_a_row = 0
+        self._outputs: list[tuple[Tensor, Tensor]] = []
         self._labels = _StepLabels(loader, device)
         channels_last = config.backbone.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        settle_exchange(self.network, self._pass_of_nothing)
+        torch._foreach_copy_(list(state.backbone.buffers()), self._buffers_before)
 
     def step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
         """Take one step, and return its figures, none if it was skipped before it had any.
 
-        A gradient that is not finite on any rank is skipped by all, in both optimizers. The ranks need not ask each
-        other about it. Embeddings that are not finite are seen by all, who gather them. Anything else that is not
-        finite on one rank is so in the mean of the ranks' gradients too, and all ranks compute the norm from the same
-        bits of that mean (DDP), or by one reduction over their parts of it (FSDP).
-
-        Raises:
-            JobError: ten steps in a row were skipped.
+        A gradient that is not finite on any rank is skipped by all, in both optimizers (see `skip`). The ranks need not
+        ask each other about it. Embeddings that are not finite are seen by all, who gather them. Anything else that is
+        not finite on one rank is so in the mean of the ranks' gradients too, and all ranks compute the norm from the
+        same bits of that mean (DDP), or by one reduction over their parts of it (FSDP).
         """
         state, step = self.state, self.state.done
         # Whatever draws from torch's own generator draws the same after a resume.
@@ -100,9 +103,21 @@ class Stepper:
             state.loss_scale.update(finite)
         state.backbone_optimizer.zero_grad()
         state.head_optimizer.zero_grad()
+        self.skip = None if finite else locate(self._outputs)
+        self._outputs = []
         if not finite:
-            self._count_skip()
+            state.skipped += 1
+            self._skipped_in_a_row += 1
         return figures
+
+    def check_skips(self) -> None:
+        """Raise JobError, on all ranks alike, after ten skipped steps in a row: call it when the skip is reported."""
+        if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+            raise JobError(
+                f"{self._skipped_in_a_row} steps in a row, up to step {self.state.done}, had gradients that are not "
+                "finite: lower optimizer.lr or check the images that metrics.jsonl names; the checkpoints hold none of "
+                "these steps."
+            )
 
     def _set_learning_rates(self, step: int) -> None:
         schedule = self.config.schedule
@@ -146,6 +161,10 @@ class Stepper:
             if seen is not None:
                 total += share * torch.stack([loss.detach().double(), seen.target_cosine, seen.conflict_share])
         norm = self._unscaled_and_clipped()
+        try:
+            self.state.head.check()  # here, since the norm is read next in any case
+        except NonFiniteEmbeddings:
+            return {}
         return {"loss": total[0], "target_cosine": total[1], "conflict_share": total[2], "grad_norm": norm}
 
     def _unscaled_and_clipped(self) -> Tensor:
@@ -165,16 +184,11 @@ class Stepper:
         positions = batch.positions.to(self.device, non_blocking=True)
         inputs = augment(images, positions, self.config.seed, flip=self.config.data.flip)
         keys = keyed_random.bits(self._random_parts, positions)
-        reduced = self.compute_dtype in (torch.bfloat16, torch.float16)
-        wide = torch.promote_types(self.compute_dtype, torch.float32)
-        inputs = inputs.to(wide, memory_format=self._memory_format)
-        with (
-            torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced),
-            doing("in the forward pass, which exchanges parameters", waits=True)
-            if self._always_waits
-            else contextlib.nullcontext(),
-        ):
-            embeddings = self.network(inputs, keys).to(wide)
+        output = self._embed(inputs, keys)
+        if output.requires_grad:
+            output.retain_grad()  # tells, should the step be skipped, which images were to blame
+        self._outputs.append((batch.positions, output))
+        embeddings = output.to(torch.promote_types(self.compute_dtype, torch.float32))
         if self.state.loss_scale is not None:
             embeddings = scale_gradient(embeddings, self.state.loss_scale.value)
         first, _ = split_evenly(self.config.data.global_batch_size, self.loader.micro_steps, batch.micro_step)
@@ -184,15 +198,25 @@ class Stepper:
         )
         return loss
 
-    def _count_skip(self) -> None:
-        """Count a step whose gradient is not finite; all ranks agree on that, so all come here."""
-        self.state.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-            raise JobError(
-                f"{self._skipped_in_a_row} steps in a row, up to step {self.state.done}, had gradients that are not "
-                "finite: lower optimizer.lr or check the data; the checkpoints hold none of these steps."
-            )
+    def _embed(self, inputs: Tensor, keys: Tensor) -> Tensor:
+        """The backbone's output for normalised images (B, 3, S, S), in the dtype that it computes in last."""
+        reduced = self.compute_dtype in (torch.bfloat16, torch.float16)
+        wide = torch.promote_types(self.compute_dtype, torch.float32)
+        with (
+            torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced),
+            doing("in the forward pass, which exchanges parameters", waits=True)
+            if self._always_waits
+            else contextlib.nullcontext(),
+        ):
+            output: Tensor = self.network(inputs.to(wide, memory_format=self._memory_format), keys)
+        return output
+
+    def _pass_of_nothing(self) -> Tensor:
+        """The output for grey images, as many as this rank has in a micro-step; it changes running statistics."""
+        images, size = self.loader.counts(0)[rank_of()], self.loader.image_size
+        self.state.backbone.train()
+        inputs = torch.zeros(images, 3, size, size, device=self.device)
+        return self._embed(inputs, torch.arange(images, device=self.device))
 
 
 class _StepLabels:

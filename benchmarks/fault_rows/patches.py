@@ -1,0 +1,342 @@
+"""What training processes do to themselves: die, or do something else, at a named moment. Each is a `Fault`."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from partialfc.data.loader import Batch
+from partialfc.training import checkpoint, checkpoint_async, loop
+from partialfc.training import step as step_module
+from partialfc.training.checkpoint_async import HostCopies
+from partialfc.training.checkpoint_manifest import MANIFEST
+from partialfc.training.step import Stepper
+
+Act = Callable[[], object]
+PLANNED = "here comes the planned signal"
+
+
+def die(*_: object) -> NoReturn:
+    """SIGKILL: no handler, no cleaning up."""
+    os.write(2, f"{PLANNED}\n".encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        time.sleep(1.0)
+
+
+def terminate(*_: object) -> None:
+    """SIGTERM to this process."""
+    os.write(2, f"{PLANNED}\n".encode())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wrap(
+    owner: object,
+    name: str,
+    *,
+    before: Act | None = None,
+    after: Act | None = None,
+    when: Callable[..., bool] = lambda *_, **__: True,
+) -> None:
+    """Let a function or method do something more before or after the calls for which `when` (its arguments) holds."""
+    plain = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        chosen = when(*arguments, **options)
+        if chosen and before is not None:
+            before()
+        result = plain(*arguments, **options)
+        if chosen and after is not None:
+            after()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def nth(number: int) -> Callable[..., bool]:
+    """Holds for the call of this number, from 1."""
+    calls = 0
+
+    def counted(*_: object, **__: object) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == number
+
+    return counted
+
+
+def in_step(step: int, act: Act) -> None:
+    """Before a step is computed, its images are read."""
+    wrap(Stepper, "step", before=act, when=lambda stepper, batches: stepper.state.done == step)
+
+
+def in_micro_step(step: int, micro_step: int, act: Act) -> None:
+    """Before a micro-step of a step is computed."""
+
+    def chosen(_: Stepper, batch: Batch) -> bool:
+        return (batch.step, batch.micro_step) == (step, micro_step)
+
+    wrap(Stepper, "_loss", before=act, when=chosen)
+
+
+def between_optimizers(step: int, act: Act) -> None:
+    """After the backbone's update of a step, before the head's."""
+
+    def patch(stepper: Stepper, batches: Any) -> bool:
+        if stepper.state.done == step:
+            wrap(stepper.state.head_optimizer, "step", before=act)
+        return False
+
+    wrap(Stepper, "step", when=patch)
+
+
+def in_evaluation(number: int, act: Act) -> None:
+    """In the evaluation of this number, from 1, when its first batch is done."""
+    begun = 0
+
+    def begins(*_: Any, **__: Any) -> bool:
+        nonlocal begun
+        begun += 1
+        return False
+
+    wrap(loop, "evaluate_pair_set", when=begins)
+    first = nth(1)
+    wrap(loop._Trainer, "_between_batches", before=act, when=lambda _: begun == number and first())
+
+
+def after_evaluation(number: int, act: Act) -> None:
+    """When the evaluation of this number, from 1, is done and nothing of it is written."""
+    wrap(loop, "evaluate_pair_set", after=act, when=nth(number))
+
+
+def in_model(number: int, act: Act) -> None:
+    """Between the writing of the last and of the best model, for the call of this number."""
+    wrap(loop, "save_model", after=act, when=nth(number))
+
+
+def pace(seconds: float) -> None:
+    """Let every step take so much longer."""
+    wrap(Stepper, "step", before=lambda: time.sleep(seconds))
+
+
+# -- the stages of saving a checkpoint -------------------------------------------------------------------------------
+
+
+class _Saving:
+    """Whether the checkpoint of one step is being saved in this process."""
+
+    def __init__(self, step: int) -> None:
+        self.now = False
+        for name in ("save_checkpoint",):
+            plain = getattr(checkpoint_async, name)
+
+            def save(root: Path, saved: int, *, plain: Any = plain, **contents: Any) -> Path:
+                self.now = saved == step
+                try:
+                    path: Path = plain(root, saved, **contents)
+                finally:
+                    self.now = False
+                return path
+
+            setattr(checkpoint_async, name, save)
+
+    def when(self, chosen: Callable[..., bool]) -> Callable[..., bool]:
+        return lambda *arguments, **options: self.now and chosen(*arguments, **options)
+
+
+def _at_copy(step: int, act: Act, tensor: int) -> None:
+    def patch(_: HostCopies, snapshot: Any) -> bool:
+        if snapshot.step == step:
+            wrap(HostCopies, "_copy", before=act, when=nth(tensor))
+        return False
+
+    wrap(HostCopies, "of", when=patch)
+
+
+def _at_file(step: int, act: Act, name: str, where: str) -> None:
+    """Before, after or while a file whose name begins with `name` is written."""
+    saving = _Saving(step)
+
+    def chosen(path: Path, *_: Any) -> bool:
+        return path.name.startswith(name)
+
+    if where != "while":
+        wrap(checkpoint, "write_file", **{where: act}, when=saving.when(chosen))
+        return
+    plain = checkpoint.write_file
+
+    def cut(pieces: Iterator[Any]) -> Iterator[Any]:
+        """The same bytes, with the act in their middle."""
+        content = b"".join(bytes(piece) for piece in pieces)
+        yield content[: len(content) // 2]
+        act()
+        yield content[len(content) // 2 :]
+
+    def write(path: Path, pieces: Any, *options: Any) -> Any:
+        return plain(path, cut(pieces) if saving.now and chosen(path) else pieces, *options)
+
+    checkpoint.write_file = write
+
+
+def _at_call(step: int, act: Act, owner: object, name: str, number: int, where: str) -> None:
+    wrap(owner, name, **{where: act}, when=_Saving(step).when(nth(number)))
+
+
+def _at_rename(step: int, act: Act, suffixes: tuple[str, str], where: str) -> None:
+    def chosen(source: Path, target: Path) -> bool:
+        return (Path(source).suffix, Path(target).suffix) == suffixes
+
+    wrap(os, "rename", **{where: act}, when=_Saving(step).when(chosen))
+
+
+def _in_deletion(step: int, act: Act) -> None:
+    """With half the files of the oldest checkpoint deleted."""
+    saving, plain = _Saving(step), shutil.rmtree
+
+    def remove(path: Any, **options: Any) -> None:
+        if saving.now and Path(path).suffix == ".old":
+            files = sorted(Path(path).iterdir())
+            for file in files[: len(files) // 2]:
+                file.unlink()
+            act()
+        plain(path, **options)
+
+    shutil.rmtree = remove  # type: ignore[assignment]
+
+
+_LEADERS_FILES = ("backbone.", "backbone-optimizer", "identities", MANIFEST)
+_OWN_FILE = "head-"
+Stage = Callable[[int, Act], None]
+
+
+def _file_stages(files: tuple[str, ...]) -> dict[str, Stage]:
+    return {
+        f"{where} {name.rstrip('.-')} is written": (lambda step, act, n=name, w=where: _at_file(step, act, n, w))
+        for name in files
+        for where in ("before", "while", "after")
+    }
+
+
+def _own_stages() -> dict[str, Stage]:
+    """Stages that every rank goes through."""
+    calls = {
+        f"{where} the ranks exchange {what}": (
+            lambda step, act, n=number, w=where: _at_call(step, act, checkpoint, "gather_json", n, w)
+        )
+        for number, what in enumerate(("that they begin", "what they wrote", "that it is in place"), start=1)
+        for where in ("before", "after")
+    }
+    return {
+        "before it is prepared": lambda step, act: _at_call(step, act, checkpoint, "_prepare", 1, "before"),
+        **_file_stages((_OWN_FILE,)),
+        **calls,
+    }
+
+
+def _leader_stages() -> dict[str, Stage]:
+    """Stages that only rank 0 goes through."""
+    return {
+        **_file_stages(_LEADERS_FILES),
+        "before its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 2, "before"),
+        "after its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 2, "after"),
+        "before it gets its name": lambda s, act: _at_rename(s, act, (".writing", ""), "before"),
+        "after it got its name": lambda s, act: _at_rename(s, act, (".writing", ""), "after"),
+        "before the names are flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 3, "before"),
+        "before old ones are deleted": lambda s, act: _at_call(s, act, checkpoint, "_retire", 1, "before"),
+        "when an old one has lost its name": lambda s, act: _at_rename(s, act, ("", ".old"), "after"),
+        "while an old one is deleted": _in_deletion,
+        "after old ones are deleted": lambda s, act: _at_call(s, act, checkpoint, "_retire", 1, "after"),
+    }
+
+
+COPY_STAGES: dict[str, Stage] = {
+    "before the copy to the host": lambda step, act: _at_copy(step, act, 1),
+    "while it is copied to the host": lambda step, act: _at_copy(step, act, 2),
+}
+OWN_STAGES, LEADER_STAGES = _own_stages(), _leader_stages()
+
+
+def between_renames(step: int, act: Act) -> None:
+    """When the old checkpoint of the same step has lost its name, and the new one has none yet."""
+    _at_rename(step, act, ("", ".old"), "after")
+
+
+def kill_reader(step: int, number: int) -> None:
+    """Before a step, SIGKILL to one of this process's processes that read the data."""
+
+    def kill() -> None:
+        os.kill(sorted(each.pid or 0 for each in multiprocessing.active_children())[number], signal.SIGKILL)
+
+    in_step(step, kill)
+
+
+def poison_images(steps: range) -> None:
+    """Make the first image of this rank NaN in each of these steps."""
+    plain, now = step_module.augment, False
+
+    def watch(_: Stepper, batch: Batch) -> bool:
+        nonlocal now
+        now = batch.step in steps and batch.micro_step == 0
+        return False
+
+    def augmented(*arguments: Any, **options: Any) -> torch.Tensor:
+        result = plain(*arguments, **options)
+        if now:
+            result[0] = float("nan")
+        return result
+
+    wrap(Stepper, "_loss", when=watch)
+    step_module.augment = augmented
+
+
+def poison_loss(steps: range) -> None:
+    """Make the gradient that this rank's embeddings get NaN in each of these steps."""
+    plain = Stepper._loss
+
+    def loss(self: Stepper, batch: Batch) -> torch.Tensor:
+        result = plain(self, batch)
+        return result * float("nan") if batch.step in steps and batch.micro_step == 0 else result
+
+    Stepper._loss = loss  # type: ignore[method-assign]
+
+
+def poison_weights_gradient(steps: range) -> None:
+    """Make the gradient of one weight NaN on this rank in each of these steps, before the ranks exchange gradients."""
+    now = False
+
+    def watch(stepper: Stepper, batches: Any) -> bool:
+        nonlocal now
+        now = stepper.state.done in steps
+        weight = next(stepper.state.backbone.parameters())
+        if not hasattr(weight, "poisoned"):
+            weight.poisoned = weight.register_hook(  # type: ignore[attr-defined]
+                lambda gradient: gradient * float("nan") if now else gradient
+            )
+        return False
+
+    wrap(Stepper, "step", when=watch)
+
+
+def note_replica(folder: Path, rank: int) -> None:
+    """After every step, keep the SHA-256 of this rank's weights in a file of the folder."""
+    plain = Stepper.step
+
+    def step(self: Stepper, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        figures = plain(self, batches)
+        digest = hashlib.sha256()
+        for parameter in self.state.backbone.parameters():
+            digest.update(parameter.detach().contiguous().numpy().tobytes())
+        with (folder / f"replica.{rank}").open("a") as file:
+            file.write(digest.hexdigest() + "\n")
+        return figures
+
+    Stepper.step = step  # type: ignore[method-assign]

@@ -1,0 +1,159 @@
+"""What a backbone costs: counted by running it on tensors without numbers, so that nothing is allocated."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from partialfc.backbones import create_backbone
+from partialfc.plan.request import DTYPES, PlanRequest
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """Numbers of elements.
+
+    Attributes:
+        parameters, buffers: all of them.
+        trained: parameters that get a gradient.
+        largest: elements of the largest parameter.
+    """
+
+    parameters: int
+    buffers: int
+    trained: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class NetworkPass:
+    """Forward and backward pass of one batch.
+
+    Attributes:
+        flops: operations of the forward pass; backward takes twice as many, recomputed activations as many again.
+        saved_bytes: alive between forward and backward, images included.
+        peak_bytes: the most alive at any time, gradients included.
+        working_bytes: the most alive at any time, without the gradients that are done.
+    """
+
+    flops: int
+    saved_bytes: int
+    peak_bytes: int
+    working_bytes: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations inside the context make, while they are alive.
+
+    Attributes:
+        now: alive at present.
+        peak: the most at any time.
+        working_peak: the most at any time, without gradients that the module's parameters have.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = self.working_peak = 0
+        self._gradients = 0
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._set_aside)
+        self._known = {each.untyped_storage()._cdata for each in (*module.parameters(), *module.buffers())}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        self.working_peak = max(self.working_peak, self.now - self._gradients)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _set_aside(self, parameter: Tensor) -> None:
+        self._gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class _Network:
+    """What a network's cost depends on."""
+
+    name: str
+    embedding_dim: int
+    image_size: int
+    options: tuple[tuple[str, Any], ...]
+
+    def build(self) -> nn.Module:
+        with torch.device("meta"):
+            return create_backbone(
+                self.name, embedding_dim=self.embedding_dim, image_size=self.image_size, **dict(self.options)
+            )
+
+
+def _network(request: PlanRequest) -> _Network:
+    chosen = {"checkpointing": request.checkpointing or None, "mask_ratio": request.mask_ratio}
+    options = tuple((name, value) for name, value in chosen.items() if value is not None)
+    return _Network(request.backbone, request.embedding_dim, request.image_size, options)
+
+
+def network_size(request: PlanRequest) -> NetworkSize:
+    """Parameters and buffers of the backbone; InputError for an option that it does not take."""
+    return _size(_network(request))
+
+
+@cache
+def _size(network: _Network) -> NetworkSize:
+    module = network.build()
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return NetworkSize(sum(sizes), sum(buffer.numel() for buffer in module.buffers()), trained, max(sizes))
+
+
+def network_pass(request: PlanRequest, precision: str) -> NetworkPass:
+    """Operations and memory of one batch of the request, of 2 images at least; `precision` is a key of `DTYPES`."""
+    return _pass(_network(request), max(2, request.batch_size), DTYPES[precision])
+
+
+@cache
+def _pass(network: _Network, images: int, dtype: torch.dtype) -> NetworkPass:
+    """Both passes with tensors that have shapes and no numbers; autocast is the CPU's, for want of a GPU to ask."""
+    built = network.build()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        built(_images(network, 2, "meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
+    flops = counter.get_total_flops() * images // 2
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = built.to_empty(device="cpu")
+        keys = torch.zeros(images, dtype=torch.int64)
+        with LiveBytes(module) as live:
+            batch = _images(network, images, "cpu")
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                embeddings = module(batch, keys).float()
+            saved = live.now
+            embeddings.backward(torch.ones_like(embeddings))
+        return NetworkPass(flops, saved, live.peak, live.working_peak)
+
+
+def _images(network: _Network, count: int, device: str) -> Tensor:
+    return torch.zeros(count, 3, network.image_size, network.image_size, device=device)

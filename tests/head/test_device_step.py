@@ -1,0 +1,148 @@
+"""A step as a GPU takes it, in Triton's interpreter: padded shapes beside exact ones, and the flag for bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import device_scenarios
+from device_scenarios import BAD, RATES, SHARED
+
+from distributed_workers import run_ranks
+from partialfc.errors import InputError
+from partialfc.head import partial_fc
+from partialfc.head.global_batch import Everyone
+from partialfc.head.optim import RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+from partialfc.head.softmax_triton import TritonPath
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is switched off beside a GPU")
+WORLD_SIZES = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What every rank found at every world size."""
+    folder = tmp_path_factory.mktemp("device")
+    run_ranks(3, device_scenarios.work, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partial_fc, "choose_path", partial_fc.choose_path)  # put back after the scenarios
+        alone = device_scenarios.play()
+    return {1: [alone]} | {
+        world_size: [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
+        for world_size in WORLD_SIZES[1:]
+    }
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", list(RATES))
+def test_padded_classes_give_what_exact_ones_give(
+    name: str, world_size: int, found: dict[int, list[dict[str, Any]]]
+) -> None:
+    for rank in found[world_size]:
+        for padded, exact in zip(rank[name]["TritonPath"], rank[name]["ChunkedPath"], strict=True):
+            largest = float(exact.abs().max()) if exact.numel() else 0.0
+            torch.testing.assert_close(padded, exact, rtol=1e-4, atol=2e-5 * largest)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "bad"), [(1, bad) for bad in BAD] + [(n, bad) for n in (2, 3) for bad in SHARED]
+)
+@pytest.mark.parametrize("way", ["check", "next forward"])
+def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_told(
+    bad: str, way: str, world_size: int, found: dict[int, list[dict[str, Any]]]
+) -> None:
+    for rank in found[world_size]:
+        result = rank["flags"][bad][way]
+        assert result["untouched"]
+        assert result["gradient"] == 0
+        label, _ = BAD[bad]
+        if label != 1:
+            assert result["error"].startswith(f"InputError: label {label} lies outside [0, 149)")
+        else:
+            assert result["error"].startswith("NonFiniteEmbeddings: embeddings of step 1 contain NaN")
+        assert result["still untouched"]
+        assert result["trains on"]
+        assert result["moves on"]
+
+
+def head_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> tuple[PartialFC, RowwiseSGD]:
+    monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
+    head = PartialFC(40, 4, update="deferred")
+    return head, RowwiseSGD(head.parameters(), lr=0.1)
+
+
+def test_a_loss_of_a_bad_batch_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = head_and_optimizer(monkeypatch)
+    assert bool(head(torch.ones(2, 4), torch.tensor([1, 40])).isnan())
+    with pytest.raises(InputError, match="label 40"):
+        head.check()
+
+
+def test_a_bad_micro_step_voids_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, optimizer = head_and_optimizer(monkeypatch)
+    before = head.centers.detach().clone()
+    embeddings = torch.ones(2, 4, requires_grad=True)
+    head(embeddings, torch.tensor([1, 99])).backward()
+    with pytest.raises(InputError, match="label 99"):
+        head(embeddings, torch.tensor([1, 2]))
+    optimizer.step()
+    assert torch.equal(before, head.centers)
+    head(embeddings, torch.tensor([1, 2])).backward()
+    head(embeddings, torch.tensor([1, -7])).backward()
+    optimizer.step()
+    assert torch.equal(before, head.centers)
+
+
+def test_the_first_of_two_bad_batches_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = head_and_optimizer(monkeypatch)
+    head(torch.ones(1, 4), torch.tensor([41]))
+    assert head._flag is not None
+    head._flag.take_in(torch.ones(1, 4), torch.tensor([42]), torch.tensor(1))
+    with pytest.raises(InputError, match="label 41"):
+        head.check()
+    head.check()
+
+
+@pytest.mark.parametrize("found_inf", [1.0, torch.tensor(1.0), torch.tensor([1.0])])
+def test_an_overflow_that_a_scaler_found_changes_nothing(found_inf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, optimizer = head_and_optimizer(monkeypatch)
+    before = head.centers.detach().clone()
+    for overflow in (found_inf, found_inf * 0):
+        head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()
+        optimizer.found_inf, optimizer.grad_scale = overflow, torch.tensor(1.0)
+        optimizer.step()
+        assert torch.equal(before, head.centers) == bool(overflow)
+
+
+def test_grad_scaler_unscales_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for scale in (1.0, 256.0):
+        head, optimizer = head_and_optimizer(monkeypatch)
+        (scale * head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2]))).backward()
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), torch.tensor(scale)
+        optimizer.step()
+        results.append(head.centers.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+
+
+def test_a_learning_rate_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for lr in (0.25, torch.tensor(0.25)):
+        head, _ = head_and_optimizer(monkeypatch)
+        optimizer = RowwiseSGD(head.parameters(), lr=lr)
+        head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()
+        optimizer.step()
+        results.append(head.centers.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("counts", [[3], [2, 0], []])
+def test_counts_that_do_not_agree_with_the_batch_are_refused(counts: list[int]) -> None:
+    labels = torch.tensor([1, 2])
+    with pytest.raises(InputError, match="brings 2"):
+        PartialFC(40, 4)(torch.ones(2, 4), labels, everyone=Everyone(counts, labels))

@@ -1,0 +1,95 @@
+"""A step on a GPU reads nothing back: shown on the device "meta", whose tensors have a shape but no values.
+
+There nothing works that wants a value, or has a shape that depends on one: `item`, `bool`, `nonzero`, `unique`, a
+boolean index, a copy to the host. The kernels are left out; test_softmax_triton.py runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from partialfc.head import partial_fc, softmax_triton
+from partialfc.head.input_flag import InputFlag
+from partialfc.head.margins import ArcFace
+from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+from partialfc.head.softmax_triton import TritonPath
+
+CLASSES, WIDTH, BATCH = 20_000, 32, 16
+
+
+class NoKernel:
+    """In place of a Triton kernel: launched on anything, it does nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+@pytest.fixture(autouse=True)
+def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
+    for kernel in ("unit_kernel", "weights_kernel", "finish_kernel"):
+        monkeypatch.setattr(softmax_triton, kernel, NoKernel())
+    # The copy that nobody waits for needs page-locked memory and events: test_on_a_gpu.py has both.
+    monkeypatch.setattr(InputFlag, "_send", lambda flag: None)
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # it does not know the device
+
+
+def take_step(make: Any = RowwiseSGD, scaled: bool = True, **options: Any) -> PartialFC:
+    head = PartialFC(CLASSES, WIDTH, device="meta", **({"update": "deferred", "sample_rate": 0.1} | options))
+    optimizer = make(head.parameters(), lr=0.1)
+    embeddings = torch.randn(BATCH, WIDTH, device="meta", requires_grad=True)
+    labels = torch.randint(CLASSES, (BATCH,), device="meta")
+    head(embeddings, labels).backward()
+    if scaled:  # as GradScaler leaves them
+        optimizer.found_inf, optimizer.grad_scale = torch.zeros((), device="meta"), torch.ones((), device="meta")
+    optimizer.step()
+    return head
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
+def test_a_step_of_sgd_reads_nothing(rate: float, operands: torch.dtype, scaled: bool) -> None:
+    options = {"operand_dtype": operands, "dtype": operands, "margin": ArcFace(), "conflict_threshold": 0.4}
+    head = take_step(scaled=scaled, sample_rate=rate, **options)
+    assert head.step == 1
+    assert head.figures is not None
+    assert head.figures.sampled.is_meta
+
+
+@pytest.mark.parametrize(
+    "options", [{"update": "sparse"}, {"make": RowwiseAdamW}, {"make": RowwiseAdamW, "scaled": False}]
+)
+def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any]) -> None:
+    """So the test above would notice a read."""
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        take_step(**options)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda labels: labels.unique(),
+        lambda labels: labels[labels >= 0],
+        lambda labels: labels[: int(labels.max())],
+        lambda labels: labels if bool((labels >= 0).all()) else labels + 1,
+        lambda labels: labels.cpu().to(labels.device),
+        lambda labels: labels[(labels >= 0).nonzero()[:, 0]],
+    ],
+)
+def test_a_read_that_somebody_puts_back_is_found(
+    read: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = partial_fc.sample_padded
+    monkeypatch.setattr(partial_fc, "sample_padded", lambda labels, **rest: original(read(labels), **rest))
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        take_step()

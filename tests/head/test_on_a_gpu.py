@@ -1,0 +1,118 @@
+"""What only a GPU can show of a step: no synchronisation at all, and that a CUDA graph replays it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from partialfc.errors import InputError
+from partialfc.head.global_batch import NonFiniteEmbeddings
+from partialfc.head.optim import RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CLASSES, WIDTH, BATCH = 50_000, 128, 64
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def make(rate: float = 0.1, dtype: torch.dtype = torch.float32, **options: object) -> tuple[PartialFC, RowwiseSGD]:
+    head = PartialFC(
+        CLASSES, WIDTH, rate, update="deferred", operand_dtype=torch.bfloat16, dtype=dtype, seed=1, device="cuda"
+    )
+    return head, RowwiseSGD(head.parameters(), **{"lr": 0.05, **options})
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(step)
+    embeddings = torch.randn(BATCH, WIDTH, device="cuda", generator=generator)
+    return embeddings.requires_grad_(), torch.randint(CLASSES, (BATCH,), device="cuda", generator=generator)
+
+
+def take_step(head: PartialFC, optimizer: RowwiseSGD, embeddings: Tensor, labels: Tensor) -> Tensor:
+    loss = head(embeddings, labels)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
+def test_a_step_does_not_wait_for_the_device(rate: float, dtype: torch.dtype, no_synchronisation: None) -> None:
+    head, optimizer = make(rate, dtype)
+    batches = [batch(step) for step in range(4)]
+    for number, one in enumerate(batches):
+        if number == 2:  # kernels are compiled, and buffers allocated
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        take_step(head, optimizer, *one)
+    torch.cuda.set_sync_debug_mode("default")
+    head.check()
+    assert head.step == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_a_cuda_graph_replays_a_step(rate: float, dtype: torch.dtype) -> None:
+    """The same centers as without a graph: other batches, other negatives, another rounding and rate every time."""
+    lr = torch.tensor(0.05, device="cuda")
+    (head, optimizer), (plain, plain_optimizer) = make(rate, dtype, lr=lr), make(rate, dtype, lr=lr)
+    embeddings, labels = batch(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            take_step(head, optimizer, embeddings, labels)
+            take_step(plain, plain_optimizer, *batch(0))
+    torch.cuda.current_stream().wait_stream(stream)
+    embeddings.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = take_step(head, optimizer, embeddings, labels)
+    for step in range(2, 6):
+        head.step = step
+        lr.fill_(0.05 / step)
+        new = batch(step)
+        with torch.no_grad():
+            embeddings.copy_(new[0])
+            labels.copy_(new[1])
+        graph.replay()
+        plain.step = step
+        expected = take_step(plain, plain_optimizer, *new)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(embeddings.grad, new[0].grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(head.centers, plain.centers, rtol=2e-2, atol=1e-5)
+    labels[3] = CLASSES
+    before = head.centers.detach().clone()
+    graph.replay()
+    with pytest.raises(InputError, match=f"label {CLASSES} lies outside"):
+        head.check()
+    assert torch.equal(before, head.centers)
+
+
+def test_bad_input_is_told_in_the_next_step_at_the_latest_after_it_arrived() -> None:
+    head, optimizer = make()
+    embeddings, labels = batch(0)
+    take_step(head, optimizer, embeddings, labels)
+    before = head.centers.detach().clone()
+    bad = (embeddings.detach() * torch.nan).requires_grad_()
+    take_step(head, optimizer, bad, labels)
+    torch.cuda.synchronize()
+    assert bad.grad is not None
+    assert bool((bad.grad == 0).all())
+    with pytest.raises(NonFiniteEmbeddings, match="embeddings of step 1"):
+        take_step(head, optimizer, embeddings, labels)
+    assert torch.equal(before, head.centers)
+    take_step(head, optimizer, embeddings, labels)
+    head.check()
+    assert not torch.equal(before, head.centers)

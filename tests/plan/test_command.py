@@ -1,0 +1,78 @@
+"""`partialfc plan` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from partialfc.cli import main
+
+SMALL = ["--backbone=mini", "--image-size=32", "--embedding-dim=64", "--batch-size=16"]
+
+
+def run(*arguments: str) -> int:
+    try:
+        return main(["plan", *arguments])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+
+
+def test_a_plan_for_people_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--classes=2000000", "--gpus=16", *SMALL) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("2,000,000 identities, mini in bf16, 16 x H100 SXM 80 GB, global batch 256\n")
+    assert "It fits" in text
+    assert run("--classes=2000000", "--gpus=16", *SMALL, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is True
+    assert plan["memory"]["parts"]["centers"] == 4 * 64 * 125_000
+    assert plan["sampled_classes"] == 12_500
+
+
+def test_a_recipe_gives_the_defaults_and_flags_override_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--recipe", "wf42m-vit_l", "--batch-size", "2", "--json") == 0
+    request = json.loads(capsys.readouterr().out)["request"]
+    assert (request["classes"], request["gpus"], request["backbone"]) == (2_059_906, 64, "vit_l")
+    assert (request["optimizer"], request["checkpointing"], request["batch_size"]) == ("adamw", True, 2)
+
+
+def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--classes=2000", "--gpus=1", "--device=cpu", *SMALL, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["rates"]["origin"].startswith("measured on this machine")
+    assert plan["rates"]["head_flops"] > 1e8
+    assert plan["rates"]["backbone_flops"] > 1e8
+    assert 0 < plan["time"]["head"] < 60
+    assert plan["memory"]["host"] == {}
+
+
+def test_what_does_not_fit_is_said_with_remedies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--classes=1000000000", "--gpus=8", "--embedding-dim=512", *SMALL[:2], "--batch-size=16") == 0
+    text = capsys.readouterr().out
+    assert "It does not fit: " in text
+    assert "--gpus 64" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpus=8"], "--classes is missing: give the number of identities, or a recipe of known data."),
+        (["--classes=10", "--gpus=0"], "--gpus is 0; it must be at least 1."),
+        (["--classes=10", "--backbone=r51"], "Did you mean 'r50'?"),
+        (["--classes=10", "--sample-rate=2"], "--sample-rate is 2.0; it is a part of the classes, from 0 to 1."),
+        (["--classes=ten"], "option classes: Expected a int. Got value: ten."),
+        (["--classes=10", "--device=tpu"], "expected one of 'v100', 'a100', 'h100', 'h200', 'cpu', 'cuda'"),
+        (["--classes=10", "--backbone=mini", "--checkpointing=true"], "mini does not take the option 'checkpointing'"),
+        (["--recipe=demo"], "--classes is missing"),
+        (["--recipe=wf42m"], "There is no recipe 'wf42m'"),
+        (["--classes=10", "--gpu=3"], "did you mean --gpus"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("partialfc: error: ")
+    assert sentence in line

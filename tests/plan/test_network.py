@@ -1,0 +1,72 @@
+"""What a backbone costs, counted without numbers, beside the same with numbers and beside known figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from partialfc.backbones import BACKBONES, create_backbone
+from partialfc.errors import InputError
+from partialfc.plan.network import LiveBytes, network_pass, network_size
+from partialfc.plan.request import PlanRequest
+
+SMALL = PlanRequest(classes=100, backbone="r18", image_size=32, embedding_dim=64, batch_size=6)
+
+
+@pytest.mark.parametrize("backbone", ["r18", "vit_t", "mbf", "mini"])
+def test_tensors_without_numbers_take_what_real_ones_do(backbone: str) -> None:
+    request = replace(SMALL, backbone=backbone)
+    network = create_backbone(backbone, embedding_dim=64, image_size=32)
+    with LiveBytes(network) as live:
+        embeddings = network(torch.zeros(6, 3, 32, 32), torch.zeros(6, dtype=torch.int64)).float()
+        saved = live.now
+        embeddings.backward(torch.ones_like(embeddings))
+    counted = network_pass(request, "float32")
+    assert counted.saved_bytes == pytest.approx(saved, rel=0.001)
+    assert counted.peak_bytes == pytest.approx(live.peak, rel=0.001)
+    assert counted.working_bytes == pytest.approx(live.working_peak, rel=0.001)
+    assert saved <= live.working_peak <= live.peak <= live.working_peak + 4 * network_size(request).trained
+
+
+def test_live_bytes_are_those_of_storages_that_live() -> None:
+    module = torch.nn.Linear(2, 2)
+    with LiveBytes(module) as live:
+        module.weight.detach()  # not made here
+        first = torch.zeros(1000)
+        view = first.view(10, 100)
+        assert live.now == 4000
+        second = torch.zeros(500) + 1  # one temporary beside it
+        assert (live.now, live.peak) == (6000, 8000)
+        del first
+        assert live.now == 6000  # the view holds it
+        del view, second
+        assert live.now == 0
+
+
+def test_sizes_of_published_networks() -> None:
+    assert network_size(replace(SMALL, backbone="r100", image_size=112, embedding_dim=512)).parameters == 65_156_160
+    size = network_size(replace(SMALL, backbone="r50", image_size=112, embedding_dim=512))
+    assert size.parameters - size.trained == 512
+    assert size.largest == 512 * 25_088
+
+
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_every_backbone_is_counted(backbone: str) -> None:
+    counted = network_pass(replace(SMALL, backbone=backbone, image_size=48, batch_size=2), "bf16")
+    assert 0 < counted.saved_bytes <= counted.peak_bytes
+    assert counted.flops > 1e6
+
+
+def test_what_lowers_the_memory_of_activations() -> None:
+    request = replace(SMALL, image_size=64)
+    full, recomputed = (network_pass(replace(request, checkpointing=c), "float32") for c in (False, True))
+    assert recomputed.flops == full.flops
+    assert recomputed.saved_bytes < full.saved_bytes / 2
+    assert network_pass(request, "bf16").saved_bytes < 0.8 * full.saved_bytes
+
+
+def test_an_option_that_the_backbone_does_not_take() -> None:
+    with pytest.raises(InputError, match="mini does not take the option 'checkpointing'"):
+        network_size(replace(SMALL, backbone="mini", checkpointing=True))

@@ -236,8 +236,9 @@ class Liveness:
             reason = self._lost(now)
             if reason is not None:
                 self._decide(reason)
-                with contextlib.suppress(Exception):
-                    self._store.set("verdict", reason)
+                if now - self._answered < 2 * INTERVAL:  # a store that does not answer would hold this thread up
+                    with contextlib.suppress(Exception):
+                        self._store.set("verdict", reason)
         if self._ended.wait(_GRACE_OF_MAIN if self._main_ends else _GRACE):
             return
         cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""

@@ -39,17 +39,17 @@ class FolderLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             self._file.seek(0)
-            other = _describe(self._file.read())
+            holder = _describe(self._file.read())
             self._file.close()
             raise InputError(
-                f"{folder} is in use by another run ({other}): wait for it or stop it, or give another folder "
+                f"{folder} is in use by another run ({holder}): wait for it or stop it, or give another folder "
                 "with --out."
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "word": secrets.token_hex(8)}
-        self.content = json.dumps(holder)
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "word": secrets.token_hex(8)}
+        self.content = json.dumps(own)
         self._file.truncate(0)
         with contextlib.suppress(OSError):  # on a full disk the lock has no name, and what comes next says why
             os.write(self._file.fileno(), self.content.encode())

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from documents import write_between
 from partialfc import distributed, keyed_random
 from partialfc.bench.machine import describe
 from partialfc.head.margins import CosFace
@@ -29,10 +26,9 @@ from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.checkpoint import RowTensors
 from partialfc.training.checkpoint_async import CheckpointWriter, Snapshot
+from processes import run_processes
 
 CLASSES, WIDTH, IMAGES, PROCESSES, SAVES = 1_000_000, 512, 128, 2, 3
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- benchmarks/checkpoints.py begin -->", "<!-- benchmarks/checkpoints.py end -->"
 
 
 @dataclass(frozen=True)
@@ -85,25 +81,21 @@ class Training:
         return Save(held, time.perf_counter() - start, statistics.median(steps or [0.0]))
 
 
-def run(rank: int, port: int, classes: int, out: Path) -> None:
+def run(rank: int, classes: int, out: Path) -> None:
     """One process: both ways of saving, and steps without."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    with distributed.process_group(torch.device("cpu")):
-        training = Training(rank, classes)
-        plain = [training.step() for _ in range(8)][3:]
-        found = {"plain": [Save(0.0, 0.0, statistics.median(plain))]}
-        for name, asynchronous in (("within", False), ("beside", True)):
-            group = distributed.host_group()
-            writer = CheckpointWriter(out / "checkpoints", 1, asynchronous=asynchronous, group=group)
-            found[name] = []
-            for _ in range(SAVES):
-                found[name].append(training.save(writer))
-                training.step()
-        everyone = distributed.gather_json({name: [each.__dict__ for each in saves] for name, saves in found.items()})
-        if rank == 0:
-            (out / "saves.json").write_text(json.dumps(everyone))
+    training = Training(rank, classes)
+    plain = [training.step() for _ in range(8)][3:]
+    found = {"plain": [Save(0.0, 0.0, statistics.median(plain))]}
+    for name, asynchronous in (("within", False), ("beside", True)):
+        group = distributed.host_group()
+        writer = CheckpointWriter(out / "checkpoints", 1, asynchronous=asynchronous, group=group)
+        found[name] = []
+        for _ in range(SAVES):
+            found[name].append(training.save(writer))
+            training.step()
+    everyone = distributed.gather_json({name: [each.__dict__ for each in saves] for name, saves in found.items()})
+    if rank == 0:
+        (out / "saves.json").write_text(json.dumps(everyone))
 
 
 def slowest(everyone: list[dict[str, list[dict[str, float]]]], name: str) -> list[Save]:
@@ -132,17 +124,15 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=CLASSES, help="another number writes no table")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     try:
-        mp.spawn(run, args=(store.port, options.classes, options.out), nprocs=PROCESSES)
+        run_processes(PROCESSES, run, options.classes, options.out)
         everyone = json.loads((options.out / "saves.json").read_text())
     finally:
         shutil.rmtree(options.out)
     lines = table(everyone, 8 * options.classes * WIDTH / 1e9)
     print("\n".join(lines))
     if options.classes == CLASSES:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        DOCUMENT.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]))
+        write_between("performance.md", "benchmarks/checkpoints.py", lines)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from documents import DOCS, write_between
 from partialfc.bench.machine import describe
 from partialfc.data.face_world import FaceWorld
 from partialfc.report.plots import Line, line_chart
@@ -22,11 +23,10 @@ from partialfc.training.config import ProcessesConfig, TrainConfig
 from partialfc.training.loop import train
 from partialfc.training.metrics_log import read_metrics
 from partialfc.training.recipes import RECIPES
-from processes import run_processes, write_between
+from processes import run_processes
 
 GRADIENTS, SEEDS = ("float32", "bfloat16"), (0, 1, 2)
 STEPS, BATCH, IDENTITIES, SHOTS, SIZE = 300, 64, 1_000, 8, 64
-DOCUMENTS = Path(__file__).parent.parent / "docs"
 PICTURE = "images/compression.svg"
 
 
@@ -104,8 +104,8 @@ def main() -> None:
     lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed]({PICTURE})")
     print("\n".join(lines))
     if options.steps == STEPS:
-        (DOCUMENTS / PICTURE).write_text(picture(found, options.steps))
-        write_between(DOCUMENTS / "training.md", "compression.py", lines)
+        (DOCS / PICTURE).write_text(picture(found, options.steps))
+        write_between("training.md", "benchmarks/compression.py", lines)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 IResNet (r18) with synchronised batch statistics and ViT (vit_t) on small images of identities that are patterns, in
 float64 and in float32, with a step cut into two micro-steps. Each process writes the classes that it sampled in every
-step. Prints a table. The processes are gloo's, on this machine.
+step. Writes its table into docs/training.md. The processes are gloo's, on this machine.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from documents import write_between
 from partialfc import distributed, keyed_random
+from partialfc.bench.machine import describe
 from partialfc.data.images import encode_png
 from partialfc.head import partial_fc
 from partialfc.training.checkpoint_reading import Checkpoint, steps_in
@@ -37,8 +36,9 @@ from partialfc.training.config import (
 )
 from partialfc.training.loop import train
 from partialfc.training.metrics_log import read_metrics
+from processes import run_processes
 
-IDENTITIES, SHOTS, BATCH = 30, 5, 22
+IDENTITIES, SHOTS, BATCH, STEPS = 30, 5, 22, 100
 SIZES = {"r18": 16, "vit_t": 27}
 RATES = {"r18": 0.002, "vit_t": 0.001}
 WORLD_SIZES, RESUMED = (1, 2, 3, 4), (4, 3, 1, 2)
@@ -77,11 +77,8 @@ class _Stopped(Exception):
     """The process has done the steps that it was started for."""
 
 
-def run_part(rank: int, world_size: int, port: int, config: TrainConfig, folder: Path, stop: int) -> None:
+def run_part(rank: int, config: TrainConfig, folder: Path, stop: int) -> None:
     """One process of a run that goes on from its last checkpoint and stops after step `stop`."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     original = partial_fc.sample_classes
     with (folder.parent / f"{folder.name}-sampled-{rank}.jsonl").open("a") as log:
 
@@ -93,18 +90,16 @@ def run_part(rank: int, world_size: int, port: int, config: TrainConfig, folder:
             return classes
 
         partial_fc.sample_classes = recorded
-        with distributed.process_group(torch.device("cpu"), timeout_seconds=120):
-            try:
-                train(config, folder, resume=True, quiet=True)
-            except _Stopped:
-                distributed.barrier()
+        try:
+            train(config, folder, resume=True, quiet=True)
+        except _Stopped:
+            distributed.barrier()
 
 
 def run(world_size: int, config: TrainConfig, folder: Path, stop: int = -1) -> None:
     """`run_part` in fresh processes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    mp.spawn(run_part, args=(world_size, store.port, config, folder, stop), nprocs=world_size)
+    run_processes(world_size, run_part, config, folder, stop)
 
 
 def losses(folder: Path) -> list[float]:
@@ -142,41 +137,47 @@ def row_difference(one: Path, other: Path) -> float:
     return max(float((left[name] - right[name]).abs().max() / left[name].abs().max()) for name in left)
 
 
-def compare(data: Path, out: Path, name: str, precision: str, steps: int) -> None:
-    """Run at every world size and on changing ones, and print a line for each."""
+def compare(data: Path, out: Path, name: str, precision: str, steps: int) -> Iterator[str]:
+    """Run at every world size and on changing ones: a line for each."""
     config = elastic_config(data, name, precision, steps)
     for world_size in WORLD_SIZES:
         run(world_size, config, out / f"{world_size}")
-        show(out, f"{world_size}", f"| {name} | {precision} | {world_size} |")
+        yield line(out, f"{world_size}", f"| {name} | {precision} | {world_size} |")
     for part, world_size in enumerate(RESUMED, start=1):
         run(world_size, config, out / "changing", stop=steps * part // len(RESUMED))
-    show(out, "changing", f"| {name} | {precision} | {' → '.join(map(str, RESUMED))} |")
+    yield line(out, "changing", f"| {name} | {precision} | {' → '.join(map(str, RESUMED))} |")
 
 
-def show(out: Path, run_name: str, begin: str) -> None:
+def line(out: Path, run_name: str, begin: str) -> str:
     """One line of the table: this run against the one of a single process."""
     one, other = out / "1", out / run_name
     curve, same = losses(other), sampled(one) == sampled(other)
     apart, rows = difference(losses(one), curve), row_difference(one, other)
-    print(
+    return (
         f"{begin} {curve[0]:.3f} → {curve[-1]:.3f} | {apart:.1e} | {rows:.1e} "
-        f"| {'identical' if same else 'DIFFERENT'} in {len(sampled(other))} steps |",
-        flush=True,
+        f"| {'identical' if same else 'DIFFERENT'} in {len(sampled(other))} steps |"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder for data and runs")
-    parser.add_argument("--steps", type=int, default=100, help="a multiple of 4")
+    parser.add_argument("--steps", type=int, default=STEPS, help="a multiple of 4")
     parser.add_argument("--backbones", nargs="+", default=list(SIZES), choices=list(SIZES))
     options = parser.parse_args()
-    print("| backbone | precision | processes | loss | difference of the loss | of centers and momentum | classes |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    lines = [f"{describe('cpu')['cpu']}, torch {torch.__version__}, {options.steps} steps.", ""]
+    lines += [
+        "| backbone | precision | processes | loss | difference of the loss | of centers and momentum | classes |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
     for name in options.backbones:
         data = write_patterns(options.out / f"images-{name}", SIZES[name])
         for precision in ("float64", "float32"):
-            compare(data, options.out / f"{name}-{precision}", name, precision, options.steps)
+            for each in compare(data, options.out / f"{name}-{precision}", name, precision, options.steps):
+                print(each, flush=True)
+                lines.append(each)
+    if options.steps == STEPS and options.backbones == list(SIZES):
+        write_between("training.md", "benchmarks/elastic.py", lines)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from documents import write_between
 from partialfc import distributed, keyed_random
 from partialfc.backbones import create_backbone
 from partialfc.bench.machine import describe, peak_resident_bytes
 from partialfc.distributed import own_part
 from partialfc.training.replicas import replicated, split_over_processes
-from processes import run_processes, write_between
+from processes import run_processes
 
 WORLD_SIZES, STEPS, IMAGES = (1, 2, 4), 3, 4
-DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def main() -> None:
     lines = [f"{head} {facts['cpu']}, torch {facts['torch']}, gloo.", "", *lines]
     print("\n".join(lines))
     if tuple(options.world_sizes) == WORLD_SIZES:
-        write_between(DOCUMENT, "fsdp.py", lines)
+        write_between("training.md", "benchmarks/fsdp.py", lines)
 
 
 if __name__ == "__main__":

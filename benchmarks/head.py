@@ -13,11 +13,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from documents import write_between
 from partialfc.bench.head import bench_head
 from partialfc.bench.head_variants import HeadConfiguration, Phases, our_steps
 from partialfc.bench.machine import describe
@@ -36,7 +36,6 @@ GROWTH = (100_000, 400_000, 1_000_000, 4_000_000)
 GROWTH_SAMPLED = 10_000
 UNSAMPLED = (100_000, 1_000_000)
 SAMPLING = ((1_000_000, 0.1), (10_000_000, 0.1), (100_000_000, 0.01))
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 _MIB = 1 << 20
 
 
@@ -58,7 +57,8 @@ def main() -> None:
     }
     for name, part in parts.items():
         if options.only in (None, name):
-            write_table(name, "\n".join([hardware_line(options.device), "", *part(options)]))
+            lines = [hardware_line(options.device), "", *part(options)]
+            write_between("performance.md", f"benchmarks/head.py {name}", lines)
 
 
 def measure_step(configuration: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -156,15 +156,6 @@ def hardware_line(device: str) -> str:
         f"{hardware.get('gpu', hardware['cpu'])}, {hardware['cores']} cores, {hardware['threads']} threads, "
         f"torch {hardware['torch']}, load average {os.getloadavg()[0]:.1f}; D = 512."
     )
-
-
-def write_table(name: str, table: str) -> None:
-    """Put a table between its two marks of the document."""
-    begin, end = f"<!-- benchmarks/head.py {name} begin -->", f"<!-- benchmarks/head.py {name} end -->"
-    text = DOCUMENT.read_text()
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
-    DOCUMENT.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from documents import DOCS, write_between
 from partialfc import keyed_random
 from partialfc.bench.machine import describe
 from partialfc.data.images import encode_png
@@ -26,12 +27,11 @@ from partialfc.report.timeline import Row, Span, timeline
 from partialfc.training.config import BackboneConfig, ProcessesConfig, TrainConfig
 from partialfc.training.loop import train
 from partialfc.training.recipes import RECIPES
-from processes import run_processes, write_between
+from processes import run_processes
 
 VARIANTS = (("r18", "ddp"), ("vit_t", "ddp"), ("vit_t", "fsdp"))
 PICTURED = "r18-ddp"
 FIRST, STOP, BATCH, IDENTITIES, SHOTS, SIZE = 4, 10, 32, 40, 8, 64
-DOCUMENTS = Path(__file__).parent.parent / "docs"
 PICTURE = "images/overlap.svg"
 _WORK = ("aten::", "head: ")  # of these none waits for a collective
 
@@ -175,8 +175,8 @@ def main() -> None:
     lines.append(f"![One step of r18: what rank 0 computes, and which collectives are in flight]({PICTURE})")
     print("\n".join(lines))
     if not options.dry:
-        (DOCUMENTS / PICTURE).write_text(pictured)
-        write_between(DOCUMENTS / "performance.md", "overlap.py", lines)
+        (DOCS / PICTURE).write_text(pictured)
+        write_between("performance.md", "benchmarks/overlap.py", lines)
     else:
         (options.out / "overlap.svg").write_text(pictured)
 

@@ -16,12 +16,13 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ _MEMORY_STEPS = 2
 _IMAGES = 512
 _TRAINED_STEPS = 8
 _MIB = 1 << 20
+T = TypeVar("T")
 
 
 def head(classes: int, rate: float, batch: int, **options: Any) -> PlanRequest:
@@ -96,7 +98,7 @@ class Measured:
     rates: MachineRates
 
 
-def in_fresh_process(work: partial[Measured]) -> Measured:
+def in_fresh_process(work: Callable[[], T]) -> T:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work).result()
 
@@ -107,10 +109,15 @@ def rates_of(head: HeadRates, backbone: tuple[float, float] = (1.0, 0.0)) -> Mac
     return MachineRates("this machine", "measured", 0, *backbone, *measured, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1e6)
 
 
+def warm_up(request: PlanRequest) -> None:
+    """Load libraries and compile loops; what a first process compiles, the next one loads."""
+    head_step(replace(request, classes=64, embedding_dim=8, sample_rate=0.5))[1](4)()
+
+
 def measure_head_alone(request: PlanRequest) -> Measured:
     """Peak of a head, and its median step in turn with the small ones that give the rates; in this process."""
     is_cuda = request.device == "cuda"
-    head_step(replace(request, classes=64, embedding_dim=8, sample_rate=0.5))[1](4)()  # libraries and loops compiled
+    warm_up(request)
     before = 0 if is_cuda else peak_resident_bytes()
     step = head_step(request)[1](request.batch_size)
     for _ in range(_MEMORY_STEPS):
@@ -209,6 +216,7 @@ def check(name: str, data: Path, device: str) -> Checked:
     """Measure and predict one configuration."""
     is_training = name not in HEADS
     request = replace(ALL[name], device=device)
+    in_fresh_process(partial(warm_up, request))
     if is_training:
         measured = in_fresh_process(partial(measure_training, request, data))
         memory = plan_memory(request, request.precision, cpu_threads()).peak

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +26,3 @@ def _start(rank: int, world_size: int, port: int, worker: Callable[..., None], a
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     with distributed.process_group(torch.device("cpu"), timeout_seconds=600):
         worker(rank, *arguments)
-
-
-def write_between(document: Path, script: str, lines: list[str]) -> None:
-    """Replace what stands between the markers of `script` in a document."""
-    begin, end = f"<!-- benchmarks/{script} begin -->", f"<!-- benchmarks/{script} end -->"
-    before, rest = document.read_text().split(begin)
-    document.write_text("\n".join([before + begin, *lines, end + rest.split(end)[1]]))

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from documents import write_between
 from partialfc.bench.machine import describe
 from partialfc.head import kernels_cpu
 from partialfc.head.threads import run_parallel
 
 CLASSES, SAMPLES, WIDTH, TILE = 1_000_000, 128, 512, 768
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- benchmarks/roofline.py begin -->", "<!-- benchmarks/roofline.py end -->"
 _REPEATS = 5
 
 
@@ -93,8 +91,7 @@ def main() -> None:
         f"| together | | | {1000 * sum(part[3] for part in parts):,.0f} ms |",
     ]
     print("\n".join(lines))
-    before, rest = DOCUMENT.read_text().split(BEGIN)
-    DOCUMENT.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]))
+    write_between("performance.md", "benchmarks/roofline.py", lines)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from documents import write_between
 from partialfc.backbones import create_backbone
 from partialfc.bench.machine import describe
 
@@ -30,8 +30,6 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "bf16, channels last, fused, compiled": {"bf16": True, "channels_last": True, "fused": True, "compile": True},
     "bf16, channels last, recomputed": {"bf16": True, "channels_last": True, "checkpointing": True},
 }
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- benchmarks/step_options.py begin -->", "<!-- benchmarks/step_options.py end -->"
 EMBEDDING_DIM = 128
 
 
@@ -116,8 +114,7 @@ def write_table(results: dict[str, dict[str, float]], arguments: argparse.Namesp
             shown = name in speeds
             cells.append(f"{speeds[name]:.0f} ({speeds[name] / speeds['float32']:.2f} ×)" if shown else "–")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    before, rest = DOCUMENT.read_text().split(BEGIN)
-    DOCUMENT.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]))
+    write_between("performance.md", "benchmarks/step_options.py", lines)
 
 
 if __name__ == "__main__":

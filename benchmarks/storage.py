@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from documents import write_between
 from partialfc.bench.machine import describe
 from partialfc.data.face_world import FaceWorld
 from partialfc.training.config import OptimizerConfig, TrainConfig
@@ -30,8 +31,6 @@ STORAGES: tuple[tuple[DType, DType], ...] = (
     ("bfloat16", "bfloat16"),
 )
 STEPS, BATCH, IDENTITIES, SHOTS = 2_000, 32, 2_000, 8
-DOCUMENT = Path(__file__).parent.parent / "docs" / "head.md"
-BEGIN, END = "<!-- benchmarks/storage.py begin -->", "<!-- benchmarks/storage.py end -->"
 
 
 def configuration(centers: DType, momentum: DType, seed: int, data: Path) -> TrainConfig:
@@ -75,10 +74,9 @@ def main() -> None:
             f"{means[1]:.3f} ± {spread[1]:.3f} | {means[2]:.2%} ± {spread[2]:.2%} |"
         )
     hardware = describe("cpu")
-    text = "\n".join([f"{hardware['cpu']}, torch {hardware['torch']}.", "", *lines])
-    print(text)
-    before, rest = DOCUMENT.read_text().split(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    lines = [f"{hardware['cpu']}, torch {hardware['torch']}.", "", *lines]
+    print("\n".join(lines))
+    write_between("head.md", "benchmarks/storage.py", lines)
 
 
 def figures_of(centers: DType, momentum: DType, seed: int, out: Path) -> tuple[float, float, float]:

@@ -16,17 +16,18 @@ from partialfc import distributed
 Worker = Callable[[int, Path], None]
 
 
-def run_ranks(world_size: int, worker: Worker, folder: Path) -> None:
+def run_ranks(world_size: int, worker: Worker, folder: Path, *, joined: bool = True) -> None:
     """Run `worker(rank, folder)` in `world_size` fresh processes that form the default process group.
 
-    The worker is a function of a module; it leaves its results in the folder. A failure in it fails the caller.
+    The worker is a function of a module; it leaves its results in the folder. A failure in it fails the caller. Without
+    `joined` the processes are as torchrun leaves them, and may form groups themselves.
     """
     # The parent keeps the store, as torchrun does, on a port that the system picks: no race for a free one.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    mp.spawn(_start, args=(world_size, store.port, worker, folder), nprocs=world_size)
+    mp.spawn(_start, args=(world_size, store.port, worker, folder, joined), nprocs=world_size)
 
 
-def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path) -> None:
+def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path, joined: bool = True) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
@@ -36,6 +37,9 @@ def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path) 
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
+    if not joined:
+        worker(rank, folder)
+        return
     with distributed.process_group(torch.device("cpu"), timeout_seconds=60):
         worker(rank, folder)
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from distributed_workers import run_ranks
 from partialfc import distributed
-from partialfc.errors import InputError
+from partialfc.errors import InputError, JobError
 
 CPU = torch.device("cpu")
 WORLD_SIZE = 3
@@ -160,6 +160,42 @@ def test_half_of_torchruns_variables_are_an_error(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match="RANK, MASTER_ADDR is not: start the processes with torchrun"):
         distributed.process_group(CPU).__enter__()
     assert os.environ["WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("WORLD_SIZE", None, "RANK is set but WORLD_SIZE is not: start the processes with torchrun"),
+        ("MASTER_ADDR", None, "WORLD_SIZE is set but MASTER_ADDR is not: start"),
+        ("WORLD_SIZE", "two", "The environment has WORLD_SIZE='two', which is no number: start"),
+        ("RANK", "2", "RANK is 2 and WORLD_SIZE 2, but ranks count from 0: start"),
+    ],
+)
+def test_a_broken_environment_is_the_users_mistake(
+    name: str, value: str | None, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, good in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, good)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"^{sentence}"):
+        distributed.process_group(CPU).__enter__()
+
+
+def test_a_network_that_lets_nobody_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(distributed, "meet", lambda *_: "word")
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with\n [pair.cc] Connection refused")
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with pytest.raises(JobError, match=r"^Rank 0 cannot connect to the other 1 processes, which meet at here:7 \(Gloo"):
+        distributed.process_group(CPU).__enter__()
 
 
 def fail(rank: int, folder: Path) -> None:

@@ -28,7 +28,7 @@ def peer(came: float = 100.0, **changes: object) -> Peer:
 
 
 def judged(*peers: Peer, now: float = 101.0) -> str | None:
-    return lost_process(dict(enumerate(peers)), now, silence=30.0, timeout=600.0)
+    return lost_process(dict(enumerate(peers)), now, silence=30.0, timeout=600.0, world_size=len(peers))
 
 
 def test_all_is_well() -> None:
@@ -67,6 +67,8 @@ def test_the_stuck_process_is_blamed_and_not_those_that_wait_for_it() -> None:
     assert both is not None  # all wait for each other: all are named
     assert "rank 0" in both
     assert "rank 1" in both
+    assert judged(waiting, GOOD) is None  # the other is about to be late too, or gets on
+    assert lost_process({0: waiting}, 101.0, silence=30.0, timeout=600.0, world_size=2) is None  # rank 0 knows better
     many = judged(*[waiting] * 20)
     assert many is not None
     assert many.count("rank ") == 8
@@ -135,6 +137,37 @@ def stuck(rank: int, folder: Path) -> None:
         if rank == 1:
             time.sleep(100)
         barrier()
+
+
+class LostStore:
+    """No call comes back, as with a store whose host is cut off."""
+
+    name = "the meeting point"
+
+    def set(self, key: str, value: str) -> None:
+        time.sleep(100)
+
+    def get(self, keys: list[str]) -> list[str]:
+        time.sleep(100)
+        return []
+
+
+def without_store(rank: int, folder: Path) -> None:
+    """Rank 1 loses the store in the middle of a wait; rank 0 ends while its calls to the store hang."""
+    os.dup2(os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
+    liveness.INTERVAL, liveness._GRACE = 0.2, 0.5
+    with Liveness(2.0, 600.0) as watch:
+        watch._store = LostStore()  # type: ignore[assignment]
+        time.sleep(100 if rank == 1 else 0.5)
+    os._exit(7)
+
+
+def test_a_store_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert run_apart(2, without_store, tmp_path) == [7, 1]
+    assert time.monotonic() - started < 60
+    said = (tmp_path / "1.txt").read_text()
+    assert "partialfc: error: the meeting point has not answered for" in said or "rank 0 (on" in said
 
 
 @pytest.mark.parametrize("how", ["killed", "failed"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from partialfc.activity import doing
 from partialfc.errors import InputError, JobError
+from partialfc.meeting import meet
 
 Group = dist.ProcessGroup
 _WORDS_OF_COLLECTIVES = ("gloo", "nccl", "connection closed by peer")
@@ -42,12 +44,17 @@ def world_size_of(group: Group | None = None) -> int:
 
 def local_rank() -> int:
     """This process's number on its machine, as torchrun tells it; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _launched("LOCAL_RANK", 0)
+
+
+def local_world_size() -> int:
+    """How many processes torchrun started on this machine; 1 without torchrun."""
+    return _launched("LOCAL_WORLD_SIZE", 1)
 
 
 def launched_rank() -> int:
     """This process's number among all that torchrun started, also while no process group is up; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    return _launched("RANK", 0)
 
 
 @dataclass(frozen=True)
@@ -90,25 +97,55 @@ def split_evenly(total: int, parts: int, part: int) -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Iterator[None]:
+def process_group(
+    device: torch.device,
+    timeout_seconds: float = 600.0,
+    *,
+    card: Mapping[str, Any] | None = None,
+    judge: Callable[[Sequence[Mapping[str, Any]]], str | None] = lambda cards: None,
+) -> Iterator[None]:
     """Start the default group from torchrun's environment (gloo on the CPU, NCCL on CUDA), and end it afterwards.
 
     Without torchrun's variables, or with one process, it starts nothing.
+
+    Args:
+        card: what this process says of itself, for `judge`.
+        judge: called on rank 0 with the cards of all ranks; a sentence if they do not fit together.
+
+    Raises:
+        InputError: on all ranks, with that sentence; or torchrun's variables are not complete.
+        JobError: the processes did not meet in time.
     """
-    if _launched_size() == 1 or dist.is_initialized():
+    if dist.is_initialized() or (_launched_size() == 1 and launched_rank() == 0):
         yield
         return
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
     if missing:
-        raise InputError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start the processes with torchrun.")
+        there = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "RANK"
+        raise InputError(f"{there} is set but {', '.join(missing)} is not: start the processes with torchrun.")
+    if launched_rank() >= _launched_size():
+        raise InputError(
+            f"RANK is {launched_rank()} and WORLD_SIZE {_launched_size()}, but ranks count from 0: start the processes "
+            "with torchrun."
+        )
     # Beside a GPU's NCCL, gloo carries what lives on the host, such as the checkpoints' agreements.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    except dist.DistError as error:
+        timeout = timedelta(seconds=timeout_seconds)
+        store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+        word = meet(store, rank, world_size, card or {}, judge, timeout_seconds)
+        dist.init_process_group(
+            backend, store=PrefixStore(f"partialfc/{word}", store), rank=rank, world_size=world_size, timeout=timeout
+        )
+    except RuntimeError as error:
+        if not is_broken_exchange(error):
+            raise
+        reason = " ".join(str(error).splitlines()[0].split())
         raise JobError(
-            f"Rank {launched_rank()} has not met the other {_launched_size() - 1} processes at {_store_name()} within "
-            f"{timeout_seconds:.0f} s ({str(error).splitlines()[0]}): start all of them, and let the network pass them."
+            f"Rank {launched_rank()} cannot connect to the other {_launched_size() - 1} processes, which meet at "
+            f"{_store_name()} ({reason}): start all of them, let the network pass them, and name its interface "
+            "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) if the names of the hosts lead elsewhere."
         ) from error
     try:
         yield
@@ -117,7 +154,17 @@ def process_group(device: torch.device, timeout_seconds: float = 600.0) -> Itera
 
 
 def _launched_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _launched("WORLD_SIZE", 1)
+
+
+def _launched(name: str, default: int) -> int:
+    """A number that the launcher gives in the environment."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise InputError(
+            f"The environment has {name}={value!r}, which is no number: start the processes with torchrun."
+        )
+    return int(value)
 
 
 def _store_name() -> str:

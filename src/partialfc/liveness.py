@@ -77,14 +77,15 @@ class Peer:
         return f"on {self.sign.host}, process {self.sign.process}"
 
 
-def lost_process(peers: Mapping[int, Peer], now: float, silence: float, timeout: float) -> str | None:
+def lost_process(peers: Mapping[int, Peer], now: float, silence: float, timeout: float, world_size: int) -> str | None:
     """Whom the run has lost and why, in a sentence without its end; None if all is well.
 
     Args:
-        peers: by rank.
+        peers: by rank; all of them on rank 0, and rank 0 elsewhere.
         now: by the clock of `came`.
         silence: seconds after which a process without a sign is dead.
         timeout: seconds after which a thread without progress is stuck.
+        world_size: how many ranks there are.
     """
     here = socket.gethostname()
     for rank, peer in peers.items():
@@ -99,10 +100,10 @@ def lost_process(peers: Mapping[int, Peer], now: float, silence: float, timeout:
         silent = now - peer.came
         if silent > silence:
             return f"rank {rank} ({peer.name}) has given no sign of life for {silent:.0f} s{last}"
-    return _stuck(peers, timeout)
+    return _stuck(peers, timeout, world_size)
 
 
-def _stuck(peers: Mapping[int, Peer], timeout: float) -> str | None:
+def _stuck(peers: Mapping[int, Peer], timeout: float, world_size: int) -> str | None:
     late = [
         (rank, peer, what, seconds, waits)
         for rank, peer in peers.items()
@@ -110,8 +111,11 @@ def _stuck(peers: Mapping[int, Peer], timeout: float) -> str | None:
         for what, seconds, waits in peer.sign.threads
         if seconds > timeout
     ]
-    # Whoever waits for others is not to blame, unless all do.
-    blamed = [each for each in late if not each[-1]] or late
+    # Whoever waits for others is not to blame, unless all do; another may be about to be late, or get on all the time.
+    blamed = [each for each in late if not each[-1]]
+    at_work = {rank for rank, peer in peers.items() if peer.sign.end is None}
+    if not blamed and {rank for rank, *_ in late} == at_work and len(peers) == world_size:
+        blamed = late
     if not blamed:
         return None
     said = [f"rank {rank} ({peer.name}) has been {what} for {age:.0f} s" for rank, peer, what, age, _ in blamed]
@@ -158,7 +162,8 @@ class Liveness:
         self._end: str | None = None
         self._peers: Mapping[int, Peer] = {}
         self._answered = time.monotonic()
-        self._setting = threading.Lock()
+        self._told: str | None = None
+        self._wake = threading.Event()
 
     def __enter__(self) -> Liveness:
         if self.enabled:
@@ -168,8 +173,9 @@ class Liveness:
             self._give_sign()
             gather_json(None)  # every key is there from here on
             self._answered = time.monotonic()
-            for work in (self._exchange, self._judge):
-                threading.Thread(target=work, name=f"liveness {work.__name__}", daemon=True).start()
+            self._exchanger = threading.Thread(target=self._exchange, name="liveness exchange", daemon=True)
+            self._exchanger.start()
+            threading.Thread(target=self._judge, name="liveness judge", daemon=True).start()
         return self
 
     def __exit__(
@@ -181,16 +187,15 @@ class Liveness:
         own = error is not None and not self._main_ends and not isinstance(error, StoppedBySignal)
         self._end = _in_words(error) if own and error is not None else ""
         self._ended.set()
-        with contextlib.suppress(Exception):
-            self._give_sign()
+        self._wake.set()
+        self._exchanger.join(2 * INTERVAL)
 
     def explain(self, error: BaseException) -> JobError | None:
         """What lies behind an exchange that broke off, waiting some seconds to find out; None for other errors."""
         if not self.enabled or not is_broken_exchange(error):
             return None
         self._main_ends = True
-        with contextlib.suppress(Exception):
-            self._give_sign()
+        self._wake.set()
         self._found.wait(self.silence + 2 * INTERVAL)
         if self.rank == 0:
             time.sleep(2 * INTERVAL)  # it may keep the store, from which the others are about to read the verdict
@@ -200,12 +205,23 @@ class Liveness:
     # -- the two threads ---------------------------------------------------------------------------------------------
 
     def _exchange(self) -> None:
-        """Give a sign, and read those of others, every `INTERVAL`."""
+        """Give a sign, and read those of others, every `INTERVAL`; at the end give a last one.
+
+        No other thread uses the store: if it is lost, a call may never come back, however long its timeout.
+        """
         watched = range(self.world_size) if self.rank == 0 else range(1)
         keys = ["verdict", *(str(rank) for rank in watched)]
-        while not self._ended.wait(INTERVAL):
+        over = False
+        while not over:
+            self._wake.wait(INTERVAL)
+            self._wake.clear()
+            over = self._ended.is_set()
             try:
                 self._give_sign()
+                if self._told is not None:
+                    self._store.set("verdict", self._told)
+                if over:
+                    return
                 verdict, *signs = self._store.get(keys)
             except Exception:  # the store is lost, or slow: the other thread sees how long nothing has come
                 continue
@@ -236,8 +252,8 @@ class Liveness:
             reason = self._lost(now)
             if reason is not None:
                 self._decide(reason)
-                with contextlib.suppress(Exception):
-                    self._store.set("verdict", reason)
+                self._told = reason
+                self._wake.set()
         if self._ended.wait(_GRACE_OF_MAIN if self._main_ends else _GRACE):
             return
         cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
@@ -252,7 +268,7 @@ class Liveness:
         unanswered = now - self._answered
         if unanswered > silence and not (0 in peers and peers[0].sign.end == ""):
             return f"{self._store.name} has not answered for {unanswered:.0f} s: its host is gone or cut off"
-        return lost_process(peers, now, silence, self.timeout)
+        return lost_process(peers, now, silence, self.timeout, self.world_size)
 
     def _decide(self, reason: str) -> None:
         if self.verdict is None:
@@ -260,11 +276,10 @@ class Liveness:
             self._found.set()
 
     def _give_sign(self) -> None:
-        with self._setting:
-            self._number += 1
-            threads = [(each.what, each.seconds, each.waits) for each in activities()]
-            sign = Sign(self._number, socket.gethostname(), os.getpid(), self._main_ends, threads, self._end)
-            self._store.set(str(self.rank), json.dumps(asdict(sign)))
+        self._number += 1
+        threads = [(each.what, each.seconds, each.waits) for each in activities()]
+        sign = Sign(self._number, socket.gethostname(), os.getpid(), self._main_ends, threads, self._end)
+        self._store.set(str(self.rank), json.dumps(asdict(sign)))
 
 
 def _in_words(error: BaseException) -> str:

@@ -17,10 +17,11 @@ from partialfc.plan.request import PlanRequest
 SCRATCH = 256 << 20  # PartialFC's scratch_bytes
 _CHUNKED_SCRATCH = 32 << 20  # of the plain path on a CPU
 _CPU_TILE = 3 << 20
-_CPU_PARTS, _GPU_PARTS = 16, 32  # sums of the first pass that are kept apart
+_GPU_TILE = 64 << 20
+_CPU_PARTS = 16  # sums of the first pass that are kept apart
 _NUMBERS_CPU, _NUMBERS_GPU = 1 << 18, 1 << 26  # of a sparse gradient that are updated at once
-CLASS_BYTES = 48  # of class numbers and of drawing them, for each sampled class
-GATHERED_BYTES, TARGET_BYTES = 32, 40  # of each element of the gathered embeddings, and of those whose class is here
+CLASS_BYTES = 49  # of class numbers and of drawing them, for each sampled class
+GATHERED_BYTES = 60  # of each element of the gathered embeddings, and of their target centers in float64
 UPDATE_BYTES = {("sgd", False): 20, ("sgd", True): 32, ("adamw", False): 24, ("adamw", True): 34}
 CONTEXT_BYTES = 1 << 30  # of CUDA, its libraries and NCCL on each GPU; assumed
 FRAGMENTATION = 0.05  # of a GPU's memory that its allocator cannot use; assumed
@@ -128,7 +129,7 @@ def _tile_numbers(request: PlanRequest) -> int:
     """Elements of the gradient of one tile of classes."""
     samples, width = request.gathered, request.embedding_dim
     if not request.on_cpu:
-        classes = SCRATCH // (4 * width)
+        classes = _GPU_TILE // ((samples + width) * request.operand_bytes + 4 * width)
     elif request.compiled_head:
         classes = _CPU_TILE // (6 * (samples + width))
     else:
@@ -159,11 +160,10 @@ def kept_classes(request: PlanRequest) -> int:
 def _head_at_work(request: PlanRequest, threads: int) -> int:
     """Forward and backward pass of the head: batch, class numbers, sums kept apart, tiles."""
     width, gathered = request.embedding_dim, request.gathered
-    batch = GATHERED_BYTES * gathered * width + TARGET_BYTES * request.batch_size * width
+    batch = GATHERED_BYTES * gathered * width
     classes = CLASS_BYTES * request.sampled
     if not request.on_cpu:
-        tile = 4 * _tile_numbers(request) * (request.head_update == "sparse")
-        return batch + classes + _GPU_PARTS * 4 * gathered * width + tile
+        return batch + classes + _GPU_TILE
     if request.compiled_head:
         return batch + classes + (_CPU_PARTS + threads * (request.operand_bytes == 2)) * 4 * gathered * width
     full = _tile_numbers(request) // width < request.sampled

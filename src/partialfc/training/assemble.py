@@ -12,7 +12,7 @@ from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
 from partialfc.data.subset import SubsetSource
-from partialfc.distributed import local_rank, rank_of, world_size_of
+from partialfc.distributed import local_rank, local_world_size, rank_of, world_size_of
 from partialfc.errors import InputError
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
@@ -27,11 +27,21 @@ PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float
 
 
 def choose_device(name: str) -> torch.device:
-    """This process's device for "auto", "cpu" or "cuda"; InputError if a GPU is asked for and there is none."""
+    """This process's device for "auto", "cpu" or "cuda".
+
+    Raises:
+        InputError: a GPU is asked for and there is none, or more processes run on this host than it has GPUs.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda, but PyTorch sees no GPU: use --device cpu, or auto.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    gpus, processes = torch.cuda.device_count(), max(local_world_size(), local_rank() + 1)
+    if processes > gpus:
+        raise InputError(
+            f"{processes} processes were started on a host where PyTorch sees {gpus} GPU{'s' if gpus > 1 else ''}: "
+            f"start at most {gpus}, with torchrun --nproc-per-node {gpus}, or use --device cpu."
+        )
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device

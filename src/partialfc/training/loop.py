@@ -17,7 +17,6 @@ from partialfc.distributed import (
     broadcast,
     gather_json,
     host_group,
-    process_group,
     rank_of,
     start_max,
     world_size_of,
@@ -31,13 +30,13 @@ from partialfc.training.assemble import (
     PRECISION_NAMES,
     build_backbone,
     build_state,
-    choose_device,
     compute_dtype,
     open_loader,
 )
 from partialfc.training.checkpoint import Checkpoint, load_latest
 from partialfc.training.config import TrainConfig
 from partialfc.training.identities import write_identities
+from partialfc.training.launch import check_same_data, joined
 from partialfc.training.metrics_log import MetricsLog
 from partialfc.training.profiling import StepProfiler, parse_steps, peak_bytes
 from partialfc.training.progress import TrainingProgress
@@ -48,7 +47,7 @@ from partialfc.training.signals import StopSignals
 from partialfc.training.skipping import Skip, describe_skip
 from partialfc.training.starting import Start, apply_start, check_resumable, read_start
 from partialfc.training.step import Stepper
-from partialfc.training.trackers import Tracker, check_trackers, open_trackers
+from partialfc.training.trackers import Tracker, open_trackers
 
 _SECONDS_FOR_A_CHECKPOINT = 10.0  # that one is being written when the run fails; the others may be dead
 
@@ -77,20 +76,18 @@ def train(
         StoppedBySignal: SIGTERM or SIGINT came to any process; the state is saved.
         JobError: the training failed.
     """
-    config.check()
-    if verify and not resume:
-        raise InputError("--verify reads the checkpoint that a run goes on from: give --resume too.")
-    check_trackers(config.output)
-    device = choose_device(config.device)
+    names = benchmarks or {}
     silence, timeout = config.processes.silence_seconds, config.processes.timeout_seconds
+    how = _How(resume, verify, quiet)
     with StopSignals() as signals, contextlib.ExitStack() as held:
         with signals.nothing_to_save():
-            held.enter_context(process_group(device, _patience(config)))
+            device = held.enter_context(
+                joined(config, names, resume=resume, verify=verify, timeout_seconds=_patience(config))
+            )
         liveness = held.enter_context(Liveness(silence, timeout))
-        how = _How(resume, verify, quiet)
         try:
             with doing("opening data, networks and run folder"):
-                trainer = _Trainer(config, out, benchmarks or {}, device, signals, held, how)
+                trainer = _Trainer(config, out, names, device, signals, held, how)
             return trainer.run()
         except RuntimeError as error:
             lost = liveness.explain(error)
@@ -138,6 +135,7 @@ class _Trainer:
         self.config, self.device, self.quiet, self.signals = config, device, how.quiet, signals
         self.world_size, self.leads = world_size_of(), rank_of() == 0
         self.loader = open_loader(config)
+        check_same_data(self.loader)
         backbone = config.backbone
         self.model_config = ModelConfig(backbone.name, backbone.embedding_dim, self.loader.image_size)
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from partialfc.distributed import Group, gather_json, rank_of
 from partialfc.errors import InputError
 from partialfc.training.config import FREE_KEYS, TrainConfig
 from partialfc.training.run_lock import LOCK, FolderLock
+
+_LISTED = 8  # ranks named in one message
+_SECONDS_TO_SEE = 20.0  # a network file system may show a new file late
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,18 @@ def open_run_folder(
 ) -> Iterator[RunFolder]:
     """Make the folder of a new run, or check that the run in it can be continued; locked until the end.
 
-    Four collectives.
+    Eight collectives.
 
     Raises:
         InputError: on all ranks alike. The folder holds something and is not to be resumed, or the run in it had
-            another configuration, or another process is at work in it.
+            another configuration, or another process is at work in it, or not all ranks see it.
     """
     folder = RunFolder(root)
     with ExitStack() as held:
         _refuse_together(lambda: _check(folder, config, resume), group)  # every rank looks before rank 0 writes
-        _refuse_together(lambda: _take(folder, config, held) if rank_of(group) == 0 else None, group)
+        locks: list[FolderLock] = []
+        _refuse_together(lambda: _take(folder, config, held, locks) if rank_of(group) == 0 else None, group)
+        _check_shared(root, root / LOCK, locks[0].content if locks else None)
         yield folder
 
 
@@ -75,9 +82,9 @@ def _refuse_together(work: Callable[[], None], group: Group | None) -> None:
         raise InputError(refusals[0])
 
 
-def _take(folder: RunFolder, config: TrainConfig, held: ExitStack) -> None:
+def _take(folder: RunFolder, config: TrainConfig, held: ExitStack, locks: list[FolderLock]) -> None:
     folder.root.mkdir(parents=True, exist_ok=True)
-    held.enter_context(FolderLock(folder.root))
+    locks.append(held.enter_context(FolderLock(folder.root)))
     beside = folder.config.with_name(f".{folder.config.name}.writing")
     try:  # the old one stays until the new one is whole: a full disk must not cost a run its configuration
         beside.write_text(config.to_yaml(), encoding="utf-8")
@@ -126,17 +133,53 @@ def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None
     return complete
 
 
-def differing_key(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+def differing_key(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, free: frozenset[str] = FREE_KEYS
+) -> str | None:
     """The first dotted key, free ones aside, at which two nested configurations differ."""
     for key in {**old, **new}:
         name = prefix + key
         left, right = old.get(key), new.get(key)
-        if name in FREE_KEYS or left == right:
+        if name in free or left == right:
             continue
         if isinstance(left, dict) and isinstance(right, dict):
-            inner = differing_key(left, right, name + ".")
+            inner = differing_key(left, right, name + ".", free=free)
             if inner is None:
                 continue
             return inner
         return name
     return None
+
+
+def _check_shared(folder: Path, marker: Path, content: str | None) -> None:
+    """Whether all ranks see the file that rank 0 has written into the folder. Four collectives.
+
+    Args:
+        folder: of the run.
+        marker: the file; rank 0 does not open it, since that would give up the lock on it.
+        content: what is in it, on rank 0.
+
+    Raises:
+        InputError: on all ranks, naming those that do not see it.
+    """
+    host, root, written = gather_json([socket.gethostname(), str(folder), content])[0]
+    blind = None if rank_of() == 0 or _sees(marker, written) else socket.gethostname()
+    hosts = {rank: name for rank, name in enumerate(gather_json(blind)) if name is not None}
+    if hosts:
+        named = ", ".join(f"rank {rank} on {name}" for rank, name in list(hosts.items())[:_LISTED])
+        raise InputError(
+            f"{named} cannot see what rank 0 on {host} writes to {root}: give a folder on storage that all hosts "
+            "share with --out."
+        )
+
+
+def _sees(marker: Path, content: str) -> bool:
+    until = time.monotonic() + _SECONDS_TO_SEE
+    while True:
+        with suppress(OSError, UnicodeDecodeError):
+            os.listdir(marker.parent)  # which makes a network file system look again
+            if marker.read_text(encoding="utf-8") == content:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)

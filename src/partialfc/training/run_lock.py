@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import socket
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,11 @@ class FolderLock:
 
     It is a record lock of the operating system on the file `.lock`, which names host and process. Network file systems
     keep such locks too, and the processes that read the data, which may live a moment longer, do not inherit them. On
-    storage that knows no locks it holds nothing: training is not refused there.
+    storage that knows no locks it holds nothing: training is not refused there. The process that holds it must not open
+    the file a second time: closing that would let go of the lock.
+
+    Attributes:
+        content: of the file, never the same twice.
 
     Raises:
         InputError: another process holds it; the message names that.
@@ -43,10 +48,12 @@ class FolderLock:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-        own = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "word": secrets.token_hex(8)}
+        self.content = json.dumps(own)
         self._file.truncate(0)
         with contextlib.suppress(OSError):  # on a full disk the lock has no name, and what comes next says why
-            os.write(self._file.fileno(), own)
+            os.write(self._file.fileno(), self.content.encode())
+            os.fsync(self._file.fileno())  # other hosts look for it
 
     def close(self) -> None:
         """Let others in."""

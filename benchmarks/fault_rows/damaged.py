@@ -101,7 +101,7 @@ def flips(*, verify: bool) -> Callable[[Bench, bool], Iterator[Injection]]:
 
     def injections(bench: Bench, short: bool) -> Iterator[Injection]:
         yield Injection("every block of every file", lambda folder: _flip_all(bench, folder, verify, short))
-        for place, prefix in enumerate(_prefixes(verify)[: int(verify)] if short else _prefixes(verify)):
+        for place, prefix in enumerate([] if short else _prefixes(verify)):
             yield Injection(
                 f"real processes, {prefix}", lambda folder, p=prefix, n=place: _flip_one(bench, folder, p, n, verify)
             )

@@ -4,7 +4,8 @@
 
 The hosts are network namespaces of this machine (benchmarks/namespaces.py), each with a `torchrun -m partialfc train`
 of its own. A scenario injects one fault into a running training and sees what the processes do and what they say.
-Prints a table.
+Prints a
+table, and writes it into docs/reliability.md when all scenarios have run.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from pathlib import Path
 
 import torch
 
+from documents import write_between
 from elastic import write_patterns
 from host_runs import SECONDS_OF_A_RUN, Run
 from namespaces import Host, network, why_not
+from partialfc.bench.machine import describe
 
 SIZE = 16  # pixels of benchmarks/elastic.py's patterns
 SECONDS_TO_NOTICE = 60.0  # for a lost process or host: silence_seconds, a grace, and a busy machine
@@ -274,15 +277,24 @@ def main() -> int:
     if reason := why_not(options.out):
         print(f"This machine cannot have several hosts ({reason}): run it as root, with iproute2.", file=sys.stderr)
         return 2
-    print("| fault | as written | outcome | steps done again | seconds |\n|---|---|---|---|---|", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are removed on the way out
+    lines = ["| fault | outcome | steps done again | seconds |", "|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
     failed = False
     for name in options.scenarios:
         with opened_stage(options.out.resolve(), options.steps) as stage:
             outcome = SCENARIOS[name](stage)
         seconds = "" if outcome.seconds is None else f"{outcome.seconds:.0f}"
         lost = "" if outcome.lost_steps is None else outcome.lost_steps
-        print(f"| {outcome.fault} | {outcome.as_written} | {outcome.said} | {lost} | {seconds} |", flush=True)
+        said = outcome.said if outcome.as_written else f"**not as written**: {outcome.said}"
+        lines.append(f"| {outcome.fault} | {said} | {lost} | {seconds} |")
+        print(lines[-1], flush=True)
         failed |= not outcome.as_written
+    if not failed and options.scenarios == list(SCENARIOS):
+        machine = describe("cpu")
+        place = f"{machine['cores']} cores of {machine['cpu']}, torch {torch.__version__}"
+        note = f"{options.steps} steps, once each; {place}."
+        write_between("reliability.md", "hosts", [*lines, "", note])
     return int(failed)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import time
@@ -61,10 +62,6 @@ class Host:
         """Plug it in again."""
         _ip("-n", self.switch, "link", "set", f"to-{self.name}", "up")
 
-    def processes(self) -> list[int]:
-        """The processes in its network."""
-        return [int(each) for each in _ip("netns", "pids", self.namespace).split()]
-
 
 @contextmanager
 def network(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
@@ -74,6 +71,7 @@ def network(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
         names: of the hosts, at most 8 letters each.
         folder: for the file of their addresses.
     """
+    _remove_leftovers()
     begin = f"pfc{os.getpid()}x{next(_NETWORKS)}"
     switch = f"{begin}-switch"
     file = folder / f"{begin}-hosts"
@@ -108,6 +106,17 @@ def why_not(folder: Path) -> str | None:
         return f"no network namespaces: {error}"
 
 
+def _remove_leftovers() -> None:
+    """Remove the networks of processes that were killed before they could."""
+    for line in _ip("netns", "list").splitlines():
+        name = line.split()[0]
+        maker = re.fullmatch(r"pfc(\d+)x\d+-.*", name)
+        if maker and not Path(f"/proc/{maker[1]}").exists():
+            _kill_all(name)
+            with suppress(RuntimeError):
+                _ip("netns", "delete", name)
+
+
 def _plug_in(host: Host, address: str) -> None:
     _ip("netns", "add", host.namespace)
     cable = ["link", "add", "eth0", "netns", host.namespace, "type", "veth"]
@@ -119,19 +128,23 @@ def _plug_in(host: Host, address: str) -> None:
 
 
 def _end_processes(host: Host) -> None:
-    """Kill what runs there until nothing does: a launcher may start one more."""
-    for _ in range(50):
-        processes: list[int] = []
-        with suppress(RuntimeError):
-            processes = host.processes()
-        if not processes:
-            break
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        time.sleep(0.1)
+    _kill_all(host.namespace)
     for started in host.started:
         started.wait(timeout=10)
+
+
+def _kill_all(namespace: str) -> None:
+    """Kill what runs there until nothing does: a launcher may start one more."""
+    for _ in range(50):
+        processes: list[str] = []
+        with suppress(RuntimeError):
+            processes = _ip("netns", "pids", namespace).split()
+        if not processes:
+            return
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def _ip(*words: str) -> str:

@@ -35,8 +35,8 @@ def test_a_host_is_cut_off(hosts: ModuleType, tmp_path: Path) -> None:
 
 def test_a_killed_rank_starts_again_and_goes_on_by_itself(hosts: ModuleType, tmp_path: Path) -> None:
     """Under torchrun, whose store still holds the addresses of the dead."""
-    with hosts.opened_stage(tmp_path, steps=24) as stage:
+    with hosts.opened_stage(tmp_path, steps=12) as stage:
         outcome = hosts.killed_rank(stage)
     assert outcome.as_written, outcome.said
-    assert 0 <= outcome.lost_steps <= 24 // 8 + 6  # those since the last checkpoint; the one before may be in writing
+    assert 0 <= outcome.lost_steps <= 12 // 8 + 6  # those since the last checkpoint; the one before may be in writing
     assert not [name for name in os.listdir("/var/run/netns") if name.startswith(f"pfc{os.getpid()}x")]

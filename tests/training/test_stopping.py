@@ -395,6 +395,25 @@ def test_a_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.equal(written.tensors("backbone")["weight"], torch.arange(12.0).view(4, 3))
 
 
+def test_the_memory_of_the_first_copy_is_taken_before(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep=1)
+    values = torch.arange(12.0).view(4, 3)
+    writer.make_room(snapshot(values).rows.tensors)
+    writer.save(snapshot(values))
+    taken = writer._copies._buffers["rows/centers"].data_ptr()
+    writer.finish()
+    written = Checkpoint(tmp_path / "step-00000007")
+    assert torch.equal(written.rows("centers", 0, 4), values)
+    other = CheckpointWriter(tmp_path, keep=1)
+    other.make_room({"centers": values})
+    assert other._making_room is not None
+    other._making_room.join()
+    before = other._copies._buffers["rows/centers"].data_ptr()
+    other.save(snapshot(values))
+    other.finish()
+    assert other._copies._buffers["rows/centers"].data_ptr() == before != taken
+
+
 def test_a_run_from_before_an_option_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing key of the stored configuration has its default; another value is still another run."""
     with monkeypatch.context() as patch:

@@ -48,13 +48,19 @@ class HostCopies:
             torch.cuda.current_stream().synchronize()
         return replace(snapshot, tensors=tensors, rows=RowTensors(snapshot.rows.shard, rows))
 
+    def make_room(self, rows: Mapping[str, Tensor]) -> None:
+        """Take the memory for copies of these row tensors: fresh pages cost more than what is copied into them."""
+        for name, tensor in rows.items():
+            self._buffer(f"rows/{name}", tensor).zero_()
+
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        source = tensor.detach()
+        return self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
-        if buffer is None or (buffer.dtype, buffer.shape) != (source.dtype, source.shape):
-            buffer = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
+        if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
+            buffer = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.is_cuda)
             self._buffers[name] = buffer
-        buffer.copy_(source, non_blocking=True)
         return buffer
 
 
@@ -99,8 +105,19 @@ class CheckpointWriter:
         self.root, self.keep, self.asynchronous, self.group = root, keep, asynchronous, group
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
+        self._making_room: threading.Thread | None = None
         self._error: BaseException | None = None
         self.step: int | None = None
+
+    def make_room(self, rows: Mapping[str, Tensor]) -> None:
+        """Before the first `save`, which would take longer without: take the memory for its copy, beside the training.
+
+        Args:
+            rows: tensors as those of the snapshots to come.
+        """
+        if self.asynchronous:
+            self._making_room = threading.Thread(target=self._copies.make_room, args=(rows,), daemon=True)
+            self._making_room.start()
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, or start to; the one before must be finished.
@@ -118,6 +135,9 @@ class CheckpointWriter:
             self._write(_put_together(snapshot))
             return
         self.step = snapshot.step
+        if self._making_room is not None:
+            self._making_room.join()
+            self._making_room = None
         copied = self._copies.of(snapshot)
         self._thread = threading.Thread(target=self._write_beside, args=(copied,), name="checkpoint", daemon=True)
         self._thread.start()

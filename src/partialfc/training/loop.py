@@ -153,6 +153,7 @@ class _Trainer:
             if how.verify:
                 self.notes.append(verified or "there is no checkpoint to verify")
         self.saver = Saver(config, self.folder, host_group(_patience(config)), self._report_unsaved)
+        self.saver.writer.make_room(self.state.row_tensors().tensors)
         self.news_group = host_group(_patience(config))
         self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))
         self.total_steps = self.stepper.total_steps

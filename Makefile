@@ -19,7 +19,7 @@ help:  ## list the targets
 
 install: .venv/dev  ## make .venv with everything that development needs
 
-demo: .venv/core  ## train on procedural faces and see how good the model is (about 8 minutes on 2 cores)
+demo: .venv/core  ## train on procedural faces and see how good the model is (about 6 minutes on 2 cores)
 	$(BIN)/partialfc demo --out runs/demo
 
 test: .venv/dev  ## run the tests, with branch coverage

@@ -21,9 +21,9 @@ from partialfc.report.plots import Line, line_chart
 from partialfc.report.template import standalone_svg
 from partialfc.training.config import ProcessesConfig, TrainConfig
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
 from partialfc.training.recipes import RECIPES
 from processes import run_processes
+from seeds import SeedRun, seed_table
 
 GRADIENTS, SEEDS = ("float32", "bfloat16"), (0, 1, 2)
 STEPS, BATCH, IDENTITIES, SHOTS, SIZE = 300, 64, 1_000, 8, 64
@@ -51,36 +51,11 @@ def work(rank: int, gradients: str, seed: int, out: Path, steps: int) -> None:
     train(config, out / f"{gradients}-{seed}", benchmarks=pairs, resume=True, quiet=True)
 
 
-def figures_of(run: Path) -> tuple[list[tuple[float, float]], float]:
-    """Loss curve and accuracy."""
-    lines = read_metrics(run / "metrics.jsonl")
-    curve = [(float(line["step"]), line["loss"]) for line in lines if line["kind"] == "train"]
-    return curve, [line["accuracy"] for line in lines if line["kind"] == "evaluation"][-1]
-
-
-def table(found: dict[str, list[tuple[list[tuple[float, float]], float]]]) -> list[str]:
-    lines = ["| gradients | seed | loss, first quarter | loss, last quarter | accuracy |", "|---|---|---|---|---|"]
-    for gradients, runs in found.items():
-        quarter = max(1, len(runs[0][0]) // 4)
-        rows = []
-        for seed, (curve, accuracy) in zip(SEEDS, runs, strict=True):
-            losses = [loss for _, loss in curve]
-            rows.append((statistics.mean(losses[:quarter]), statistics.mean(losses[-quarter:]), accuracy))
-            lines.append(f"| {gradients} | {seed} | {rows[-1][0]:.3f} | {rows[-1][1]:.3f} | {accuracy:.2%} |")
-        means = [statistics.mean(column) for column in zip(*rows, strict=True)]
-        spread = [statistics.stdev(column) for column in zip(*rows, strict=True)]
-        lines.append(
-            f"| {gradients} | mean ± deviation | {means[0]:.3f} ± {spread[0]:.3f} | {means[1]:.3f} ± {spread[1]:.3f} "
-            f"| {means[2]:.2%} ± {spread[2]:.2%} |"
-        )
-    return lines
-
-
-def picture(found: dict[str, list[tuple[list[tuple[float, float]], float]]], steps: int) -> str:
+def picture(found: dict[tuple[str, ...], list[SeedRun]], steps: int) -> str:
     """The mean over the seeds of both, with the spread of float32's as a band."""
     lines, spreads = [], []
-    for gradients, runs in found.items():
-        points = list(zip(*(curve for curve, _ in runs), strict=True))
+    for (gradients,), runs in found.items():
+        points = list(zip(*(run.curve for run in runs), strict=True))
         lines.append(Line(gradients, [(each[0][0], statistics.mean(y for _, y in each)) for each in points]))
         spreads.append([statistics.stdev(y for _, y in each) for each in points])
     return standalone_svg(line_chart(lines, name="loss", last_step=float(steps), spread=spreads[0]))
@@ -93,14 +68,15 @@ def main() -> None:
     options = parser.parse_args()
     world = FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=2000, pair_identities=500, image_size=SIZE)
     world.write(options.out / "data", take_over=True)
-    found: dict[str, list[tuple[list[tuple[float, float]], float]]] = {}
+    found: dict[tuple[str, ...], list[SeedRun]] = {}
     for gradients in GRADIENTS:
         for seed in SEEDS:
             run_processes(2, work, gradients, seed, options.out, options.steps)
-            found.setdefault(gradients, []).append(figures_of(options.out / f"{gradients}-{seed}"))
-            print(gradients, seed, f"{found[gradients][-1][1]:.2%}", flush=True)
+            run = SeedRun.read(options.out / f"{gradients}-{seed}")
+            found.setdefault((gradients,), []).append(run)
+            print(gradients, seed, f"{run.accuracy:.2%}", flush=True)
     facts = describe("cpu")
-    lines = [f"{facts['cpu']}, torch {facts['torch']}, two gloo processes.", "", *table(found), ""]
+    lines = [f"{facts['cpu']}, torch {facts['torch']}, two gloo processes.", "", *seed_table(["gradients"], found), ""]
     lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed]({PICTURE})")
     print("\n".join(lines))
     if options.steps == STEPS:

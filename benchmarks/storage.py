@@ -9,7 +9,6 @@ Writes its table into docs/head.md. Runs that are there are taken over, so an in
 from __future__ import annotations
 
 import argparse
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -21,8 +20,8 @@ from partialfc.bench.machine import describe
 from partialfc.data.face_world import FaceWorld
 from partialfc.training.config import OptimizerConfig, TrainConfig
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
 from partialfc.training.recipes import RECIPES
+from seeds import SeedRun, seed_table
 
 DType = Literal["float32", "bfloat16"]
 STORAGES: tuple[tuple[DType, DType], ...] = (
@@ -50,46 +49,32 @@ def configuration(centers: DType, momentum: DType, seed: int, data: Path) -> Tra
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data and runs")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
     options = parser.parse_args()
     torch.set_num_threads(1)
     FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=3000, pair_identities=1000).write(
         options.out / "data", take_over=True
     )
-    runs = {
-        (storage, seed): figures_of(*storage, seed, options.out)
-        for seed in range(options.seeds)
-        for storage in STORAGES
-    }
-    lines = ["| centers | momentum | seed | loss, first quarter | loss, last quarter | accuracy |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for centers, momentum in STORAGES:
-        figures = [runs[(centers, momentum), seed] for seed in range(options.seeds)]
-        for seed, (first, last, accuracy) in enumerate(figures):
-            lines.append(f"| {centers} | {momentum} | {seed} | {first:.3f} | {last:.3f} | {accuracy:.2%} |")
-        means = [statistics.mean(column) for column in zip(*figures, strict=True)]
-        spread = [statistics.stdev(column) for column in zip(*figures, strict=True)]
-        lines.append(
-            f"| {centers} | {momentum} | mean ± deviation | {means[0]:.3f} ± {spread[0]:.3f} | "
-            f"{means[1]:.3f} ± {spread[1]:.3f} | {means[2]:.2%} ± {spread[2]:.2%} |"
-        )
+    found: dict[tuple[str, ...], list[SeedRun]] = {}
+    for seed in range(options.seeds):
+        for storage in STORAGES:
+            found.setdefault(storage, []).append(trained(*storage, seed, options.out))
+    lines = seed_table(["centers", "momentum"], found)
     hardware = describe("cpu")
     lines = [f"{hardware['cpu']}, torch {hardware['torch']}.", "", *lines]
     print("\n".join(lines))
     write_between("head.md", "benchmarks/storage.py", lines)
 
 
-def figures_of(centers: DType, momentum: DType, seed: int, out: Path) -> tuple[float, float, float]:
-    """Mean loss of the first and the last quarter of a run, and its accuracy."""
+def trained(centers: DType, momentum: DType, seed: int, out: Path) -> SeedRun:
+    """Train one run, or take it over."""
     run = out / f"{centers}-{momentum}-{seed}"
     data = out / "data"
     config, pairs = configuration(centers, momentum, seed, data / "train"), {"pairs": data / "pairs.bin"}
-    result = train(config, run, benchmarks=pairs, resume=True, quiet=True)
-    losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
-    quarter = len(losses) // 4
-    accuracy = result.benchmarks["pairs"]["accuracy"]
-    print(f"{centers} {momentum} seed {seed}: {accuracy:.2%}", flush=True)
-    return statistics.mean(losses[:quarter]), statistics.mean(losses[-quarter:]), accuracy
+    train(config, run, benchmarks=pairs, resume=True, quiet=True)
+    figures = SeedRun.read(run)
+    print(f"{centers} {momentum} seed {seed}: {figures.accuracy:.2%}", flush=True)
+    return figures
 
 
 if __name__ == "__main__":

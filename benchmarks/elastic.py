@@ -4,7 +4,9 @@
 
 IResNet (r18) with synchronised batch statistics and ViT (vit_t) on small images of identities that are patterns, in
 float64 and in float32, with a step cut into two micro-steps. Each process writes the classes that it sampled in every
-step. Writes its table into docs/training.md. The processes are gloo's, on this machine.
+step. In float32 one more run of one process starts from weights that differ in the last place: it shows how far apart
+rounding alone takes this training. Writes its table into docs/training.md. The processes are gloo's, on this machine;
+runs that are there are taken over.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from documents import write_between
 from partialfc import distributed, keyed_random
 from partialfc.bench.machine import describe
 from partialfc.data.images import encode_png
 from partialfc.head import partial_fc
+from partialfc.training import step as training_step
 from partialfc.training.checkpoint_reading import Checkpoint, steps_in
 from partialfc.training.config import (
     BackboneConfig,
@@ -36,16 +39,24 @@ from partialfc.training.config import (
 )
 from partialfc.training.loop import train
 from partialfc.training.metrics_log import read_metrics
+from partialfc.training.replicas import replicated
 from processes import run_processes
 
 IDENTITIES, SHOTS, BATCH, STEPS = 30, 5, 22, 100
 SIZES = {"r18": 16, "vit_t": 27}
-RATES = {"r18": 0.002, "vit_t": 0.001}
+# Learning rates. At the higher ones float32 is chaotic: a rounded sum on the other side of a kink (PReLU, ReLU6) is
+# another gradient.
+STUDIES = {
+    "r18": (("float64", 2e-3), ("float32", 5e-5), ("float32", 2e-3)),
+    "vit_t": (("float64", 1e-3), ("float32", 2e-5), ("float32", 1e-3)),
+}
 WORLD_SIZES, RESUMED = (1, 2, 3, 4), (4, 3, 1, 2)
 
 
 def write_patterns(folder: Path, size: int) -> Path:
     """Identity folders of noisy coarse patterns, size × size."""
+    if folder.exists():
+        return folder
     for identity in range(IDENTITIES):
         (folder / f"{identity:03d}").mkdir(parents=True)
         coarse = keyed_random.uniform(keyed_random.derive_key("pattern", identity), torch.arange(27)).view(3, 3, 3)
@@ -58,14 +69,14 @@ def write_patterns(folder: Path, size: int) -> Path:
     return folder
 
 
-def elastic_config(data: Path, name: str, precision: Any, steps: int) -> TrainConfig:
+def elastic_config(data: Path, name: str, precision: Any, lr: float, steps: int) -> TrainConfig:
     """A run of `steps` steps that is the same at any world size: fixed micro-steps, synchronised statistics."""
     options: dict[str, Any] = {"dropout": 0.1} if name == "r18" else {"drop_path": 0.1, "mask_ratio": 0.1}
     return TrainConfig(
         data=DataConfig(str(data), global_batch_size=BATCH, micro_batch_size=BATCH, micro_steps=2, workers=0),
         backbone=BackboneConfig(name, 32, sync_batch_norm=True, channels_last=False, **options),
         head=HeadConfig(sample_rate=0.5, scale=16.0),
-        optimizer=OptimizerConfig(lr=RATES[name], lr_scaling="absolute"),
+        optimizer=OptimizerConfig(lr=lr, lr_scaling="absolute"),
         schedule=ScheduleConfig(epochs=steps * BATCH / (IDENTITIES * SHOTS), kind="constant"),
         output=OutputConfig(log_every=1, checkpoint_every=max(1, steps // 4), evaluate_every=10**9, keep=9),
         precision=precision,
@@ -77,8 +88,14 @@ class _Stopped(Exception):
     """The process has done the steps that it was started for."""
 
 
-def run_part(rank: int, config: TrainConfig, folder: Path, stop: int) -> None:
-    """One process of a run that goes on from its last checkpoint and stops after step `stop`."""
+def run_part(rank: int, config: TrainConfig, folder: Path, stop: int, last_place: bool) -> None:
+    """One process of a run that goes on from its last checkpoint and stops after step `stop`.
+
+    Args:
+        last_place: start from weights that are one unit in float32's last place larger or smaller, at random.
+    """
+    if last_place:
+        training_step.replicated = _nudged
     original = partial_fc.sample_classes
     with (folder.parent / f"{folder.name}-sampled-{rank}.jsonl").open("a") as log:
 
@@ -96,10 +113,20 @@ def run_part(rank: int, config: TrainConfig, folder: Path, stop: int) -> None:
             distributed.barrier()
 
 
-def run(world_size: int, config: TrainConfig, folder: Path, stop: int = -1) -> None:
-    """`run_part` in fresh processes."""
+def _nudged(network: nn.Module, gradients: torch.dtype) -> nn.Module:
+    for number, parameter in enumerate(network.parameters()):
+        draws = keyed_random.uniform(keyed_random.derive_key("nudge", number), torch.arange(parameter.numel()))
+        parameter.data *= 1 + (draws.view(parameter.shape) < 0.5).to(parameter.dtype).mul_(2).sub_(1) * 2.0**-23
+    return replicated(network, gradients)
+
+
+def run(
+    world_size: int, config: TrainConfig, folder: Path, steps: int, stop: int = -1, *, last_place: bool = False
+) -> None:
+    """`run_part` in fresh processes, unless the run has its last step."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    run_processes(world_size, run_part, config, folder, stop)
+    if steps not in steps_in(folder / "checkpoints"):
+        run_processes(world_size, run_part, config, folder, stop, last_place)
 
 
 def losses(folder: Path) -> list[float]:
@@ -137,15 +164,19 @@ def row_difference(one: Path, other: Path) -> float:
     return max(float((left[name] - right[name]).abs().max() / left[name].abs().max()) for name in left)
 
 
-def compare(data: Path, out: Path, name: str, precision: str, steps: int) -> Iterator[str]:
+def compare(data: Path, out: Path, name: str, precision: str, lr: float, steps: int) -> Iterator[str]:
     """Run at every world size and on changing ones: a line for each."""
-    config = elastic_config(data, name, precision, steps)
+    config = elastic_config(data, name, precision, lr, steps)
+    begin = f"| {name} | {precision} | {lr:g} |"
     for world_size in WORLD_SIZES:
-        run(world_size, config, out / f"{world_size}")
-        yield line(out, f"{world_size}", f"| {name} | {precision} | {world_size} |")
+        run(world_size, config, out / f"{world_size}", steps)
+        yield line(out, f"{world_size}", f"{begin} {world_size} |")
     for part, world_size in enumerate(RESUMED, start=1):
-        run(world_size, config, out / "changing", stop=steps * part // len(RESUMED))
-    yield line(out, "changing", f"| {name} | {precision} | {' → '.join(map(str, RESUMED))} |")
+        run(world_size, config, out / "changing", steps, stop=steps * part // len(RESUMED))
+    yield line(out, "changing", f"{begin} {' → '.join(map(str, RESUMED))} |")
+    if precision == "float32":
+        run(1, config, out / "last-place", steps, last_place=True)
+        yield line(out, "last-place", f"{begin} 1, from weights that differ in the last place |")
 
 
 def line(out: Path, run_name: str, begin: str) -> str:
@@ -161,19 +192,20 @@ def line(out: Path, run_name: str, begin: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="new folder for data and runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for data and runs")
     parser.add_argument("--steps", type=int, default=STEPS, help="a multiple of 4")
     parser.add_argument("--backbones", nargs="+", default=list(SIZES), choices=list(SIZES))
     options = parser.parse_args()
     lines = [f"{describe('cpu')['cpu']}, torch {torch.__version__}, {options.steps} steps.", ""]
     lines += [
-        "| backbone | precision | processes | loss | difference of the loss | of centers and momentum | classes |"
+        "| backbone | precision | learning rate | processes | loss | difference of the loss | of centers and momentum "
+        "| classes |"
     ]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for name in options.backbones:
         data = write_patterns(options.out / f"images-{name}", SIZES[name])
-        for precision in ("float64", "float32"):
-            for each in compare(data, options.out / f"{name}-{precision}", name, precision, options.steps):
+        for precision, lr in STUDIES[name]:
+            for each in compare(data, options.out / f"{name}-{precision}-{lr:g}", name, precision, lr, options.steps):
                 print(each, flush=True)
                 lines.append(each)
     if options.steps == STEPS and options.backbones == list(SIZES):

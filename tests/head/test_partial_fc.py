@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from partialfc.errors import InputError
 from partialfc.head.global_batch import NonFiniteEmbeddings
-from partialfc.head.margins import ArcFace, CosFace
+from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -156,6 +156,28 @@ def test_without_gradients_it_is_a_metric() -> None:
         assert head.figures is not None
         assert not head.row_gradients.deferred
         assert torch.equal(loss, head(embeddings(), LABELS).detach())
+
+
+@pytest.mark.parametrize("update", ["sparse", "deferred"])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("margin", [CosFace(), Curricular()])
+def test_it_trains_after_inference_mode(margin: Margin, operands: torch.dtype, update: Any) -> None:
+    """The first batch of all, whose form no other test has, allocates what later ones reuse."""
+    head = PartialFC(50, 8, margin=margin, scale=32.0, operand_dtype=operands, update=update)
+    optimizer = RowwiseSGD(head.parameters())
+    batch, labels = torch.randn(13, 8), torch.arange(13)
+    with torch.inference_mode():
+        before = head(batch, labels)
+    head.eval()
+    with torch.inference_mode():
+        assert not head(batch, labels).requires_grad
+    head.train()
+    for _ in range(2):
+        loss = head(batch, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.detach()) < float(before)
 
 
 def test_running_figures_move_in_training_only() -> None:

@@ -339,7 +339,13 @@ class _SampledSoftmax(torch.autograd.Function):
         # Of several micro-steps that wait for the optimizer only the first keeps anything.
         keep = ctx.needs_input_grad[1] and not head.row_gradients.deferred
         path = choose_path(centers, embeddings, head.margin)
-        with torch.autocast(embeddings.device.type, enabled=False), alone_if(path.in_threads):
+        with (
+            # What a head keeps from step to step could not be written to again had it come from inference mode.
+            torch.inference_mode(False),
+            torch.no_grad(),  # leaving that mode would switch gradients on
+            torch.autocast(embeddings.device.type, enabled=False),
+            alone_if(path.in_threads),
+        ):
             step = _forward(head, path, centers, (embeddings, labels), place, keep)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
         ctx.save_for_backward(centers)

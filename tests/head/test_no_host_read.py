@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,11 +26,28 @@ from partialfc.head.softmax_triton import TritonPath
 CLASSES, WIDTH, BATCH = 20_000, 32, 16
 
 
+class PresentDevice:
+    """In place of `torch.cuda.device_of`: remembers what it was entered for."""
+
+    entered: ClassVar[list[torch.device]] = []
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._device = tensor.device
+
+    def __enter__(self) -> None:
+        self.entered.append(self._device)
+
+    def __exit__(self, *reason: object) -> None:
+        self.entered.pop()
+
+
 class NoKernel:
-    """In place of a Triton kernel: launched on anything, it does nothing."""
+    """In place of a Triton kernel: launched on anything, it does nothing, but it must be told on which device."""
+
+    launched: ClassVar[list[torch.device]] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *arguments, **options: None
+        return lambda *arguments, **options: self.launched.append(PresentDevice.entered[-1])
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +55,8 @@ def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
     for kernel in ("unit_kernel", "weights_kernel", "finish_kernel"):
         monkeypatch.setattr(softmax_triton, kernel, NoKernel())
+    monkeypatch.setattr(NoKernel, "launched", [])
+    monkeypatch.setattr(torch.cuda, "device_of", PresentDevice)
     # The copy that nobody waits for needs page-locked memory and events: test_on_a_gpu.py has both.
     monkeypatch.setattr(InputFlag, "_send", lambda flag: None)
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # it does not know the device
@@ -64,6 +83,13 @@ def test_a_step_of_sgd_reads_nothing(rate: float, operands: torch.dtype, scaled:
     assert head.step == 1
     assert head.figures is not None
     assert head.figures.sampled.is_meta
+
+
+def test_every_kernel_is_launched_on_the_device_of_the_centers() -> None:
+    """Triton takes the present device, whatever its tensors' is: a head on cuda:1 must make that the present one."""
+    take_step()
+    assert NoKernel.launched
+    assert {device.type for device in NoKernel.launched} == {"meta"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from head_cases import pending_gradient
 from torch import Tensor, nn
 
 from partialfc.errors import InputError
+from partialfc.head import compiled
 from partialfc.head.global_batch import NonFiniteEmbeddings
 from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.head.optim import RowwiseSGD
@@ -132,8 +133,11 @@ def test_dtypes_of_loss_and_gradients(dtype: torch.dtype) -> None:
     assert head.centers.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("loops", [True, False])
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
-def test_autocast_changes_nothing(update: Any) -> None:
+def test_autocast_changes_nothing(update: Any, loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not loops:
+        monkeypatch.setattr(compiled, "row_loops", lambda: None)
     results = []
     for enabled in (False, True):
         head = PartialFC(50, 8, update=update)
@@ -141,7 +145,7 @@ def test_autocast_changes_nothing(update: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = head(batch, LABELS)
             loss.backward()
-        RowwiseSGD(head.parameters()).step()
+            RowwiseSGD(head.parameters()).step()
         results.append((loss.detach(), batch.grad, head.centers.detach()))
     for plain, autocast in zip(*results, strict=True):
         assert torch.equal(plain, autocast)

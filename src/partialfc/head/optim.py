@@ -59,7 +59,10 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 pending = parameter.grad is not None or (link is not None and bool(link.deferred))
                 happens = pending and not self._is_skipped(parameter, link)
                 if happens:
-                    self._update_parameter(parameter, link, group)
+                    # A deferred gradient has products, which autocast would round. Triton launches its kernels on the
+                    # present device, which need not be the parameter's.
+                    with torch.autocast(parameter.device.type, enabled=False), torch.cuda.device_of(parameter):
+                        self._update_parameter(parameter, link, group)
                 if link is not None:
                     link.deferred.clear()
                     if happens:

@@ -180,13 +180,15 @@ class PartialFC(nn.Module):
         checks.check_batch(embeddings, labels, self.centers)
         if everyone is not None:
             checks.check_counts(everyone.counts, len(embeddings), self.shard)
-        if self._flag is not None:
-            with self._forgetting():
-                self._flag.look(alone=self.shard.world_size == 1)
-        # Parameters lose attributes when a module is copied or moved to another storage.
-        self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
-        place = _Place(step_labels, first_place, everyone)
-        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, place)
+        # Triton's kernels and the events of the flag go to the present device, which need not be the centers'.
+        with torch.cuda.device_of(self.centers):
+            if self._flag is not None:
+                with self._forgetting():
+                    self._flag.look(alone=self.shard.world_size == 1)
+            # Parameters lose attributes when a module is copied or moved to another storage.
+            self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
+            place = _Place(step_labels, first_place, everyone)
+            return _SampledSoftmax.apply(embeddings, self.centers, labels, self, place)
 
     def check(self) -> None:
         """Raise what was wrong with the batches since the last check, where nobody has waited to know: a host read.

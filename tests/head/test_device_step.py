@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import pytest
@@ -106,6 +108,68 @@ def test_the_first_of_two_bad_batches_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(InputError, match="label 41"):
         head.check()
     head.check()
+
+
+class LateEvent:
+    """An event as a host sees it that is always a step ahead of its GPU: not there when first asked for."""
+
+    def record(self) -> None:
+        self.asked = 0
+
+    def query(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+    def synchronize(self) -> None: ...
+
+
+def test_a_host_that_is_always_ahead_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = head_and_optimizer(monkeypatch)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    head(torch.ones(1, 4), torch.tensor([1]))
+    assert head._flag is not None
+    head._flag._on_cuda = True
+    told = []
+    for label in [1, 41, *[1] * 8]:
+        try:
+            head(torch.ones(1, 4), torch.tensor([label]))
+            told.append("")
+        except InputError as error:
+            told.append(str(error))
+    assert told[:3] == [""] * 3
+    assert "label 41" in told[3]  # its copy had arrived by then
+    assert told[4:] == [""] * 6
+
+
+def test_a_copy_of_the_head_has_a_flag_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = head_and_optimizer(monkeypatch)
+    head(torch.ones(1, 4), torch.tensor([41]))
+    assert head._flag is not None
+    head._flag._on_their_way.append((torch.zeros(3), threading.Lock()))  # cannot be copied, as a GPU's event
+    copied = copy.deepcopy(head)
+    with pytest.raises(InputError, match="label 41"):
+        head.check()
+    before = copied.centers.detach().clone()
+    copied(torch.ones(1, 4, requires_grad=True), torch.tensor([1])).backward()
+    RowwiseSGD(copied.parameters()).step()
+    assert torch.equal(before, copied.centers)
+    with pytest.raises(InputError, match="label 41"):
+        copied.check()
+    assert copied._flag is not None
+    assert not bool(copied.row_gradients.flag)
+
+
+def test_a_default_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What must lie on the host does so, whatever a user has made the default."""
+    head, _ = head_and_optimizer(monkeypatch)
+    batch = torch.ones(1, 4), torch.tensor([41])
+    with torch.device("meta"):
+        head(*batch)
+        with pytest.raises(InputError, match="label 41"):
+            head(*batch)
 
 
 @pytest.mark.parametrize("found_inf", [1.0, torch.tensor(1.0), torch.tensor([1.0])])

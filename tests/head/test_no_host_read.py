@@ -21,6 +21,7 @@ from partialfc.head.input_flag import InputFlag
 from partialfc.head.margins import ArcFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
+from partialfc.head.row_storage import StateStorage
 from partialfc.head.softmax_triton import TritonPath
 
 CLASSES, WIDTH, BATCH = 20_000, 32, 16
@@ -62,16 +63,18 @@ def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # it does not know the device
 
 
-def take_step(make: Any = RowwiseSGD, scaled: bool = True, **options: Any) -> PartialFC:
+def head_and_optimizer(make: Any = RowwiseSGD, **options: Any) -> tuple[PartialFC, Any]:
     head = PartialFC(CLASSES, WIDTH, device="meta", **({"update": "deferred", "sample_rate": 0.1} | options))
-    optimizer = make(head.parameters(), lr=0.1)
+    return head, make(head.parameters(), lr=0.1)
+
+
+def take_step(head: PartialFC, optimizer: Any, scaled: bool = True) -> None:
     embeddings = torch.randn(BATCH, WIDTH, device="meta", requires_grad=True)
     labels = torch.randint(CLASSES, (BATCH,), device="meta")
     head(embeddings, labels).backward()
     if scaled:  # as GradScaler leaves them
         optimizer.found_inf, optimizer.grad_scale = torch.zeros((), device="meta"), torch.ones((), device="meta")
     optimizer.step()
-    return head
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -79,7 +82,8 @@ def take_step(make: Any = RowwiseSGD, scaled: bool = True, **options: Any) -> Pa
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_a_step_of_sgd_reads_nothing(rate: float, operands: torch.dtype, scaled: bool) -> None:
     options = {"operand_dtype": operands, "dtype": operands, "margin": ArcFace(), "conflict_threshold": 0.4}
-    head = take_step(scaled=scaled, sample_rate=rate, **options)
+    head, optimizer = head_and_optimizer(sample_rate=rate, **options)
+    take_step(head, optimizer, scaled)
     assert head.step == 1
     assert head.figures is not None
     assert head.figures.sampled.is_meta
@@ -87,18 +91,38 @@ def test_a_step_of_sgd_reads_nothing(rate: float, operands: torch.dtype, scaled:
 
 def test_every_kernel_is_launched_on_the_device_of_the_centers() -> None:
     """Triton takes the present device, whatever its tensors' is: a head on cuda:1 must make that the present one."""
-    take_step()
+    take_step(*head_and_optimizer())
     assert NoKernel.launched
     assert {device.type for device in NoKernel.launched} == {"meta"}
 
 
+@pytest.mark.parametrize("make", [RowwiseSGD, RowwiseAdamW])
+def test_state_on_the_host_is_waited_for_before_it_is_read(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU writes it some time after the step; what copies it on the host would not notice."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(StateStorage, "zeros_like", lambda storage, parameter: torch.zeros(parameter.shape))
+    head, optimizer = head_and_optimizer(make)
+    optimizer.row_state(head.centers)
+    if make is RowwiseSGD:
+        take_step(head, optimizer)
+    assert not waited
+    state = optimizer.state_dict()
+    for read in (optimizer.settle, optimizer.state_dict, lambda: optimizer.load_state_dict(state)):
+        waited.clear()
+        read()
+        assert waited
+        assert {device.type for device in waited} == {"meta"}
+
+
 @pytest.mark.parametrize(
-    "options", [{"update": "sparse"}, {"make": RowwiseAdamW}, {"make": RowwiseAdamW, "scaled": False}]
+    ("options", "scaled"),
+    [({"update": "sparse"}, True), ({"make": RowwiseAdamW}, True), ({"make": RowwiseAdamW}, False)],
 )
-def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any]) -> None:
-    """So the test above would notice a read."""
+def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any], scaled: bool) -> None:
+    """So the tests above would notice a read."""
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
-        take_step(**options)
+        take_step(*head_and_optimizer(**options), scaled)
 
 
 @pytest.mark.parametrize(
@@ -118,4 +142,4 @@ def test_a_read_that_somebody_puts_back_is_found(
     original = partial_fc.sample_padded
     monkeypatch.setattr(partial_fc, "sample_padded", lambda labels, **rest: original(read(labels), **rest))
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
-        take_step()
+        take_step(*head_and_optimizer())

@@ -106,7 +106,17 @@ class _RowwiseOptimizer(Optimizer, ABC):
                     link.deferred.clear()
 
     def settle(self) -> None:
-        """Make up for everything that was put off, as before centers are read by anything but their head."""
+        """Make up for everything that was put off, as before rows are read by anything but their head.
+
+        State in host memory is complete afterwards: a GPU writes it some time after `step` has returned.
+        """
+        for parameter, state in self.state.items():
+            if any(tensor.device != parameter.device for tensor in state.values()):
+                torch.cuda.synchronize(parameter.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state, on the device of the parameters.
@@ -122,6 +132,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
                             f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was "
                             "saved for another number of classes or processes."
                         )
+        _RowwiseOptimizer.settle(self)  # nothing writes to it any more
         # torch would cast the state to the parameter's dtype and device, where it need not live.
         super().load_state_dict({**state_dict, "state": {}})
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -273,10 +284,7 @@ class RowwiseSGD(_RowwiseOptimizer):
     def settle(self) -> None:
         for parameter, behind in self._behind.items():
             behind.bring_up_all(parameter, self.row_state(parameter)["momentum_buffer"])
-
-    def state_dict(self) -> dict[str, Any]:
-        self.settle()
-        return super().state_dict()
+        super().settle()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -34,7 +34,7 @@ class StateStorage:
         dtype = parameter.dtype if self.dtype is None else self.dtype
         if not (self.on_host and parameter.is_cuda):
             return torch.zeros_like(parameter, dtype=dtype)
-        table = torch.zeros(parameter.shape, dtype=dtype)
+        table = torch.zeros(parameter.shape, dtype=dtype, device="cpu")
         _lock_pages(table)
         return table
 
@@ -108,7 +108,7 @@ def round_stochastically(values: Tensor, key: int | Tensor, rows: Tensor) -> Ten
     width = values.shape[1]
     quarters = (width + 3) // 4
     draws = keyed_random.bits(key, rows[:, None] * quarters + torch.arange(quarters, device=rows.device))
-    shifts = torch.tensor([0, 16, 32, 48], device=rows.device)
+    shifts = torch.arange(0, 64, 16, device=rows.device)
     noise = ((draws[:, :, None] >> shifts) & 0xFFFF).flatten(1)[:, :width].to(torch.int32)
     rounded = (values.contiguous().view(torch.int32) + noise) & -0x10000
     return torch.where(values.isfinite(), rounded.view(torch.float32), values).bfloat16()

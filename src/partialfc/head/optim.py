@@ -276,7 +276,7 @@ class RowwiseSGD(_RowwiseOptimizer):
             raise InputError("unsampled='as_dense' needs the parameters of a PartialFC head.")
         if parameter in self._behind:
             return
-        behind = self._behind[parameter] = CatchUp(len(parameter), parameter.device)
+        behind = self._behind[parameter] = CatchUp(len(parameter), parameter.device, link)
         buffer = self.row_state(parameter)["momentum_buffer"]
         link.prepare = lambda rows: behind.bring_up(parameter, buffer, rows)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -194,10 +195,13 @@ def test_grad_scaler_unscales_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
 
-def test_a_learning_rate_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64), torch.tensor([0.25])])
+def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for lr in (0.25, torch.tensor(0.25)):
-        head, _ = head_and_optimizer(monkeypatch)
+    for lr in (0.25, rate):
+        monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
+        head = PartialFC(40, 4, update="deferred", dtype=dtype)
         optimizer = RowwiseSGD(head.parameters(), lr=lr)
         head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()
         optimizer.step()

@@ -45,10 +45,10 @@ class PresentDevice:
 class NoKernel:
     """In place of a Triton kernel: launched on anything, it does nothing, but it must be told on which device."""
 
-    launched: ClassVar[list[torch.device]] = []
+    launched: ClassVar[list[tuple[torch.device, tuple[Any, ...]]]] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *arguments, **options: self.launched.append(PresentDevice.entered[-1])
+        return lambda *arguments, **options: self.launched.append((PresentDevice.entered[-1], arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,16 @@ def test_every_kernel_is_launched_on_the_device_of_the_centers() -> None:
     """Triton takes the present device, whatever its tensors' is: a head on cuda:1 must make that the present one."""
     take_step(*head_and_optimizer())
     assert NoKernel.launched
-    assert {device.type for device in NoKernel.launched} == {"meta"}
+    assert {device.type for device, _ in NoKernel.launched} == {"meta"}
+
+
+def test_a_rate_in_a_tensor_on_the_host_goes_to_the_kernel_as_a_number() -> None:
+    head, optimizer = head_and_optimizer()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    take_step(head, optimizer)
+    given = [argument for _, arguments in NoKernel.launched for argument in arguments]
+    assert all(argument.is_meta for argument in given if isinstance(argument, Tensor))
+    assert 0.5 in [argument for argument in given if not isinstance(argument, Tensor)]
 
 
 @pytest.mark.parametrize("make", [RowwiseSGD, RowwiseAdamW])

@@ -151,6 +151,14 @@ def test_autocast_changes_nothing(update: Any, loops: bool, monkeypatch: pytest.
         assert torch.equal(plain, autocast)
 
 
+def test_inputs_may_be_columns_of_something_wider() -> None:
+    """Without a warning of PyTorch's, which tests make an error."""
+    head = PartialFC(50, 8, 0.5)
+    wide = torch.stack([embeddings(), embeddings()], dim=2)[:, :, 0]
+    loss = head(wide, torch.stack([LABELS, LABELS], dim=1)[:, 0])
+    assert torch.equal(loss, head(embeddings(), LABELS))
+
+
 def test_without_gradients_it_is_a_metric() -> None:
     for update in ("sparse", "deferred"):
         head = PartialFC(50, 8, 0.5, update=update)

@@ -191,8 +191,8 @@ class RowwiseSGD(_RowwiseOptimizer):
 
     Args:
         params: the head's parameters.
-        lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () float32 on the device, which a replayed CUDA
-            graph reads anew.
+        lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () on the device, which a replayed CUDA graph reads
+            anew.
         unsampled: what happens to a row that a step does not sample. "rest", the paper's rule: nothing. "as_dense":
             what torch.optim.SGD would do to it for a gradient of zero, made up for when it is sampled next; call
             `settle` before reading centers.
@@ -266,8 +266,11 @@ class RowwiseSGD(_RowwiseOptimizer):
         if isinstance(found_inf, Tensor):
             overflow = (found_inf != 0).long().view(1)
             skip = overflow if skip is None else skip + overflow
+        lr = group["lr"]
+        if isinstance(lr, Tensor):  # a kernel reads float32 on its own device
+            lr = lr.float() if lr.device == parameter.device else float(lr)
         keys = rounding_keys(link, ("centers", "momentum_buffer"), parameter.device)
-        rule = SGDRule(group["lr"], group["momentum"], group["weight_decay"], link.first_row, keys, skip)
+        rule = SGDRule(lr, group["momentum"], group["weight_decay"], link.first_row, keys, skip)
         gradient.path.update(gradient, parameter, self.row_state(parameter)["momentum_buffer"], rule)
 
     def _follow(self, parameter: Tensor, link: RowGradients | None) -> None:

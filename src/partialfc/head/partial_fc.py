@@ -270,7 +270,7 @@ def _forward(
     shard, margin = head.shard, head.margin
     on_device = path.takes_padding and head.update == "deferred" and head.row_gradients.prepare is None
     everyone = gather_labels(local[1], place.everyone, shard.group)
-    labels = everyone.labels
+    labels = everyone.labels.contiguous()
     gathered = start_gather_rows(local[0].contiguous(), everyone.counts, shard.group)
     classes, count = _sample(head, labels, place.step_labels, on_device)
     embeddings = gathered()  # sampling went on beside it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -117,6 +119,22 @@ def test_a_saved_state_goes_on_like_the_whole_run() -> None:
     for each in (optimizers[0], optimizer):
         each.settle()
     torch.testing.assert_close(other.centers, whole.centers, rtol=1e-11, atol=1e-13)
+
+
+def test_a_state_goes_back_into_the_optimizer_it_came_from() -> None:
+    head = head_of(torch.float64)
+    optimizer = optimizer_of(head)
+    train(head, optimizer, 0, 20)
+    state, centers = copy.deepcopy(optimizer.state_dict()), head.centers.detach().clone()
+    results = []
+    for _ in range(2):
+        train(head, optimizer, 20, 40)
+        optimizer.settle()
+        results.append(head.centers.detach().clone())
+        optimizer.load_state_dict(state)
+        head.centers.data.copy_(centers)
+        head.step = 20
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])

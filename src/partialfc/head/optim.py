@@ -280,8 +280,8 @@ class RowwiseSGD(_RowwiseOptimizer):
         if parameter in self._behind:
             return
         behind = self._behind[parameter] = CatchUp(len(parameter), parameter.device, link)
-        buffer = self.row_state(parameter)["momentum_buffer"]
-        link.prepare = lambda rows: behind.bring_up(parameter, buffer, rows)
+        # The buffer is looked up each time, since `load_state_dict` makes another.
+        link.prepare = lambda rows: behind.bring_up(parameter, self.row_state(parameter)["momentum_buffer"], rows)
 
     @torch.no_grad()
     def settle(self) -> None:

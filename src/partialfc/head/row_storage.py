@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partialfc import keyed_random
-from partialfc.errors import JobError
+from partialfc.errors import InputError, JobError
 from partialfc.head.row_gradients import RowGradients
 
 _REGISTERED_AT_ONCE = 1 << 30
@@ -24,10 +24,17 @@ class StateStorage:
         dtype: of momentum and averages; None for that of the parameter. bfloat16 is rounded stochastically.
         on_host: keep them in page-locked host memory, which a GPU reads and writes over its bus: the number of
             identities is then bounded by host memory. For parameters on a CPU it changes nothing.
+
+    Raises:
+        InputError: a dtype that holds no fractions.
     """
 
     dtype: torch.dtype | None = None
     on_host: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise InputError(f"state_dtype is {self.dtype}; it is floating point, such as torch.bfloat16.")
 
     def zeros_like(self, parameter: Tensor) -> Tensor:
         """State of zeros for each element of `parameter`."""
@@ -78,9 +85,9 @@ class Rows:
 
     def write(self, table: Tensor, name: str, values: Tensor) -> None:
         """Put values (n, …) into the rows of `table`; bfloat16 is rounded stochastically, keyed by `name`."""
-        if table.dtype == torch.bfloat16 and values.dtype == torch.float32:
+        if table.dtype == torch.bfloat16:
             (key,) = rounding_keys(self.link, (name,), values.device)
-            values = round_stochastically(values, key, self.global_numbers())
+            values = round_stochastically(values.float(), key, self.global_numbers())
         numbers = self.numbers.to(table.device)
         table[numbers] = values.to(table.device, table.dtype)
 

@@ -172,6 +172,22 @@ def test_two_forward_passes_before_a_backward_pass(loops: bool, monkeypatch: pyt
     assert head.step == 6
 
 
+def test_a_copy_of_the_head_leaves_the_original_alone() -> None:
+    head = head_of(torch.float64, "deferred")
+    optimizer = optimizer_of(head)
+    train(head, optimizer, 0, 20)
+    head(*batch(20)).backward()  # waits for the optimizer of the original
+    copied, before = copy.deepcopy(head), head.centers.detach().clone()
+    assert copied.step == head.step
+    rest = RowwiseSGD(copied.parameters())
+    rest.step()
+    assert torch.equal(copied.centers, before)
+    for step in range(21, 25):
+        copied(*batch(step)).backward()
+        rest.step()
+    assert torch.equal(head.centers, before)
+
+
 def test_needs_a_head() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4, 2))
     optimizer = RowwiseSGD([parameter], unsampled="as_dense")

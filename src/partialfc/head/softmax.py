@@ -96,6 +96,10 @@ class Scratch:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._borrower: Callable[[], Loan | None] = lambda: None
 
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
+        """A copy of the head begins with a buffer of its own."""
+        return Scratch, ()
+
     def lend(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Loan | None:
         """An array of any content, or None while a former loan is out."""
         if self._borrower() is not None:

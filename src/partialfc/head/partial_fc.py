@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -183,8 +182,7 @@ class PartialFC(nn.Module):
         # Triton's kernels and the events of the flag go to the present device, which need not be the centers'.
         with torch.cuda.device_of(self.centers):
             if self._flag is not None:
-                with self._forgetting():
-                    self._flag.look(alone=self.shard.world_size == 1)
+                self._ask(self._flag.look, alone=self.shard.world_size == 1)
             # Parameters lose attributes when a module is copied or moved to another storage.
             self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
             place = _Place(step_labels, first_place, everyone)
@@ -200,14 +198,12 @@ class PartialFC(nn.Module):
             NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
         """
         if self._flag is not None:
-            with self._forgetting():
-                self._flag.check()
+            self._ask(self._flag.check)
 
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """What waits for the optimizer is void if an error leaves."""
+    def _ask(self, question: Callable[..., None], **options: bool) -> None:
+        """Let the flag raise what it knows: what waits for the optimizer is void then."""
         try:
-            yield
+            question(**options)
         except InputError:
             self.row_gradients.deferred.clear()
             raise
@@ -295,9 +291,7 @@ def _forward(
         shift=softmax.exponent_shift(head.scale, margin.negatives_bound, head.num_classes),
         conflict_threshold=head.conflict_threshold,
         conflict_as_zero_logit=head.conflict_as_zero_logit,
-        operand_dtype=torch.promote_types(head.operand_dtype, compute_dtype)
-        if compute_dtype == torch.float64
-        else head.operand_dtype,
+        operand_dtype=compute_dtype if compute_dtype == torch.float64 else head.operand_dtype,
         scratch=head._scratch,
         scratch_bytes=head.scratch_bytes,
     )
@@ -342,9 +336,8 @@ class _SampledSoftmax(torch.autograd.Function):
         keep = ctx.needs_input_grad[1] and not head.row_gradients.deferred
         path = choose_path(centers, embeddings, head.margin)
         with (
-            # What a head keeps from step to step could not be written to again had it come from inference mode.
-            torch.inference_mode(False),
-            torch.no_grad(),  # leaving that mode would switch gradients on
+            torch.inference_mode(False),  # what is kept from step to step could not be written to outside that mode
+            torch.no_grad(),  # which leaving it would end
             torch.autocast(embeddings.device.type, enabled=False),
             alone_if(path.in_threads),
         ):

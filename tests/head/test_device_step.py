@@ -184,6 +184,17 @@ def test_an_overflow_that_a_scaler_found_changes_nothing(found_inf: Any, monkeyp
         assert torch.equal(before, head.centers) == bool(overflow)
 
 
+def test_a_scale_that_overflows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, optimizer = head_and_optimizer(monkeypatch)
+    before = head.centers.detach().clone()
+    for scale in (torch.finfo(torch.float32).max, 2.0**100):
+        (scale * head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2]))).backward()
+        optimizer.found_inf, optimizer.grad_scale = 0, torch.tensor(scale)  # a scaler finds no gradient to look at
+        optimizer.step()
+        assert torch.equal(before, head.centers) == (scale > 2.0**100)
+    assert bool(head.centers.isfinite().all())
+
+
 def test_grad_scaler_unscales_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for scale in (1.0, 256.0):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -71,22 +70,27 @@ class _RowwiseOptimizer(Optimizer, ABC):
 
     def _is_skipped(self, parameter: Tensor, link: RowGradients | None) -> bool:
         """Whether this step changes nothing, as far as the host has to know."""
-        bad_batch = link is not None and link.flag is not None and bool(link.flag)
-        return bad_batch or bool(getattr(self, "found_inf", False))
+        if link is not None and link.flag is not None and bool(link.flag):
+            return True
+        # A GradScaler sees no gradient that is not there yet.
+        overflow = link is not None and hasattr(self, "found_inf") and any(bool(g.overflowed()) for g in link.deferred)
+        return overflow or bool(getattr(self, "found_inf", False))
 
     def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         self._refuse_unscaled(link)
         self.row_state(parameter)  # before threads may want to create it
 
-        def update(rows: Tensor, gradient: Tensor) -> None:
+        def update(rows: Tensor, gradient: Tensor, scale: Tensor | None = None) -> None:
             gradient = gradient.to(_update_dtype(parameter))
-            if grad_scale is not None:
-                gradient = gradient / grad_scale
+            if scale is not None:
+                gradient = gradient / scale
             self._update_rows(parameter, Rows(rows, gradient.dtype, link), gradient, group)
 
-        _visit_sparse(parameter, update)
+        _visit_sparse(parameter, lambda rows, gradient: update(rows, gradient, grad_scale))
         if link is not None:
+            if grad_scale is not None:
+                link.deferred = [gradient.over(grad_scale) for gradient in link.deferred]
             link.visit(parameter, update)
 
     def _refuse_unscaled(self, link: RowGradients | None) -> None:
@@ -255,17 +259,12 @@ class RowwiseSGD(_RowwiseOptimizer):
     def _update_on_device(self, parameter: Tensor, link: RowGradients, group: dict[str, Any]) -> None:
         (gradient,) = link.deferred
         self._refuse_unscaled(link)
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            gradient = replace(
-                gradient,
-                scaled_embeddings=gradient.scaled_embeddings / grad_scale,
-                target_gradient=gradient.target_gradient / grad_scale,
-            )
-        skip, found_inf = link.flag, getattr(self, "found_inf", None)
-        if isinstance(found_inf, Tensor):
-            overflow = (found_inf != 0).long().view(1)
+        skip, grad_scale = link.flag, getattr(self, "grad_scale", None)
+        if hasattr(self, "found_inf"):
+            overflow = (gradient.overflowed() | (self.found_inf != 0)).long().view(1)
             skip = overflow if skip is None else skip + overflow
+        if grad_scale is not None:
+            gradient = gradient.over(grad_scale)
         lr = group["lr"]
         if isinstance(lr, Tensor):  # a kernel reads float32 on its own device
             lr = lr.float() if lr.device == parameter.device else float(lr)

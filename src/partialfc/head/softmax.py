@@ -317,6 +317,15 @@ class CenterGradient:
         """The same of exactly the sampled classes: a host read where they are padded."""
         return self if self.batch.count is None else replace(self, batch=self.batch.without_padding())
 
+    def over(self, scale: Tensor) -> CenterGradient:
+        """The same divided by `scale` (), before the products, which the loss's scale might make overflow."""
+        scaled, target = self.scaled_embeddings / scale, self.target_gradient / scale
+        return replace(self, scaled_embeddings=scaled, target_gradient=target)
+
+    def overflowed(self) -> Tensor:
+        """() bool: whether the loss was scaled by too much for the compute dtype."""
+        return ~(torch.isfinite(self.scaled_embeddings).all() & torch.isfinite(self.target_gradient).all())
+
     def tile(self, centers: Tensor, first: int, last: int) -> Tensor:
         """`Path.tile_gradient` of this gradient."""
         return self.path.tile_gradient(self, centers, first, last)

@@ -81,7 +81,7 @@ class Rows:
         """The rows of `table` (L, …), a copy."""
         if table.device == self.numbers.device:
             return table[self.numbers].to(self.dtype)
-        return table[self.numbers.to(table.device)].to(self.numbers.device, self.dtype)
+        return table[self.numbers.to(table.device)].to(self.numbers.device).to(self.dtype)  # widened past the bus
 
     def write(self, table: Tensor, name: str, values: Tensor) -> None:
         """Put values (n, …) into the rows of `table`; bfloat16 is rounded stochastically, keyed by `name`."""

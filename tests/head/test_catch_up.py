@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -117,6 +119,73 @@ def test_a_saved_state_goes_on_like_the_whole_run() -> None:
     for each in (optimizers[0], optimizer):
         each.settle()
     torch.testing.assert_close(other.centers, whole.centers, rtol=1e-11, atol=1e-13)
+
+
+def test_a_state_goes_back_into_the_optimizer_it_came_from() -> None:
+    head = head_of(torch.float64)
+    optimizer = optimizer_of(head)
+    train(head, optimizer, 0, 20)
+    state, centers = copy.deepcopy(optimizer.state_dict()), head.centers.detach().clone()
+    results = []
+    for _ in range(2):
+        train(head, optimizer, 20, 40)
+        optimizer.settle()
+        results.append(head.centers.detach().clone())
+        optimizer.load_state_dict(state)
+        head.centers.data.copy_(centers)
+        head.step = 20
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_rows_that_rest_decay_too(state_dtype: torch.dtype) -> None:
+    """Weight decay alone, far below half a unit in the last place from one sampling to the next."""
+    lengths = []
+    for dtype in (torch.float32, torch.bfloat16):
+        head = PartialFC(600, WIDTH, 0.2, CosFace(0.2), SCALE, dtype=dtype)
+        optimizer = RowwiseSGD(
+            head.parameters(), lr=0.1, weight_decay=1e-4, unsampled="as_dense", state_dtype=state_dtype
+        )
+        start = head.centers.detach().clone().float()
+        for step in range(200):
+            embeddings, labels = batch(step)
+            (0.0 * head(embeddings.float(), labels)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.settle()
+        lengths.append(float(head.centers.detach().float().norm() / start.norm()))
+    assert lengths[0] < 0.985
+    assert lengths[1] == pytest.approx(lengths[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_two_forward_passes_before_a_backward_pass(loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one brings rows up to date, but none that the first has read."""
+    if not loops:
+        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+    head = head_of(torch.float32)
+    optimizer = optimizer_of(head)
+    train(head, optimizer, 0, 5)
+    first, second = (head(embeddings.float(), labels) for embeddings, labels in (batch(5), batch(6)))
+    (first + second).backward()
+    optimizer.step()
+    assert head.step == 6
+
+
+def test_a_copy_of_the_head_leaves_the_original_alone() -> None:
+    head = head_of(torch.float64, "deferred")
+    optimizer = optimizer_of(head)
+    train(head, optimizer, 0, 20)
+    head(*batch(20)).backward()  # waits for the optimizer of the original
+    copied, before = copy.deepcopy(head), head.centers.detach().clone()
+    assert copied.step == head.step
+    rest = RowwiseSGD(copied.parameters())
+    rest.step()
+    assert torch.equal(copied.centers, before)
+    for step in range(21, 25):
+        copied(*batch(step)).backward()
+        rest.step()
+    assert torch.equal(head.centers, before)
 
 
 def test_needs_a_head() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -108,6 +111,68 @@ def test_the_first_of_two_bad_batches_is_named(monkeypatch: pytest.MonkeyPatch) 
     head.check()
 
 
+class LateEvent:
+    """An event as a host sees it that is always a step ahead of its GPU: not there when first asked for."""
+
+    def record(self) -> None:
+        self.asked = 0
+
+    def query(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+    def synchronize(self) -> None: ...
+
+
+def test_a_host_that_is_always_ahead_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = head_and_optimizer(monkeypatch)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    head(torch.ones(1, 4), torch.tensor([1]))
+    assert head._flag is not None
+    head._flag._on_cuda = True
+    told = []
+    for label in [1, 41, *[1] * 8]:
+        try:
+            head(torch.ones(1, 4), torch.tensor([label]))
+            told.append("")
+        except InputError as error:
+            told.append(str(error))
+    assert told[:3] == [""] * 3
+    assert "label 41" in told[3]  # its copy had arrived by then
+    assert told[4:] == [""] * 6
+
+
+def test_a_copy_of_the_head_has_a_flag_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = head_and_optimizer(monkeypatch)
+    head(torch.ones(1, 4), torch.tensor([41]))
+    assert head._flag is not None
+    head._flag._on_their_way.append((torch.zeros(3), threading.Lock()))  # cannot be copied, as a GPU's event
+    copied = copy.deepcopy(head)
+    with pytest.raises(InputError, match="label 41"):
+        head.check()
+    before = copied.centers.detach().clone()
+    copied(torch.ones(1, 4, requires_grad=True), torch.tensor([1])).backward()
+    RowwiseSGD(copied.parameters()).step()
+    assert torch.equal(before, copied.centers)
+    with pytest.raises(InputError, match="label 41"):
+        copied.check()
+    assert copied._flag is not None
+    assert not bool(copied.row_gradients.flag)
+
+
+def test_a_default_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What must lie on the host does so, whatever a user has made the default."""
+    head, _ = head_and_optimizer(monkeypatch)
+    batch = torch.ones(1, 4), torch.tensor([41])
+    with torch.device("meta"):
+        head(*batch)
+        with pytest.raises(InputError, match="label 41"):
+            head(*batch)
+
+
 @pytest.mark.parametrize("found_inf", [1.0, torch.tensor(1.0), torch.tensor([1.0])])
 def test_an_overflow_that_a_scaler_found_changes_nothing(found_inf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     head, optimizer = head_and_optimizer(monkeypatch)
@@ -117,6 +182,17 @@ def test_an_overflow_that_a_scaler_found_changes_nothing(found_inf: Any, monkeyp
         optimizer.found_inf, optimizer.grad_scale = overflow, torch.tensor(1.0)
         optimizer.step()
         assert torch.equal(before, head.centers) == bool(overflow)
+
+
+def test_a_scale_that_overflows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, optimizer = head_and_optimizer(monkeypatch)
+    before = head.centers.detach().clone()
+    for scale in (torch.finfo(torch.float32).max, 2.0**100):
+        (scale * head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2]))).backward()
+        optimizer.found_inf, optimizer.grad_scale = 0, torch.tensor(scale)  # a scaler finds no gradient to look at
+        optimizer.step()
+        assert torch.equal(before, head.centers) == (scale > 2.0**100)
+    assert bool(head.centers.isfinite().all())
 
 
 def test_grad_scaler_unscales_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +206,13 @@ def test_grad_scaler_unscales_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
 
-def test_a_learning_rate_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64), torch.tensor([0.25])])
+def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for lr in (0.25, torch.tensor(0.25)):
-        head, _ = head_and_optimizer(monkeypatch)
+    for lr in (0.25, rate):
+        monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
+        head = PartialFC(40, 4, update="deferred", dtype=dtype)
         optimizer = RowwiseSGD(head.parameters(), lr=lr)
         head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()
         optimizer.step()

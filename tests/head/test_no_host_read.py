@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,16 +21,34 @@ from partialfc.head.input_flag import InputFlag
 from partialfc.head.margins import ArcFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
+from partialfc.head.row_storage import StateStorage
 from partialfc.head.softmax_triton import TritonPath
 
 CLASSES, WIDTH, BATCH = 20_000, 32, 16
 
 
+class PresentDevice:
+    """In place of `torch.cuda.device_of`: remembers what it was entered for."""
+
+    entered: ClassVar[list[torch.device]] = []
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._device = tensor.device
+
+    def __enter__(self) -> None:
+        self.entered.append(self._device)
+
+    def __exit__(self, *reason: object) -> None:
+        self.entered.pop()
+
+
 class NoKernel:
-    """In place of a Triton kernel: launched on anything, it does nothing."""
+    """In place of a Triton kernel: launched on anything, it does nothing, but it must be told on which device."""
+
+    launched: ClassVar[list[tuple[torch.device, tuple[Any, ...]]]] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *arguments, **options: None
+        return lambda *arguments, **options: self.launched.append((PresentDevice.entered[-1], arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -38,21 +56,25 @@ def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
     for kernel in ("unit_kernel", "weights_kernel", "finish_kernel"):
         monkeypatch.setattr(softmax_triton, kernel, NoKernel())
+    monkeypatch.setattr(NoKernel, "launched", [])
+    monkeypatch.setattr(torch.cuda, "device_of", PresentDevice)
     # The copy that nobody waits for needs page-locked memory and events: test_on_a_gpu.py has both.
     monkeypatch.setattr(InputFlag, "_send", lambda flag: None)
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # it does not know the device
 
 
-def take_step(make: Any = RowwiseSGD, scaled: bool = True, **options: Any) -> PartialFC:
+def head_and_optimizer(make: Any = RowwiseSGD, **options: Any) -> tuple[PartialFC, Any]:
     head = PartialFC(CLASSES, WIDTH, device="meta", **({"update": "deferred", "sample_rate": 0.1} | options))
-    optimizer = make(head.parameters(), lr=0.1)
+    return head, make(head.parameters(), lr=0.1)
+
+
+def take_step(head: PartialFC, optimizer: Any, scaled: bool = True) -> None:
     embeddings = torch.randn(BATCH, WIDTH, device="meta", requires_grad=True)
     labels = torch.randint(CLASSES, (BATCH,), device="meta")
     head(embeddings, labels).backward()
     if scaled:  # as GradScaler leaves them
         optimizer.found_inf, optimizer.grad_scale = torch.zeros((), device="meta"), torch.ones((), device="meta")
     optimizer.step()
-    return head
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -60,19 +82,56 @@ def take_step(make: Any = RowwiseSGD, scaled: bool = True, **options: Any) -> Pa
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_a_step_of_sgd_reads_nothing(rate: float, operands: torch.dtype, scaled: bool) -> None:
     options = {"operand_dtype": operands, "dtype": operands, "margin": ArcFace(), "conflict_threshold": 0.4}
-    head = take_step(scaled=scaled, sample_rate=rate, **options)
+    head, optimizer = head_and_optimizer(sample_rate=rate, **options)
+    take_step(head, optimizer, scaled)
     assert head.step == 1
     assert head.figures is not None
     assert head.figures.sampled.is_meta
 
 
+def test_every_kernel_is_launched_on_the_device_of_the_centers() -> None:
+    """Triton takes the present device, whatever its tensors' is: a head on cuda:1 must make that the present one."""
+    take_step(*head_and_optimizer())
+    assert NoKernel.launched
+    assert {device.type for device, _ in NoKernel.launched} == {"meta"}
+
+
+def test_a_rate_in_a_tensor_on_the_host_goes_to_the_kernel_as_a_number() -> None:
+    head, optimizer = head_and_optimizer()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    take_step(head, optimizer)
+    given = [argument for _, arguments in NoKernel.launched for argument in arguments]
+    assert all(argument.is_meta for argument in given if isinstance(argument, Tensor))
+    assert 0.5 in [argument for argument in given if not isinstance(argument, Tensor)]
+
+
+@pytest.mark.parametrize("make", [RowwiseSGD, RowwiseAdamW])
+def test_state_on_the_host_is_waited_for_before_it_is_read(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU writes it some time after the step; what copies it on the host would not notice."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(StateStorage, "zeros_like", lambda storage, parameter: torch.zeros(parameter.shape))
+    head, optimizer = head_and_optimizer(make)
+    optimizer.row_state(head.centers)
+    if make is RowwiseSGD:
+        take_step(head, optimizer)
+    assert not waited
+    state = optimizer.state_dict()
+    for read in (optimizer.settle, optimizer.state_dict, lambda: optimizer.load_state_dict(state)):
+        waited.clear()
+        read()
+        assert waited
+        assert {device.type for device in waited} == {"meta"}
+
+
 @pytest.mark.parametrize(
-    "options", [{"update": "sparse"}, {"make": RowwiseAdamW}, {"make": RowwiseAdamW, "scaled": False}]
+    ("options", "scaled"),
+    [({"update": "sparse"}, True), ({"make": RowwiseAdamW}, True), ({"make": RowwiseAdamW}, False)],
 )
-def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any]) -> None:
-    """So the test above would notice a read."""
+def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any], scaled: bool) -> None:
+    """So the tests above would notice a read."""
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
-        take_step(**options)
+        take_step(*head_and_optimizer(**options), scaled)
 
 
 @pytest.mark.parametrize(
@@ -92,4 +151,4 @@ def test_a_read_that_somebody_puts_back_is_found(
     original = partial_fc.sample_padded
     monkeypatch.setattr(partial_fc, "sample_padded", lambda labels, **rest: original(read(labels), **rest))
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
-        take_step()
+        take_step(*head_and_optimizer())

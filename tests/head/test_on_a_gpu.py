@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -116,3 +117,48 @@ def test_bad_input_is_told_in_the_next_step_at_the_latest_after_it_arrived() -> 
     take_step(head, optimizer, embeddings, labels)
     head.check()
     assert not torch.equal(before, head.centers)
+
+
+def test_state_on_the_host_is_that_on_the_gpu() -> None:
+    """It is read right after the step: what reads it waits for the GPU, which writes it over the bus."""
+    tables = []
+    for on_host in (False, True):
+        head, optimizer = make(0.1, state_on_host=on_host)
+        for step in range(3):
+            take_step(head, optimizer, *batch(step))
+        table = optimizer.state_dict()["state"][0]["momentum_buffer"]
+        assert table.is_cuda != on_host
+        tables.append(table.cpu().clone())
+    torch.testing.assert_close(tables[1], tables[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("unsampled", ["rest", "as_dense"])
+def test_state_on_the_host_with_every_rule_for_unsampled_rows(unsampled: str) -> None:
+    centers = []
+    for on_host in (False, True):
+        head, optimizer = make(0.1, state_on_host=on_host, unsampled=unsampled)
+        for step in range(4):
+            take_step(head, optimizer, *batch(step))
+        optimizer.settle()
+        centers.append(head.centers.detach().clone())
+    torch.testing.assert_close(centers[1], centers[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_can_be_copied_between_steps() -> None:
+    head, optimizer = make()
+    take_step(head, optimizer, *batch(0))
+    copied = copy.deepcopy(head)
+    assert torch.equal(copied(*batch(1)), head(*batch(1)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_head_on_another_than_the_present_device() -> None:
+    centers = []
+    for device in ("cuda:0", "cuda:1"):
+        head = PartialFC(CLASSES, WIDTH, 0.1, update="deferred", operand_dtype=torch.bfloat16, seed=1, device=device)
+        optimizer = RowwiseSGD(head.parameters(), lr=0.05)
+        for step in range(3):
+            embeddings, labels = batch(step)
+            take_step(head, optimizer, embeddings.detach().to(device).requires_grad_(), labels.to(device))
+        centers.append(head.centers.detach().cpu())
+    torch.testing.assert_close(centers[1], centers[0], rtol=1e-4, atol=1e-6)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from partialfc.errors import InputError
+from partialfc.head import compiled
 from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
@@ -200,6 +201,32 @@ def test_grad_scaler_skips_an_overflow_and_goes_on(make: Any) -> None:
     scaler.step(optimizer)
     assert not torch.equal(head.centers, before)
     assert head.step == 1
+
+
+@both_updates
+@both_optimizers
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_a_scale_that_overflows_poisons_nothing(
+    micro_steps: int, loops: bool, make: Any, update: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale that is never too large for the backbone grows until it is too large for float32."""
+    if not loops:
+        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+    head, net = PartialFC(CLASSES, DIM, update=update), nn.Linear(DIM, DIM)
+    optimizers = make(head.parameters(), lr=1e-3), torch.optim.SGD(net.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=float(torch.finfo(torch.float32).max), backoff_factor=2.0**-20)
+    before = head.centers.detach().clone()
+    for skipped in (True, False):
+        for _ in range(micro_steps):
+            scaler.scale(head(net(torch.randn(3, DIM)), torch.tensor([1, 2, 3]))).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        assert torch.equal(head.centers, before) == skipped
+        assert head.step == (not skipped)
+    assert bool(head.centers.isfinite().all())
 
 
 def test_unscaling_by_hand_works_on_sparse_gradients_and_is_refused_where_there_are_none() -> None:

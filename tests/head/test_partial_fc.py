@@ -12,8 +12,9 @@ from head_cases import pending_gradient
 from torch import Tensor, nn
 
 from partialfc.errors import InputError
+from partialfc.head import compiled
 from partialfc.head.global_batch import NonFiniteEmbeddings
-from partialfc.head.margins import ArcFace, CosFace
+from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -54,11 +55,12 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: st
         ((embeddings()[:, :7], LABELS), r"embeddings are \(3, 7\)"),
         ((embeddings()[0], LABELS), r"embeddings are \(8,\)"),
         ((embeddings().long(), LABELS), "expects floating point"),
+        ((embeddings().to(torch.float8_e4m3fn), LABELS), "e4m3fn; the head expects floating point of 16"),
         ((embeddings(), LABELS[:2]), r"labels are \(2,\)"),
         ((embeddings(), LABELS.int()), "expects int64"),
         ((embeddings(), LABELS[:, None]), r"labels are \(3, 1\)"),
-        ((embeddings(), torch.tensor([0, 4, 5])), r"label 5 lies outside \[0, 5\)"),
-        ((embeddings(), torch.tensor([0, -1, 4])), r"label -1 lies outside \[0, 5\)"),
+        ((embeddings(), torch.tensor([0, 4, 5])), r"label 5 lies outside \[0, 5\): the data has more"),
+        ((embeddings(), torch.tensor([0, -1, 4])), r"label -1 lies outside \[0, 5\): labels count from 0"),
         ((embeddings() / 0, LABELS), "NaN or infinity"),
         ((embeddings().to("meta"), LABELS), "embeddings are on meta"),
         ((embeddings(), LABELS.to("meta")), "labels on meta"),
@@ -132,8 +134,11 @@ def test_dtypes_of_loss_and_gradients(dtype: torch.dtype) -> None:
     assert head.centers.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("loops", [True, False])
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
-def test_autocast_changes_nothing(update: Any) -> None:
+def test_autocast_changes_nothing(update: Any, loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not loops:
+        monkeypatch.setattr(compiled, "row_loops", lambda: None)
     results = []
     for enabled in (False, True):
         head = PartialFC(50, 8, update=update)
@@ -141,10 +146,18 @@ def test_autocast_changes_nothing(update: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = head(batch, LABELS)
             loss.backward()
-        RowwiseSGD(head.parameters()).step()
+            RowwiseSGD(head.parameters()).step()
         results.append((loss.detach(), batch.grad, head.centers.detach()))
     for plain, autocast in zip(*results, strict=True):
         assert torch.equal(plain, autocast)
+
+
+def test_inputs_may_be_columns_of_something_wider() -> None:
+    """Without a warning of PyTorch's, which tests make an error."""
+    head = PartialFC(50, 8, 0.5)
+    wide = torch.stack([embeddings(), embeddings()], dim=2)[:, :, 0]
+    loss = head(wide, torch.stack([LABELS, LABELS], dim=1)[:, 0])
+    assert torch.equal(loss, head(embeddings(), LABELS))
 
 
 def test_without_gradients_it_is_a_metric() -> None:
@@ -156,6 +169,28 @@ def test_without_gradients_it_is_a_metric() -> None:
         assert head.figures is not None
         assert not head.row_gradients.deferred
         assert torch.equal(loss, head(embeddings(), LABELS).detach())
+
+
+@pytest.mark.parametrize("update", ["sparse", "deferred"])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("margin", [CosFace(), Curricular()])
+def test_it_trains_after_inference_mode(margin: Margin, operands: torch.dtype, update: Any) -> None:
+    """The first batch of all, whose form no other test has, allocates what later ones reuse."""
+    head = PartialFC(50, 8, margin=margin, scale=32.0, operand_dtype=operands, update=update)
+    optimizer = RowwiseSGD(head.parameters())
+    batch, labels = torch.randn(13, 8), torch.arange(13)
+    with torch.inference_mode():
+        before = head(batch, labels)
+    head.eval()
+    with torch.inference_mode():
+        assert not head(batch, labels).requires_grad
+    head.train()
+    for _ in range(2):
+        loss = head(batch, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.detach()) < float(before)
 
 
 def test_running_figures_move_in_training_only() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from partialfc.errors import InputError
 from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.head.row_storage import round_stochastically
+from partialfc.head.row_storage import Rows, round_stochastically
 
 
 def test_rounding_takes_a_neighbour_and_is_right_on_average() -> None:
@@ -41,6 +42,20 @@ def test_what_is_not_finite_stays_so() -> None:
     values = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0, -0.0]])
     rounded = round_stochastically(values, 0, torch.tensor([0]))
     assert torch.equal(rounded.float().nan_to_num(7), values.nan_to_num(7))
+
+
+@pytest.mark.parametrize("optimizer", [RowwiseSGD, RowwiseAdamW])
+def test_state_in_integers_is_refused(optimizer: type) -> None:
+    with pytest.raises(InputError, match=r"state_dtype is torch\.int8; it is floating point"):
+        optimizer(PartialFC(20, 12).parameters(), state_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bfloat16_table_is_rounded_stochastically_whatever_computes(dtype: torch.dtype) -> None:
+    table = torch.zeros(64, 64, dtype=torch.bfloat16)
+    values = torch.full((64, 64), 1.0 + 2.0**-9, dtype=dtype)  # to nearest, all would become 1
+    Rows(torch.arange(64), dtype, None).write(table, "momentum_buffer", values)
+    assert float(table.double().mean()) == pytest.approx(1.0 + 2.0**-9, abs=3e-4)
 
 
 def pull(head: PartialFC, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:

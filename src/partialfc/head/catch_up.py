@@ -14,14 +14,22 @@ import torch
 from torch import Tensor
 
 from partialfc.head.compiled import compiled_for
+from partialfc.head.row_gradients import RowGradients
+from partialfc.head.row_storage import Rows
 
 _ROWS_AT_ONCE = 1 << 14
 
 
 class CatchUp:
-    """Which steps each row of one parameter (L, D) has taken part in, as dense SGD would have done."""
+    """Which steps each row of one parameter (L, D) has taken part in, as dense SGD would have done.
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    Args:
+        rows, device: L, and where the parameter is.
+        link: of the parameter's head.
+    """
+
+    def __init__(self, rows: int, device: torch.device, link: RowGradients) -> None:
+        self._link = link
         self._done = torch.zeros(rows, dtype=torch.int64, device=device)
         self.forget()
 
@@ -47,18 +55,19 @@ class CatchUp:
             return
         powers = torch.from_numpy(self._products(int(missed.max())))
         self._done[rows] = self._steps
+        # Not `detach`, which would void a backward pass to come: that reads rows that are up to date already.
+        centers = centers.data
         loops = compiled_for(centers, momentum_buffer)
         if loops is not None:
             loops.transform_rows(
-                centers.detach().numpy(), momentum_buffer.numpy(), rows.numpy(), missed.numpy(), powers.float().numpy()
+                centers.numpy(), momentum_buffer.numpy(), rows.numpy(), missed.numpy(), powers.float().numpy()
             )
             return
-        factors = powers.to(centers.device, torch.promote_types(centers.dtype, torch.float32))[missed]
-        values, velocity = centers.detach()[rows].to(factors.dtype), momentum_buffer[rows].to(factors.dtype)
-        new_values = factors[:, :1] * values + factors[:, 1:2] * velocity
-        new_velocity = factors[:, 2:3] * values + factors[:, 3:] * velocity
-        centers.detach()[rows] = new_values.to(centers.dtype)
-        momentum_buffer[rows] = new_velocity.to(momentum_buffer.dtype)
+        behind = Rows(rows, torch.promote_types(centers.dtype, torch.float32), self._link)
+        values, velocity = behind.read(centers), behind.read(momentum_buffer)
+        factors = powers.to(values.device, values.dtype)[missed]
+        behind.write(centers, "missed centers", factors[:, :1] * values + factors[:, 1:2] * velocity)
+        behind.write(momentum_buffer, "missed momentum", factors[:, 2:3] * values + factors[:, 3:] * velocity)
 
     def bring_up_all(self, centers: Tensor, momentum_buffer: Tensor) -> None:
         """Leave no row behind."""

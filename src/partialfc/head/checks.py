@@ -13,6 +13,7 @@ from partialfc.distributed import Shard
 from partialfc.errors import InputError
 from partialfc.head.margins import Margin
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
 
 
@@ -59,10 +60,10 @@ def check_not_wrapped(centers: Tensor, rows: int, width: int, is_replica: bool) 
 
 def check_batch(embeddings: Tensor, labels: Tensor, centers: Tensor) -> None:
     """Raise InputError for shapes, dtypes and devices that do not belong together; nothing is read from a device."""
-    if embeddings.ndim != 2 or embeddings.shape[1] != centers.shape[1] or not embeddings.is_floating_point():
+    if embeddings.ndim != 2 or embeddings.shape[1] != centers.shape[1] or embeddings.dtype not in _FLOATS:
         raise InputError(
-            f"embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; the head expects floating point "
-            f"of (B, {centers.shape[1]})."
+            f"embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; the head expects floating point of 16 to "
+            f"64 bits and (B, {centers.shape[1]})."
         )
     if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
         raise InputError(

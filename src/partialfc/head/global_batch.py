@@ -58,7 +58,8 @@ def raise_bad_input(embeddings: Tensor, labels: Tensor, num_classes: int, step: 
 
 def bad_label(label: int, num_classes: int) -> InputError:
     """The error of a label that no class has."""
-    return InputError(f"label {label} lies outside [0, {num_classes}): the data has more classes than the head.")
+    reason = "labels count from 0" if label < 0 else "the data has more classes than the head"
+    return InputError(f"label {label} lies outside [0, {num_classes}): {reason}.")
 
 
 def bad_embeddings(step: int) -> NonFiniteEmbeddings:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,9 +26,11 @@ class InputFlag:
         self._num_classes = num_classes
         self.state = torch.zeros(3, dtype=torch.int64, device=device)
         self._on_cuda = device.type == "cuda"
-        self._arrived: Tensor | None = None  # page-locked, so that a copy to it waits for nothing
-        self._event: torch.cuda.Event | None = None
-        self._sent = False
+        self._on_their_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # copies of the state, oldest first
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy of the head: what is on its way stays behind, since an event cannot be copied."""
+        return self.__dict__ | {"_on_their_way": deque()}
 
     def take_in(self, embeddings: Tensor, labels: Tensor, step: Tensor) -> Tensor:
         """Set it if the global batch, (G, D) and (G,), is bad, and send it to the host; () bool, whether it is set."""
@@ -42,27 +47,35 @@ class InputFlag:
         """Start a copy to the host, which nobody waits for."""
         if self._on_cuda and torch.cuda.is_current_stream_capturing():
             return  # what a graph replays is read by `check`
-        if self._arrived is None:
-            self._arrived = torch.zeros(3, dtype=torch.int64, pin_memory=self._on_cuda)
-        self._arrived.copy_(self.state, non_blocking=True)
+        # Page-locked, so that a copy to it waits for nothing.
+        copy = torch.empty(3, dtype=torch.int64, device="cpu", pin_memory=self._on_cuda)
+        copy.copy_(self.state, non_blocking=True)
+        event = None
         if self._on_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-        self._sent = True
+            event = torch.cuda.Event()
+            event.record()
+        self._on_their_way.append((copy, event))
 
     def look(self, alone: bool) -> None:
-        """Raise what the batch before set, as `check` does, from the copy that was sent with it.
+        """Raise what a batch before set, as `check` does, from the copies that were sent with each.
 
-        Alone, a process looks only whether the copy has arrived. Several wait for it, since they must raise in the same
-        step: it was sent a whole step ago, and their devices have that step's backward pass to go on with.
+        Alone, a process looks only at those that have arrived, however far ahead of its device it is. Several wait for
+        all, since they must raise in the same step: the last was sent a whole step ago, and their devices have that
+        step's backward pass to go on with.
         """
-        if self._arrived is None or not self._sent or (self._on_cuda and torch.cuda.is_current_stream_capturing()):
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if self._event is not None:
-            if alone and not self._event.query():
-                return
-            self._event.synchronize()
-        self._raise(self._arrived)
+        arrived: Tensor | None = None
+        while self._on_their_way:
+            copy, event = self._on_their_way[0]
+            if event is not None:
+                if alone and not event.query():
+                    break
+                event.synchronize()
+            arrived = copy
+            self._on_their_way.popleft()
+        if arrived is not None:
+            self._raise(arrived)
 
     def check(self) -> None:
         """Raise what any batch since the last error set, and forget it. A host read.
@@ -71,11 +84,12 @@ class InputFlag:
             InputError: a label was out of range.
             NonFiniteEmbeddings: NaN or infinity among the embeddings.
         """
+        self._on_their_way.clear()
         self._raise(self.state)
 
     def _raise(self, state: Tensor) -> None:
         kind, label, step = state.tolist()
-        self._sent = False
         if kind:
+            self._on_their_way.clear()
             self.state.zero_()
             raise bad_label(label, self._num_classes) if kind == _LABEL else bad_embeddings(step)

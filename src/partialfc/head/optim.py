@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -59,7 +58,10 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 pending = parameter.grad is not None or (link is not None and bool(link.deferred))
                 happens = pending and not self._is_skipped(parameter, link)
                 if happens:
-                    self._update_parameter(parameter, link, group)
+                    # A deferred gradient has products, which autocast would round. Triton launches its kernels on the
+                    # present device, which need not be the parameter's.
+                    with torch.autocast(parameter.device.type, enabled=False), torch.cuda.device_of(parameter):
+                        self._update_parameter(parameter, link, group)
                 if link is not None:
                     link.deferred.clear()
                     if happens:
@@ -68,22 +70,27 @@ class _RowwiseOptimizer(Optimizer, ABC):
 
     def _is_skipped(self, parameter: Tensor, link: RowGradients | None) -> bool:
         """Whether this step changes nothing, as far as the host has to know."""
-        bad_batch = link is not None and link.flag is not None and bool(link.flag)
-        return bad_batch or bool(getattr(self, "found_inf", False))
+        if link is not None and link.flag is not None and bool(link.flag):
+            return True
+        # A GradScaler sees no gradient that is not there yet.
+        overflow = link is not None and hasattr(self, "found_inf") and any(bool(g.overflowed()) for g in link.deferred)
+        return overflow or bool(getattr(self, "found_inf", False))
 
     def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         self._refuse_unscaled(link)
         self.row_state(parameter)  # before threads may want to create it
 
-        def update(rows: Tensor, gradient: Tensor) -> None:
+        def update(rows: Tensor, gradient: Tensor, scale: Tensor | None = None) -> None:
             gradient = gradient.to(_update_dtype(parameter))
-            if grad_scale is not None:
-                gradient = gradient / grad_scale
+            if scale is not None:
+                gradient = gradient / scale
             self._update_rows(parameter, Rows(rows, gradient.dtype, link), gradient, group)
 
-        _visit_sparse(parameter, update)
+        _visit_sparse(parameter, lambda rows, gradient: update(rows, gradient, grad_scale))
         if link is not None:
+            if grad_scale is not None:
+                link.deferred = [gradient.over(grad_scale) for gradient in link.deferred]
             link.visit(parameter, update)
 
     def _refuse_unscaled(self, link: RowGradients | None) -> None:
@@ -103,7 +110,17 @@ class _RowwiseOptimizer(Optimizer, ABC):
                     link.deferred.clear()
 
     def settle(self) -> None:
-        """Make up for everything that was put off, as before centers are read by anything but their head."""
+        """Make up for everything that was put off, as before rows are read by anything but their head.
+
+        State in host memory is complete afterwards: a GPU writes it some time after `step` has returned.
+        """
+        for parameter, state in self.state.items():
+            if any(tensor.device != parameter.device for tensor in state.values()):
+                torch.cuda.synchronize(parameter.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state, on the device of the parameters.
@@ -119,6 +136,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
                             f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was "
                             "saved for another number of classes or processes."
                         )
+        _RowwiseOptimizer.settle(self)  # nothing writes to it any more
         # torch would cast the state to the parameter's dtype and device, where it need not live.
         super().load_state_dict({**state_dict, "state": {}})
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -177,8 +195,8 @@ class RowwiseSGD(_RowwiseOptimizer):
 
     Args:
         params: the head's parameters.
-        lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () float32 on the device, which a replayed CUDA
-            graph reads anew.
+        lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () on the device, which a replayed CUDA graph reads
+            anew.
         unsampled: what happens to a row that a step does not sample. "rest", the paper's rule: nothing. "as_dense":
             what torch.optim.SGD would do to it for a gradient of zero, made up for when it is sampled next; call
             `settle` before reading centers.
@@ -241,19 +259,17 @@ class RowwiseSGD(_RowwiseOptimizer):
     def _update_on_device(self, parameter: Tensor, link: RowGradients, group: dict[str, Any]) -> None:
         (gradient,) = link.deferred
         self._refuse_unscaled(link)
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            gradient = replace(
-                gradient,
-                scaled_embeddings=gradient.scaled_embeddings / grad_scale,
-                target_gradient=gradient.target_gradient / grad_scale,
-            )
-        skip, found_inf = link.flag, getattr(self, "found_inf", None)
-        if isinstance(found_inf, Tensor):
-            overflow = (found_inf != 0).long().view(1)
+        skip, grad_scale = link.flag, getattr(self, "grad_scale", None)
+        if hasattr(self, "found_inf"):
+            overflow = (gradient.overflowed() | (self.found_inf != 0)).long().view(1)
             skip = overflow if skip is None else skip + overflow
+        if grad_scale is not None:
+            gradient = gradient.over(grad_scale)
+        lr = group["lr"]
+        if isinstance(lr, Tensor):  # a kernel reads float32 on its own device
+            lr = lr.float() if lr.device == parameter.device else float(lr)
         keys = rounding_keys(link, ("centers", "momentum_buffer"), parameter.device)
-        rule = SGDRule(group["lr"], group["momentum"], group["weight_decay"], link.first_row, keys, skip)
+        rule = SGDRule(lr, group["momentum"], group["weight_decay"], link.first_row, keys, skip)
         gradient.path.update(gradient, parameter, self.row_state(parameter)["momentum_buffer"], rule)
 
     def _follow(self, parameter: Tensor, link: RowGradients | None) -> None:
@@ -262,18 +278,15 @@ class RowwiseSGD(_RowwiseOptimizer):
             raise InputError("unsampled='as_dense' needs the parameters of a PartialFC head.")
         if parameter in self._behind:
             return
-        behind = self._behind[parameter] = CatchUp(len(parameter), parameter.device)
-        buffer = self.row_state(parameter)["momentum_buffer"]
-        link.prepare = lambda rows: behind.bring_up(parameter, buffer, rows)
+        behind = self._behind[parameter] = CatchUp(len(parameter), parameter.device, link)
+        # The buffer is looked up each time, since `load_state_dict` makes another.
+        link.prepare = lambda rows: behind.bring_up(parameter, self.row_state(parameter)["momentum_buffer"], rows)
 
     @torch.no_grad()
     def settle(self) -> None:
         for parameter, behind in self._behind.items():
             behind.bring_up_all(parameter, self.row_state(parameter)["momentum_buffer"])
-
-    def state_dict(self) -> dict[str, Any]:
-        self.settle()
-        return super().state_dict()
+        super().settle()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -180,13 +179,14 @@ class PartialFC(nn.Module):
         checks.check_batch(embeddings, labels, self.centers)
         if everyone is not None:
             checks.check_counts(everyone.counts, len(embeddings), self.shard)
-        if self._flag is not None:
-            with self._forgetting():
-                self._flag.look(alone=self.shard.world_size == 1)
-        # Parameters lose attributes when a module is copied or moved to another storage.
-        self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
-        place = _Place(step_labels, first_place, everyone)
-        return _SampledSoftmax.apply(embeddings, self.centers, labels, self, place)
+        # Triton's kernels and the events of the flag go to the present device, which need not be the centers'.
+        with torch.cuda.device_of(self.centers):
+            if self._flag is not None:
+                self._ask(self._flag.look, alone=self.shard.world_size == 1)
+            # Parameters lose attributes when a module is copied or moved to another storage.
+            self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
+            place = _Place(step_labels, first_place, everyone)
+            return _SampledSoftmax.apply(embeddings, self.centers, labels, self, place)
 
     def check(self) -> None:
         """Raise what was wrong with the batches since the last check, where nobody has waited to know: a host read.
@@ -198,14 +198,12 @@ class PartialFC(nn.Module):
             NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
         """
         if self._flag is not None:
-            with self._forgetting():
-                self._flag.check()
+            self._ask(self._flag.check)
 
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """What waits for the optimizer is void if an error leaves."""
+    def _ask(self, question: Callable[..., None], **options: bool) -> None:
+        """Let the flag raise what it knows: what waits for the optimizer is void then."""
         try:
-            yield
+            question(**options)
         except InputError:
             self.row_gradients.deferred.clear()
             raise
@@ -268,7 +266,7 @@ def _forward(
     shard, margin = head.shard, head.margin
     on_device = path.takes_padding and head.update == "deferred" and head.row_gradients.prepare is None
     everyone = gather_labels(local[1], place.everyone, shard.group)
-    labels = everyone.labels
+    labels = everyone.labels.contiguous()
     gathered = start_gather_rows(local[0].contiguous(), everyone.counts, shard.group)
     classes, count = _sample(head, labels, place.step_labels, on_device)
     embeddings = gathered()  # sampling went on beside it
@@ -293,9 +291,7 @@ def _forward(
         shift=softmax.exponent_shift(head.scale, margin.negatives_bound, head.num_classes),
         conflict_threshold=head.conflict_threshold,
         conflict_as_zero_logit=head.conflict_as_zero_logit,
-        operand_dtype=torch.promote_types(head.operand_dtype, compute_dtype)
-        if compute_dtype == torch.float64
-        else head.operand_dtype,
+        operand_dtype=compute_dtype if compute_dtype == torch.float64 else head.operand_dtype,
         scratch=head._scratch,
         scratch_bytes=head.scratch_bytes,
     )
@@ -339,7 +335,12 @@ class _SampledSoftmax(torch.autograd.Function):
         # Of several micro-steps that wait for the optimizer only the first keeps anything.
         keep = ctx.needs_input_grad[1] and not head.row_gradients.deferred
         path = choose_path(centers, embeddings, head.margin)
-        with torch.autocast(embeddings.device.type, enabled=False), alone_if(path.in_threads):
+        with (
+            torch.inference_mode(False),  # what is kept from step to step could not be written to outside that mode
+            torch.no_grad(),  # which leaving it would end
+            torch.autocast(embeddings.device.type, enabled=False),
+            alone_if(path.in_threads),
+        ):
             step = _forward(head, path, centers, (embeddings, labels), place, keep)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
         ctx.save_for_backward(centers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class RowGradients:
         self.flag: Tensor | None = None
         self.deferred: list[CenterGradient] = []
         self.prepare: Callable[[Tensor], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy of the head: what waits for an optimizer, and what that does, is the original's alone."""
+        return self.__dict__ | {"deferred": [], "prepare": None}
 
     @property
     def step(self) -> int:

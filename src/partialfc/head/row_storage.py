@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partialfc import keyed_random
-from partialfc.errors import JobError
+from partialfc.errors import InputError, JobError
 from partialfc.head.row_gradients import RowGradients
 
 _REGISTERED_AT_ONCE = 1 << 30
@@ -24,17 +24,24 @@ class StateStorage:
         dtype: of momentum and averages; None for that of the parameter. bfloat16 is rounded stochastically.
         on_host: keep them in page-locked host memory, which a GPU reads and writes over its bus: the number of
             identities is then bounded by host memory. For parameters on a CPU it changes nothing.
+
+    Raises:
+        InputError: a dtype that holds no fractions.
     """
 
     dtype: torch.dtype | None = None
     on_host: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise InputError(f"state_dtype is {self.dtype}; it is floating point, such as torch.bfloat16.")
 
     def zeros_like(self, parameter: Tensor) -> Tensor:
         """State of zeros for each element of `parameter`."""
         dtype = parameter.dtype if self.dtype is None else self.dtype
         if not (self.on_host and parameter.is_cuda):
             return torch.zeros_like(parameter, dtype=dtype)
-        table = torch.zeros(parameter.shape, dtype=dtype)
+        table = torch.zeros(parameter.shape, dtype=dtype, device="cpu")
         _lock_pages(table)
         return table
 
@@ -74,13 +81,13 @@ class Rows:
         """The rows of `table` (L, …), a copy."""
         if table.device == self.numbers.device:
             return table[self.numbers].to(self.dtype)
-        return table[self.numbers.to(table.device)].to(self.numbers.device, self.dtype)
+        return table[self.numbers.to(table.device)].to(self.numbers.device).to(self.dtype)  # widened past the bus
 
     def write(self, table: Tensor, name: str, values: Tensor) -> None:
         """Put values (n, …) into the rows of `table`; bfloat16 is rounded stochastically, keyed by `name`."""
-        if table.dtype == torch.bfloat16 and values.dtype == torch.float32:
+        if table.dtype == torch.bfloat16:
             (key,) = rounding_keys(self.link, (name,), values.device)
-            values = round_stochastically(values, key, self.global_numbers())
+            values = round_stochastically(values.float(), key, self.global_numbers())
         numbers = self.numbers.to(table.device)
         table[numbers] = values.to(table.device, table.dtype)
 
@@ -108,7 +115,7 @@ def round_stochastically(values: Tensor, key: int | Tensor, rows: Tensor) -> Ten
     width = values.shape[1]
     quarters = (width + 3) // 4
     draws = keyed_random.bits(key, rows[:, None] * quarters + torch.arange(quarters, device=rows.device))
-    shifts = torch.tensor([0, 16, 32, 48], device=rows.device)
+    shifts = torch.arange(0, 64, 16, device=rows.device)
     noise = ((draws[:, :, None] >> shifts) & 0xFFFF).flatten(1)[:, :width].to(torch.int32)
     rounded = (values.contiguous().view(torch.int32) + noise) & -0x10000
     return torch.where(values.isfinite(), rounded.view(torch.float32), values).bfloat16()

@@ -96,6 +96,10 @@ class Scratch:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._borrower: Callable[[], Loan | None] = lambda: None
 
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
+        """A copy of the head begins with a buffer of its own."""
+        return Scratch, ()
+
     def lend(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Loan | None:
         """An array of any content, or None while a former loan is out."""
         if self._borrower() is not None:
@@ -312,6 +316,15 @@ class CenterGradient:
     def without_padding(self) -> CenterGradient:
         """The same of exactly the sampled classes: a host read where they are padded."""
         return self if self.batch.count is None else replace(self, batch=self.batch.without_padding())
+
+    def over(self, scale: Tensor) -> CenterGradient:
+        """The same divided by `scale` (), before the products, which the loss's scale might make overflow."""
+        scaled, target = self.scaled_embeddings / scale, self.target_gradient / scale
+        return replace(self, scaled_embeddings=scaled, target_gradient=target)
+
+    def overflowed(self) -> Tensor:
+        """() bool: whether the loss was scaled by too much for the compute dtype."""
+        return ~(torch.isfinite(self.scaled_embeddings).all() & torch.isfinite(self.target_gradient).all())
 
     def tile(self, centers: Tensor, first: int, last: int) -> Tensor:
         """`Path.tile_gradient` of this gradient."""

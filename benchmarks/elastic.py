@@ -125,7 +125,8 @@ def run(
 ) -> None:
     """`run_part` in fresh processes, unless the run has its last step."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if steps not in steps_in(folder / "checkpoints"):
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.exists() or steps not in steps_in(checkpoints):
         run_processes(world_size, run_part, config, folder, stop, last_place)
 
 

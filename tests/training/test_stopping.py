@@ -360,6 +360,45 @@ def test_a_full_disk_stops_the_run_or_is_logged(
     assert "No space left" in messages[0]
 
 
+FAILING = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+import small_runs
+from partialfc.errors import JobError
+from partialfc.training import checkpoint_async
+from partialfc.training.checkpoint import CheckpointNotWritten
+from partialfc.training.loop import train
+from partialfc.training.step import Stepper
+
+def fail(*arguments, **options):
+    raise {"checkpoint": CheckpointNotWritten, "step": ValueError}[sys.argv[1]]("nothing works")
+
+if sys.argv[1] == "checkpoint":
+    checkpoint_async.save_checkpoint = fail
+else:
+    Stepper.step = fail
+base = small_runs.small_config(precision="float32")
+config = replace(base, data=replace(base.data, workers=2))
+try:
+    train(config, Path(sys.argv[2]), quiet=True)
+except JobError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "step"])
+def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> None:
+    """An error that lives to the end of the process, or that nobody catches, does not keep the readers alive."""
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", FAILING, what, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": search}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "nothing works" in done.stdout + done.stderr
+
+
 def test_minutes_make_checkpoints_too(tmp_path: Path) -> None:
     config = config_of(checkpoint_minutes=1e-9)
     train(replace(config, output=replace(config.output, keep=50)), tmp_path, quiet=True)

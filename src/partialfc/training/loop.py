@@ -171,8 +171,8 @@ class _Trainer:
         """All steps that are left, and what falls due on the way."""
         state = self.state
         first, owed = state.done, state.evaluation_owed
-        batches = self.loader.batches(first, self.total_steps)
         with (
+            contextlib.closing(self.loader.batches(first, self.total_steps)) as batches,
             self._open_trackers(first) as self.trackers,
             contextlib.closing(self._profiler()) as profiler,
             self._open_log(first, owed or first >= self.total_steps) as self.log,

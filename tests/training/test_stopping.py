@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from distributed_workers import run_ranks
 from partialfc import model
 from partialfc.distributed import Shard
 from partialfc.errors import InputError, JobError, StoppedBySignal
-from partialfc.training import checkpoint_async, loop
+from partialfc.training import checkpoint, checkpoint_async, loop
 from partialfc.training.checkpoint import CheckpointNotWritten, RowTensors, save_checkpoint
 from partialfc.training.checkpoint_async import CheckpointWriter, Snapshot
 from partialfc.training.checkpoint_reading import Checkpoint, steps_in
@@ -397,6 +398,26 @@ def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> No
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     assert "nothing works" in done.stdout + done.stderr
+
+
+def slow_rank(rank: int, folder: Path) -> None:
+    """Rank 0 takes longer to write than any other exchange may."""
+    plain = checkpoint.write_file
+
+    def write(path: Path, *arguments: Any) -> Any:
+        if path.name == "backbone.safetensors":
+            time.sleep(9)
+        return plain(path, *arguments)
+
+    if rank == 0:
+        checkpoint.write_file = write  # type: ignore[assignment]
+    loop._patience = lambda config: 5.0
+    train(config_of(), folder / "run", quiet=True)
+
+
+def test_the_others_wait_for_a_slow_checkpoint(tmp_path: Path) -> None:
+    run_ranks(2, slow_rank, tmp_path)
+    assert steps_in(tmp_path / "run" / "checkpoints") == [10]
 
 
 def test_minutes_make_checkpoints_too(tmp_path: Path) -> None:

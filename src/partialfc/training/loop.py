@@ -16,6 +16,7 @@ from partialfc.data.loader import Batch
 from partialfc.distributed import (
     broadcast,
     gather_json,
+    has_store,
     host_group,
     rank_of,
     start_max,
@@ -50,6 +51,7 @@ from partialfc.training.step import Stepper
 from partialfc.training.trackers import Tracker, open_trackers
 
 _SECONDS_FOR_A_CHECKPOINT = 10.0  # that one is being written when the run fails; the others may be dead
+_SECONDS_FOR_ANY_CHECKPOINT = 7 * 86400.0
 
 
 def train(
@@ -152,7 +154,9 @@ class _Trainer:
             verified = load_latest(self.folder.checkpoints, restore, warn=self.notes.append)
             if how.verify:
                 self.notes.append(verified or "there is no checkpoint to verify")
-        self.saver = Saver(config, self.folder, host_group(_patience(config)), self._report_unsaved)
+        # A rank may write for hours, as long as it gets on: whether it does is for `Liveness` to say.
+        patience = _SECONDS_FOR_ANY_CHECKPOINT if has_store() else _patience(config)
+        self.saver = Saver(config, self.folder, host_group(patience), self._report_unsaved)
         self.saver.writer.make_room(self.state.row_tensors().tensors)
         self.news_group = host_group(_patience(config))
         self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))

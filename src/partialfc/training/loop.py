@@ -29,8 +29,8 @@ from partialfc.liveness import Liveness
 from partialfc.model import Model, ModelConfig, save_model
 from partialfc.training.assemble import (
     PRECISION_NAMES,
-    build_backbone,
     build_state,
+    check_shares,
     compute_dtype,
     open_loader,
 )
@@ -141,7 +141,7 @@ class _Trainer:
         backbone = config.backbone
         self.model_config = ModelConfig(backbone.name, backbone.embedding_dim, self.loader.image_size)
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)
-        build_backbone(config, self.loader.image_size, device=torch.device("meta"))
+        check_shares(config, self.loader)
         resuming = how.resume and check_resumable(out, self.loader)
         start = Start() if resuming else read_start(config, self.loader)
         self.state = build_state(config, self.loader, device)

@@ -21,7 +21,7 @@ import yaml
 from safetensors import SafetensorError
 from small_runs import PAIRS, final_tensors, small_config, timeless, tiny_config, write_images
 
-from distributed_workers import run_ranks
+from distributed_workers import run_apart, run_ranks
 from partialfc import model
 from partialfc.distributed import Shard
 from partialfc.errors import InputError, JobError, StoppedBySignal
@@ -351,7 +351,7 @@ def test_a_full_disk_stops_the_run_or_is_logged(
     failing_at(monkeypatch, 4)
     base = config_of(checkpoint_async=asynchronous)
     every = replace(base, output=replace(base.output, checkpoint_every=2))
-    with pytest.raises(CheckpointNotWritten, match="No space left"):
+    with pytest.raises(CheckpointNotWritten, match=r"No space left.*: put that right, and go on .* with --resume"):
         train(every, tmp_path / "stops", quiet=True)
     assert steps_in(tmp_path / "stops" / "checkpoints") == [2]  # the last good one stays
     goes_on = replace(every, output=replace(every.output, on_checkpoint_error="continue"))
@@ -400,6 +400,35 @@ def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> No
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     assert "nothing works" in done.stdout + done.stderr
+
+
+def too_early(rank: int, folder: Path) -> None:
+    """Rank 1 is lost after the processes have met, before they watch each other."""
+    if rank == 1:
+        loop.Liveness.__enter__ = lambda self: os._exit(0)  # type: ignore[method-assign,assignment]
+    base = config_of()
+    try:
+        train(replace(base, processes=replace(base.processes, silence_seconds=5)), folder / "run", quiet=True)
+    except JobError as error:
+        (folder / "said.txt").write_text(str(error))
+
+
+def test_a_process_lost_before_they_watch_each_other_is_a_sentence_too(tmp_path: Path) -> None:
+    assert run_apart(2, too_early, tmp_path) == [0, 0]
+    said = (tmp_path / "said.txt").read_text()
+    assert said.startswith("the exchange with the other processes broke off (")
+    assert said.endswith("): go on from the last checkpoint with --resume.")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        InputError, match=r"/run cannot be used \(Read-only file system\): give another folder with --out"
+    ):
+        train(config_of(), tmp_path / "run", quiet=True)
 
 
 def slow_rank(rank: int, folder: Path) -> None:

@@ -86,8 +86,9 @@ def train(
             device = held.enter_context(
                 joined(config, names, resume=resume, verify=verify, timeout_seconds=_patience(config))
             )
-        liveness = held.enter_context(Liveness(silence, timeout))
+        liveness = Liveness(silence, timeout)
         try:
+            held.enter_context(liveness)
             with doing("opening data, networks and run folder"):
                 trainer = _Trainer(config, out, names, device, signals, held, how)
             return trainer.run()

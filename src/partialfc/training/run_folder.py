@@ -78,9 +78,8 @@ def _refuse_together(work: Callable[[], None], group: Group | None) -> None:
     except InputError as error:
         message = str(error)
     except OSError as error:
-        message = (
-            f"{error.filename or 'the run folder'} cannot be used ({error.strerror}): give another folder with --out."
-        )
+        place = error.filename or "The run folder"
+        message = f"{place} cannot be used ({error.strerror}): give another folder with --out."
     refusals = [each for each in gather_json(message, group=group) if each is not None]
     if refusals:
         raise InputError(refusals[0])

@@ -17,10 +17,10 @@ from partialfc import liveness
 from partialfc.activity import activities, doing, progress
 from partialfc.distributed import barrier, is_broken_exchange
 from partialfc.errors import JobError
-from partialfc.liveness import Liveness, Peer, Sign, lost_process
+from partialfc.liveness import Liveness, Peer, Sign, lost_process, own_system
 
 HERE = socket.gethostname()
-GOOD = Peer(Sign(5, HERE, os.getpid(), False, [("computing step 3", 1.0, False)], None), came=100.0)
+GOOD = Peer(Sign(5, HERE, own_system(), os.getpid(), False, [("computing step 3", 1.0, False)], None), came=100.0)
 
 
 def peer(came: float = 100.0, **changes: object) -> Peer:
@@ -39,7 +39,7 @@ def test_all_is_well() -> None:
 
 
 def test_a_silent_process_is_named_with_what_it_did() -> None:
-    other = peer(came=60.0, host="elsewhere", process=77)
+    other = peer(came=60.0, host="elsewhere", system="another", process=77)
     assert judged(GOOD, other) == (
         "rank 1 (on elsewhere, process 77) has given no sign of life for 41 s; it was last computing step 3"
     )
@@ -48,6 +48,11 @@ def test_a_silent_process_is_named_with_what_it_did() -> None:
 
 def test_a_process_that_is_gone_from_this_host_is_named_at_once() -> None:
     assert judged(GOOD, peer(process=2**22 + 1, threads=[])) == f"rank 1 (on {HERE}, process {2**22 + 1}) is gone"
+
+
+def test_a_process_of_another_host_of_the_same_name_is_not_looked_for_on_this_one() -> None:
+    """Machines may all be called localhost, and containers share a host's name without its process numbers."""
+    assert judged(GOOD, peer(system="another", process=2**22 + 1)) is None
 
 
 def test_a_failed_process_speaks_for_itself() -> None:
@@ -73,6 +78,17 @@ def test_the_stuck_process_is_blamed_and_not_those_that_wait_for_it() -> None:
     assert many is not None
     assert many.count("rank ") == 8
     assert many.endswith(", 12 others too")
+
+
+def test_a_checkpoint_that_gets_on_holds_all_others_up_without_harm() -> None:
+    """All main threads wait for it, each of them too long; one thread writes block after block."""
+    waiting = ("computing step 9, waiting for its checkpoint of step 9", 700.0, True)
+    gathering, writing = ("in an all-reduce", 690.0, True), ("writing step-00000009", 0.5, False)
+    assert judged(peer(threads=[waiting, writing]), peer(threads=[waiting, gathering])) is None
+    assert judged(peer(threads=[waiting, gathering]), peer(threads=[waiting, writing])) is None
+    stuck_ranks = judged(peer(threads=[waiting, gathering]), peer(threads=[waiting, gathering]))
+    assert stuck_ranks is not None
+    assert "rank 0" in stuck_ranks
 
 
 def test_activities_nest_and_count_from_the_last_progress() -> None:

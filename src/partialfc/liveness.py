@@ -4,7 +4,8 @@ A collective waits for every process, and by itself tells of a lost one late or 
 a sign of life in the launcher's key-value store every two seconds, from a thread of its own, with what its threads are
 doing. The first process reads them all and writes down whom the run has lost; every process reads that and ends.
 
-- A process is dead when its signs stop for `silence_seconds`, or at once when it runs on the same host and is gone.
+- A process is dead when its signs stop for `silence_seconds`, or at once when it is one of those that this process
+  can see in the system and is gone.
 - It is stuck when it gives signs, and one of its threads has been at the same thing for `timeout_seconds`.
 - It has failed when it says so on its way out.
 - The store itself is lost when it does not answer for `silence_seconds`, as when its host is cut off.
@@ -20,8 +21,10 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -51,7 +54,8 @@ class Sign:
 
     Attributes:
         number: of the sign, so that a repeated one is not taken for a new one.
-        host, process: where it comes from.
+        host, process: where it comes from, for people.
+        system: that gives processes their numbers; two hosts, or containers, may bear the same name.
         broken: whether an exchange with others broke off.
         threads: (what, seconds without progress, waits for others) of each thread.
         end: None while at work, "" after a good end, or what failed.
@@ -59,6 +63,7 @@ class Sign:
 
     number: int
     host: str
+    system: str
     process: int
     broken: bool
     threads: list[tuple[str, float, bool]]
@@ -87,7 +92,7 @@ def lost_process(peers: Mapping[int, Peer], now: float, silence: float, timeout:
         timeout: seconds after which a thread without progress is stuck.
         world_size: how many ranks there are.
     """
-    here = socket.gethostname()
+    here = own_system()
     for rank, peer in peers.items():
         if peer.sign.end:
             return f"rank {rank} ({peer.name}) failed: {peer.sign.end}"
@@ -95,7 +100,7 @@ def lost_process(peers: Mapping[int, Peer], now: float, silence: float, timeout:
             continue
         last = "; ".join(what for what, _, _ in peer.sign.threads)
         last = last and f"; it was last {last}"
-        if peer.sign.host == here and not _is_running(peer.sign.process):
+        if peer.sign.system == here and not _is_running(peer.sign.process):
             return f"rank {rank} ({peer.name}) is gone{last}"
         silent = now - peer.came
         if silent > silence:
@@ -111,16 +116,28 @@ def _stuck(peers: Mapping[int, Peer], timeout: float, world_size: int) -> str | 
         for what, seconds, waits in peer.sign.threads
         if seconds > timeout
     ]
-    # Whoever waits for others is not to blame, unless all do; another may be about to be late, or get on all the time.
+    # Whoever waits for others is not to blame, unless all do; another may be about to be late, or get on all the time,
+    # as a thread that writes a checkpoint does while its own main thread waits for it.
     blamed = [each for each in late if not each[-1]]
     at_work = {rank for rank, peer in peers.items() if peer.sign.end is None}
-    if not blamed and {rank for rank, *_ in late} == at_work and len(peers) == world_size:
+    at_rest = {rank for rank in at_work if all(seconds > timeout for _, seconds, _ in peers[rank].sign.threads)}
+    if not blamed and {rank for rank, *_ in late} & at_rest == at_work and len(peers) == world_size:
         blamed = late
     if not blamed:
         return None
     said = [f"rank {rank} ({peer.name}) has been {what} for {age:.0f} s" for rank, peer, what, age, _ in blamed]
     said[_LISTED:] = [f"{len(said) - _LISTED} others too"] if len(said) > _LISTED else []
     return f"processes.timeout_seconds ({timeout:.0f}) has passed: {', '.join(said)}"
+
+
+@cache
+def own_system() -> str:
+    """Names the host, its boot, and the set of process numbers in it, that this process belongs to."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {uuid.getnode()}"
 
 
 def _is_running(process: int) -> bool:
@@ -278,7 +295,7 @@ class Liveness:
     def _give_sign(self) -> None:
         self._number += 1
         threads = [(each.what, each.seconds, each.waits) for each in activities()]
-        sign = Sign(self._number, socket.gethostname(), os.getpid(), self._main_ends, threads, self._end)
+        sign = Sign(self._number, socket.gethostname(), own_system(), os.getpid(), self._main_ends, threads, self._end)
         self._store.set(str(self.rank), json.dumps(asdict(sign)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import FIXTURES, final_tensors, tiny_config, write_images
+from small_runs import FIXTURES, final_tensors, small_config, tiny_config, write_images
 from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
@@ -18,6 +19,7 @@ from partialfc.data.sources import open_source
 from partialfc.data.subset import SubsetSource
 from partialfc.errors import InputError
 from partialfc.model import load_model
+from partialfc.training.assemble import compute_dtype
 from partialfc.training.averaging import averaged_copy, update_average
 from partialfc.training.config import BackboneConfig, HeadConfig, OptimizerConfig, TrainConfig
 from partialfc.training.freezing import freeze, hold_frozen
@@ -208,3 +210,33 @@ def test_min_images_and_num_classes_contradict_each_other(tmp_path: Path) -> Non
     config = tiny_config(tmp_path)
     with pytest.raises(InputError, match=r"data.min_images renumbers the classes"):
         replace(config, data=replace(config.data, min_images=2, num_classes=5)).check()
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("optimizer.max_grad_norm", {"optimizer": replace(SGD, max_grad_norm=math.inf)}),
+        ("head.margin_value", {"head": HeadConfig(margin_value=math.nan)}),
+    ],
+)
+def test_what_a_checkpoint_could_not_hold_is_refused_at_the_start(key: str, change: dict[str, Any]) -> None:
+    """YAML has .inf and .nan; the first checkpoint would fail for them."""
+    with pytest.raises(InputError, match=rf"^{key} is (inf|nan); it must be a finite number\.$"):
+        small_config(**change).check()
+
+
+def test_batches_too_small_for_the_statistics_are_refused(images: Path, tmp_path: Path) -> None:
+    base = float32(images)
+    for data in ({"global_batch_size": 1}, {"global_batch_size": 5, "micro_steps": 3}):
+        config = replace(base, data=replace(base.data, **data))
+        with pytest.raises(InputError, match=r"leaves one of them 1 images at a time, but BatchNorm needs 2: take a"):
+            train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    config = replace(base, data=replace(base.data, micro_steps=11))
+    with pytest.raises(InputError, match=r"data\.micro_steps is 11, more than the 10 images"):
+        train(config, tmp_path / "run", quiet=True)
+
+
+def test_bf16_is_not_chosen_where_a_gpu_only_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert compute_dtype("auto", torch.device("cuda")) == torch.float32

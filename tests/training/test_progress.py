@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
 import sys
 
 import pytest
@@ -173,3 +174,29 @@ def test_standard_output_is_left_for_results(capsys: pytest.CaptureFixture[str])
     captured = capsys.readouterr()
     assert captured.out == '{"accuracy": 0.9}\n'
     assert captured.err == "training: step 1/1 (100%), in 0:00\n"
+
+
+READERLESS = """
+import sys
+from partialfc.training.progress import TrainingProgress
+sys.stdin.readline()
+with TrainingProgress(3, "training") as progress:
+    for step in range(4):
+        progress.message("hello")
+        progress.update(step)
+print("done")
+"""
+
+
+def test_a_job_goes_on_when_nobody_reads_its_messages_any_more() -> None:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", READERLESS]
+    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stderr.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stdout.read() == "done\n"
+    assert process.returncode == 0

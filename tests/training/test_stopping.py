@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +21,11 @@ import yaml
 from safetensors import SafetensorError
 from small_runs import PAIRS, final_tensors, small_config, timeless, tiny_config, write_images
 
-from distributed_workers import run_ranks
+from distributed_workers import run_apart, run_ranks
 from partialfc import model
 from partialfc.distributed import Shard
 from partialfc.errors import InputError, JobError, StoppedBySignal
-from partialfc.training import checkpoint_async, loop
+from partialfc.training import checkpoint, checkpoint_async, loop
 from partialfc.training.checkpoint import CheckpointNotWritten, RowTensors, save_checkpoint
 from partialfc.training.checkpoint_async import CheckpointWriter, Snapshot
 from partialfc.training.checkpoint_reading import Checkpoint, steps_in
@@ -31,6 +33,7 @@ from partialfc.training.config import TrainConfig
 from partialfc.training.loop import train
 from partialfc.training.metrics_log import read_metrics
 from partialfc.training.run_lock import FolderLock
+from partialfc.training.state import TrainState
 from partialfc.training.step import Stepper
 
 
@@ -348,7 +351,7 @@ def test_a_full_disk_stops_the_run_or_is_logged(
     failing_at(monkeypatch, 4)
     base = config_of(checkpoint_async=asynchronous)
     every = replace(base, output=replace(base.output, checkpoint_every=2))
-    with pytest.raises(CheckpointNotWritten, match="No space left"):
+    with pytest.raises(CheckpointNotWritten, match=r"No space left.*: put that right, and go on .* with --resume"):
         train(every, tmp_path / "stops", quiet=True)
     assert steps_in(tmp_path / "stops" / "checkpoints") == [2]  # the last good one stays
     goes_on = replace(every, output=replace(every.output, on_checkpoint_error="continue"))
@@ -358,6 +361,94 @@ def test_a_full_disk_stops_the_run_or_is_logged(
     messages = [line["message"] for line in lines if line["kind"] == "checkpoint_error"]
     assert len(messages) == 1
     assert "No space left" in messages[0]
+
+
+FAILING = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+import small_runs
+from partialfc.errors import JobError
+from partialfc.training import checkpoint_async
+from partialfc.training.checkpoint import CheckpointNotWritten
+from partialfc.training.loop import train
+from partialfc.training.step import Stepper
+
+def fail(*arguments, **options):
+    raise {"checkpoint": CheckpointNotWritten, "step": ValueError}[sys.argv[1]]("nothing works")
+
+if sys.argv[1] == "checkpoint":
+    checkpoint_async.save_checkpoint = fail
+else:
+    Stepper.step = fail
+base = small_runs.small_config(precision="float32")
+config = replace(base, data=replace(base.data, workers=2))
+try:
+    train(config, Path(sys.argv[2]), quiet=True)
+except JobError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "step"])
+def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> None:
+    """An error that lives to the end of the process, or that nobody catches, does not keep the readers alive."""
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", FAILING, what, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": search}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "nothing works" in done.stdout + done.stderr
+
+
+def too_early(rank: int, folder: Path) -> None:
+    """Rank 1 is lost after the processes have met, before they watch each other."""
+    if rank == 1:
+        loop.Liveness.__enter__ = lambda self: os._exit(0)  # type: ignore[method-assign,assignment]
+    base = config_of()
+    try:
+        train(replace(base, processes=replace(base.processes, silence_seconds=5)), folder / "run", quiet=True)
+    except JobError as error:
+        (folder / "said.txt").write_text(str(error))
+
+
+def test_a_process_lost_before_they_watch_each_other_is_a_sentence_too(tmp_path: Path) -> None:
+    assert run_apart(2, too_early, tmp_path) == [0, 0]
+    said = (tmp_path / "said.txt").read_text()
+    assert said.startswith("the exchange with the other processes broke off (")
+    assert said.endswith("): go on from the last checkpoint with --resume.")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        InputError, match=r"/run cannot be used \(Read-only file system\): give another folder with --out"
+    ):
+        train(config_of(), tmp_path / "run", quiet=True)
+
+
+def slow_rank(rank: int, folder: Path) -> None:
+    """Rank 0 takes longer to write than any other exchange may."""
+    plain = checkpoint.write_file
+
+    def write(path: Path, *arguments: Any) -> Any:
+        if path.name == "backbone.safetensors":
+            time.sleep(9)
+        return plain(path, *arguments)
+
+    if rank == 0:
+        checkpoint.write_file = write  # type: ignore[assignment]
+    loop._patience = lambda config: 5.0
+    train(config_of(), folder / "run", quiet=True)
+
+
+def test_the_others_wait_for_a_slow_checkpoint(tmp_path: Path) -> None:
+    run_ranks(2, slow_rank, tmp_path)
+    assert steps_in(tmp_path / "run" / "checkpoints") == [10]
 
 
 def test_minutes_make_checkpoints_too(tmp_path: Path) -> None:
@@ -412,6 +503,45 @@ def test_the_memory_of_the_first_copy_is_taken_before(tmp_path: Path) -> None:
     other.save(snapshot(values))
     other.finish()
     assert other._copies._buffers["rows/centers"].data_ptr() == before != taken
+
+
+def test_a_run_on_the_cpu_leaves_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for a stream would start CUDA, which takes memory of the first GPU, or fails."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("CUDA was started")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", refuse)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(snapshot(torch.arange(12.0).view(4, 3)))
+    writer.finish()
+
+
+def test_state_in_host_memory_is_read_after_the_gpu_has_written_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of the last step may still write momentum there when the host begins to copy it."""
+    events = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    class Head:
+        shard, margin = Shard.of(4), SimpleNamespace(sub_centers=1)
+        centers = torch.zeros(4, 3).as_subclass(OnGpu)
+
+    class RowOptimizer:
+        def settle(self) -> None:
+            events.append("settle")
+
+        def row_state(self, centers: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"momentum_buffer": torch.zeros(4, 3)}
+
+    stream = SimpleNamespace(synchronize=lambda: events.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    network: Any = torch.nn.Identity()
+    state = TrainState(network, Head(), Any, RowOptimizer(), {})  # type: ignore[arg-type]
+    assert state.row_tensors().tensors.keys() == {"centers", "momentum_buffer"}
+    assert events == ["settle", "synchronize"]
 
 
 def test_a_run_from_before_an_option_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -252,8 +253,11 @@ class Loader:
         indices = order(torch.tensor(positions, dtype=torch.int64), len(self.source), self._plan.seed)
         return [self.source.name(index) for index in indices.tolist()]
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """The micro-batches of the steps from `first_step` up to, not including, `last_step`, in order.
+
+        Close it, however the work ends: the worker processes end with it, and do not listen to SIGTERM, with which
+        Python would end them, and then wait for them for ever, when this process ends before they do.
 
         Raises:
             InputError: a label lies outside [0, num_classes), an image has another size, or more than `max_unreadable`
@@ -270,12 +274,13 @@ class Loader:
             worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator(),  # without one, torch draws the workers' seeds from its global generator
         )
-        for outcome in _guarded(micro_batches):
-            if isinstance(outcome, InputError):
-                raise outcome
-            for name, reason in outcome.unreadable.items():
-                self._count(name, reason)
-            yield outcome
+        with closing(_guarded(micro_batches)) as outcomes:
+            for outcome in outcomes:
+                if isinstance(outcome, InputError):
+                    raise outcome
+                for name, reason in outcome.unreadable.items():
+                    self._count(name, reason)
+                yield outcome
 
     def counts(self, micro_step: int) -> list[int]:
         """How many images each rank takes in a micro-step, in rank order: known without asking the ranks."""
@@ -315,7 +320,7 @@ def _ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _guarded(micro_batches: DataLoader[Any]) -> Iterator[Any]:
+def _guarded(micro_batches: DataLoader[Any]) -> Generator[Any, None, None]:
     """Iterate, turning the death of a worker into a JobError here rather than into an exception anywhere."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
@@ -324,22 +329,26 @@ def _guarded(micro_batches: DataLoader[Any]) -> Iterator[Any]:
         # torch installs a handler that raises in whatever line happens to run when a worker dies, be it the middle of
         # an optimizer step. Without it, the iterator finds out at its next batch, within 5 seconds.
         signal.signal(signal.SIGCHLD, handler)
-    while True:
-        try:
-            outcome = next(iterator)
-        except StopIteration:
-            return
-        except (RuntimeError, EOFError, OSError) as error:
-            # A worker that dies in the middle of a hand-over leaves an EOFError or OSError; an exception that was
-            # raised in a worker comes as "Caught ...".
-            died = micro_batches.num_workers and not str(error).startswith("Caught")
-            if not died or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
-                raise
-            raise JobError(
-                f"A process that reads the data died ({_dead_workers(iterator) or repr(error)}): is memory, or shared "
-                "memory (/dev/shm), exhausted?"
-            ) from error
-        yield outcome
+    try:
+        while True:
+            try:
+                outcome = next(iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, EOFError, OSError) as error:
+                # A worker that dies in the middle of a hand-over leaves an EOFError or OSError; an exception that was
+                # raised in a worker comes as "Caught ...".
+                died = micro_batches.num_workers and not str(error).startswith("Caught")
+                if not died or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
+                    raise
+                raise JobError(
+                    f"A process that reads the data died ({_dead_workers(iterator) or repr(error)}): is memory, or "
+                    "shared memory (/dev/shm), exhausted?"
+                ) from error
+            yield outcome
+    finally:
+        # Not left to the iterator's end: an error that is kept, as one that nobody caught, keeps it alive.
+        getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
 def _dead_workers(iterator: Any) -> str:

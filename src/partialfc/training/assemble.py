@@ -18,7 +18,7 @@ from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.averaging import averaged_copy
 from partialfc.training.config import TrainConfig
-from partialfc.training.freezing import freeze
+from partialfc.training.freezing import freeze, hold_frozen
 from partialfc.training.replicas import split_over_processes
 from partialfc.training.scaling import LossScale
 from partialfc.training.state import TrainState
@@ -56,7 +56,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return next(dtype for dtype, name in PRECISION_NAMES.items() if name == precision)
     if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported()
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         faster = bool(capabilities.get("avx512_bf16", False))
@@ -144,6 +144,24 @@ def build_backbone(config: TrainConfig, image_size: int, *, device: torch.device
     if chosen.sync_batch_norm:
         synchronise_batch_norm(backbone)
     return backbone.to(device, torch.float64 if config.precision == "float64" else None)
+
+
+def check_shares(config: TrainConfig, loader: Loader) -> None:
+    """Refuse a batch of which some process gets too few images for the network's statistics, on all ranks alike.
+
+    Raises:
+        InputError: the network does not suit the configuration or the size of the images, or that is so.
+    """
+    network = build_backbone(config, loader.image_size, device=torch.device("meta")).train()
+    hold_frozen(network, config.backbone.freeze)
+    fewest = min(count for number in range(loader.micro_steps) for count in loader.counts(number))
+    # One value a channel has no variance. Other layers have many of one image.
+    if fewest < 2 and any(isinstance(each, nn.BatchNorm1d) and each.training for each in network.modules()):
+        raise InputError(
+            f"data.global_batch_size {config.data.global_batch_size} in {loader.micro_steps} micro-steps on "
+            f"{world_size_of()} processes leaves one of them {fewest} images at a time, but BatchNorm needs 2: take a "
+            "larger batch, fewer micro-steps or processes, or backbone.sync_batch_norm true."
+        )
 
 
 def build_optimizers(

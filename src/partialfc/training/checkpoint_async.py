@@ -44,7 +44,7 @@ class HostCopies:
             for group, each in shared_tensors(snapshot)
         }
         rows = {name: self._copy(f"rows/{name}", tensor) for name, tensor in snapshot.rows.tensors.items()}
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # a run on the CPU of a machine with GPUs leaves them alone
             torch.cuda.current_stream().synchronize()
         return replace(snapshot, tensors=tensors, rows=RowTensors(snapshot.rows.shard, rows))
 

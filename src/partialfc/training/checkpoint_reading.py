@@ -129,7 +129,7 @@ def load_latest(
         InputError: there are checkpoints and all are damaged, or one is of another format version, or the ranks see
             different checkpoints.
     """
-    candidates = gather_json(_candidates(root), group=group)[0]
+    candidates, newest = gather_json(_candidates(root), group=group)[0], ""
     for name in candidates:
         report: dict[str, Any] = {"digest": None, "damage": None}
         try:
@@ -144,11 +144,16 @@ def load_latest(
             if len({each["digest"] for each in reports}) > 1:
                 raise InputError(f"The ranks see different checkpoints in {root}: put it on storage that all share.")
             return result
+        newest = newest or min(damages)
         if rank_of(group) == 0:
             for message in sorted(damages):
                 warn(message)
     if candidates:
-        raise InputError(f"All checkpoints in {root} are damaged: restore one from a copy, or start in a new folder.")
+        reason = newest.partition(": this checkpoint is damaged")[0]
+        raise InputError(
+            f"All checkpoints in {root} are damaged (of the newest, {reason}): restore one from a copy, or start in a "
+            "new folder."
+        )
     return None
 
 

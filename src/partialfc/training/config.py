@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -262,6 +263,12 @@ class TrainConfig:
         for key, value, least in at_least:
             if value is not None and not value >= least:
                 raise InputError(f"{key} is {value}; it must be at least {least}.")
+        _check_finite(self.to_dict())
+        if self.data.micro_steps is not None and self.data.micro_steps > self.data.global_batch_size:
+            raise InputError(
+                f"data.micro_steps is {self.data.micro_steps}, more than the {self.data.global_batch_size} images of "
+                "data.global_batch_size: take fewer."
+            )
         if not self.data.path:
             raise InputError("data.path is missing: give the training images with --data.path.")
         self._check_backbone()
@@ -363,6 +370,15 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """YAML that `--config` takes back."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _check_finite(values: dict[str, Any], prefix: str = "") -> None:
+    """Refuse infinity and NaN, which YAML has and a checkpoint, in JSON, has not."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{prefix}{key} is {value}; it must be a finite number.")
 
 
 # Keys that may differ between a run and its continuation: they change where, how fast and how often, not what.

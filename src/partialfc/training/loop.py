@@ -16,6 +16,7 @@ from partialfc.data.loader import Batch
 from partialfc.distributed import (
     broadcast,
     gather_json,
+    has_store,
     host_group,
     rank_of,
     start_max,
@@ -28,8 +29,8 @@ from partialfc.liveness import Liveness
 from partialfc.model import Model, ModelConfig, save_model
 from partialfc.training.assemble import (
     PRECISION_NAMES,
-    build_backbone,
     build_state,
+    check_shares,
     compute_dtype,
     open_loader,
 )
@@ -50,6 +51,7 @@ from partialfc.training.step import Stepper
 from partialfc.training.trackers import Tracker, open_trackers
 
 _SECONDS_FOR_A_CHECKPOINT = 10.0  # that one is being written when the run fails; the others may be dead
+_SECONDS_FOR_ANY_CHECKPOINT = 7 * 86400.0
 
 
 def train(
@@ -84,8 +86,9 @@ def train(
             device = held.enter_context(
                 joined(config, names, resume=resume, verify=verify, timeout_seconds=_patience(config))
             )
-        liveness = held.enter_context(Liveness(silence, timeout))
+        liveness = Liveness(silence, timeout)
         try:
+            held.enter_context(liveness)
             with doing("opening data, networks and run folder"):
                 trainer = _Trainer(config, out, names, device, signals, held, how)
             return trainer.run()
@@ -139,7 +142,7 @@ class _Trainer:
         backbone = config.backbone
         self.model_config = ModelConfig(backbone.name, backbone.embedding_dim, self.loader.image_size)
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)
-        build_backbone(config, self.loader.image_size, device=torch.device("meta"))
+        check_shares(config, self.loader)
         resuming = how.resume and check_resumable(out, self.loader)
         start = Start() if resuming else read_start(config, self.loader)
         self.state = build_state(config, self.loader, device)
@@ -152,7 +155,9 @@ class _Trainer:
             verified = load_latest(self.folder.checkpoints, restore, warn=self.notes.append)
             if how.verify:
                 self.notes.append(verified or "there is no checkpoint to verify")
-        self.saver = Saver(config, self.folder, host_group(_patience(config)), self._report_unsaved)
+        # A rank may write for hours, as long as it gets on: whether it does is for `Liveness` to say.
+        patience = _SECONDS_FOR_ANY_CHECKPOINT if has_store() else _patience(config)
+        self.saver = Saver(config, self.folder, host_group(patience), self._report_unsaved)
         self.saver.writer.make_room(self.state.row_tensors().tensors)
         self.news_group = host_group(_patience(config))
         self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))
@@ -171,8 +176,8 @@ class _Trainer:
         """All steps that are left, and what falls due on the way."""
         state = self.state
         first, owed = state.done, state.evaluation_owed
-        batches = self.loader.batches(first, self.total_steps)
         with (
+            contextlib.closing(self.loader.batches(first, self.total_steps)) as batches,
             self._open_trackers(first) as self.trackers,
             contextlib.closing(self._profiler()) as profiler,
             self._open_log(first, owed or first >= self.total_steps) as self.log,

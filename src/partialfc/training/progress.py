@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -112,6 +114,14 @@ def track(
         display.stop()
 
 
+class _LastingConsole(Console):
+    """A job goes on, unseen, when whoever read its messages is gone, such as `tee`; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 class _Display:
     """Draws one job's progress; `unit` is what its rate counts, None if the rate is not shown."""
 
@@ -126,7 +136,7 @@ class _Display:
         clock: Callable[[], float],
     ) -> None:
         self.total, self.description, self.unit, self.clock = total, description, unit, clock
-        self.console = console or Console(stderr=True)
+        self.console = console or _LastingConsole(stderr=True)
         self.shown = not quiet and rank_of() == 0
         self.done: int | None = None
         self.figures: list[str] = []

@@ -75,8 +75,11 @@ def _refuse_together(work: Callable[[], None], group: Group | None) -> None:
     message = None
     try:
         work()
-    except (InputError, OSError) as error:
+    except InputError as error:
         message = str(error)
+    except OSError as error:
+        place = error.filename or "The run folder"
+        message = f"{place} cannot be used ({error.strerror}): give another folder with --out."
     refusals = [each for each in gather_json(message, group=group) if each is not None]
     if refusals:
         raise InputError(refusals[0])

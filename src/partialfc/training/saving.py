@@ -56,8 +56,11 @@ class Saver:
     def save_and_wait(self, state: TrainState) -> None:
         """Save for the end of the process: an error is one, whatever is tolerated on the way."""
         self.finish()
-        self.writer.save(state.snapshot(self.config))
-        self.writer.finish()
+        try:
+            self.writer.save(state.snapshot(self.config))
+            self.writer.finish()
+        except CheckpointNotWritten as error:
+            raise _with_remedy(error) from error
 
     def write_models(self, write: Callable[[], None], group: Group | None) -> bool:
         """Let rank 0 write models; whether it could. Two collectives.
@@ -83,5 +86,9 @@ class Saver:
             work()
         except CheckpointNotWritten as error:
             if self.output.on_checkpoint_error == "stop":
-                raise
+                raise _with_remedy(error) from error
             self.report(str(error))
+
+
+def _with_remedy(error: CheckpointNotWritten) -> CheckpointNotWritten:
+    return CheckpointNotWritten(f"{error}: put that right, and go on from the checkpoint before with --resume.")

@@ -62,6 +62,9 @@ class TrainState:
         shard, k = self.head.shard, self.head.margin.sub_centers
         rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
         centers = self.head.centers.detach()
+        if centers.is_cuda:
+            # Kernels write state in host memory too, and the host, which is to read it, does not wait for them.
+            torch.cuda.current_stream(centers.device).synchronize()
         return RowTensors(rows, {"centers": centers, **self.head_optimizer.row_state(self.head.centers)})
 
     def snapshot(self, config: dict[str, Any]) -> Snapshot:

@@ -26,3 +26,4 @@ def _start(rank: int, world_size: int, port: int, worker: Callable[..., None], a
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     with distributed.process_group(torch.device("cpu"), timeout_seconds=600):
         worker(rank, *arguments)
+    distributed.end_process(0)

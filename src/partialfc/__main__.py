@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import signal
-import sys
+from typing import NoReturn
 
 from partialfc.training.signals import end_at_once
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Run one command. Until a training listens itself, SIGTERM ends the process with a sentence and status 143."""
     signal.signal(signal.SIGTERM, end_at_once)
     from partialfc.cli import main as run  # imports torch, which takes seconds
+    from partialfc.distributed import end_process
 
-    return run()
+    end_process(run())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,6 +22,7 @@ from partialfc.training.metrics_log import read_metrics
 
 IDENTITIES, SHOTS, SIZE, PAIRS, BATCH = 8, 4, 16, 400, 10
 STEPS, SAVES, EVALUATIONS = 12, (3, 6, 9, 12), (4, 8, 12)
+READERS = ("--data.workers=2",)  # processes that read the data; without the option the training process does
 _PASSING = ("images_per_second", "data_wait", "peak_bytes")
 
 

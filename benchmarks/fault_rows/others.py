@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fault_rows import patches
-from fault_rows.bench import STEPS, Bench, Injection, Outcome, Row, difference, finite_checkpoints, last_words
+from fault_rows.bench import READERS, STEPS, Bench, Injection, Outcome, Row, difference, finite_checkpoints, last_words
 from fault_rows.killed import on_rank
 from fault_rows.launch import Run
 from partialfc.training.metrics_log import read_metrics
 
-READERS = ("--data.workers=2",)
 POISONS: dict[str, tuple[Callable[[range], None], str]] = {
     "images": (patches.poison_images, "embeddings"),
     "gradient of the embeddings": (patches.poison_loss, "gradient of the embeddings"),

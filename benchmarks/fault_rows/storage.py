@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fault_rows import patches
-from fault_rows.bench import Bench, Injection, Outcome, Row, difference, last_words, steps_done
+from fault_rows.bench import READERS, Bench, Injection, Outcome, Row, difference, last_words, steps_done
 from fault_rows.launch import Fault
 from partialfc.training.checkpoint_reading import Checkpoint, folder_name, steps_in
 from partialfc.training.metrics_log import read_metrics
@@ -80,7 +80,7 @@ def stops(bench: Bench, short: bool) -> Iterator[Injection]:
 
         def inject(folder: Path, n: int = world_size, name: str = name, options: tuple[str, ...] = options) -> Outcome:
             with small_disk(folder) as disk:
-                return _stop(bench, disk, options, n, full_for_some_steps(disk, ROOMS[name], once=True))
+                return _stop(bench, disk, (*READERS, *options), n, full_for_some_steps(disk, ROOMS[name], once=True))
 
         yield Injection(f"{name}, {world_size} processes, {options or 'asynchronous'}", inject)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,11 +38,10 @@ def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path, 
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    if not joined:
+    group = distributed.process_group(torch.device("cpu"), timeout_seconds=60) if joined else nullcontext()
+    with group:
         worker(rank, folder)
-        return
-    with distributed.process_group(torch.device("cpu"), timeout_seconds=60):
-        worker(rank, folder)
+    distributed.end_process(0)
 
 
 def run_apart(world_size: int, worker: Worker, folder: Path) -> list[int | None]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from partialfc import distributed
+from partialfc.training.signals import end_process
 
 
 def run_processes(world_size: int, worker: Callable[..., None], *arguments: Any) -> None:
@@ -26,4 +27,4 @@ def _start(rank: int, world_size: int, port: int, worker: Callable[..., None], a
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     with distributed.process_group(torch.device("cpu"), timeout_seconds=600):
         worker(rank, *arguments)
-    distributed.end_process(0)
+    end_process(0)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from partialfc import distributed
+from partialfc.training.signals import end_process
 
 Worker = Callable[[int, Path], None]
 
@@ -41,7 +42,7 @@ def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path, 
     group = distributed.process_group(torch.device("cpu"), timeout_seconds=60) if joined else nullcontext()
     with group:
         worker(rank, folder)
-    distributed.end_process(0)
+    end_process(0)
 
 
 def run_apart(world_size: int, worker: Worker, folder: Path) -> list[int | None]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,17 +206,3 @@ def test_a_failing_worker_fails_its_test(tmp_path: Path) -> None:
     worker: Callable[[int, Path], None] = fail
     with pytest.raises(Exception, match="rank 0 has had enough"):
         run_ranks(1, worker, tmp_path)
-
-
-@pytest.mark.parametrize(("world_size", "status"), [("2", 3), ("1", -signal.SIGABRT)])
-def test_one_of_several_processes_ends_without_pythons_own_end(world_size: str, status: int) -> None:
-    program = (
-        "import atexit, os\nfrom partialfc.distributed import end_process\natexit.register(os.abort)\n"
-        "print('done', end='')\nend_process(3)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, env=os.environ | {"WORLD_SIZE": world_size}, check=False
-    )
-    assert done.returncode == status
-    if world_size == "2":
-        assert done.stdout == b"done"

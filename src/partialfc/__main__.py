@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
-from partialfc.training.signals import end_at_once
+from partialfc.training.signals import end_at_once, end_process
 
 
 def main() -> NoReturn:
     """Run one command. Until a training listens itself, SIGTERM ends the process with a sentence and status 143."""
     signal.signal(signal.SIGTERM, end_at_once)
     from partialfc.cli import main as run  # imports torch, which takes seconds
-    from partialfc.distributed import end_process
 
     end_process(run())
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -152,20 +151,6 @@ def process_group(
         yield
     finally:
         dist.destroy_process_group()
-
-
-def end_process(status: int) -> NoReturn:
-    """End this process at once, if it was one of several, instead of by Python's own end.
-
-    Gloo's threads outlive their groups, which DDP never lets go of. If one of them still frees the tensors of the last
-    exchange while Python ends, it waits for an interpreter that is gone, and the process aborts after all its work is
-    done (pytorch/pytorch#179291).
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _launched_size() -> int:

@@ -559,3 +559,17 @@ def test_a_run_from_before_an_option_goes_on(tmp_path: Path, monkeypatch: pytest
         train(changed, tmp_path, resume=True, quiet=True)
     train(config_of(), tmp_path, resume=True, quiet=True)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize(("world_size", "status"), [("2", 3), ("1", -signal.SIGABRT)])
+def test_one_of_several_processes_ends_without_pythons_own_end(world_size: str, status: int) -> None:
+    program = (
+        "import atexit, os\nfrom partialfc.training.signals import end_process\natexit.register(os.abort)\n"
+        "print('done', end='')\nend_process(3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=os.environ | {"WORLD_SIZE": world_size}, check=False
+    )
+    assert done.returncode == status
+    if world_size == "2":
+        assert done.stdout == b"done"

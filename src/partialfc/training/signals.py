@@ -1,15 +1,16 @@
-"""SIGTERM and SIGINT ask a run to end: they are remembered, and looked at between two steps."""
+"""How a process ends: by SIGTERM and SIGINT, which are remembered and looked at between two steps, or by itself."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SECONDS_TO_MEET = 3.0  # after a signal, for processes that are to agree on the end
@@ -87,3 +88,17 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
     name = signal.Signals(number).name
     os.write(2, f"partialfc: stopped by {name} while it was not training; nothing was to be saved\n".encode())
     os._exit(128 + number)
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process at once, if it was one of several, instead of by Python's own end.
+
+    Gloo's threads outlive their groups, which DDP never lets go of. If one of them still frees the tensors of the last
+    exchange while Python ends, it waits for an interpreter that is gone, and the process aborts after all its work is
+    done (pytorch/pytorch#179291).
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

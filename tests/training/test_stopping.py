@@ -12,7 +12,6 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +32,6 @@ from partialfc.training.config import TrainConfig
 from partialfc.training.loop import train
 from partialfc.training.metrics_log import read_metrics
 from partialfc.training.run_lock import FolderLock
-from partialfc.training.state import TrainState
 from partialfc.training.step import Stepper
 
 
@@ -516,32 +514,6 @@ def test_a_run_on_the_cpu_leaves_gpus_alone(tmp_path: Path, monkeypatch: pytest.
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(snapshot(torch.arange(12.0).view(4, 3)))
     writer.finish()
-
-
-def test_state_in_host_memory_is_read_after_the_gpu_has_written_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel of the last step may still write momentum there when the host begins to copy it."""
-    events = []
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    class Head:
-        shard, margin = Shard.of(4), SimpleNamespace(sub_centers=1)
-        centers = torch.zeros(4, 3).as_subclass(OnGpu)
-
-    class RowOptimizer:
-        def settle(self) -> None:
-            events.append("settle")
-
-        def row_state(self, centers: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"momentum_buffer": torch.zeros(4, 3)}
-
-    stream = SimpleNamespace(synchronize=lambda: events.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    network: Any = torch.nn.Identity()
-    state = TrainState(network, Head(), Any, RowOptimizer(), {})  # type: ignore[arg-type]
-    assert state.row_tensors().tensors.keys() == {"centers", "momentum_buffer"}
-    assert events == ["settle", "synchronize"]
 
 
 def test_a_run_from_before_an_option_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

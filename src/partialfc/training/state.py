@@ -58,14 +58,12 @@ class TrainState:
 
     def row_tensors(self) -> RowTensors:
         """The centers and their optimizer state, all up to date, with the global rows they are."""
-        self.head_optimizer.settle()
+        self.head_optimizer.settle()  # which also waits for a GPU that still writes state in host memory
         shard, k = self.head.shard, self.head.margin.sub_centers
         rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
-        centers = self.head.centers.detach()
-        if centers.is_cuda:
-            # Kernels write state in host memory too, and the host, which is to read it, does not wait for them.
-            torch.cuda.current_stream(centers.device).synchronize()
-        return RowTensors(rows, {"centers": centers, **self.head_optimizer.row_state(self.head.centers)})
+        return RowTensors(
+            rows, {"centers": self.head.centers.detach(), **self.head_optimizer.row_state(self.head.centers)}
+        )
 
     def snapshot(self, config: dict[str, Any]) -> Snapshot:
         """What a checkpoint of this moment holds; its tensors are those of the run, no copies, maybe in parts."""

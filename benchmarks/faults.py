@@ -20,14 +20,14 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # before NumPy is imported: its threads do not fork
 
+from documents import write_between
 from fault_rows import damaged, killed, others, stopped, storage
 from fault_rows.bench import Bench, Injection, Outcome, Row
 from fault_rows.launch import warm_up
+from partialfc.bench.machine import describe
 from partialfc.training.progress import track
 
 ROWS: list[Row] = [*killed.ROWS, *damaged.ROWS, *stopped.ROWS, *storage.ROWS, *others.ROWS]
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
-DOCS = Path(__file__).parents[1] / "docs" / "reliability.md"
 
 Done = dict[tuple[str, str], Outcome]
 
@@ -70,13 +70,6 @@ def table(rows: list[Row], done: Done) -> list[str]:
     return lines
 
 
-def write_docs(lines: list[str], path: Path = DOCS) -> None:
-    """Put the table between the markers."""
-    text = path.read_text()
-    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    path.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[stop:])
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"), help="folder of runs and results")
@@ -107,7 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     lines = table(rows, done)
     print("\n".join(lines))
     if options.rows is None and not options.short:
-        write_docs(lines)
+        machine = describe("cpu")
+        place = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}."
+        write_between("reliability.md", "benchmarks/faults.py", [*lines, "", place])
     return int(any(outcome.problem is not None for outcome in done.values()))
 
 

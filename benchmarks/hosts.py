@@ -294,7 +294,7 @@ def main() -> int:
         machine = describe("cpu")
         place = f"{machine['cores']} cores of {machine['cpu']}, torch {torch.__version__}"
         note = f"{options.steps} steps, once each; {place}."
-        write_between("reliability.md", "hosts", [*lines, "", note])
+        write_between("reliability.md", "benchmarks/hosts.py", [*lines, "", note])
     return int(failed)
 
 

@@ -51,11 +51,3 @@ def test_an_error_in_a_row_is_a_problem_of_that_injection(faults: ModuleType, tm
     row = faults.Row("key", "a fault", "all is well", lambda bench, short: iter(()))
     outcome = faults.run_one(row, faults.Injection("x", lambda folder: 1 // 0), tmp_path / "a", tmp_path / "r.jsonl")
     assert outcome.problem == "ZeroDivisionError: integer division or modulo by zero"
-
-
-def test_the_table_goes_between_the_markers(faults: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "page.md"
-    path.write_text(f"before\n{faults.BEGIN}\nold\n{faults.END}\nafter\n")
-    faults.write_docs(["| new |"], path)
-    assert path.read_text() == f"before\n{faults.BEGIN}\n| new |\n{faults.END}\nafter\n"
-    assert faults.DOCS.read_text().count(faults.BEGIN) == faults.DOCS.read_text().count(faults.END) == 1

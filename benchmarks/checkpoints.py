@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from documents import write_between
-from partialfc import distributed, keyed_random
 from partialfc.bench.machine import describe
-from partialfc.head.margins import CosFace
+from partialfc.core import keyed_random
+from partialfc.distributed import collectives
+from partialfc.head.margins.base import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint import RowTensors
-from partialfc.training.checkpoint_async import CheckpointWriter, Snapshot
+from partialfc.training.checkpoint.write import RowTensors
+from partialfc.training.checkpoint.writer import CheckpointWriter, Snapshot
 from processes import run_processes
 
 CLASSES, WIDTH, IMAGES, PROCESSES, SAVES = 1_000_000, 512, 128, 2, 3
@@ -75,7 +76,7 @@ class Training:
         writer.save(self.snapshot())
         held = time.perf_counter() - start
         steps = []
-        while distributed.any_rank(writer.busy):
+        while collectives.any_rank(writer.busy):
             steps.append(self.step())
         writer.finish()
         return Save(held, time.perf_counter() - start, statistics.median(steps or [0.0]))
@@ -87,7 +88,7 @@ def run(rank: int, classes: int, out: Path) -> None:
     plain = [training.step() for _ in range(8)][3:]
     found = {"plain": [Save(0.0, 0.0, statistics.median(plain))]}
     for name, asynchronous in (("within", False), ("beside", True)):
-        group = distributed.host_group()
+        group = collectives.host_group()
         writer = CheckpointWriter(out / "checkpoints", 1, asynchronous=asynchronous, group=group)
         writer.make_room(training.snapshot().rows.tensors)
         for _ in range(8):  # the steps of a run before its first checkpoint
@@ -96,7 +97,7 @@ def run(rank: int, classes: int, out: Path) -> None:
         for _ in range(SAVES):
             found[name].append(training.save(writer))
             training.step()
-    everyone = distributed.gather_json({name: [each.__dict__ for each in saves] for name, saves in found.items()})
+    everyone = collectives.gather_json({name: [each.__dict__ for each in saves] for name, saves in found.items()})
     if rank == 0:
         (out / "saves.json").write_text(json.dumps(everyone))
 

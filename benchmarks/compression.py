@@ -16,12 +16,12 @@ from typing import Any
 
 from documents import DOCS, write_between
 from partialfc.bench.machine import describe
-from partialfc.data.face_world import FaceWorld
-from partialfc.report.plots import Line, line_chart
-from partialfc.report.template import standalone_svg
-from partialfc.training.config import ProcessesConfig, TrainConfig
+from partialfc.config.options import ProcessesConfig, TrainConfig
+from partialfc.config.recipes import RECIPES
+from partialfc.faces.world import FaceWorld
+from partialfc.pages.plots import Line, line_chart
+from partialfc.pages.template import standalone_svg
 from partialfc.training.loop import train
-from partialfc.training.recipes import RECIPES
 from processes import run_processes
 from seeds import SeedRun, seed_table
 

@@ -22,13 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from documents import write_between
-from partialfc import distributed, keyed_random
 from partialfc.bench.machine import describe
-from partialfc.data.images import encode_png
-from partialfc.head import partial_fc
-from partialfc.training import step as training_step
-from partialfc.training.checkpoint_reading import Checkpoint, steps_in
-from partialfc.training.config import (
+from partialfc.config.options import (
     BackboneConfig,
     DataConfig,
     HeadConfig,
@@ -37,9 +32,15 @@ from partialfc.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from partialfc.core import keyed_random
+from partialfc.data.images import encode_png
+from partialfc.distributed import collectives
+from partialfc.head import partial_fc
+from partialfc.training import step as training_step
+from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
 from partialfc.training.replicas import replicated
+from partialfc.training.run.log import read_metrics
 from processes import run_processes
 
 IDENTITIES, SHOTS, BATCH, STEPS = 30, 5, 22, 100
@@ -110,7 +111,7 @@ def run_part(rank: int, config: TrainConfig, folder: Path, stop: int, last_place
         try:
             train(config, folder, resume=True, quiet=True)
         except _Stopped:
-            distributed.barrier()
+            collectives.barrier()
 
 
 def _nudged(network: nn.Module, gradients: torch.dtype) -> nn.Module:

@@ -28,12 +28,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from partialfc.backbones import create_backbone
 from partialfc.bench.head_variants import DenseHead, HeadConfiguration
-from partialfc.data.face_world import FaceWorld
-from partialfc.data.sources import open_source, read_image
-from partialfc.training.assemble import choose_device
-from partialfc.training.config import BackboneConfig, DataConfig, HeadConfig, OutputConfig, ScheduleConfig, TrainConfig
+from partialfc.config.options import BackboneConfig, DataConfig, HeadConfig, OutputConfig, ScheduleConfig, TrainConfig
+from partialfc.data.sources import open_source
+from partialfc.data.sources.base import read_image
+from partialfc.faces.world import FaceWorld
+from partialfc.training.build import choose_device
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run.log import read_metrics
 
 VARIANTS = ("partialfc", "usual")
 WINDOW = 10  # steps between two readings of the clock

@@ -16,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partialfc.data.face_sets import write_training_set
-from partialfc.data.faces import render_faces
-from partialfc.model import Model, ModelConfig, embed
-from partialfc.training.assemble import build_state, open_loader
-from partialfc.training.checkpoint import load_latest
-from partialfc.training.config import TrainConfig
+from partialfc.config.options import TrainConfig
+from partialfc.config.recipes import RECIPES
+from partialfc.faces.render import render_faces
+from partialfc.faces.sets import write_training_set
+from partialfc.model.config import ModelConfig
+from partialfc.model.embed import embed
+from partialfc.model.files import Model
+from partialfc.training.build import build_state, open_loader
+from partialfc.training.checkpoint.write import load_latest
+from partialfc.training.initialize import apply_start, read_start
 from partialfc.training.loop import train
-from partialfc.training.recipes import RECIPES
-from partialfc.training.starting import apply_start, read_start
 from partialfc.training.state import TrainState
 
 OLD, ALL, SHOTS, TEST_SHOTS, SIZE = 200, 250, 10, 4, 64

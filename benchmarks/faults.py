@@ -25,7 +25,7 @@ from fault_rows import damaged, killed, others, stopped, storage
 from fault_rows.bench import Bench, Injection, Outcome, Row
 from fault_rows.launch import warm_up
 from partialfc.bench.machine import describe
-from partialfc.training.progress import track
+from partialfc.core.console import track
 
 ROWS: list[Row] = [*killed.ROWS, *damaged.ROWS, *stopped.ROWS, *storage.ROWS, *others.ROWS]
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from documents import write_between
-from partialfc import distributed, keyed_random
 from partialfc.backbones import create_backbone
 from partialfc.bench.machine import describe, peak_resident_bytes
-from partialfc.distributed import own_part
+from partialfc.core import keyed_random
+from partialfc.distributed import collectives
+from partialfc.distributed.collectives import local_shard
 from partialfc.training.replicas import replicated, split_over_processes
 from processes import run_processes
 
@@ -43,7 +44,7 @@ class Held:
 
 
 def size(tensors: list[Tensor]) -> int:
-    return sum(own_part(tensor).numel() * tensor.element_size() for tensor in tensors)
+    return sum(local_shard(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
 def resident_bytes() -> int:
@@ -58,7 +59,7 @@ def warm_up() -> None:
     layer = nn.Linear(1, 1)
     layer(torch.ones(1, 1)).backward()
     torch.optim.AdamW(layer.parameters()).step()
-    own_part(layer.weight)
+    local_shard(layer.weight)
 
 
 def measure(name: str, option: str) -> Held:
@@ -66,7 +67,7 @@ def measure(name: str, option: str) -> Held:
     warm_up()
     before = resident_bytes()
     network = create_backbone(name, embedding_dim=512, image_size=112, checkpointing=True)
-    if option == "fsdp" and distributed.world_size_of() > 1:
+    if option == "fsdp" and collectives.world_size_of() > 1:
         split_over_processes(network, torch.device("cpu"), torch.float32)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: the whole network was here for a moment
@@ -74,7 +75,7 @@ def measure(name: str, option: str) -> Held:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     loss, gradients = torch.zeros(()), 0
     for step in range(STEPS):
-        key = keyed_random.derive_key("fsdp", step, distributed.rank_of())
+        key = keyed_random.derive_key("fsdp", step, collectives.rank_of())
         images = keyed_random.normal_rows(key, 0, IMAGES, 3 * 112 * 112).view(IMAGES, 3, 112, 112)
         loss = (wrapped(images) - 1).square().mean()
         loss.backward()
@@ -82,13 +83,13 @@ def measure(name: str, option: str) -> Held:
         optimizer.step()
         optimizer.zero_grad()
     averages = [value for state in optimizer.state.values() for value in state.values() if value.dim() > 0]
-    mean = float(distributed.all_reduce(loss.detach().double())) / distributed.world_size_of()
+    mean = float(collectives.all_reduce(loss.detach().double())) / collectives.world_size_of()
     parameters = size(list(network.parameters()))
     return Held(parameters, gradients, size(averages), peak_resident_bytes() - before, mean)
 
 
 def work(rank: int, name: str, option: str, out: str) -> None:
-    everyone = distributed.gather_json(asdict(measure(name, option)))
+    everyone = collectives.gather_json(asdict(measure(name, option)))
     if rank == 0:
         Path(out).write_text(json.dumps(everyone))
 

@@ -30,7 +30,13 @@ STEPS: list[dict[str, Any]] = [
     {"num_classes": 1_000_000, "sample_rate": 0.1, "batch_size": 128, "baseline": True},
     {"num_classes": 1_000_000, "sample_rate": 1.0, "batch_size": 128, "baseline": True, "update": "deferred"},
     {"num_classes": 360_000, "sample_rate": 0.1, "batch_size": 512, "baseline": True},
-    {"num_classes": 2_000_000, "sample_rate": 1.0, "batch_size": 128, "update": "deferred", "operands": "bfloat16"},
+    {
+        "num_classes": 2_000_000,
+        "sample_rate": 1.0,
+        "batch_size": 128,
+        "update": "deferred",
+        "operand_dtype": "bfloat16",
+    },
 ]
 GROWTH = (100_000, 400_000, 1_000_000, 4_000_000)
 GROWTH_SAMPLED = 10_000
@@ -96,7 +102,7 @@ def growth_table(options: argparse.Namespace) -> Iterator[str]:
     first = None
     for classes in GROWTH:
         configuration = {"num_classes": classes, "sample_rate": GROWTH_SAMPLED / classes, "batch_size": 128}
-        (result,) = measure_step(configuration | {"update": "deferred", "operands": "bfloat16"}, options)
+        (result,) = measure_step(configuration | {"update": "deferred", "operand_dtype": "bfloat16"}, options)
         first = first or result["step_ms_min"]
         best = result["step_ms_min"]
         yield f"| {classes:,} | {GROWTH_SAMPLED:,} | {best:.1f} ms | {best / first:.2f} × |"
@@ -136,7 +142,7 @@ def unsampled_table(options: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for classes in UNSAMPLED:
         configuration = HeadConfiguration(classes, 512, 128, 0.1, options.device)
-        ways: tuple[Unsampled, ...] = ("rest", "as_dense")
+        ways: tuple[Unsampled, ...] = ("freeze", "lazy_dense")
         heads = {way: our_steps(configuration, unsampled=way)["deferred"] for way in ways}
         seconds: dict[str, list[float]] = {way: [] for way in heads}
         # A row is sampled every tenth step on average: after some tens of steps rows are behind as in a long run.

@@ -19,8 +19,8 @@ import torch
 
 from partialfc.bench.head_variants import HeadConfiguration
 from partialfc.bench.machine import describe
-from partialfc.head import softmax_triton
-from partialfc.head.margins import CosFace
+from partialfc.head.backends import gpu
+from partialfc.head.margins.base import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -142,11 +142,11 @@ def main() -> None:
     report({"variant": "as it is", "step_ms": milliseconds(step.whole), "kernels_ms": step.by_kernel()})
     report({"variant": "CUDA graph", "step_ms": milliseconds(step.graph())})
     for name, values in (("_TILE_BYTES", TILES), ("_BLOCKS", BLOCKS), ("_ELEMENTS", ROW_ELEMENTS)):
-        before = getattr(softmax_triton, name)
+        before = getattr(gpu, name)
         for value in values:
-            setattr(softmax_triton, name, (value,) if name == "_BLOCKS" else value)
+            setattr(gpu, name, (value,) if name == "_BLOCKS" else value)
             report({"variant": f"{name} = {value}", "step_ms": milliseconds(step.whole)})
-        setattr(softmax_triton, name, before)
+        setattr(gpu, name, before)
     step.head.check()
     report({"peak_bytes": torch.cuda.max_memory_allocated()})
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from namespaces import Host
-from partialfc.training.checkpoint_reading import Checkpoint, steps_in
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.checkpoint.read import Checkpoint, steps_in
+from partialfc.training.run.log import read_metrics
 
 BATCH, IMAGES = 12, 150  # of benchmarks/elastic.py's patterns
 PORT = 29400
@@ -29,7 +29,7 @@ class Run:
     """One training.
 
     `nodes`, `per_host` and `restarts` are torchrun's --nnodes, --nproc-per-node and --max-restarts, `silence` is
-    processes.silence_seconds.
+    processes.heartbeat_timeout_seconds.
     """
 
     out: Path
@@ -69,7 +69,7 @@ class Run:
             "optimizer.lr_scaling": "absolute",
             "schedule.epochs": self.steps * BATCH / IMAGES,
             "output.log_every": 1,
-            "processes.silence_seconds": self.silence,
+            "processes.heartbeat_timeout_seconds": self.silence,
             "output.checkpoint_every": max(1, self.steps // 8),
             "output.evaluate_every": 10**9,
             "precision": "float64",

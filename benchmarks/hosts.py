@@ -30,7 +30,7 @@ from namespaces import Host, network, why_not
 from partialfc.bench.machine import describe
 
 SIZE = 16  # pixels of benchmarks/elastic.py's patterns
-SECONDS_TO_NOTICE = 60.0  # for a lost process or host: silence_seconds, a grace, and a busy machine
+SECONDS_TO_NOTICE = 60.0  # for a lost process or host: heartbeat_timeout_seconds, a grace, and a busy machine
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Stage:
     Attributes:
         steps: of each run.
         fault_step: the step after which the fault comes.
-        silence: processes.silence_seconds of each run.
+        silence: processes.heartbeat_timeout_seconds of each run.
         hosts: two.
     """
 

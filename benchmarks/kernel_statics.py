@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from partialfc.head import kernels_triton
+from partialfc.head.backends import gpu_kernels
 
 WIDTH = 512
 BLOCKS = (
@@ -86,7 +86,7 @@ def forms(capability: int) -> Iterator[dict[str, Any]]:
         for conflicts in (False, True):
             constants = {"D": WIDTH, "BG": bg, "BN": bn, "BK": bk, "PRODUCT": True, "UPCAST": False}
             constants |= {"SUMS": True, "CONFLICTS": conflicts}
-            figures = compiled(kernels_triton.weights_kernel, constants, warps, stages, capability)
+            figures = compiled(gpu_kernels.weights_kernel, constants, warps, stages, capability)
             yield (
                 {"kernel": f"weights {bg} × {bn} × {bk}, {warps} warps, {stages} stages"}
                 | {"conflicts": conflicts}
@@ -95,10 +95,10 @@ def forms(capability: int) -> Iterator[dict[str, Any]]:
     for rows in ROWS:
         block = {"BN": rows, "BD": WIDTH}
         for dtype in ("*fp32", "*bf16"):
-            figures = compiled(kernels_triton.unit_kernel, block, 8, 1, capability, centers=dtype)
+            figures = compiled(gpu_kernels.unit_kernel, block, 8, 1, capability, centers=dtype)
             yield {"kernel": f"unit, {rows} rows, centers {dtype[1:]}"} | figures
             figures = compiled(
-                kernels_triton.finish_kernel,
+                gpu_kernels.finish_kernel,
                 block | {"UPDATE": True, "RATE_ON_DEVICE": False},
                 *(8, 1, capability),
                 centers=dtype,

@@ -19,8 +19,9 @@ import torch
 from partialfc.data.augment import augment
 from partialfc.data.images import encode_jpeg
 from partialfc.data.loader import Loader
-from partialfc.data.recordio import RecordReader, RecordWriter
-from partialfc.data.sources import Source, open_source
+from partialfc.data.sources import open_source
+from partialfc.data.sources.base import Source
+from partialfc.data.sources.recordio import RecordReader, RecordWriter
 
 
 def write_images(path: Path, images: int, size: int) -> None:

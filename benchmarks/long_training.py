@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from partialfc.demo import WORLD
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run.log import read_metrics
 
 NOT_DONE = 75
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from documents import DOCS, write_between
-from partialfc import keyed_random
 from partialfc.bench.machine import describe
+from partialfc.config.options import BackboneConfig, ProcessesConfig, TrainConfig
+from partialfc.config.recipes import RECIPES
+from partialfc.core import keyed_random
 from partialfc.data.images import encode_png
-from partialfc.report.template import standalone_svg
+from partialfc.pages.template import standalone_svg
 from partialfc.report.timeline import Row, Span, timeline
-from partialfc.training.config import BackboneConfig, ProcessesConfig, TrainConfig
 from partialfc.training.loop import train
-from partialfc.training.recipes import RECIPES
 from processes import run_processes
 
 VARIANTS = (("r18", "ddp"), ("vit_t", "ddp"), ("vit_t", "fsdp"))

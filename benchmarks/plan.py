@@ -28,17 +28,17 @@ import numpy as np
 import torch
 
 from partialfc.bench.machine import describe, peak_resident_bytes
+from partialfc.config.options import BackboneConfig, DataConfig, HeadConfig, OutputConfig, ScheduleConfig, TrainConfig
 from partialfc.data.images import encode_jpeg
-from partialfc.data.recordio import RecordWriter
+from partialfc.data.sources.recordio import RecordWriter
 from partialfc.plan.measure import HeadRates, head_step, measure_backbone, measure_head
 from partialfc.plan.memory import CONTEXT_BYTES, cpu_threads, head_memory, plan_memory
 from partialfc.plan.planning import Plan, leanest_that_fits, make_plan
 from partialfc.plan.rates import GIB, MachineRates
 from partialfc.plan.request import PlanRequest
 from partialfc.plan.step_time import head_time, step_time
-from partialfc.training.config import BackboneConfig, DataConfig, HeadConfig, OutputConfig, ScheduleConfig, TrainConfig
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run.log import read_metrics
 
 MEMORY_LIMIT, TIME_LIMIT = 0.15, 0.25
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -63,7 +63,7 @@ def training(backbone: str, classes: int, batch: int, **options: Any) -> PlanReq
 
 
 DEFERRED: dict[str, Any] = {"head_update": "deferred"}
-ROUNDED: dict[str, Any] = {"head_operands": "bfloat16"}
+ROUNDED: dict[str, Any] = {"head_operand_dtype": "bfloat16"}
 HALF: dict[str, Any] = {"head_dtype": "bfloat16"}
 HEADS = {
     "50k-all": head(50_000, 1.0, 128),
@@ -281,7 +281,7 @@ def plans_tables() -> list[str]:
     ]
     for classes in IDENTITIES:
         for device, gpus in MACHINES:
-            request = PlanRequest(classes, gpus, "r100", device, head_operands="bfloat16", workers=8)  # type: ignore[arg-type]
+            request = PlanRequest(classes, gpus, "r100", device, head_operand_dtype="bfloat16", workers=8)  # type: ignore[arg-type]
             lines.append(_plan_row(*leanest_that_fits(request, make_plan)))
     return lines
 

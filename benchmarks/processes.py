@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from partialfc import distributed
-from partialfc.training.signals import end_process
+from partialfc.distributed import collectives
+from partialfc.distributed.signals import end_process
 
 
 def run_processes(world_size: int, worker: Callable[..., None], *arguments: Any) -> None:
@@ -25,6 +25,6 @@ def _start(rank: int, world_size: int, port: int, worker: Callable[..., None], a
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    with distributed.process_group(torch.device("cpu"), timeout_seconds=600):
+    with collectives.process_group(torch.device("cpu"), timeout_seconds=600):
         worker(rank, *arguments)
     end_process(0)

@@ -17,8 +17,8 @@ import torch
 
 from documents import write_between
 from partialfc.bench.machine import describe
-from partialfc.head import kernels_cpu
-from partialfc.head.threads import run_parallel
+from partialfc.head.backends import cpu_kernels
+from partialfc.head.backends.threads import run_parallel
 
 CLASSES, SAMPLES, WIDTH, TILE = 1_000_000, 128, 512, 768
 _REPEATS = 5
@@ -51,11 +51,11 @@ def row_rates() -> tuple[float, float]:
     numbers = np.float32(0.1), np.float32(0.9), np.float32(0.0)
 
     def gather(tile: int) -> None:
-        kernels_cpu.gather_unit_rows(centers.numpy(), tiles[tile].numpy(), unit.numpy())
+        cpu_kernels.gather_unit_rows(centers.numpy(), tiles[tile].numpy(), unit.numpy())
 
     def update(tile: int) -> None:
         arrays = centers.numpy(), momentum.numpy(), tiles[tile].numpy(), gradient.numpy()
-        kernels_cpu.sgd_rows(*arrays, *numbers)
+        cpu_kernels.sgd_rows(*arrays, *numbers)
 
     size = centers.numel() * 4
     return size / best_seconds(gather, len(tiles)), 4 * size / best_seconds(update, len(tiles))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run.log import read_metrics
 
 
 class SeedRun(NamedTuple):

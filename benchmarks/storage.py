@@ -17,10 +17,10 @@ import torch
 
 from documents import write_between
 from partialfc.bench.machine import describe
-from partialfc.data.face_world import FaceWorld
-from partialfc.training.config import OptimizerConfig, TrainConfig
+from partialfc.config.options import OptimizerConfig, TrainConfig
+from partialfc.config.recipes import RECIPES
+from partialfc.faces.world import FaceWorld
 from partialfc.training.loop import train
-from partialfc.training.recipes import RECIPES
 from seeds import SeedRun, seed_table
 
 DType = Literal["float32", "bfloat16"]

@@ -1,4 +1,4 @@
-"""Its place makes `reference` and `distributed_workers` importable from every test."""
+"""What must be set before any test imports torch."""
 
 import os
 

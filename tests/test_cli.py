@@ -16,9 +16,10 @@ import yaml
 from partialfc.backbones import create_backbone
 from partialfc.cli import main
 from partialfc.data.images import encode_png
-from partialfc.data.recordio import RecordWriter
-from partialfc.data.sources import open_source, read_image
-from partialfc.model import load_model
+from partialfc.data.sources import open_source
+from partialfc.data.sources.base import read_image
+from partialfc.data.sources.recordio import RecordWriter
+from partialfc.model.files import load_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INSIGHTFACE, IM2REC = FIXTURES / "insightface", FIXTURES / "im2rec"
@@ -281,7 +282,7 @@ def test_data_faces_writes_real_formats(capsys: pytest.CaptureFixture[str], tmp_
 
 def test_bench_head_prints_a_line_a_variant(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--classes=500", "--embedding-dim=16", "--batch-size=8", "--sample-rate=0.1", "--steps=2", "--baseline"]
-    assert run("bench", "head", *options, "--operands=float32") == 0
+    assert run("bench", "head", *options, "--operand_dtype=float32") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 3
     for line in lines:

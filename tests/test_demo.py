@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from partialfc.data.face_world import FaceWorld
+from partialfc.config.options import TrainConfig
+from partialfc.config.recipes import RECIPES
+from partialfc.core.errors import InputError
 from partialfc.data.sources import open_source
 from partialfc.demo import demo
-from partialfc.errors import InputError
-from partialfc.training.config import TrainConfig
-from partialfc.training.recipes import RECIPES
+from partialfc.faces.world import FaceWorld
 
 WORLD = FaceWorld(identities=12, shots=3, pairs=20, pair_identities=8, image_size=32)
 
@@ -46,7 +46,7 @@ def test_demo_renders_trains_tests_and_tells(tmp_path: Path) -> None:
 def test_an_interrupted_demo_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "demo"
     with monkeypatch.context() as patch:
-        patch.setattr("partialfc.data.face_world.write_pair_set", _interrupt)
+        patch.setattr("partialfc.faces.world.write_pair_set", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             demo(out, world=WORLD, recipe=small_recipe(), quiet=True)
     before = (out / "data" / "train" / "train.rec").stat().st_mtime_ns

@@ -16,7 +16,7 @@ import yaml
 from torch.distributed.run import config_from_args, get_args_parser
 
 from partialfc.cli import main
-from partialfc.training.checkpoint_reading import steps_in
+from partialfc.training.checkpoint.read import steps_in
 
 ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"

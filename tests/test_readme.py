@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from partialfc.cli import build_parser
-from partialfc.training.recipes import RECIPES
+from partialfc.config.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,12 +13,12 @@ import torch
 
 from fault_rows.launch import Fault, Run
 from fault_rows.patches import PLANNED
-from partialfc import keyed_random
+from partialfc.core import keyed_random
+from partialfc.core.errors import InputError
 from partialfc.data.images import encode_png
-from partialfc.data.verification import write_pairs
-from partialfc.errors import InputError
-from partialfc.training.checkpoint_reading import Checkpoint, folder_name, steps_in
-from partialfc.training.metrics_log import read_metrics
+from partialfc.data.pair_files import write_pairs
+from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
+from partialfc.training.run.log import read_metrics
 
 IDENTITIES, SHOTS, SIZE, PAIRS, BATCH = 8, 4, 16, 400, 10
 STEPS, SAVES, EVALUATIONS = 12, (3, 6, 9, 12), (4, 8, 12)

@@ -13,11 +13,11 @@ import torch
 
 from fault_rows import patches
 from fault_rows.bench import Bench, Injection, Outcome, Row
-from partialfc.training import checkpoint_async
-from partialfc.training.assemble import build_state, open_loader
-from partialfc.training.checkpoint_manifest import MANIFEST, read_manifest
-from partialfc.training.checkpoint_reading import Checkpoint, folder_name, load_latest
-from partialfc.training.config import TrainConfig
+from partialfc.config.options import TrainConfig
+from partialfc.training.build import build_state, open_loader
+from partialfc.training.checkpoint import writer
+from partialfc.training.checkpoint.manifest import MANIFEST, read_manifest
+from partialfc.training.checkpoint.read import Checkpoint, folder_name, load_latest
 from partialfc.training.state import TrainState
 
 BLOCK = 32 * 1024  # bytes, so that small files have many blocks
@@ -35,7 +35,7 @@ LENGTHS: dict[str, Callable[[bytes], bytes | None]] = {
 
 def small_blocks_then_die(rank: int) -> None:
     """Checkpoints in small blocks, and the end after the one of step `NEWEST`."""
-    plain = checkpoint_async.save_checkpoint
+    plain = writer.save_checkpoint
 
     def save(root: Path, step: int, **contents: Any) -> Path:
         path = plain(root, step, **contents, block_bytes=BLOCK)
@@ -43,7 +43,7 @@ def small_blocks_then_die(rank: int) -> None:
             patches.die()
         return path
 
-    checkpoint_async.save_checkpoint = save
+    writer.save_checkpoint = save
 
 
 class Victim:

@@ -25,8 +25,8 @@ import torch
 from torch.distributed import TCPStore
 
 from partialfc import cli
+from partialfc.distributed.signals import end_at_once
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.signals import end_at_once
 
 Fault = Callable[[int], None]
 """Called with the rank in each process before it runs the command; it patches what is to go wrong."""

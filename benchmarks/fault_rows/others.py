@@ -10,7 +10,7 @@ from fault_rows import patches
 from fault_rows.bench import READERS, STEPS, Bench, Injection, Outcome, Row, difference, finite_checkpoints, last_words
 from fault_rows.killed import on_rank
 from fault_rows.launch import Run
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run.log import read_metrics
 
 POISONS: dict[str, tuple[Callable[[range], None], str]] = {
     "images": (patches.poison_images, "embeddings"),

@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 import torch
 
 from partialfc.data.loader import Batch
-from partialfc.training import checkpoint, checkpoint_async, loop
+from partialfc.training import loop
 from partialfc.training import step as step_module
-from partialfc.training.checkpoint_async import HostCopies
-from partialfc.training.checkpoint_manifest import MANIFEST
+from partialfc.training.checkpoint import write as checkpoint
+from partialfc.training.checkpoint import writer
+from partialfc.training.checkpoint.manifest import MANIFEST
+from partialfc.training.checkpoint.writer import HostCopies
 from partialfc.training.step import Stepper
 
 Act = Callable[[], object]
@@ -137,7 +139,7 @@ class _Saving:
     def __init__(self, step: int) -> None:
         self.now = False
         for name in ("save_checkpoint",):
-            plain = getattr(checkpoint_async, name)
+            plain = getattr(writer, name)
 
             def save(root: Path, saved: int, *, plain: Any = plain, **contents: Any) -> Path:
                 self.now = saved == step
@@ -147,7 +149,7 @@ class _Saving:
                     self.now = False
                 return path
 
-            setattr(checkpoint_async, name, save)
+            setattr(writer, name, save)
 
     def when(self, chosen: Callable[..., bool]) -> Callable[..., bool]:
         return lambda *arguments, **options: self.now and chosen(*arguments, **options)

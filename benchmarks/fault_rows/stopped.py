@@ -15,7 +15,7 @@ from fault_rows.bench import STEPS, Bench, Injection, Outcome, Row, last_words
 from fault_rows.killed import on_rank
 from fault_rows.launch import Fault, Run
 from fault_rows.patches import terminate
-from partialfc.training import assemble, loop
+from partialfc.training import build, loop
 
 STOPPED = 128 + signal.SIGTERM
 RANDOM_MOMENTS = 24
@@ -23,7 +23,7 @@ RANDOM_MOMENTS = 24
 MOMENTS: dict[str, Callable[[], None]] = {
     "before the processes have met": terminate,
     "while the data is opened": lambda: patches.wrap(loop, "open_loader", after=terminate),
-    "while the networks are built": lambda: patches.wrap(assemble, "PartialFC", before=terminate),
+    "while the networks are built": lambda: patches.wrap(build, "PartialFC", before=terminate),
     "while the run folder is opened": lambda: patches.wrap(loop, "open_run_folder", before=terminate),
     "before the first step": lambda: patches.wrap(loop._Trainer, "_description", before=terminate),
     "in the first step": lambda: patches.in_step(0, terminate),

@@ -13,8 +13,8 @@ from pathlib import Path
 from fault_rows import patches
 from fault_rows.bench import READERS, Bench, Injection, Outcome, Row, difference, last_words, steps_done
 from fault_rows.launch import Fault
-from partialfc.training.checkpoint_reading import Checkpoint, folder_name, steps_in
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
+from partialfc.training.run.log import read_metrics
 
 MEBIBYTE = 2**20
 FULL_FROM, FULL_UNTIL = 4, 10  # steps: checkpoint 6 and 9 and the evaluation after 8 meet a full disk, 3 and 12 do not

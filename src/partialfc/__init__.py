@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from partialfc.backbones import create_backbone
-    from partialfc.head.margins import ArcFace, CosFace
+    from partialfc.head.margins.base import ArcFace, CosFace
     from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
     from partialfc.head.partial_fc import PartialFC
-    from partialfc.model import load_model
+    from partialfc.model.files import load_model
 
 __all__ = ["ArcFace", "CosFace", "PartialFC", "RowwiseAdamW", "RowwiseSGD", "create_backbone", "load_model"]
 
 _MODULES = {
-    "ArcFace": "head.margins",
-    "CosFace": "head.margins",
+    "ArcFace": "head.margins.base",
+    "CosFace": "head.margins.base",
     "PartialFC": "head.partial_fc",
     "RowwiseAdamW": "head.optim",
     "RowwiseSGD": "head.optim",
     "create_backbone": "backbones",
-    "load_model": "model",
+    "load_model": "model.files",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
-from partialfc.training.signals import end_at_once, end_process
+from partialfc.distributed.signals import end_at_once, end_process
 
 
 def main() -> NoReturn:

@@ -20,23 +20,23 @@ from typing import Any, Literal, NoReturn, get_type_hints
 from jsonargparse import ArgumentParser, Namespace
 
 from partialfc.bench.head import bench_head
-from partialfc.data.face_world import FaceWorld
+from partialfc.config.options import TrainConfig
+from partialfc.config.recipes import RECIPES, describe, recipe_config, recipe_plan_request
+from partialfc.core.console import track
+from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.data.inspect import inspect
 from partialfc.demo import demo
-from partialfc.distributed import launched_rank
-from partialfc.errors import InputError, JobError, StoppedBySignal
-from partialfc.evaluation.benchmarks import evaluate_benchmarks, read_benchmarks, table, write_results
+from partialfc.distributed.collectives import launched_rank
 from partialfc.evaluation.pairs import evaluate_pair_set
-from partialfc.model import load_model
+from partialfc.evaluation.run import evaluate_benchmarks, read_benchmarks, table, write_results
+from partialfc.faces.world import FaceWorld
+from partialfc.model.files import load_model
 from partialfc.plan.planning import make_plan
 from partialfc.plan.request import PlanRequest
 from partialfc.plan.text import plan_text
 from partialfc.report.page import write_report
-from partialfc.training.assemble import PRECISION_NAMES, choose_device, compute_dtype
-from partialfc.training.config import TrainConfig
+from partialfc.training.build import PRECISION_NAMES, choose_device, compute_dtype
 from partialfc.training.loop import train
-from partialfc.training.progress import track
-from partialfc.training.recipes import RECIPES, describe, recipe_config, recipe_plan_request
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,7 +244,10 @@ def _bench_head_parser() -> ArgumentParser:
     parser.add_argument("--sample-rate", type=float, default=0.1, help="part of the classes that a step uses")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
     parser.add_argument(
-        "--operands", type=Literal["both", "float32", "bfloat16"], default="both", help="what products round them to"
+        "--operand-dtype",
+        type=Literal["both", "float32", "bfloat16"],
+        default="both",
+        help="what products round them to",
     )
     parser.add_argument("--baseline", action="store_true", help="also the dense way of the reference implementation")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -336,7 +339,7 @@ def _run_bench_head(options: Namespace) -> None:
         sample_rate=options.sample_rate,
         steps=options.steps,
         baseline=options.baseline,
-        operands=None if options.operands == "both" else options.operands,
+        operand_dtype=None if options.operand_dtype == "both" else options.operand_dtype,
         device=choose_device(options.device).type,
     ):
         print(json_module.dumps(line), flush=True)

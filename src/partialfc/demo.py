@@ -9,19 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from partialfc.data.face_sets import write_contact_sheet
-from partialfc.data.face_world import FaceWorld
-from partialfc.data.verification import PairSet, read_pairs
-from partialfc.errors import InputError
+from partialfc.config.options import TrainConfig
+from partialfc.config.recipes import RECIPES
+from partialfc.core.console import track
+from partialfc.core.errors import InputError
+from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.baselines import color_embeddings, pixel_embeddings
 from partialfc.evaluation.pairs import evaluate_pair_set, evaluate_pairs
-from partialfc.model import load_model
+from partialfc.faces.sets import write_contact_sheet
+from partialfc.faces.world import FaceWorld
+from partialfc.model.files import load_model
 from partialfc.report.page import write_report
-from partialfc.training.config import TrainConfig
 from partialfc.training.loop import train
-from partialfc.training.progress import track
-from partialfc.training.recipes import RECIPES
-from partialfc.training.result import TrainResult
+from partialfc.training.timing import TrainResult
 
 WORLD = FaceWorld(identities=10_000, shots=8, pairs=6_000, pair_identities=2_000, image_size=64)
 

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc.backbones import create_backbone
 from partialfc.backbones.iresnet import BLOCKS
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 
 @pytest.mark.parametrize("name", ["r18", "mini"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from partialfc.backbones import create_backbone
 from partialfc.backbones.iresnet import IResNet, keyed_dropout
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 PUBLISHED = {
     "r18": ([2, 2, 2, 2], 24_025_600),

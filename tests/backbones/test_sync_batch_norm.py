@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_workers import run_ranks
 from torch import Tensor, nn
 
-from distributed_workers import run_ranks
 from partialfc.backbones import create_backbone
 from partialfc.backbones.recompute import recomputed
 from partialfc.backbones.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 SHAPES = {"(N, C)": (7, 3), "(N, C, H, W)": (7, 3, 2, 5)}
 COUNTS = [0, 4, 3]  # images of the three ranks

@@ -15,7 +15,7 @@ from partialfc.backbones import create_backbone
 from partialfc.backbones.iresnet import IResNet
 from partialfc.backbones.mobilefacenet import MobileFaceNet
 from partialfc.backbones.vit import ViT, drop_branch, kept_tokens
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 COUNTS = {
     "mbf": 2_059_520,

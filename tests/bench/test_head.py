@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from reference import cosface, dense_loss, relative_error
 
 from partialfc.bench import head as bench
 from partialfc.bench import head_variants, machine
 from partialfc.bench.head import bench_head
 from partialfc.bench.head_variants import DenseHead, HeadConfiguration, Phases, dense_step, our_steps
-from partialfc.errors import InputError, JobError
+from partialfc.core.errors import InputError, JobError
 from partialfc.head.optim import RowwiseSGD
-from reference import cosface, dense_loss, relative_error
 
 SMALL = HeadConfiguration(num_classes=300, embedding_dim=16, batch_size=8, sample_rate=0.1, device="cpu")
 PHASES = {"sampling", "forward", "backward", "optimizer"}
@@ -90,9 +90,9 @@ def test_results_of_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:
         assert result["peak_bytes"] == 1234
         assert result["configuration"]["num_classes"] == 300
         assert result["hardware"]["torch"] == torch.__version__
-    assert [result["variant"] for result in bench_head(300, 16, 8, steps=1, update="sparse", operands="bfloat16")] == [
-        "partialfc sparse bfloat16"
-    ]
+    assert [
+        result["variant"] for result in bench_head(300, 16, 8, steps=1, update="sparse", operand_dtype="bfloat16")
+    ] == ["partialfc sparse bfloat16"]
 
 
 def test_memory_is_that_of_the_variant_in_its_own_process() -> None:

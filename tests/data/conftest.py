@@ -11,8 +11,9 @@ import pytest
 from pictures import picture
 
 from partialfc.data.images import encode_jpeg, encode_png
-from partialfc.data.recordio import RecordWriter
-from partialfc.data.sources import open_source, read_image
+from partialfc.data.sources import open_source
+from partialfc.data.sources.base import read_image
+from partialfc.data.sources.recordio import RecordWriter
 
 REAL = Path(__file__).parents[1] / "fixtures"
 

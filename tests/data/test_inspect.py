@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pictures import picture
 
+from partialfc.core.errors import InputError
 from partialfc.data.inspect import inspect
-from partialfc.data.recordio import RecordReader
-from partialfc.errors import InputError
+from partialfc.data.sources.recordio import RecordReader
 
 HASH = "48204531bb415f7710f324dcea8d98aaace2f2aaaa20721a85719a482f50be5f"
 

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import number_of, picture
 
+from partialfc.core.errors import InputError, JobError
 from partialfc.data.images import encode_png
 from partialfc.data.loader import Batch, Loader, order
-from partialfc.data.sources import Sample, open_source, read_image
-from partialfc.errors import InputError, JobError
+from partialfc.data.sources import open_source
+from partialfc.data.sources.base import Sample, read_image
 
 Numbered = Callable[..., Path]
 

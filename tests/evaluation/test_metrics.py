@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 from partialfc.evaluation.metrics import fold_accuracy, roc, tar_at_far
 
 # Few distinct values, so that ties within and between the two lists are the rule.

@@ -10,11 +10,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from partialfc.backbones import create_backbone
-from partialfc.data.verification import PairSet
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
+from partialfc.data.pair_files import PairSet
 from partialfc.evaluation import pairs
 from partialfc.evaluation.pairs import PairResult, evaluate_pair_set, evaluate_pairs
-from partialfc.model import Model, ModelConfig, embed
+from partialfc.model.config import ModelConfig
+from partialfc.model.embed import embed
+from partialfc.model.files import Model
 
 
 def noisy_pairs(pairs: int = 200, dim: int = 16, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

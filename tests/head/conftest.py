@@ -11,9 +11,8 @@ import head_cases
 import pytest
 import rank_scenarios
 import torch
-from torch import Tensor
-
 from distributed_workers import run_ranks
+from torch import Tensor
 
 Results = dict[str, dict[str, Tensor]]
 

@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partialfc.distributed import Group, rank_of, split_evenly, world_size_of
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
+from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
 from partialfc.head import partial_fc
-from partialfc.head.global_batch import Everyone
-from partialfc.head.margins import CosFace
+from partialfc.head.backends.gpu import GPUBackend
+from partialfc.head.backends.torch_chunked import ChunkedBackend
+from partialfc.head.global_batch import GlobalLabels
+from partialfc.head.loss import Path as HeadPath
+from partialfc.head.margins.base import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.head.softmax import Path as HeadPath
-from partialfc.head.softmax_chunked import ChunkedPath
-from partialfc.head.softmax_triton import TritonPath
 
 WIDTH, BATCH = 8, 14
 RATES = {"positives": (0.0, 4100), "blocks": (0.02, 9001), "all": (1.0, 149), "few": (0.3, 2)}
@@ -55,37 +55,37 @@ def play(group: Group | None = None) -> dict[str, Any]:
     """What one rank found."""
     found: dict[str, Any] = {"flags": {}}
     for name in RATES:
-        found[name] = {type(path).__name__: train(name, path, group) for path in (TritonPath(), ChunkedPath())}
-    partial_fc.choose_path = lambda *arguments: TritonPath()
+        found[name] = {type(path).__name__: train(name, path, group) for path in (GPUBackend(), ChunkedBackend())}
+    partial_fc.select_backend = lambda *arguments: GPUBackend()
     for name, (label, value) in (BAD if world_size_of(group) == 1 else SHARED).items():
         found["flags"][name] = bad_step(group, label, value)
     return found
 
 
-def local_batch(classes: int, step: int, group: Group | None) -> tuple[Tensor, Tensor, Everyone]:
+def local_batch(classes: int, step: int, group: Group | None) -> tuple[Tensor, Tensor, GlobalLabels]:
     """This rank's embeddings and labels, many of which repeat, and what it may know of all ranks."""
     generator = torch.Generator().manual_seed(step)
     embeddings = torch.randn(BATCH, WIDTH, generator=generator)
     labels = torch.randint(min(classes, 9), (BATCH,), generator=generator) * (classes // min(classes, 9))
     parts = [split_evenly(BATCH, world_size_of(group), rank) for rank in range(world_size_of(group))]
     own = slice(*parts[rank_of(group)])
-    everyone = Everyone([stop - start for start, stop in parts], labels)
+    everyone = GlobalLabels([stop - start for start, stop in parts], labels)
     return embeddings[own].requires_grad_(), labels[own].clone(), everyone
 
 
 def train(name: str, path: HeadPath, group: Group | None) -> list[Tensor]:
     """Three steps: losses, embedding gradients, numbers of classes; then centers and momentum."""
-    partial_fc.choose_path = lambda *arguments: path
+    partial_fc.select_backend = lambda *arguments: path
     rate, classes = RATES[name]
     head = PartialFC(classes, WIDTH, rate, scale=16.0, update="deferred", seed=4, group=group)
     optimizer = RowwiseSGD(head.parameters(), lr=0.1)
     seen = []
     for step in range(3):
         embeddings, labels, everyone = local_batch(classes, step, group)
-        loss = head(embeddings, labels, everyone=everyone if step else None)
+        loss = head(embeddings, labels, global_labels=everyone if step else None)
         loss.backward()
-        (gradient,) = head.row_gradients.deferred
-        assert (gradient.batch.count is not None) == isinstance(path, TritonPath)
+        (gradient,) = head.center_state.deferred
+        assert (gradient.batch.count is not None) == isinstance(path, GPUBackend)
         optimizer.step()
         seen += [loss.detach(), embeddings.grad, head.figures.sampled, head.figures.conflict_share]
     return [*seen, head.centers.detach(), optimizer.row_state(head.centers)["momentum_buffer"]]

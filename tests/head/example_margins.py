@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from reference import arcface, arcface_logit
 from torch import Tensor
 
-from partialfc import keyed_random
-from partialfc.head.margins import ArcFace, Margin, MarginBatch
-from reference import arcface, arcface_logit
+from partialfc.core import keyed_random
+from partialfc.head.margins.base import ArcFace, Margin, MarginBatch
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from example_margins import Curricular, Magnitude, Noisy, ThreeCenters
 from torch import Tensor
 
-from partialfc import keyed_random
-from partialfc.distributed import Group, rank_of, split_evenly, world_size_of
-from partialfc.head.margins import ArcFace, CosFace, Margin
+from partialfc.core import keyed_random
+from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
+from partialfc.head.margins.base import ArcFace, CosFace, Margin
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC, Update
 
@@ -214,7 +214,7 @@ def pending_gradient(head: PartialFC) -> tuple[Tensor, Tensor]:
         gradient = head.centers.grad.coalesce()
         return gradient.indices()[0], gradient.values()
     seen: list[tuple[Tensor, Tensor]] = []
-    head.row_gradients.visit(head.centers, lambda rows, values: seen.append((rows, values.clone())))
+    head.center_state.visit(head.centers, lambda rows, values: seen.append((rows, values.clone())))
     if not seen:
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0, head.embedding_dim)
     rows, values = (torch.cat(parts) for parts in zip(*seen, strict=True))

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from partialfc import distributed
-from partialfc.distributed import Group, rank_of, split_evenly, world_size_of
-from partialfc.errors import InputError
-from partialfc.head.global_batch import Everyone
-from partialfc.head.margins import ArcFace
+from partialfc.core.errors import InputError
+from partialfc.distributed import collectives
+from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
+from partialfc.head.global_batch import GlobalLabels
+from partialfc.head.margins.base import ArcFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -95,7 +95,7 @@ def _errors(group: Group | None) -> dict[str, str]:
         found[name] = _message(head, *(batch if is_last else good))
     found["nobody's"] = _message(head, torch.ones(0, 4), torch.zeros(0, dtype=torch.int64))
     optimizer.step()
-    found["untouched"] = str(torch.equal(before, head.centers) and head.step == 0 and not head.row_gradients.deferred)
+    found["untouched"] = str(torch.equal(before, head.centers) and head.step == 0 and not head.center_state.deferred)
     found["afterwards"] = _message(head, *good)
     return found
 
@@ -131,13 +131,13 @@ def _everyone(group: Group | None) -> dict[str, Any]:
     labels = torch.randint(CLASSES, (BATCH,), generator=generator)
     shares = [split_evenly(BATCH, world_size, each) for each in range(world_size)]
     start, stop = shares[rank]
-    known = Everyone([last - first for first, last in shares], labels)
+    known = GlobalLabels([last - first for first, last in shares], labels)
     results: dict[str, Any] = {}
     for name, everyone in (("asked", None), ("known", known)):
         head = PartialFC(CLASSES, DIM, 0.1, ArcFace(0.5), 16.0, seed=3, dtype=torch.float64, group=group)
         embeddings = images[start:stop].clone().requires_grad_()
         with counted_collectives() as forward:
-            loss = head(embeddings, labels[start:stop], everyone=everyone)
+            loss = head(embeddings, labels[start:stop], global_labels=everyone)
         with counted_collectives() as backward:
             loss.backward()
         results[name] = [loss.detach(), embeddings.grad, head.centers.grad.to_dense()]
@@ -148,7 +148,7 @@ def _everyone(group: Group | None) -> dict[str, Any]:
 @contextmanager
 def counted_collectives() -> Iterator[list[str]]:
     """One entry for each collective within."""
-    places = [(distributed, "_all_gather"), (distributed, "_reduce_scatter"), (dist, "all_reduce")]
+    places = [(collectives, "_all_gather"), (collectives, "_reduce_scatter"), (dist, "all_reduce")]
     originals = [getattr(place, name) for place, name in places]
     calls: list[str] = []
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import example_margins
 import pytest
+import reference
 import torch
 from head_cases import ADAMW, MARGINS, SGD, STEP, Case, build, cases
 from torch import Tensor
 
-import reference
 from partialfc.head.sampling import sample_classes
 
 CASES = cases()

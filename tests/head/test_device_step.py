@@ -14,14 +14,14 @@ pytest.importorskip("triton")
 
 import device_scenarios
 from device_scenarios import BAD, RATES, SHARED
-
 from distributed_workers import run_ranks
-from partialfc.errors import InputError
+
+from partialfc.core.errors import InputError
 from partialfc.head import partial_fc
-from partialfc.head.global_batch import Everyone
+from partialfc.head.backends.gpu import GPUBackend
+from partialfc.head.global_batch import GlobalLabels
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.head.softmax_triton import TritonPath
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is switched off beside a GPU")
 WORLD_SIZES = [1, 2, 3]
@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     folder = tmp_path_factory.mktemp("device")
     run_ranks(3, device_scenarios.work, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial_fc, "choose_path", partial_fc.choose_path)  # put back after the scenarios
+        patch.setattr(partial_fc, "select_backend", partial_fc.select_backend)  # put back after the scenarios
         alone = device_scenarios.play()
     return {1: [alone]} | {
         world_size: [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
@@ -47,7 +47,7 @@ def test_padded_classes_give_what_exact_ones_give(
     name: str, world_size: int, found: dict[int, list[dict[str, Any]]]
 ) -> None:
     for rank in found[world_size]:
-        for padded, exact in zip(rank[name]["TritonPath"], rank[name]["ChunkedPath"], strict=True):
+        for padded, exact in zip(rank[name]["GPUBackend"], rank[name]["ChunkedBackend"], strict=True):
             largest = float(exact.abs().max()) if exact.numel() else 0.0
             torch.testing.assert_close(padded, exact, rtol=1e-4, atol=2e-5 * largest)
 
@@ -74,7 +74,7 @@ def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_told(
 
 
 def head_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> tuple[PartialFC, RowwiseSGD]:
-    monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
+    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
     head = PartialFC(40, 4, update="deferred")
     return head, RowwiseSGD(head.parameters(), lr=0.1)
 
@@ -105,7 +105,7 @@ def test_the_first_of_two_bad_batches_is_named(monkeypatch: pytest.MonkeyPatch) 
     head, _ = head_and_optimizer(monkeypatch)
     head(torch.ones(1, 4), torch.tensor([41]))
     assert head._flag is not None
-    head._flag.take_in(torch.ones(1, 4), torch.tensor([42]), torch.tensor(1))
+    head._flag.record(torch.ones(1, 4), torch.tensor([42]), torch.tensor(1))
     with pytest.raises(InputError, match="label 41"):
         head.check()
     head.check()
@@ -160,7 +160,7 @@ def test_a_copy_of_the_head_has_a_flag_of_its_own(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match="label 41"):
         copied.check()
     assert copied._flag is not None
-    assert not bool(copied.row_gradients.flag)
+    assert not bool(copied.center_state.flag)
 
 
 def test_a_default_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_grad_scaler_unscales_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for lr in (0.25, rate):
-        monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
+        monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
         head = PartialFC(40, 4, update="deferred", dtype=dtype)
         optimizer = RowwiseSGD(head.parameters(), lr=lr)
         head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()
@@ -224,4 +224,4 @@ def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeyp
 def test_counts_that_do_not_agree_with_the_batch_are_refused(counts: list[int]) -> None:
     labels = torch.tensor([1, 2])
     with pytest.raises(InputError, match="brings 2"):
-        PartialFC(40, 4)(torch.ones(2, 4), labels, everyone=Everyone(counts, labels))
+        PartialFC(40, 4)(torch.ones(2, 4), labels, global_labels=GlobalLabels(counts, labels))

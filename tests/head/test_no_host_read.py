@@ -16,13 +16,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from partialfc.head import partial_fc, softmax_triton
+from partialfc.head import partial_fc
+from partialfc.head.backends import gpu
+from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.input_flag import InputFlag
-from partialfc.head.margins import ArcFace
+from partialfc.head.margins.base import ArcFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.head.row_storage import StateStorage
-from partialfc.head.softmax_triton import TritonPath
 
 CLASSES, WIDTH, BATCH = 20_000, 32, 16
 
@@ -53,9 +54,9 @@ class NoKernel:
 
 @pytest.fixture(autouse=True)
 def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial_fc, "choose_path", lambda *arguments: TritonPath())
+    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
     for kernel in ("unit_kernel", "weights_kernel", "finish_kernel"):
-        monkeypatch.setattr(softmax_triton, kernel, NoKernel())
+        monkeypatch.setattr(gpu, kernel, NoKernel())
     monkeypatch.setattr(NoKernel, "launched", [])
     monkeypatch.setattr(torch.cuda, "device_of", PresentDevice)
     # The copy that nobody waits for needs page-locked memory and events: test_on_a_gpu.py has both.
@@ -78,10 +79,10 @@ def take_step(head: PartialFC, optimizer: Any, scaled: bool = True) -> None:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operand_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
-def test_a_step_of_sgd_reads_nothing(rate: float, operands: torch.dtype, scaled: bool) -> None:
-    options = {"operand_dtype": operands, "dtype": operands, "margin": ArcFace(), "conflict_threshold": 0.4}
+def test_a_step_of_sgd_reads_nothing(rate: float, operand_dtype: torch.dtype, scaled: bool) -> None:
+    options = {"operand_dtype": operand_dtype, "dtype": operand_dtype, "margin": ArcFace(), "conflict_threshold": 0.4}
     head, optimizer = head_and_optimizer(sample_rate=rate, **options)
     take_step(head, optimizer, scaled)
     assert head.step == 1

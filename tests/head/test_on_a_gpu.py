@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 from partialfc.head.global_batch import NonFiniteEmbeddings
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
@@ -132,14 +132,14 @@ def test_state_on_the_host_is_that_on_the_gpu() -> None:
     torch.testing.assert_close(tables[1], tables[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("unsampled", ["rest", "as_dense"])
+@pytest.mark.parametrize("unsampled", ["freeze", "lazy_dense"])
 def test_state_on_the_host_with_every_rule_for_unsampled_rows(unsampled: str) -> None:
     centers = []
     for on_host in (False, True):
         head, optimizer = make(0.1, state_on_host=on_host, unsampled=unsampled)
         for step in range(4):
             take_step(head, optimizer, *batch(step))
-        optimizer.settle()
+        optimizer.flush()
         centers.append(head.centers.detach().clone())
     torch.testing.assert_close(centers[1], centers[0], rtol=1e-4, atol=1e-6)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from partialfc.errors import InputError
-from partialfc.head import compiled
-from partialfc.head.margins import CosFace
+from partialfc.core.errors import InputError
+from partialfc.head.backends import compiled
+from partialfc.head.margins.base import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -128,7 +128,7 @@ def test_micro_steps_share_their_negatives_and_steps_do_not(update: Any) -> None
         for label in (3, 1500):
             head.zero_grad()
             head(torch.randn(1, DIM), torch.tensor([label])).backward()
-            deferred = head.row_gradients.deferred
+            deferred = head.center_state.deferred
             gradient = head.centers.grad
             rows.append(set((deferred[0].batch.classes if gradient is None else gradient._indices()[0]).tolist()))
         optimizer.step()
@@ -151,7 +151,7 @@ def test_found_inf_skips_the_step_and_forgets_it(make: Any, update: Any) -> None
     optimizer.step()
     assert torch.equal(head.centers, before)
     assert head.step == 0
-    assert not head.row_gradients.deferred
+    assert not head.center_state.deferred
     assert not optimizer.state
 
 

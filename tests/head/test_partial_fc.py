@@ -11,10 +11,10 @@ from example_margins import Curricular, Noisy, OnlySparse
 from head_cases import pending_gradient
 from torch import Tensor, nn
 
-from partialfc.errors import InputError
-from partialfc.head import compiled
+from partialfc.core.errors import InputError
+from partialfc.head.backends import compiled
 from partialfc.head.global_batch import NonFiniteEmbeddings
-from partialfc.head.margins import ArcFace, CosFace, Margin
+from partialfc.head.margins.base import ArcFace, CosFace, Margin
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -167,16 +167,16 @@ def test_without_gradients_it_is_a_metric() -> None:
             loss = head(embeddings(), LABELS)
         assert not loss.requires_grad
         assert head.figures is not None
-        assert not head.row_gradients.deferred
+        assert not head.center_state.deferred
         assert torch.equal(loss, head(embeddings(), LABELS).detach())
 
 
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
-@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operand_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("margin", [CosFace(), Curricular()])
-def test_it_trains_after_inference_mode(margin: Margin, operands: torch.dtype, update: Any) -> None:
+def test_it_trains_after_inference_mode(margin: Margin, operand_dtype: torch.dtype, update: Any) -> None:
     """The first batch of all, whose form no other test has, allocates what later ones reuse."""
-    head = PartialFC(50, 8, margin=margin, scale=32.0, operand_dtype=operands, update=update)
+    head = PartialFC(50, 8, margin=margin, scale=32.0, operand_dtype=operand_dtype, update=update)
     optimizer = RowwiseSGD(head.parameters())
     batch, labels = torch.randn(13, 8), torch.arange(13)
     with torch.inference_mode():
@@ -239,7 +239,7 @@ def test_noise_and_classes_of_a_micro_step_are_those_of_the_whole_step() -> None
     sampled = head.figures.sampled
     losses = []
     for part in (slice(0, 2), slice(2, 6)):
-        losses.append(head(embeddings[part], labels[part], step_labels=labels, first_place=part.start))
+        losses.append(head(embeddings[part], labels[part], step_labels=labels, first_sample=part.start))
         assert head.figures.sampled == sampled
     torch.testing.assert_close((2 * losses[0] + 4 * losses[1]) / 6, whole)
     assert not torch.isclose(head(embeddings[2:], labels[2:], step_labels=labels), losses[1])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from reference import relative_error
 
 Scenario = Callable[[str, int], list[Any]]

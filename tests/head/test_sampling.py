@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from partialfc.distributed import split_evenly
+from partialfc.distributed.collectives import split_evenly
 from partialfc.head import sampling
 from partialfc.head.sampling import BLOCK, sample_bound, sample_classes, sample_padded, sample_size, sampling_keys
 

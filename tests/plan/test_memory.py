@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from partialfc.bench.machine import peak_resident_bytes
+from partialfc.config.options import BackboneConfig, OptimizerConfig, TrainConfig
 from partialfc.head import optim
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.row_storage import Rows
@@ -21,8 +22,7 @@ from partialfc.plan.measure import head_batch, head_step
 from partialfc.plan.memory import CLASS_BYTES, GATHERED_BYTES, UPDATE_BYTES, head_memory, plan_memory, weights_memory
 from partialfc.plan.network import LiveBytes, network_size
 from partialfc.plan.request import PlanRequest
-from partialfc.training.assemble import build_backbone, build_optimizers
-from partialfc.training.config import BackboneConfig, OptimizerConfig, TrainConfig
+from partialfc.training.build import build_backbone, build_optimizers
 
 SMALL = PlanRequest(classes=10_000, gpus=1, backbone="mini", image_size=32, embedding_dim=64, batch_size=8)
 
@@ -112,7 +112,7 @@ requests = st.builds(
     device=st.sampled_from(["cpu", "h100"]),
     optimizer=st.sampled_from(["sgd", "adamw"]),
     head_update=st.sampled_from(["sparse", "deferred"]),
-    head_operands=st.sampled_from(["float32", "bfloat16"]),
+    head_operand_dtype=st.sampled_from(["float32", "bfloat16"]),
     head_dtype=st.sampled_from(["float32", "bfloat16"]),
     state_on_host=st.booleans(),
 )
@@ -130,7 +130,7 @@ def test_more_of_anything_takes_no_less_memory(request: PlanRequest, more: float
 
 
 def test_bytes_of_an_updated_number_are_counted_on_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "compiled_for", lambda *tensors: None)
+    monkeypatch.setattr(optim, "numba_kernels_for", lambda *tensors: None)
     for name, kind in (("sgd", RowwiseSGD), ("adamw", RowwiseAdamW)):
         for rounded in (False, True):
             parameter = torch.nn.Parameter(torch.ones(4096, 512, dtype=torch.bfloat16 if rounded else torch.float32))

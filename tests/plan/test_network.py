@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from partialfc.backbones import BACKBONES, create_backbone
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 from partialfc.plan.network import LiveBytes, network_pass, network_size
 from partialfc.plan.request import PlanRequest
 

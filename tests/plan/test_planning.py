@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partialfc.errors import InputError
+from partialfc.config.recipes import RECIPES, recipe_plan_request
+from partialfc.core.errors import InputError
 from partialfc.plan.memory import plan_memory, weights_memory
 from partialfc.plan.network import network_size
 from partialfc.plan.planning import largest_rate, leanest_that_fits, make_plan, usable_bytes
@@ -16,7 +17,6 @@ from partialfc.plan.rates import MachineRates
 from partialfc.plan.request import PlanRequest
 from partialfc.plan.step_time import backbone_flops, communication_time, head_time, head_work, step_time
 from partialfc.plan.text import plan_text
-from partialfc.training.recipes import RECIPES, recipe_plan_request
 
 MINI = PlanRequest(classes=1_000_000, gpus=8, backbone="mini", image_size=32, embedding_dim=64, batch_size=16)
 # Round figures, so that the times below can be reckoned by hand.

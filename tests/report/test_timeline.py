@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
-from partialfc.report.template import standalone_svg
+from partialfc.pages.template import standalone_svg
 from partialfc.report.timeline import Row, timeline
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_workers import run_ranks
 from small_runs import final_tensors, tiny_config, write_images
 from torch import Tensor
 
-from distributed_workers import run_ranks
+from partialfc.config.options import BackboneConfig, TrainConfig
 from partialfc.head import partial_fc
-from partialfc.training.config import BackboneConfig, TrainConfig
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run.log import read_metrics
 
 NETWORKS: dict[str, dict[str, Any]] = {"mini": {}, "vit_t": {"drop_path": 0.2}}
 STEPS, STOP = 6, 4

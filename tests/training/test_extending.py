@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed_workers import run_ranks
 from small_runs import final_tensors, tiny_config, write_images
 
-from distributed_workers import run_ranks
+from partialfc.config.options import BackboneConfig, HeadConfig, TrainConfig
+from partialfc.core.errors import InputError
 from partialfc.data.images import decode_image
-from partialfc.errors import InputError
-from partialfc.model import embed, load_model
-from partialfc.training.assemble import build_state, open_loader
-from partialfc.training.config import BackboneConfig, HeadConfig, TrainConfig
+from partialfc.model.embed import embed
+from partialfc.model.files import load_model
+from partialfc.training.build import build_state, open_loader
 from partialfc.training.identities import match_identities
+from partialfc.training.initialize import apply_start, read_start
 from partialfc.training.loop import train
-from partialfc.training.starting import apply_start, read_start
 from partialfc.training.state import TrainState
 
 OLD = ["anna", "bert", "carl", "dora", "emma", "fred"]

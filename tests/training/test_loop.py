@@ -9,14 +9,14 @@ import pytest
 import torch
 from small_runs import PAIRS, final_tensors, small_config, timeless
 
+from partialfc.config.options import HeadConfig, ScheduleConfig
+from partialfc.core.errors import InputError, JobError
 from partialfc.data.images import encode_png
 from partialfc.data.loader import Batch
-from partialfc.errors import InputError, JobError
-from partialfc.model import load_model
+from partialfc.model.files import load_model
 from partialfc.training import loop
-from partialfc.training.checkpoint_reading import steps_in
-from partialfc.training.config import HeadConfig, ScheduleConfig
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.checkpoint.read import steps_in
+from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
 
 

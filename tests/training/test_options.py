@@ -14,18 +14,18 @@ from small_runs import FIXTURES, final_tensors, small_config, tiny_config, write
 from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
+from partialfc.config.options import BackboneConfig, HeadConfig, OptimizerConfig, TrainConfig
+from partialfc.core.errors import InputError
 from partialfc.data.loader import Batch
 from partialfc.data.sources import open_source
-from partialfc.data.subset import SubsetSource
-from partialfc.errors import InputError
-from partialfc.model import load_model
-from partialfc.training.assemble import compute_dtype
-from partialfc.training.averaging import averaged_copy, update_average
-from partialfc.training.config import BackboneConfig, HeadConfig, OptimizerConfig, TrainConfig
-from partialfc.training.freezing import freeze, hold_frozen
+from partialfc.data.sources.subset import SubsetSource
+from partialfc.model.files import load_model
+from partialfc.training.build import compute_dtype
+from partialfc.training.freezing import freeze, set_frozen_layers_eval
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
+from partialfc.training.weights import averaged_copy, update_average
 
 MINI = BackboneConfig("mini", 16)
 SGD = OptimizerConfig(lr=0.01, lr_scaling="absolute")
@@ -105,7 +105,7 @@ def test_a_layer_stands_for_all_below_it_and_for_nothing_else() -> None:
     below = {name for name, _ in network.named_parameters() if name.startswith("layer1.")}
     assert frozen == below | {"fc.bias", "features.weight"}
     network.train()
-    hold_frozen(network, ["layer1", "fc.bias"])
+    set_frozen_layers_eval(network, ["layer1", "fc.bias"])
     assert not network.layer1.bn1.training
     assert network.layer2.bn1.training
     with pytest.raises(InputError, match=r"'layer'.*its layers are stem, bn, layer1"):

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_workers import run_ranks
 from small_runs import final_tensors, timeless, tiny_config, write_images
 from torch import Tensor
 
-from distributed_workers import run_ranks
+from partialfc.config.options import HeadConfig
 from partialfc.data.loader import Batch
-from partialfc.training import assemble
+from partialfc.training import build
 from partialfc.training import step as step_module
-from partialfc.training.assemble import compute_dtype
-from partialfc.training.checkpoint_reading import Checkpoint
-from partialfc.training.config import HeadConfig
+from partialfc.training.build import compute_dtype
+from partialfc.training.checkpoint.read import Checkpoint
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
+from partialfc.training.run.log import read_metrics
 from partialfc.training.scaling import LossScale, scale_gradient
 from partialfc.training.step import Stepper
 
@@ -85,7 +85,7 @@ def overflow_on_rank_1(rank: int, folder: Path) -> None:
         return figures
 
     Stepper._loss, Stepper.step = loss, step  # type: ignore[method-assign]
-    assemble.LossScale = partial(LossScale, FIRST_SCALE)  # type: ignore[assignment, misc]
+    build.LossScale = partial(LossScale, FIRST_SCALE)  # type: ignore[assignment, misc]
     results = {}
     for update in ("sparse", "deferred"):
         head = HeadConfig(0.5, scale=16.0, update=update)
@@ -136,7 +136,7 @@ def test_both_updates_of_the_head_give_the_same_run(ranks: list[dict[str, list[d
 def test_fp16_follows_float32_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_images(tmp_path / "images", [f"person {number}" for number in range(8)])
     config = tiny_config(images, precision="fp16", device="cpu")
-    monkeypatch.setattr(assemble, "LossScale", partial(LossScale, FIRST_SCALE))
+    monkeypatch.setattr(build, "LossScale", partial(LossScale, FIRST_SCALE))
     train(config, tmp_path / "straight", quiet=True)
     train(tiny_config(images, precision="float32"), tmp_path / "float32", quiet=True)
     original = Stepper._loss

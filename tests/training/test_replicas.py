@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_workers import run_ranks
 from small_runs import final_tensors, timeless, tiny_config, write_images
 from torch import Tensor, nn
 
-from distributed_workers import run_ranks
 from partialfc.backbones import BACKBONES, create_backbone
 from partialfc.backbones.vit import ViT
+from partialfc.config.options import BackboneConfig, OptimizerConfig, ProcessesConfig, TrainConfig
+from partialfc.core.errors import InputError
 from partialfc.data.loader import Batch
-from partialfc.errors import InputError
-from partialfc.model import load_model
+from partialfc.model.files import load_model
 from partialfc.training import step as step_module
-from partialfc.training.checkpoint_reading import Checkpoint
-from partialfc.training.config import BackboneConfig, OptimizerConfig, ProcessesConfig, TrainConfig
+from partialfc.training.checkpoint.read import Checkpoint
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
 from partialfc.training.replicas import _units, split_over_processes, whole_network
+from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
 
 STEPS, STOP = 4, 3

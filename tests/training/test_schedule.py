@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 from partialfc.training.schedule import Schedule, learning_rate
 
 

@@ -12,8 +12,8 @@ from small_runs import final_tensors, tiny_config, write_images
 from torch import Tensor
 
 from partialfc.backbones.mini import Mini
-from partialfc.errors import InputError
-from partialfc.training.config import BackboneConfig, TrainConfig
+from partialfc.config.options import BackboneConfig, TrainConfig
+from partialfc.core.errors import InputError
 from partialfc.training.loop import train
 
 

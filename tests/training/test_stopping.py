@@ -15,23 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 import yaml
+from distributed_workers import run_apart, run_ranks
 from safetensors import SafetensorError
 from small_runs import PAIRS, final_tensors, small_config, timeless, tiny_config, write_images
 
-from distributed_workers import run_apart, run_ranks
-from partialfc import model
-from partialfc.distributed import Shard
-from partialfc.errors import InputError, JobError, StoppedBySignal
-from partialfc.training import checkpoint, checkpoint_async, loop
-from partialfc.training.checkpoint import CheckpointNotWritten, RowTensors, save_checkpoint
-from partialfc.training.checkpoint_async import CheckpointWriter, Snapshot
-from partialfc.training.checkpoint_reading import Checkpoint, steps_in
-from partialfc.training.config import TrainConfig
+from partialfc.config.options import TrainConfig
+from partialfc.core.errors import InputError, JobError, StoppedBySignal
+from partialfc.distributed.collectives import Shard
+from partialfc.model import files
+from partialfc.training import loop
+from partialfc.training.checkpoint import write as checkpoint
+from partialfc.training.checkpoint import writer as writer_module
+from partialfc.training.checkpoint.read import Checkpoint, steps_in
+from partialfc.training.checkpoint.write import CheckpointNotWritten, RowTensors, save_checkpoint
+from partialfc.training.checkpoint.writer import CheckpointWriter, Snapshot
 from partialfc.training.loop import train
-from partialfc.training.metrics_log import read_metrics
-from partialfc.training.run_lock import FolderLock
+from partialfc.training.run.lock import FolderLock
+from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
 
 
@@ -201,8 +204,8 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_it_comes_again(
 
 LONE = """
 import os, signal, sys, threading, time
-from partialfc.training.signals import StopSignals
-with StopSignals() as signals, signals.nothing_to_save():
+from partialfc.distributed.signals import StopSignals
+with StopSignals() as signals, signals.exit_on_signal():
     print("waiting", flush=True)
     if sys.argv[1] == "alone":
         time.sleep(60)
@@ -269,7 +272,7 @@ def test_a_model_that_cannot_be_written(goes_on: bool, tmp_path: Path, monkeypat
     config = config_of(on_checkpoint_error="continue" if goes_on else "stop")
     config = replace(config, output=replace(config.output, evaluate_every=4))
     with monkeypatch.context() as patch:
-        patch.setattr(model, "save_file", full)
+        patch.setattr(files, "save_file", full)
         if goes_on:
             result = train(config, tmp_path, quiet=True)
             assert result.best_step is None
@@ -314,7 +317,7 @@ def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    holder = "import sys; from pathlib import Path; from partialfc.training.run_lock import FolderLock;"
+    holder = "import sys; from pathlib import Path; from partialfc.training.run.lock import FolderLock;"
     holder += "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)],
@@ -339,7 +342,7 @@ def failing_at(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
             raise CheckpointNotWritten("could not write a checkpoint (rank 0: [Errno 28] No space left on device)")
         return save_checkpoint(root, step, **contents)
 
-    monkeypatch.setattr(checkpoint_async, "save_checkpoint", save)
+    monkeypatch.setattr(writer_module, "save_checkpoint", save)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -366,9 +369,9 @@ import os, sys
 from dataclasses import replace
 from pathlib import Path
 import small_runs
-from partialfc.errors import JobError
-from partialfc.training import checkpoint_async
-from partialfc.training.checkpoint import CheckpointNotWritten
+from partialfc.core.errors import JobError
+from partialfc.training.checkpoint import writer
+from partialfc.training.checkpoint.write import CheckpointNotWritten
 from partialfc.training.loop import train
 from partialfc.training.step import Stepper
 
@@ -376,7 +379,7 @@ def fail(*arguments, **options):
     raise {"checkpoint": CheckpointNotWritten, "step": ValueError}[sys.argv[1]]("nothing works")
 
 if sys.argv[1] == "checkpoint":
-    checkpoint_async.save_checkpoint = fail
+    writer.save_checkpoint = fail
 else:
     Stepper.step = fail
 base = small_runs.small_config(precision="float32")
@@ -392,7 +395,7 @@ except JobError as error:
 @pytest.mark.parametrize("what", ["checkpoint", "step"])
 def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> None:
     """An error that lives to the end of the process, or that nobody catches, does not keep the readers alive."""
-    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    search = os.pathsep.join([str(Path(small_runs.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", FAILING, what, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": search}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
@@ -403,10 +406,10 @@ def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> No
 def too_early(rank: int, folder: Path) -> None:
     """Rank 1 is lost after the processes have met, before they watch each other."""
     if rank == 1:
-        loop.Liveness.__enter__ = lambda self: os._exit(0)  # type: ignore[method-assign,assignment]
+        loop.HeartbeatMonitor.__enter__ = lambda self: os._exit(0)  # type: ignore[method-assign,assignment]
     base = config_of()
     try:
-        train(replace(base, processes=replace(base.processes, silence_seconds=5)), folder / "run", quiet=True)
+        train(replace(base, processes=replace(base.processes, heartbeat_timeout_seconds=5)), folder / "run", quiet=True)
     except JobError as error:
         (folder / "said.txt").write_text(str(error))
 
@@ -468,7 +471,7 @@ def test_a_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.Monk
         assert may_write.wait(30)
         return save_checkpoint(*arguments, **contents)
 
-    monkeypatch.setattr(checkpoint_async, "save_checkpoint", save)
+    monkeypatch.setattr(writer_module, "save_checkpoint", save)
     writer = CheckpointWriter(tmp_path, keep=1)
     values = torch.arange(12.0).view(4, 3)
     writer.save(snapshot(values))
@@ -526,7 +529,7 @@ def test_a_run_from_before_an_option_goes_on(tmp_path: Path, monkeypatch: pytest
     del stored["head"]["unsampled"], stored["backbone"]["sync_batch_norm"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
     changed = config_of()
-    changed = replace(changed, head=replace(changed.head, unsampled="as_dense"))
+    changed = replace(changed, head=replace(changed.head, unsampled="lazy_dense"))
     with pytest.raises(InputError, match=r"another head\.unsampled"):
         train(changed, tmp_path, resume=True, quiet=True)
     train(config_of(), tmp_path, resume=True, quiet=True)
@@ -536,7 +539,7 @@ def test_a_run_from_before_an_option_goes_on(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(("world_size", "status"), [("2", 3), ("1", -signal.SIGABRT)])
 def test_one_of_several_processes_ends_without_pythons_own_end(world_size: str, status: int) -> None:
     program = (
-        "import atexit, os\nfrom partialfc.training.signals import end_process\natexit.register(os.abort)\n"
+        "import atexit, os\nfrom partialfc.distributed.signals import end_process\natexit.register(os.abort)\n"
         "print('done', end='')\nend_process(3)"
     )
     done = subprocess.run(

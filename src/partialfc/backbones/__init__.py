@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from partialfc.backbones import iresnet, mini, mobilefacenet, timm_adapter, vit
-from partialfc.errors import InputError
-from partialfc.keyed_random import derive_key
+from partialfc.core.errors import InputError
+from partialfc.core.keyed_random import derive_key
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(iresnet.IResNet, blocks) for name, blocks in iresnet.BLOCKS.items()},

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from partialfc.backbones.precision import full_precision
 from partialfc.backbones.recompute import recomputed
-from partialfc.errors import InputError
-from partialfc.keyed_random import bits, derive_key, uniform
+from partialfc.core.errors import InputError
+from partialfc.core.keyed_random import bits, derive_key, uniform
 
 WIDTHS = (64, 128, 256, 512)
 BLOCKS = {

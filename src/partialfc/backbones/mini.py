@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from partialfc.backbones.precision import full_precision
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 
 class Block(nn.Module):

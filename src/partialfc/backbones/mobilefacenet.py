@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from partialfc.backbones.precision import full_precision
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 # Blocks of the four stages, and the factor on the width of the maps between bottlenecks.
 BLOCKS_AND_SCALE = {

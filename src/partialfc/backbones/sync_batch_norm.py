@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from partialfc.distributed import all_reduce
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
+from partialfc.distributed.collectives import all_reduce
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 PREFIX = "timm:"
 

@@ -15,7 +15,7 @@ import torch
 
 from partialfc.bench.head_variants import HeadConfiguration, Phases, StepFunction, Variant, dense_step, our_steps
 from partialfc.bench.machine import available_bytes, describe, peak_resident_bytes
-from partialfc.errors import InputError, JobError
+from partialfc.core.errors import InputError, JobError
 from partialfc.head.sampling import sample_bound
 
 WARM_UP = 2
@@ -33,7 +33,7 @@ def bench_head(
     baseline: bool = False,
     device: str = "cpu",
     update: Literal["sparse", "deferred"] | None = None,
-    operands: Literal["float32", "bfloat16"] | None = None,
+    operand_dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure the head on this machine, in one process.
 
@@ -46,7 +46,7 @@ def bench_head(
         baseline: also measure the dense head.
         device: "cpu", "cuda" or "cuda:0" …
         update: measure only this way to update; None for both.
-        operands: measure only products of operands rounded to this; None for both.
+        operand_dtype: measure only products of operands rounded to this; None for both.
 
     Yields:
         One result a variant: "variant", "step_ms_median", "step_ms_min", "peak_bytes" (beyond imports), "phases_ms"
@@ -62,7 +62,7 @@ def bench_head(
         for variant in get_args(Variant)
         if variant != "dense baseline"
         and (update is None or variant.startswith(update))
-        and (operands is None or variant.endswith("bfloat16") == (operands == "bfloat16"))
+        and (operand_dtype is None or variant.endswith("bfloat16") == (operand_dtype == "bfloat16"))
     ]
     if baseline:
         variants.append("dense baseline")

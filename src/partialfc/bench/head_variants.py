@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from partialfc import keyed_random
-from partialfc.head.margins import CosFace
+from partialfc.core import keyed_random
+from partialfc.head.margins.base import CosFace
 from partialfc.head.optim import RowwiseSGD, Unsampled
 from partialfc.head.partial_fc import PartialFC
 from partialfc.head.sampling import sample_classes, sample_size
@@ -66,7 +66,7 @@ class Phases:
 StepFunction = Callable[[Tensor, Tensor, Phases], None]
 
 
-def our_steps(configuration: HeadConfiguration, unsampled: Unsampled = "rest") -> dict[Variant, StepFunction]:
+def our_steps(configuration: HeadConfiguration, unsampled: Unsampled = "freeze") -> dict[Variant, StepFunction]:
     """A step of each variant; all train one head, so that the memory of others is not needed."""
     head = PartialFC(
         configuration.num_classes,

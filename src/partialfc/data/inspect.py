@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources import Source, check_label, open_source, read_image
+from partialfc.data.sources import open_source
+from partialfc.data.sources.base import Source, check_label, read_image
 
 _CHUNK = 1024  # images between two reports of progress
 _NAMED = 20  # unreadable records named in the result

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from partialfc import keyed_random
+from partialfc.core import keyed_random
+from partialfc.core.errors import InputError, JobError
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources import Source, check_label, read_image
-from partialfc.distributed import split_evenly
-from partialfc.errors import InputError, JobError
+from partialfc.data.sources.base import Source, check_label, read_image
+from partialfc.distributed.collectives import split_evenly
 
 ColorOrder = Literal["rgb", "bgr"]
 _MAX_ATTEMPTS = 1000  # replacements tried for one position

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 Floats = NDArray[np.float64]
 

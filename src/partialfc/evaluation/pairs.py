@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from partialfc.data.verification import PairSet
-from partialfc.distributed import Group, all_gather_rows, rank_of, split_evenly, world_size_of
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
+from partialfc.data.pair_files import PairSet
+from partialfc.distributed.collectives import Group, all_gather_rows, rank_of, split_evenly, world_size_of
 from partialfc.evaluation.metrics import fold_accuracy, roc, tar_at_far
-from partialfc.model import Model, check_images, embed
+from partialfc.model.embed import check_images, embed
+from partialfc.model.files import Model
 
 FARS = (1e-3, 1e-2, 1e-1)
 

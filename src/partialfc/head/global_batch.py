@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.distributed import Group, all_gather_rows, row_counts
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
+from partialfc.distributed.collectives import Group, all_gather_rows, row_counts
 
 
 class NonFiniteEmbeddings(InputError):
@@ -16,7 +16,7 @@ class NonFiniteEmbeddings(InputError):
 
 
 @dataclass(frozen=True)
-class Everyone:
+class GlobalLabels:
     """The samples of all ranks. A training loop that knows them before it calls the head saves two collectives.
 
     Attributes:
@@ -28,7 +28,7 @@ class Everyone:
     labels: Tensor
 
 
-def gather_labels(labels: Tensor, known: Everyone | None, group: Group | None) -> Everyone:
+def gather_labels(labels: Tensor, known: GlobalLabels | None, group: Group | None) -> GlobalLabels:
     """Numbers and labels of all ranks' samples. Two collectives, none if they are known.
 
     Raises:
@@ -36,7 +36,7 @@ def gather_labels(labels: Tensor, known: Everyone | None, group: Group | None) -
     """
     if known is None:
         counts = row_counts(len(labels), labels.device, group)
-        known = Everyone(counts, all_gather_rows(labels, counts, group))
+        known = GlobalLabels(counts, all_gather_rows(labels, counts, group))
     if sum(known.counts) == 0:
         raise InputError("the global batch is empty: the head needs at least one image on one rank.")
     return known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partialfc import keyed_random
+from partialfc.core import keyed_random
 
 _DEVIATION = 0.01
 _CHUNK = 1 << 20  # elements drawn at once

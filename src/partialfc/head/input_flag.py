@@ -32,7 +32,7 @@ class InputFlag:
         """For a copy of the head: what is on its way stays behind, since an event cannot be copied."""
         return self.__dict__ | {"_on_their_way": deque()}
 
-    def take_in(self, embeddings: Tensor, labels: Tensor, step: Tensor) -> Tensor:
+    def record(self, embeddings: Tensor, labels: Tensor, step: Tensor) -> Tensor:
         """Set it if the global batch, (G, D) and (G,), is bad, and send it to the host; () bool, whether it is set."""
         outside = (labels < 0) | (labels >= self._num_classes)
         finite = torch.isfinite(embeddings).all()

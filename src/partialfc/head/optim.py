@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from partialfc.errors import InputError
-from partialfc.head.catch_up import CatchUp
-from partialfc.head.compiled import compiled_for
-from partialfc.head.row_gradients import RowGradients, row_gradients_of
+from partialfc.core.errors import InputError
+from partialfc.head.backends.compiled import numba_kernels_for
+from partialfc.head.backends.threads import run_parallel
+from partialfc.head.lazy_sgd import CatchUp
+from partialfc.head.loss import RowVisitor, SGDRule
 from partialfc.head.row_storage import Rows, StateStorage, rounding_keys
-from partialfc.head.softmax import RowVisitor, SGDRule
-from partialfc.head.threads import run_parallel
+from partialfc.head.rows import CenterState, center_state_of
 
 _NUMBERS_IN_CACHE = 1 << 18  # of a sparse gradient at once: their temporaries stay in a core's cache
 _NUMBERS_ON_GPU = 1 << 26
 
-Unsampled = Literal["rest", "as_dense"]
+Unsampled = Literal["freeze", "lazy_dense"]
 
 
 class _RowwiseOptimizer(Optimizer, ABC):
@@ -53,7 +53,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                link = row_gradients_of(parameter)
+                link = center_state_of(parameter)
                 # A rank whose shard has no sampled class counts the step like the others: they draw from its number.
                 pending = parameter.grad is not None or (link is not None and bool(link.deferred))
                 happens = pending and not self._is_skipped(parameter, link)
@@ -68,7 +68,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
                         link.advance()
         return loss
 
-    def _is_skipped(self, parameter: Tensor, link: RowGradients | None) -> bool:
+    def _is_skipped(self, parameter: Tensor, link: CenterState | None) -> bool:
         """Whether this step changes nothing, as far as the host has to know."""
         if link is not None and link.flag is not None and bool(link.flag):
             return True
@@ -76,7 +76,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
         overflow = link is not None and hasattr(self, "found_inf") and any(bool(g.overflowed()) for g in link.deferred)
         return overflow or bool(getattr(self, "found_inf", False))
 
-    def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
+    def _update_parameter(self, parameter: Tensor, link: CenterState | None, group: dict[str, Any]) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         self._refuse_unscaled(link)
         self.row_state(parameter)  # before threads may want to create it
@@ -93,7 +93,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 link.deferred = [gradient.over(grad_scale) for gradient in link.deferred]
             link.visit(parameter, update)
 
-    def _refuse_unscaled(self, link: RowGradients | None) -> None:
+    def _refuse_unscaled(self, link: CenterState | None) -> None:
         if link is not None and link.deferred and hasattr(self, "found_inf") and self.grad_scale is None:  # type: ignore[attr-defined]
             raise InputError(
                 "GradScaler.unscale_ cannot reach the gradient of update='deferred', which step() computes: leave it "
@@ -105,11 +105,11 @@ class _RowwiseOptimizer(Optimizer, ABC):
         super().zero_grad(set_to_none)
         for group in self.param_groups:
             for parameter in group["params"]:
-                link = row_gradients_of(parameter)
+                link = center_state_of(parameter)
                 if link is not None:
                     link.deferred.clear()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Make up for everything that was put off, as before rows are read by anything but their head.
 
         State in host memory is complete afterwards: a GPU writes it some time after `step` has returned.
@@ -119,7 +119,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 torch.cuda.synchronize(parameter.device)
 
     def state_dict(self) -> dict[str, Any]:
-        self.settle()
+        self.flush()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
                             f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was "
                             "saved for another number of classes or processes."
                         )
-        _RowwiseOptimizer.settle(self)  # nothing writes to it any more
+        _RowwiseOptimizer.flush(self)  # nothing writes to it any more
         # torch would cast the state to the parameter's dtype and device, where it need not live.
         super().load_state_dict({**state_dict, "state": {}})
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -197,9 +197,9 @@ class RowwiseSGD(_RowwiseOptimizer):
         params: the head's parameters.
         lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () on the device, which a replayed CUDA graph reads
             anew.
-        unsampled: what happens to a row that a step does not sample. "rest", the paper's rule: nothing. "as_dense":
+        unsampled: what happens to a row that a step does not sample. "freeze", the paper's rule: nothing. "lazy_dense":
             what torch.optim.SGD would do to it for a gradient of zero, made up for when it is sampled next; call
-            `settle` before reading centers.
+            `flush` before reading centers.
         state_dtype: of the momentum; None for that of the centers. bfloat16 is rounded stochastically.
         state_on_host: keep the momentum of centers on a GPU in page-locked host memory.
 
@@ -214,7 +214,7 @@ class RowwiseSGD(_RowwiseOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         *,
-        unsampled: Unsampled = "rest",
+        unsampled: Unsampled = "freeze",
         state_dtype: torch.dtype | None = None,
         state_on_host: bool = False,
     ) -> None:
@@ -223,8 +223,8 @@ class RowwiseSGD(_RowwiseOptimizer):
                 "RowwiseSGD needs lr >= 0, momentum in [0, 1) and weight_decay >= 0, "
                 f"not {lr}, {momentum}, {weight_decay}."
             )
-        if unsampled not in ("rest", "as_dense"):
-            raise InputError(f"unsampled is {unsampled!r}; it is 'rest' or 'as_dense'.")
+        if unsampled not in ("freeze", "lazy_dense"):
+            raise InputError(f"unsampled is {unsampled!r}; it is 'freeze' or 'lazy_dense'.")
         self._unsampled = unsampled
         self._behind: dict[Tensor, CatchUp] = {}
         storage = StateStorage(state_dtype, state_on_host)
@@ -233,8 +233,8 @@ class RowwiseSGD(_RowwiseOptimizer):
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": self._storage.zeros_like(parameter)}
 
-    def _update_parameter(self, parameter: Tensor, link: RowGradients | None, group: dict[str, Any]) -> None:
-        if self._unsampled == "as_dense":
+    def _update_parameter(self, parameter: Tensor, link: CenterState | None, group: dict[str, Any]) -> None:
+        if self._unsampled == "lazy_dense":
             self._follow(parameter, link)
         if link is None or not self._is_on_device(parameter, link):
             super()._update_parameter(parameter, link, group)
@@ -244,19 +244,19 @@ class RowwiseSGD(_RowwiseOptimizer):
         if behind is not None:
             behind.finish_step(group["lr"], group["momentum"], group["weight_decay"])
 
-    def _is_skipped(self, parameter: Tensor, link: RowGradients | None) -> bool:
+    def _is_skipped(self, parameter: Tensor, link: CenterState | None) -> bool:
         if link is not None and self._is_on_device(parameter, link):
             # There the update looks by itself; a number is what a GradScaler leaves that has found no gradient.
             found_inf = getattr(self, "found_inf", False)
             return not isinstance(found_inf, Tensor) and bool(found_inf)
         return super()._is_skipped(parameter, link)
 
-    def _is_on_device(self, parameter: Tensor, link: RowGradients) -> bool:
+    def _is_on_device(self, parameter: Tensor, link: CenterState) -> bool:
         """Whether the path of a deferred gradient updates the rows, storing none of it and reading nothing back."""
-        alone = len(link.deferred) == 1 and parameter.grad is None and self._unsampled == "rest"
-        return alone and link.deferred[0].path.takes_padding
+        alone = len(link.deferred) == 1 and parameter.grad is None and self._unsampled == "freeze"
+        return alone and link.deferred[0].path.supports_padding
 
-    def _update_on_device(self, parameter: Tensor, link: RowGradients, group: dict[str, Any]) -> None:
+    def _update_on_device(self, parameter: Tensor, link: CenterState, group: dict[str, Any]) -> None:
         (gradient,) = link.deferred
         self._refuse_unscaled(link)
         skip, grad_scale = link.flag, getattr(self, "grad_scale", None)
@@ -272,21 +272,21 @@ class RowwiseSGD(_RowwiseOptimizer):
         rule = SGDRule(lr, group["momentum"], group["weight_decay"], link.first_row, keys, skip)
         gradient.path.update(gradient, parameter, self.row_state(parameter)["momentum_buffer"], rule)
 
-    def _follow(self, parameter: Tensor, link: RowGradients | None) -> None:
+    def _follow(self, parameter: Tensor, link: CenterState | None) -> None:
         """From now on, bring rows up to date when the head is about to read them."""
         if link is None:
-            raise InputError("unsampled='as_dense' needs the parameters of a PartialFC head.")
+            raise InputError("unsampled='lazy_dense' needs the parameters of a PartialFC head.")
         if parameter in self._behind:
             return
         behind = self._behind[parameter] = CatchUp(len(parameter), parameter.device, link)
         # The buffer is looked up each time, since `load_state_dict` makes another.
-        link.prepare = lambda rows: behind.bring_up(parameter, self.row_state(parameter)["momentum_buffer"], rows)
+        link.prepare = lambda rows: behind.apply_missed(parameter, self.row_state(parameter)["momentum_buffer"], rows)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def flush(self) -> None:
         for parameter, behind in self._behind.items():
-            behind.bring_up_all(parameter, self.row_state(parameter)["momentum_buffer"])
-        super().settle()
+            behind.apply_missed_to_all(parameter, self.row_state(parameter)["momentum_buffer"])
+        super().flush()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -298,7 +298,7 @@ class RowwiseSGD(_RowwiseOptimizer):
         behind = self._behind.get(parameter)
         if behind is not None:
             behind.mark(rows.numbers)
-        loops = compiled_for(parameter, buffer, gradient)
+        loops = numba_kernels_for(parameter, buffer, gradient)
         if loops is not None:
             numbers = (np.float32(group[name]) for name in ("lr", "momentum", "weight_decay"))
             arrays = parameter.detach().numpy(), buffer.numpy(), rows.numbers.numpy(), gradient.numpy()

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partialfc import keyed_random
-from partialfc.distributed import Group, Shard, all_reduce, start_gather_rows, start_reduce_scatter_rows
-from partialfc.errors import InputError
-from partialfc.head import checks, softmax
-from partialfc.head.global_batch import Everyone, gather_labels, raise_bad_input
+from partialfc.core import keyed_random
+from partialfc.core.errors import InputError
+from partialfc.distributed.collectives import Group, Shard, all_reduce, start_gather_rows, start_reduce_scatter_rows
+from partialfc.head import inputs
+from partialfc.head import loss as softmax
+from partialfc.head.backends.select import select_backend
+from partialfc.head.backends.threads import single_threaded_if
+from partialfc.head.global_batch import GlobalLabels, gather_labels, raise_bad_input
 from partialfc.head.initial_centers import initial_centers
 from partialfc.head.input_flag import InputFlag
-from partialfc.head.margins import CosFace, Margin, MarginBatch
-from partialfc.head.paths import choose_path
-from partialfc.head.row_gradients import RowGradients
+from partialfc.head.margins.base import CosFace, Margin, MarginBatch
+from partialfc.head.rows import CenterState
 from partialfc.head.sampling import sample_classes, sample_padded, sampling_keys
 from partialfc.head.targets import TargetTerms, class_rows, normalise_rows, target_terms
-from partialfc.head.threads import alone_if
 
 Update = Literal["sparse", "deferred"]
 
@@ -104,15 +105,15 @@ class PartialFC(nn.Module):
         self.operand_dtype = operand_dtype
         self.seed = seed
         self.scratch_bytes = scratch_bytes
-        checks.check_sizes(num_classes, embedding_dim, sample_rate)
-        checks.check_loss(self.margin, scale, conflict_threshold, operand_dtype, update)
+        inputs.check_sizes(num_classes, embedding_dim, sample_rate)
+        inputs.check_loss(self.margin, scale, conflict_threshold, operand_dtype, update)
         self.shard = Shard.of(num_classes, group)
         self.centers = nn.Parameter(
             initial_centers(self.shard.rows(self.margin.sub_centers), embedding_dim, seed, device, dtype)
         )
-        self.row_gradients = RowGradients(seed, self.shard.start * self.margin.sub_centers)
+        self.center_state = CenterState(seed, self.shard.start * self.margin.sub_centers)
         self.figures: HeadFigures | None = None
-        self._scratch = softmax.Scratch()
+        self._scratch = softmax.ScratchBuffer()
         self._flag: InputFlag | None = None
         for name, value in self.margin.initial_state().items():
             self.register_buffer(f"margin_{name}", value.to(device))
@@ -120,11 +121,11 @@ class PartialFC(nn.Module):
     @property
     def step(self) -> int:
         """Optimizer steps taken; the negatives of a step are drawn from it. Set it when resuming."""
-        return self.row_gradients.step
+        return self.center_state.step
 
     @step.setter
     def step(self, value: int) -> None:
-        self.row_gradients.step = value
+        self.center_state.step = value
 
     def margin_state(self) -> dict[str, Tensor]:
         """The margin's running figures by their own names: the same on every rank."""
@@ -133,7 +134,7 @@ class PartialFC(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that a deferred update has not computed yet included."""
         super().zero_grad(set_to_none)
-        self.row_gradients.deferred.clear()
+        self.center_state.deferred.clear()
 
     def extra_repr(self) -> str:
         return (
@@ -148,13 +149,13 @@ class PartialFC(nn.Module):
         labels: Tensor,
         *,
         step_labels: Tensor | None = None,
-        first_place: int = 0,
-        everyone: Everyone | None = None,
+        first_sample: int = 0,
+        global_labels: GlobalLabels | None = None,
     ) -> Tensor:
         """The mean loss of the global batch; the same value on every rank.
 
-        Under world size W it takes five collectives, three with `everyone`, and backward one. The embeddings' gradient
-        is W times that of the mean loss, because DDP and FSDP average the backbone's gradients over the ranks.
+        Under world size W it takes five collectives, three with `global_labels`, and backward one. The gradient of the
+        embeddings is W times that of the mean loss, because DDP and FSDP average the backbone's gradients over the ranks.
 
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
@@ -162,9 +163,9 @@ class PartialFC(nn.Module):
             step_labels: (n,) int64, the labels of all micro-steps and ranks, the same on all ranks. With them, each
                 micro-step of an accumulated step uses the same classes, however the step is cut; without, each adds its
                 own positives to the shared negatives.
-            first_place: how many samples the micro-steps before have, over all ranks; noise of margins goes by it.
-            everyone: numbers of samples and labels of all ranks, the same on all, if the caller knows them already;
-                otherwise the ranks ask each other, and the host waits for the answer.
+            first_sample: how many samples the micro-steps before have, over all ranks; noise of margins goes by it.
+            global_labels: sample counts and labels of all ranks, the same on all, if the caller knows them;
+                otherwise the ranks exchange them, and the host waits for the result.
 
         Returns:
             () float64 for float64 embeddings, float32 otherwise.
@@ -175,17 +176,17 @@ class PartialFC(nn.Module):
             On a GPU with update="deferred" the last two are those of an earlier batch; see `check`.
         """
         rows = len(self.shard) * self.margin.sub_centers
-        checks.check_not_wrapped(self.centers, rows, self.embedding_dim, getattr(self, "_is_replica", False))
-        checks.check_batch(embeddings, labels, self.centers)
-        if everyone is not None:
-            checks.check_counts(everyone.counts, len(embeddings), self.shard)
+        inputs.check_not_wrapped(self.centers, rows, self.embedding_dim, getattr(self, "_is_replica", False))
+        inputs.check_batch(embeddings, labels, self.centers)
+        if global_labels is not None:
+            inputs.check_counts(global_labels.counts, len(embeddings), self.shard)
         # Triton's kernels and the events of the flag go to the present device, which need not be the centers'.
         with torch.cuda.device_of(self.centers):
             if self._flag is not None:
                 self._ask(self._flag.look, alone=self.shard.world_size == 1)
             # Parameters lose attributes when a module is copied or moved to another storage.
-            self.centers.row_gradients = self.row_gradients  # type: ignore[attr-defined]
-            place = _Place(step_labels, first_place, everyone)
+            self.centers.center_state = self.center_state  # type: ignore[attr-defined]
+            place = _Place(step_labels, first_sample, global_labels)
             return _SampledSoftmax.apply(embeddings, self.centers, labels, self, place)
 
     def check(self) -> None:
@@ -205,7 +206,7 @@ class PartialFC(nn.Module):
         try:
             question(**options)
         except InputError:
-            self.row_gradients.deferred.clear()
+            self.center_state.deferred.clear()
             raise
 
 
@@ -215,7 +216,7 @@ class _Place:
 
     step_labels: Tensor | None
     first: int
-    everyone: Everyone | None
+    global_labels: GlobalLabels | None
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,8 @@ def _check_batch(head: PartialFC, embeddings: Tensor, labels: Tensor, on_device:
     device = embeddings.device
     if head._flag is None or head._flag.state.device != device:
         head._flag = InputFlag(head.num_classes, device)
-        head.row_gradients.flag = head._flag.state[:1]
-    return head._flag.take_in(embeddings, labels, head.row_gradients.counter(device))
+        head.center_state.flag = head._flag.state[:1]
+    return head._flag.record(embeddings, labels, head.center_state.counter(device))
 
 
 def _sample(
@@ -254,7 +255,7 @@ def _sample(
     share |= {"start": head.shard.start, "stop": head.shard.stop}
     if not on_device:
         return sample_classes(positives, seed=head.seed, step=head.step, **share), None
-    keys = sampling_keys(head.seed, head.row_gradients.counter(labels.device))
+    keys = sampling_keys(head.seed, head.center_state.counter(labels.device))
     sample = sample_padded(positives, keys=keys, **share)
     return sample.padded, sample.count
 
@@ -264,17 +265,17 @@ def _forward(
 ) -> _Step:
     """Everything before backward, from this rank's embeddings and labels. Five collectives, or three; see `forward`."""
     shard, margin = head.shard, head.margin
-    on_device = path.takes_padding and head.update == "deferred" and head.row_gradients.prepare is None
-    everyone = gather_labels(local[1], place.everyone, shard.group)
-    labels = everyone.labels.contiguous()
-    gathered = start_gather_rows(local[0].contiguous(), everyone.counts, shard.group)
+    on_device = path.supports_padding and head.update == "deferred" and head.center_state.prepare is None
+    global_labels = gather_labels(local[1], place.global_labels, shard.group)
+    labels = global_labels.labels.contiguous()
+    gathered = start_gather_rows(local[0].contiguous(), global_labels.counts, shard.group)
     classes, count = _sample(head, labels, place.step_labels, on_device)
     embeddings = gathered()  # sampling went on beside it
     bad = _check_batch(head, embeddings, labels, on_device)
     unit_embeddings, norms = normalise_rows(embeddings.double())
     compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    if head.row_gradients.prepare is not None:
-        head.row_gradients.prepare(class_rows(classes - shard.start, margin.sub_centers))
+    if head.center_state.prepare is not None:
+        head.center_state.prepare(class_rows(classes - shard.start, margin.sub_centers))
     owned = (labels >= shard.start) & (labels < shard.stop)
     targets = target_terms(centers, unit_embeddings, owned, labels - shard.start, margin)
     target_cosine = all_reduce(targets.cosine.clone(), group=shard.group)
@@ -307,15 +308,15 @@ def _forward(
         conflict_share=conflicts / ((sampled - 1) * len(labels)).clamp_min(1),
         sampled=used,
     )
-    return _Step(everyone.counts, bad, unit_embeddings, norms, batch, targets, path, negatives, terms)
+    return _Step(global_labels.counts, bad, unit_embeddings, norms, batch, targets, path, negatives, terms)
 
 
 def _margin_batch(
-    head: PartialFC, norms: Tensor, target_cosine: Tensor, first_place: int, bad: Tensor | None
+    head: PartialFC, norms: Tensor, target_cosine: Tensor, first_sample: int, bad: Tensor | None
 ) -> MarginBatch:
     """What the margin sees; in training its running figures take this batch in first, as published margins do."""
     key = keyed_random.derive_key(head.seed, "margin", head.step)
-    batch = MarginBatch(norms, key, head.margin_state(), first_place)
+    batch = MarginBatch(norms, key, head.margin_state(), first_sample)
     if not head.training:
         return batch
     state = head.margin.updated_state(target_cosine, batch)
@@ -333,13 +334,13 @@ class _SampledSoftmax(torch.autograd.Function):
         ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC, place: _Place
     ) -> Tensor:
         # Of several micro-steps that wait for the optimizer only the first keeps anything.
-        keep = ctx.needs_input_grad[1] and not head.row_gradients.deferred
-        path = choose_path(centers, embeddings, head.margin)
+        keep = ctx.needs_input_grad[1] and not head.center_state.deferred
+        path = select_backend(centers, embeddings, head.margin)
         with (
             torch.inference_mode(False),  # what is kept from step to step could not be written to outside that mode
             torch.no_grad(),  # which leaving it would end
             torch.autocast(embeddings.device.type, enabled=False),
-            alone_if(path.in_threads),
+            single_threaded_if(path.uses_thread_pool),
         ):
             step = _forward(head, path, centers, (embeddings, labels), place, keep)
         ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
@@ -353,7 +354,7 @@ class _SampledSoftmax(torch.autograd.Function):
         head, step = ctx.head, ctx.step
         (centers,) = ctx.saved_tensors
         factor = loss_gradient.double() / len(step.norms)
-        with torch.autocast(centers.device.type, enabled=False), alone_if(step.path.in_threads):
+        with torch.autocast(centers.device.type, enabled=False), single_threaded_if(step.path.uses_thread_pool):
             embeddings_gradient = _start_embeddings_gradient(head, step, factor)
             with record_function("head: gradient of the centers"):
                 centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
@@ -386,7 +387,7 @@ def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Ten
     )
     step.negatives.kept = None  # the loss may outlive the gradient, and would keep the scratch memory
     if head.update == "deferred":
-        head.row_gradients.deferred.append(prepared)
+        head.center_state.deferred.append(prepared)
         return None
     prepared = prepared.without_padding()
     rows = prepared.batch.rows(0, len(prepared.batch.classes))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc import keyed_random
-from partialfc.errors import InputError, JobError
-from partialfc.head.row_gradients import RowGradients
+from partialfc.core import keyed_random
+from partialfc.core.errors import InputError, JobError
+from partialfc.head.rows import CenterState
 
 _REGISTERED_AT_ONCE = 1 << 30
 
@@ -75,7 +75,7 @@ class Rows:
 
     numbers: Tensor
     dtype: torch.dtype
-    link: RowGradients | None
+    link: CenterState | None
 
     def read(self, table: Tensor) -> Tensor:
         """The rows of `table` (L, …), a copy."""
@@ -96,9 +96,9 @@ class Rows:
         return self.numbers + (self.link.first_row if self.link else 0)
 
 
-def rounding_keys(link: RowGradients | None, names: Sequence[str], device: torch.device) -> Tensor:
+def rounding_keys(link: CenterState | None, names: Sequence[str], device: torch.device) -> Tensor:
     """A key for the stochastic rounding of each table in the present step: int64 on `device`."""
-    link = link or RowGradients()
+    link = link or CenterState()
     keys = [keyed_random.derive_key(link.seed, "rounding", name) for name in names]
     return keyed_random.keys_at(keys, link.counter(device))
 

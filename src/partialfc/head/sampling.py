@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partialfc import keyed_random
+from partialfc.core import keyed_random
 
 BLOCK_BITS = 12
 BLOCK = 1 << BLOCK_BITS

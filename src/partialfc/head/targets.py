@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.head.margins import Margin
+from partialfc.head.margins.base import Margin
 
 TINY = 1e-12
 
@@ -70,7 +70,7 @@ def target_terms(
     )
 
 
-def sum_by_row(rows: Tensor, values: Tensor, nowhere: int) -> tuple[Tensor, Tensor]:
+def segment_sum(rows: Tensor, values: Tensor, nowhere: int) -> tuple[Tensor, Tensor]:
     """Sums of the values that go to one row, always in the same order.
 
     Args:

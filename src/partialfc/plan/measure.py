@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partialfc import keyed_random
 from partialfc.backbones import create_backbone
+from partialfc.core import keyed_random
 from partialfc.data.images import decode_image, encode_jpeg
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
@@ -158,7 +158,7 @@ def head_step(request: PlanRequest) -> tuple[PartialFC, Callable[[int], Callable
         request.embedding_dim,
         request.sample_rate,
         update=request.head_update,
-        operand_dtype=getattr(torch, request.head_operands),
+        operand_dtype=getattr(torch, request.head_operand_dtype),
         device=request.device,
         dtype=getattr(torch, request.head_dtype),
     )

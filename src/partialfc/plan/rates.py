@@ -93,7 +93,7 @@ def preset(request: PlanRequest, precision: str) -> MachineRates:
     """The rates of a GPU that is not here."""
     sheet = DATA_SHEETS[request.device]
     backbone = sheet.single if precision == "float32" else sheet.half
-    head = sheet.single if request.head_operands == "float32" else sheet.half
+    head = sheet.single if request.head_operand_dtype == "float32" else sheet.half
     return MachineRates(
         name=sheet.name,
         origin=DATA_SHEET,

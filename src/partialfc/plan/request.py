@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from partialfc.backbones import check_backbone
-from partialfc.errors import InputError
-from partialfc.head.compiled import row_loops
+from partialfc.core.errors import InputError
+from partialfc.head.backends.compiled import row_loops
 from partialfc.head.sampling import sample_size
 
 Device = Literal["v100", "a100", "h100", "h200", "cpu", "cuda"]
@@ -45,7 +45,7 @@ class PlanRequest:
     head_update: Literal["sparse", "deferred"] = field(
         default="sparse", metadata={"help": "store the gradient of sampled rows, or never"}
     )
-    head_operands: Literal["float32", "bfloat16"] = field(
+    head_operand_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "what the head's products round operands to"}
     )
     head_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "how centers are stored"})
@@ -130,7 +130,7 @@ class PlanRequest:
     @property
     def operand_bytes(self) -> int:
         """Bytes of an operand of the head's products."""
-        return 2 if self.head_operands == "bfloat16" else 4
+        return 2 if self.head_operand_dtype == "bfloat16" else 4
 
     @property
     def compiled_head(self) -> bool:

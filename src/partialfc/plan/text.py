@@ -26,7 +26,7 @@ def _heading(plan: Plan) -> list[str]:
         f"{asked.classes:,} identities, {asked.backbone} in {plan.precision}, {asked.gpus:,} {place}, "
         f"global batch {images:,}{micro}",
         f"sample rate {asked.sample_rate:g}: {asked.sampled:,} of {asked.local_classes:,} classes a GPU; "
-        f"{asked.head_update} update, {asked.head_operands} operands, {storage}, {asked.optimizer}",
+        f"{asked.head_update} update, {asked.head_operand_dtype} operands, {storage}, {asked.optimizer}",
         f"rates: {plan.rates.origin}",
     ]
 

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from partialfc.core.errors import InputError
 from partialfc.data.images import encode_jpeg
-from partialfc.data.verification import PairSet
-from partialfc.errors import InputError
+from partialfc.data.pair_files import PairSet
 from partialfc.evaluation.metrics import roc
 from partialfc.evaluation.pairs import PairResult
-from partialfc.report.axes import value_format
-from partialfc.report.plots import histogram, roc_chart
+from partialfc.pages.axes import value_format
+from partialfc.pages.plots import histogram, roc_chart
 
 SHOWN_PAIRS = 6
 PICTURE_SIZE = 112

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from partialfc.report.axes import value_format
+from partialfc.config.options import HeadConfig
+from partialfc.pages.axes import value_format
+from partialfc.pages.plots import Line, line_chart
 from partialfc.report.facts import RunFacts, as_number
-from partialfc.report.plots import Line, line_chart
-from partialfc.training.config import HeadConfig
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from partialfc.errors import InputError
-from partialfc.model import ModelConfig, find_model, read_config
-from partialfc.training.checkpoint_reading import Checkpoint, folder_name, steps_in
-from partialfc.training.metrics_log import read_metrics
-from partialfc.training.run_folder import RunFolder
+from partialfc.core.errors import InputError
+from partialfc.model.config import ModelConfig, read_config
+from partialfc.model.files import find_model
+from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
+from partialfc.training.run.folder import RunFolder
+from partialfc.training.run.log import read_metrics
 
 # Numbers outside these sizes are as good as infinite or zero, and would leave the range of floats in an axis.
 _MOST, _LEAST = 1e100, 1e-100

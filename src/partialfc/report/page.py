@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from partialfc.data.verification import PairSet
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
+from partialfc.data.pair_files import PairSet
 from partialfc.evaluation.pairs import PairResult
+from partialfc.pages.template import MARKER, render_page
 from partialfc.report.benchmark import benchmark_section
 from partialfc.report.course import curves_section, trained_section
 from partialfc.report.facts import RunFacts, read_run
 from partialfc.report.headline import headline_scores, verdict
-from partialfc.report.template import MARKER, render_page
 
 FILE_NAME = "report.html"
 

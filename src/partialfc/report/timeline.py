@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from partialfc.report.axes import linear_axis, number_format
+from partialfc.pages.axes import linear_axis, number_format
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 560.0, 118.0, 548.0, 8.0, 20.0
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 
 def freeze(backbone: nn.Module, names: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def freeze(backbone: nn.Module, names: Sequence[str]) -> None:
         raise InputError("backbone.freeze leaves no layer to train: name fewer.")
 
 
-def hold_frozen(backbone: nn.Module, names: Sequence[str]) -> None:
+def set_frozen_layers_eval(backbone: nn.Module, names: Sequence[str]) -> None:
     """Put the named layers into evaluation mode, so that their batch statistics stay too; after `backbone.train()`."""
     if not names:
         return

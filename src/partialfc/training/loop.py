@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partialfc.activity import doing
+from partialfc.config.options import TrainConfig
+from partialfc.core.console import TrainingProgress
+from partialfc.core.errors import InputError, StoppedBySignal
 from partialfc.data.loader import Batch
-from partialfc.distributed import (
+from partialfc.distributed.activity import doing
+from partialfc.distributed.collectives import (
     broadcast,
     gather_json,
     has_store,
@@ -22,33 +25,31 @@ from partialfc.distributed import (
     start_max,
     world_size_of,
 )
-from partialfc.errors import InputError, StoppedBySignal
-from partialfc.evaluation.benchmarks import read_benchmarks
+from partialfc.distributed.heartbeat import HeartbeatMonitor
+from partialfc.distributed.signals import StopSignals
 from partialfc.evaluation.pairs import evaluate_pair_set
-from partialfc.liveness import Liveness
-from partialfc.model import Model, ModelConfig, save_model
-from partialfc.training.assemble import (
+from partialfc.evaluation.run import read_benchmarks
+from partialfc.model.config import ModelConfig
+from partialfc.model.files import Model, save_model
+from partialfc.training.build import (
     PRECISION_NAMES,
     build_state,
     check_shares,
     compute_dtype,
     open_loader,
 )
-from partialfc.training.checkpoint import Checkpoint, load_latest
-from partialfc.training.config import TrainConfig
+from partialfc.training.checkpoint.policy import Saver
+from partialfc.training.checkpoint.write import Checkpoint, load_latest
 from partialfc.training.identities import write_identities
-from partialfc.training.launch import check_same_data, joined
-from partialfc.training.metrics_log import MetricsLog
+from partialfc.training.initialize import Start, apply_start, check_resumable, read_start
+from partialfc.training.nonfinite import Skip, describe_skip
 from partialfc.training.profiling import StepProfiler, parse_steps, peak_bytes
-from partialfc.training.progress import TrainingProgress
-from partialfc.training.result import Clock, TrainResult
-from partialfc.training.run_folder import open_run_folder
-from partialfc.training.saving import Saver
-from partialfc.training.signals import StopSignals
-from partialfc.training.skipping import Skip, describe_skip
-from partialfc.training.starting import Start, apply_start, check_resumable, read_start
+from partialfc.training.run.folder import open_run_folder
+from partialfc.training.run.launch import check_same_data, joined
+from partialfc.training.run.log import MetricsLog
+from partialfc.training.run.trackers import Tracker, open_trackers
 from partialfc.training.step import Stepper
-from partialfc.training.trackers import Tracker, open_trackers
+from partialfc.training.timing import Clock, TrainResult
 
 _SECONDS_FOR_A_CHECKPOINT = 10.0  # that one is being written when the run fails; the others may be dead
 _SECONDS_FOR_ANY_CHECKPOINT = 7 * 86400.0
@@ -79,14 +80,14 @@ def train(
         JobError: the training failed.
     """
     names = benchmarks or {}
-    silence, timeout = config.processes.silence_seconds, config.processes.timeout_seconds
+    silence, timeout = config.processes.heartbeat_timeout_seconds, config.processes.timeout_seconds
     how = _How(resume, verify, quiet)
     with StopSignals() as signals, contextlib.ExitStack() as held:
-        with signals.nothing_to_save():
+        with signals.exit_on_signal():
             device = held.enter_context(
                 joined(config, names, resume=resume, verify=verify, timeout_seconds=_patience(config))
             )
-        liveness = Liveness(silence, timeout)
+        liveness = HeartbeatMonitor(silence, timeout)
         try:
             held.enter_context(liveness)
             with doing("opening data, networks and run folder"):
@@ -100,7 +101,7 @@ def train(
 
 
 def _patience(config: TrainConfig) -> float:
-    """Seconds after which a collective fails by itself: `Liveness`, which knows more, is to speak first."""
+    """Seconds after which a collective fails by itself: `HeartbeatMonitor`, which knows more, is to speak first."""
     return config.processes.timeout_seconds + 60
 
 
@@ -136,7 +137,7 @@ class _Trainer:
     ) -> None:
         self.clock_of_run = Clock.start()
         self.config, self.device, self.quiet, self.signals = config, device, how.quiet, signals
-        self.world_size, self.leads = world_size_of(), rank_of() == 0
+        self.world_size, self.is_main_process = world_size_of(), rank_of() == 0
         self.loader = open_loader(config)
         check_same_data(self.loader)
         backbone = config.backbone
@@ -155,7 +156,7 @@ class _Trainer:
             verified = load_latest(self.folder.checkpoints, restore, warn=self.notes.append)
             if how.verify:
                 self.notes.append(verified or "there is no checkpoint to verify")
-        # A rank may write for hours, as long as it gets on: whether it does is for `Liveness` to say.
+        # A rank may write for hours, as long as it gets on: whether it does is for `HeartbeatMonitor` to say.
         patience = _SECONDS_FOR_ANY_CHECKPOINT if has_store() else _patience(config)
         self.saver = Saver(config, self.folder, host_group(patience), self._report_unsaved)
         self.saver.writer.make_room(self.state.row_tensors().tensors)
@@ -175,13 +176,15 @@ class _Trainer:
     def run(self) -> TrainResult:
         """All steps that are left, and what falls due on the way."""
         state = self.state
-        first, owed = state.done, state.evaluation_owed
+        first, owed = state.done, state.pending_evaluation
         with (
             contextlib.closing(self.loader.batches(first, self.total_steps)) as batches,
             self._open_trackers(first) as self.trackers,
             contextlib.closing(self._profiler()) as profiler,
             self._open_log(first, owed or first >= self.total_steps) as self.log,
-            TrainingProgress(self.total_steps, "training", quiet=self.quiet or not self.leads) as self.progress,
+            TrainingProgress(
+                self.total_steps, "training", quiet=self.quiet or not self.is_main_process
+            ) as self.progress,
         ):
             for note in [*self.notes, self._description(first)]:
                 self.progress.message(note)
@@ -222,7 +225,7 @@ class _Trainer:
                 if not writing:
                     saver.finish()
                 if self._is_due(output.evaluate_every):
-                    state.evaluation_owed = True  # until it is done: who asks for the end will not wait for it
+                    state.pending_evaluation = True  # until it is done: who asks for the end will not wait for it
                     stop = stop or self._evaluate()
                 if stop:
                     saver.save_and_wait(state)
@@ -313,7 +316,7 @@ class _Trainer:
     @contextlib.contextmanager
     def _open_trackers(self, first: int) -> Iterator[list[Tracker]]:
         output, config = self.config.output, self.config.to_dict()
-        trackers = open_trackers(output, self.folder.root, config, first) if self.leads else []
+        trackers = open_trackers(output, self.folder.root, config, first) if self.is_main_process else []
         try:
             yield trackers
         finally:
@@ -324,11 +327,11 @@ class _Trainer:
         patient = self.config.output.on_checkpoint_error == "continue"
         again = self.benchmarks if evaluates else ()
         return MetricsLog(
-            self.folder.metrics, resume_step=first, evaluates_again=again, patient=patient, enabled=self.leads
+            self.folder.metrics, resume_step=first, evaluates_again=again, patient=patient, enabled=self.is_main_process
         )
 
     def _profiler(self) -> StepProfiler:
-        steps = parse_steps(self.config.output.profile_steps) if self.leads else range(0)
+        steps = parse_steps(self.config.output.profile_steps) if self.is_main_process else range(0)
         return StepProfiler(steps, self.folder.root)
 
     def _evaluate(self) -> int:
@@ -348,7 +351,7 @@ class _Trainer:
                     results[name] = evaluate_pair_set(model, pairs, between=self._between_batches).summary()
         except _EvaluationStopped as stopped:
             return stopped.signum
-        self.results, state.evaluation_owed = results, False
+        self.results, state.pending_evaluation = results, False
         for name, result in results.items():
             self._log({"kind": "evaluation", "step": state.done, "benchmark": name, **result})
             self.progress.message(

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from partialfc.config.options import TrainConfig
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources import Source, read_image
-from partialfc.distributed import all_reduce, rank_of, world_size_of
-from partialfc.model import Model, ModelConfig, embed
-from partialfc.training.config import TrainConfig
+from partialfc.data.sources.base import Source, read_image
+from partialfc.distributed.collectives import all_reduce, rank_of, world_size_of
+from partialfc.model.config import ModelConfig
+from partialfc.model.embed import embed
+from partialfc.model.files import Model
 from partialfc.training.replicas import whole_network
 from partialfc.training.state import TrainState
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 
 def parse_steps(text: str | None) -> range:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from partialfc.distributed import part_like, whole, world_size_of
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
+from partialfc.distributed.collectives import full_tensor, shard_like, world_size_of
 
 _LEAST_UNIT = 1 << 18  # parameters; below, a collective costs more than the memory is worth
 
@@ -78,7 +78,7 @@ def replicated(network: nn.Module, gradients: torch.dtype) -> nn.Module:
     return result
 
 
-def settle_exchange(network: nn.Module, run: Callable[[], Tensor]) -> None:
+def warm_up_ddp_buckets(network: nn.Module, run: Callable[[], Tensor]) -> None:
     """Let DDP lay out the buffers in which it exchanges gradients as it will keep them; one backward pass.
 
     It does so after its first backward pass, in the order in which the gradients came. With three processes or more the
@@ -101,7 +101,7 @@ def _is_split(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
-def waits_in_every_pass(network: nn.Module) -> bool:
+def communicates_every_microbatch(network: nn.Module) -> bool:
     """Whether each micro-step's passes exchange something; otherwise the last one's backward pass alone does."""
     return _is_split(network)
 
@@ -126,7 +126,7 @@ def whole_network(network: nn.Module, skeleton: nn.Module | None) -> nn.Module:
     if skeleton is None:
         return network
     result = copy.deepcopy(skeleton)
-    tensors = {name: whole(tensor) for name, tensor in network.state_dict().items()}
+    tensors = {name: full_tensor(tensor) for name, tensor in network.state_dict().items()}
     result.load_state_dict(tensors, assign=True)
     for name, buffer in network.named_buffers():
         if name not in tensors:  # one that is no part of the state
@@ -138,5 +138,5 @@ def whole_network(network: nn.Module, skeleton: nn.Module | None) -> nn.Module:
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put a whole state_dict into a network, of which each process takes its parts. No collective."""
     own = network.state_dict()
-    parts = {name: part_like(value, own.get(name, value)) for name, value in weights.items()}
+    parts = {name: shard_like(value, own.get(name, value)) for name, value in weights.items()}
     network.load_state_dict(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
 
 Schedule = Literal["polynomial", "cosine", "constant"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partialfc.distributed import Shard, part_like
-from partialfc.errors import InputError
+from partialfc.core.errors import InputError
+from partialfc.distributed.collectives import Shard, shard_like
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint import Checkpoint, RowTensors
-from partialfc.training.checkpoint_async import Snapshot
+from partialfc.training.checkpoint.write import Checkpoint, RowTensors
+from partialfc.training.checkpoint.writer import Snapshot
 from partialfc.training.replicas import load_weights, whole_network
 from partialfc.training.scaling import LossScale
 
@@ -28,7 +28,7 @@ class TrainState:
         skipped: steps left out because a gradient was not finite.
         best_score, best_step: the best mean accuracy over the benchmarks, and when.
         loss_scale: of fp16, None in other precisions.
-        evaluation_owed: the run was stopped where an evaluation was due, which comes first when it goes on.
+        pending_evaluation: the run was stopped where an evaluation was due, which comes first when it goes on.
         average: the backbone with averaged weights, None where they are not averaged.
         skeleton: the backbone on the meta device if it is in parts over the processes, None if each has all of it.
         facts: what must be the same when the run goes on, such as the number of images.
@@ -47,7 +47,7 @@ class TrainState:
     skipped: int = 0
     best_score: float | None = None
     best_step: int | None = None
-    evaluation_owed: bool = False
+    pending_evaluation: bool = False
 
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and saved as model: the average if there is one. All ranks call it.
@@ -58,7 +58,7 @@ class TrainState:
 
     def row_tensors(self) -> RowTensors:
         """The centers and their optimizer state, all up to date, with the global rows they are."""
-        self.head_optimizer.settle()  # which also waits for a GPU that still writes state in host memory
+        self.head_optimizer.flush()  # which also waits for a GPU that still writes state in host memory
         shard, k = self.head.shard, self.head.margin.sub_centers
         rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
         return RowTensors(
@@ -82,7 +82,7 @@ class TrainState:
                 "head_step": self.head.step,
                 "best_score": self.best_score,
                 "best_step": self.best_step,
-                "evaluation_owed": self.evaluation_owed,
+                "pending_evaluation": self.pending_evaluation,
                 "margin_state": margin_state,
                 "loss_scale": None if self.loss_scale is None else self.loss_scale.to_dict(),
                 "config": config,
@@ -114,7 +114,7 @@ class TrainState:
         self.skipped = checkpoint.state["skipped"]
         self.best_score = checkpoint.state["best_score"]
         self.best_step = checkpoint.state["best_step"]
-        self.evaluation_owed = checkpoint.state.get("evaluation_owed", False)
+        self.pending_evaluation = checkpoint.state.get("pending_evaluation", False)
 
 
 def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
@@ -147,4 +147,4 @@ def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: dic
         beside = key != "step" or bool(optimizer.defaults.get("fused"))
         parameter = names[name]
         moved = value.to(parameter.device if beside else value.device)
-        optimizer.state[parameter][key] = part_like(moved, parameter) if key != "step" else moved
+        optimizer.state[parameter][key] = shard_like(moved, parameter) if key != "step" else moved

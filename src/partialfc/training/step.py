@@ -9,21 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from partialfc import keyed_random
-from partialfc.activity import doing
+from partialfc.config.options import TrainConfig
+from partialfc.core import keyed_random
+from partialfc.core.errors import JobError
 from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
-from partialfc.distributed import own_part, rank_of, split_evenly, start_gather_rows, whole
-from partialfc.errors import JobError
-from partialfc.head.global_batch import Everyone, NonFiniteEmbeddings
-from partialfc.training.averaging import update_average
-from partialfc.training.config import TrainConfig
-from partialfc.training.freezing import hold_frozen
-from partialfc.training.replicas import replicated, settle_exchange, waits_in_every_pass, without_synchronisation
+from partialfc.distributed.activity import doing
+from partialfc.distributed.collectives import full_tensor, local_shard, rank_of, split_evenly, start_gather_rows
+from partialfc.head.global_batch import GlobalLabels, NonFiniteEmbeddings
+from partialfc.training.freezing import set_frozen_layers_eval
+from partialfc.training.nonfinite import Skip, locate
+from partialfc.training.replicas import (
+    communicates_every_microbatch,
+    replicated,
+    warm_up_ddp_buckets,
+    without_synchronisation,
+)
 from partialfc.training.scaling import scale_gradient
 from partialfc.training.schedule import learning_rate
-from partialfc.training.skipping import Skip, locate
 from partialfc.training.state import TrainState
+from partialfc.training.weights import update_average
 
 _MOST_SKIPPED_IN_A_ROW = 10
 
@@ -60,7 +65,7 @@ class Stepper:
         if config.backbone.compile:
             self.network = torch.compile(self.network)  # type: ignore[assignment]
         self.network = replicated(self.network, getattr(torch, config.processes.gradients))
-        self._always_waits = waits_in_every_pass(self.network)
+        self._always_waits = communicates_every_microbatch(self.network)
         self._buffers_before = [buffer.clone() for buffer in state.backbone.buffers()]
         self._random_parts = keyed_random.derive_key(config.seed, "backbone's random parts")
         self.skip: Skip | None = None
@@ -69,7 +74,7 @@ class Stepper:
         self._labels = _StepLabels(loader, device)
         channels_last = config.backbone.channels_last
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        settle_exchange(self.network, self._pass_of_nothing)
+        warm_up_ddp_buckets(self.network, self._dummy_forward)
         torch._foreach_copy_(list(state.backbone.buffers()), self._buffers_before)
 
     def step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
@@ -86,7 +91,7 @@ class Stepper:
         self._set_learning_rates(step)
         state.head.step = step
         state.backbone.train()
-        hold_frozen(state.backbone, self.config.backbone.freeze)
+        set_frozen_layers_eval(state.backbone, self.config.backbone.freeze)
         buffers = list(state.backbone.buffers())
         torch._foreach_copy_(self._buffers_before, buffers)
         figures = self._forward_and_backward(micro_batches)
@@ -172,8 +177,8 @@ class Stepper:
         parameters = [each for each in self.state.backbone.parameters() if each.grad is not None]
         gradients = [each.grad for each in parameters if each.grad is not None]
         if self.state.loss_scale is not None:
-            torch._foreach_mul_([own_part(each) for each in gradients], 1.0 / self.state.loss_scale.value)
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+            torch._foreach_mul_([local_shard(each) for each in gradients], 1.0 / self.state.loss_scale.value)
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"), norm)
         return norm
 
@@ -194,7 +199,7 @@ class Stepper:
         first, _ = split_evenly(self.config.data.global_batch_size, self.loader.micro_steps, batch.micro_step)
         everyone = self._labels.of_micro_step(batch.micro_step)
         loss: Tensor = self.state.head(
-            embeddings, labels, step_labels=self._labels.of_step(), first_place=first, everyone=everyone
+            embeddings, labels, step_labels=self._labels.of_step(), first_sample=first, global_labels=everyone
         )
         return loss
 
@@ -211,7 +216,7 @@ class Stepper:
             output: Tensor = self.network(inputs.to(wide, memory_format=self._memory_format), keys)
         return output
 
-    def _pass_of_nothing(self) -> Tensor:
+    def _dummy_forward(self) -> Tensor:
         """The output for grey images, as many as this rank has in a micro-step; it changes running statistics."""
         images, size = self.loader.counts(0)[rank_of()], self.loader.image_size
         self.state.backbone.train()
@@ -243,7 +248,7 @@ class _StepLabels:
             self._all, self._finish = self._finish(), None
         return self._all if len(self._counts) > 1 else None
 
-    def of_micro_step(self, number: int) -> Everyone:
+    def of_micro_step(self, number: int) -> GlobalLabels:
         """The labels of one micro-step on all ranks, in rank order."""
         self.of_step()
         own, first, labels = self._counts[number], 0, []
@@ -252,4 +257,4 @@ class _StepLabels:
             start = first + before[rank]
             labels.append(self._all[start : start + own[rank]])
             first += total
-        return Everyone(own, torch.cat(labels))
+        return GlobalLabels(own, torch.cat(labels))

@@ -1,0 +1,295 @@
+"""Verification pairs: the `.bin` files of LFW, CFP-FP, AgeDB-30 and their kin.
+
+Such a file is a pickle of (images, is_same), and a pickle is a program. Here it is read by an unpickler that knows the
+harmless instructions and maps the few NumPy names of these files to constructors of our own, so that the worst
+file ends in an error message.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import pickletools
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from partialfc.core.errors import InputError
+from partialfc.data.images import UnreadableImage, decode_image
+
+_OPCODE_NAMES = (
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 "
+    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS "
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE "
+    "GLOBAL STACK_GLOBAL REDUCE BUILD"
+)
+_OPCODES = {
+    opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes if opcode.name in _OPCODE_NAMES.split()
+}
+_DTYPES = {"u1": "u1", "b1": "?", "i4": "i4", "i8": "i8"}
+# Decoded images may take this many times the bytes of the file, or 1 GiB: a plain PNG reaches some 200.
+_MAX_GROWTH, _ALWAYS_ALLOWED = 1000, 1 << 30
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs of faces: pair i is images 2i and 2i + 1.
+
+    Attributes:
+        images: uint8 (2P, H, W, 3), RGB.
+        is_same: bool (P,), whether a pair shows one person.
+    """
+
+    images: np.ndarray
+    is_same: np.ndarray
+
+
+class _Refused(Exception):
+    """The pickle asks for something that a verification file has no use for."""
+
+
+class _Dtype:
+    """Stands in for numpy.dtype while unpickling: u1, b1, i4, i8 and S only."""
+
+    def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
+        text = _text(code).lstrip("|<=>")
+        if text not in _DTYPES and not (text[:1] == "S" and text[1:].isdecimal()):
+            raise _Refused(f"an array of dtype {text[:40]!r}")
+        self.code = _DTYPES.get(text, text)
+        self.order = "<"
+
+    def __setstate__(self, state: Any) -> None:
+        order = _text(state[1])
+        if order not in ("|", "<", ">", "=") or any(part is not None for part in state[2:5]):
+            raise _Refused("an array of structured dtype")
+        self.order = order
+
+    def build(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
+
+
+class _Array:
+    """Stands in for numpy.ndarray while unpickling."""
+
+    def __init__(self) -> None:
+        self.value: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        self.value = _build_array(data, dtype, shape, "F" if fortran else "C")
+
+
+def _build_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    """The array that `data`, exactly as many bytes as dtype and shape need, holds."""
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
+        raise _Refused("an array without plain data")
+    return np.frombuffer(data, dtype.build()).reshape(
+        [int(length) for length in shape], order="F" if order == "F" else "C"
+    )
+
+
+def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+    """Stands in for numpy's _reconstruct (protocols 0 to 4): an array whose state follows."""
+    return _Array()
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """Stands in for numpy's _frombuffer (protocol 5)."""
+    array = _Array()
+    array.value = _build_array(data, dtype, shape, _text(order))
+    return array
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    """Stands in for numpy's scalar: one element."""
+    return _build_array(_as_bytes(data), dtype, (1,), "C")[0]
+
+
+def _encode(text: Any, encoding: Any = "latin1", errors: Any = "strict") -> bytes:
+    """Stands in for _codecs.encode, by which protocols 0 to 2 write bytes in Python 3."""
+    if _text(encoding) not in ("latin1", "latin-1"):
+        raise _Refused(f"the encoding {encoding!r}")
+    return _text(text).encode("latin1")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | bytes):
+        raise _Refused(f"{type(value).__name__} for a string")
+    return value if isinstance(value, str) else value.decode("latin1")
+
+
+def _as_bytes(value: Any) -> Any:
+    return value.encode("latin1") if isinstance(value, str) else value
+
+
+_CONSTRUCTORS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _Array,
+    ("_codecs", "encode"): _encode,
+    **{
+        (f"numpy.{core}.{module}", name): stand_in
+        for core in ("core", "_core")
+        for module, name, stand_in in (
+            ("multiarray", "_reconstruct", _reconstruct),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _from_buffer),
+        )
+    },
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        constructor = _CONSTRUCTORS.get((module, name))
+        if constructor is None:
+            raise _Refused(f"it asks for {module}.{name}")
+        return constructor
+
+
+def _unpickle(content: bytes) -> Any:
+    """Read a pickle that consists of lists, tuples, strings, numbers and plain arrays.
+
+    The pass before the reading refuses other instructions and every length that exceeds the file.
+    """
+    stream = io.BytesIO(content)
+    name = ""
+    while name != "STOP":
+        code = stream.read(1)
+        if code not in _OPCODES:
+            raise _Refused(f"it holds the instruction {code!r}" if code else "it ends in the middle")
+        opcode = _OPCODES[code]
+        name = opcode.name
+        argument: Any = None
+        if name == "STRING":  # pickletools takes it for ASCII, but Python 2 wrote images with it
+            stream.readline()
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(stream)
+        if name in ("PUT", "LONG_BINPUT") and int(argument) > len(content):
+            raise _Refused("it numbers more objects than it has bytes")
+    return _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
+
+
+def read_pairs(path: str | Path) -> PairSet:
+    """Read a verification `.bin` file and decode its images.
+
+    Args:
+        path: a pickle, protocol 0 to 5, of (images, is_same) with len(images) = 2 len(is_same). An image is bytes (in
+            Python 2: str), a uint8 vector (both an encoded image), or a uint8 array (H, W, 3) (its pixels).
+
+    Raises:
+        InputError: the file cannot be read, is not of that form, asks for anything else to be built (nothing of it is
+            executed), or one of its images is damaged or of another size than the first.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
+    try:
+        loaded = _unpickle(content)
+    except Exception as error:  # a damaged pickle can fail in any way that parsing can
+        reason = str(error) if isinstance(error, _Refused) else "it is damaged or no pickle"
+        raise InputError(f"{path} is no file of verification pairs: {reason}.") from error
+    if not isinstance(loaded, tuple | list) or len(loaded) != 2:
+        raise InputError(f"{path} is no file of verification pairs: it must hold (images, is_same).")
+    images = _elements(loaded[0], path)
+    is_same = _is_same(_elements(loaded[1], path), path)
+    if len(images) != 2 * len(is_same) or not is_same:
+        raise InputError(
+            f"{path} is no file of verification pairs: it holds {len(images)} images and {len(is_same)} answers, "
+            "but every answer needs two images."
+        )
+    return PairSet(_decode_all(images, path, len(content)), np.array(is_same, bool))
+
+
+def _elements(value: Any, path: Path) -> Sequence[Any] | np.ndarray:
+    if isinstance(value, _Array) and value.value is not None and value.value.ndim:
+        return value.value
+    if isinstance(value, list | tuple):
+        return value
+    raise InputError(f"{path} is no file of verification pairs: it must hold two lists, images and is_same.")
+
+
+def _is_same(values: Sequence[Any] | np.ndarray, path: Path) -> list[bool]:
+    for number, value in enumerate(values):
+        if not isinstance(value, bool | int | np.bool_ | np.integer) or value not in (0, 1):
+            raise InputError(f"{path} is no file of verification pairs: answer {number} is neither true nor false.")
+    return [bool(value) for value in values]
+
+
+def _decode_all(elements: Sequence[Any] | np.ndarray, path: Path, file_size: int) -> np.ndarray:
+    images: np.ndarray | None = None
+    for number, element in enumerate(elements):
+        try:
+            image = _pixels(element)
+        except UnreadableImage as error:
+            raise InputError(f"Image {number} of {path} cannot be read: {error}.") from error
+        if images is None:
+            needed = image.size * len(elements)
+            if needed > max(_ALWAYS_ALLOWED, _MAX_GROWTH * file_size):
+                raise InputError(f"The images of {path} would take {needed >> 20} MiB: this is no sound file.")
+            images = np.empty((len(elements), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise InputError(
+                f"Image {number} of {path} is {image.shape[1]} x {image.shape[0]}, the first one "
+                f"{images.shape[2]} x {images.shape[1]}: align all faces to one size first."
+            )
+        images[number] = image
+    assert images is not None
+    return images
+
+
+def _pixels(element: Any) -> np.ndarray:
+    """The image (H, W, 3) that an element of the list holds."""
+    if isinstance(element, _Array):
+        element = element.value
+    if isinstance(element, bytes | bytearray):
+        return decode_image(bytes(element))
+    if not isinstance(element, np.ndarray) or element.dtype != np.uint8:
+        raise UnreadableImage("it is neither bytes nor an array of uint8")
+    if element.ndim == 1:
+        return decode_image(element.tobytes())
+    if element.ndim != 3 or element.shape[2] != 3 or not element.size:
+        raise UnreadableImage(f"an array of shape {element.shape} is neither an encoded image nor height x width x 3")
+    return element
+
+
+def write_pairs(path: str | Path, encoded_images: Sequence[bytes], is_same: Sequence[bool]) -> None:
+    """Write a verification `.bin` file: a protocol 2 pickle with Python 2 strings, as the published ones are.
+
+    It is written instruction by instruction, since Python 3 would wrap the strings into calls. The file appears whole
+    or not at all.
+
+    Args:
+        path: the file to write; an existing one is replaced.
+        encoded_images: two for each pair.
+        is_same: one answer a pair.
+
+    Raises:
+        InputError: the counts do not fit each other, or the file cannot be written.
+    """
+    path = Path(path)
+    if len(encoded_images) != 2 * len(is_same) or not is_same:
+        raise InputError(f"{path}: {len(encoded_images)} images and {len(is_same)} answers are not pairs.")
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(pickle.PROTO + b"\x02" + pickle.EMPTY_LIST + pickle.MARK)
+            for image in encoded_images:
+                file.write(pickle.BINSTRING + struct.pack("<i", len(image)) + image)
+            file.write(pickle.APPENDS + pickle.EMPTY_LIST + pickle.MARK)
+            file.write(b"".join(pickle.NEWTRUE if same else pickle.NEWFALSE for same in is_same))
+            file.write(pickle.APPENDS + pickle.TUPLE2 + pickle.STOP)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,179 @@
+"""Where the records of a `.rec` file stand: read from its `.idx`, or found by walking through the file.
+
+A record is one or more chunks, a chunk is `u32 magic, u32 lrec, data, zero padding to 4 bytes` (little-endian) with
+cflag = lrec >> 29 and length = lrec & 0x1FFFFFFF. cflag 0 is a whole record; 1, 2 and 3 are a record's first, middle
+and last part. The magic never stands at a 4-aligned place inside the data, so the walk through a damaged file goes on
+at the next aligned magic that begins a record.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import warnings
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from partialfc.core.errors import InputError
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+MAX_LENGTH = (1 << 29) - 1
+WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
+CHUNK_HEAD = struct.Struct("<II")
+_CHUNK_AND_RECORD_HEAD = struct.Struct("<IIIfQ")
+_ID_LIMIT = 1 << 62  # ids are u64, keys int64
+_TEXT_BLOCK = 1 << 24  # bytes of .idx text parsed at a time
+
+
+def padded(length: int) -> int:
+    """`length` rounded up to a multiple of 4."""
+    return (length + 3) & ~3
+
+
+def find_aligned_magic(data: bytes | mmap.mmap, start: int, stop: int | None = None) -> int:
+    """The first place in [start, stop) where the magic stands at a multiple of 4 in `data`, -1 if there is none."""
+    stop = len(data) if stop is None else stop
+    place = data.find(MAGIC_BYTES, start, stop)
+    while place >= 0 and place % 4:
+        place = data.find(MAGIC_BYTES, place + 1, stop)
+    return place
+
+
+def read_index(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
+    """Read an `.idx`: text lines `key TAB offset`, in any order; of lines with the same key the last holds.
+
+    Takes 8 bytes a record where the keys are 0, 1, 2, ... as the usual packers write them, 16 otherwise (and 40 for a
+    moment while sorting), so that an index of 42 million records stays below 1 GiB in the usual case.
+
+    Returns:
+        The keys in increasing order, a range or int64 (N,), and their offsets in bytes, int64 (N,).
+
+    Raises:
+        InputError: a line is not two whole numbers.
+    """
+    with path.open("rb") as file:
+        lines = 1 + sum(block.count(b"\n") for block in iter(lambda: file.read(_TEXT_BLOCK), b""))
+    offsets = np.full(lines, -1, np.int64)
+    count = 0
+    for block in _index_blocks(path):
+        keys = block[:, 0]
+        if int(keys.min()) < 0 or int(keys.max()) >= lines:
+            break
+        offsets[keys] = block[:, 1]
+        count += len(block)
+    else:
+        if bool((offsets[:count] != -1).all()):
+            return range(count), offsets[:count]
+    del offsets
+    table = np.concatenate(list(_index_blocks(path)))
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    last = np.append(table[1:, 0] != table[:-1, 0], True)
+    return np.ascontiguousarray(table[last, 0]), np.ascontiguousarray(table[last, 1])
+
+
+def _index_blocks(path: Path) -> Iterator[np.ndarray]:
+    """The lines of an `.idx` as int64 (n, 2), one block of text at a time."""
+    with path.open("rb") as file:
+        rest = b""
+        while block := file.read(_TEXT_BLOCK):
+            text, _, rest = (rest + block).rpartition(b"\n")
+            if text := text.strip():
+                yield _parse_lines(text, path)
+        if rest := rest.strip():
+            yield _parse_lines(rest, path)
+
+
+def _parse_lines(text: bytes, path: Path) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # older numpy only warns of text that it cannot parse
+            numbers = np.fromstring(text, np.int64, sep=" ")
+        return numbers.reshape(text.count(b"\n") + 1, 2)
+    except (ValueError, DeprecationWarning) as error:
+        start = text[:40].decode(errors="replace")
+        raise InputError(
+            f"{path} is no index of lines 'key TAB offset' (look behind {start!r}): remove it, and the records are "
+            "found by a scan."
+        ) from error
+
+
+def scan_records(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
+    """Find the records of a `.rec` that has no `.idx`, by walking from head to head.
+
+    A damaged record, or a gap between records, stays in the result as one entry that cannot be read. Keys are the
+    records' own ids if those increase through the file, as the usual packers write them, otherwise 0, 1, 2, ...
+
+    Returns:
+        As `read_index`. No entry at all if no record begins anywhere in the file.
+    """
+    starts, ids = array("q"), array("q")
+    size = path.stat().st_size
+    sound = False
+    if not size:
+        return range(0), np.zeros(0, np.int64)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        place = 0
+        while place < size:
+            identifier, stop = _record_at(data, place, size)
+            if stop:
+                sound = True
+                starts.append(place)
+                ids.append(identifier)
+                place = stop
+                continue
+            begins = _begins_record(data, place)
+            # If not even a head stands here, the length of the record before may have led past the next one.
+            resume = _next_start(data, 4 + (place if begins or not starts else starts[-1]))
+            if begins or resume > place:
+                ids.append(ids[-1] + 1 if ids else 0)
+                starts.append(place)
+            place = resume
+    if not sound:
+        return range(0), np.zeros(0, np.int64)
+    keys = np.frombuffer(ids, np.int64)
+    increasing = bool((keys[1:] > keys[:-1]).all()) and int(keys[0]) >= 0
+    contiguous = not increasing or int(keys[-1]) == len(keys) - 1
+    return range(len(keys)) if contiguous else keys, np.frombuffer(starts, np.int64)
+
+
+def _begins_record(data: mmap.mmap, place: int) -> bool:
+    if place + CHUNK_HEAD.size > len(data):
+        return False
+    magic, lrec = CHUNK_HEAD.unpack_from(data, place)
+    return magic == MAGIC and lrec >> 29 in (WHOLE, FIRST)
+
+
+def _record_at(data: mmap.mmap, place: int, size: int) -> tuple[int, int]:
+    """The id of the record at `place`, -1 if not to be had, and where it ends, 0 if no whole record stands there."""
+    identifier = -1
+    if place + _CHUNK_AND_RECORD_HEAD.size <= size:
+        _, lrec, _, _, found = _CHUNK_AND_RECORD_HEAD.unpack_from(data, place)
+        if lrec & MAX_LENGTH >= 16 and found < _ID_LIMIT:
+            identifier = found
+    expected = (WHOLE, FIRST)
+    while place + CHUNK_HEAD.size <= size:
+        magic, lrec = CHUNK_HEAD.unpack_from(data, place)
+        flag = lrec >> 29
+        if magic != MAGIC or flag not in expected:
+            break
+        start = place + CHUNK_HEAD.size
+        place = start + padded(lrec & MAX_LENGTH)
+        # A length that is wrong can lead exactly to a later record: the ones that it leaps over show it.
+        if place > size or find_aligned_magic(data, start, place) >= 0:
+            break
+        if flag in (WHOLE, LAST):
+            return identifier, place
+        expected = (MIDDLE, LAST)
+    return -1, 0
+
+
+def _next_start(data: mmap.mmap, start: int) -> int:
+    """The first place from `start` on where a record begins, the file's length if there is none."""
+    place = find_aligned_magic(data, start)
+    while place >= 0 and not _begins_record(data, place):
+        place = find_aligned_magic(data, place + 4)
+    return place if place >= 0 else len(data)

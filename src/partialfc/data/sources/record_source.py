@@ -1,0 +1,119 @@
+"""The images of a `.rec` file as a training set."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+
+from partialfc.core.errors import InputError
+from partialfc.data.sources.base import Sample
+from partialfc.data.sources.recordio import LABEL_LIMIT, Record, RecordReader, UnreadableRecord, class_of
+
+_PROBED = 16  # records tried, to tell a damaged file from one that does not fit its index
+
+
+class RecordSource:
+    """The images of a `.rec` file, in the order of their keys."""
+
+    identities: list[str] | None = None
+
+    def __init__(self, path: Path, num_classes: int | None = None) -> None:
+        self.path = path
+        self._reader = RecordReader(path)
+        self._check_fit()
+        header = self._read_header()
+        if header is None:
+            self.format = "recordio"
+            self._start, self._stop = 0, len(self._reader)
+        else:
+            self.format = "recordio-header"
+            self._start, self._stop = self._reader.place_of(1), self._identity_start(int(header.labels[0]))
+        if self._stop <= self._start:
+            raise InputError(f"{path} holds no image.")
+        self.num_classes = num_classes or self._read_property() or self._count_classes(header)
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def name(self, index: int) -> str:
+        """As `Source.name`."""
+        return self._reader.name(self._start + index)
+
+    def read(self, index: int) -> Sample:
+        """As `Source.read`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        record = self._reader.read(self._start + index)
+        name = self.name(index)
+        return Sample(record.body, class_of(record.labels, name), name)
+
+    def labels(self) -> np.ndarray:
+        """As `Source.labels`, by a pass over the heads of the records."""
+        labels = self._reader.first_labels(self._start, self._stop)
+        for index in np.flatnonzero(np.isfinite(labels) & ((labels % 1 != 0) | (labels >= LABEL_LIMIT)))[:1]:
+            class_of(labels[index : index + 1], self.name(int(index)))
+        return np.where(np.isfinite(labels), labels, -1).astype(np.int64)
+
+    def _check_fit(self) -> None:
+        """Refuse a file of another format, and an index that belongs to another file."""
+        for place in np.linspace(0, len(self._reader) - 1, _PROBED, dtype=np.int64).tolist():
+            with contextlib.suppress(UnreadableRecord):
+                self._reader.read(place)
+                return
+        raise InputError(
+            f"No record tried in {self.path} can be read: either it is no RecordIO file, or the .idx beside it "
+            "belongs to another (remove that, and the records are found by a scan)."
+        )
+
+    def _read_header(self) -> Record | None:
+        """The header record, None in a file without."""
+        if self._reader.keys[0] != 0:
+            return None
+        try:
+            first = self._reader.read(0)
+        except UnreadableRecord as error:
+            if not self._is_bookkeeping(len(self._reader) - 1):
+                return None
+            raise InputError(f"The header record is damaged, get a fresh copy of the file: {error}.") from error
+        if not first.is_bookkeeping:
+            return None
+        if not (np.isfinite(first.labels).all() and 1 <= first.labels[0] <= first.labels[1]):
+            raise InputError(f"The header record of {self.path} is damaged: get a fresh copy of the file.")
+        return first
+
+    def _is_bookkeeping(self, place: int) -> bool:
+        try:
+            return self._reader.read(place).is_bookkeeping
+        except UnreadableRecord:
+            return False
+
+    def _identity_start(self, hint: int) -> int:
+        """The place of the first identity record. The header names its key in float32, so it may be a few off."""
+        slack = int(np.spacing(np.float32(hint)))
+        low = max(1, self._reader.place_of(hint - slack))
+        high = min(len(self._reader), self._reader.place_of(hint + slack) + 1)
+        for place in range(low, high):
+            if self._is_bookkeeping(place):
+                return place
+        return min(self._reader.place_of(hint), len(self._reader))
+
+    def _read_property(self) -> int | None:
+        """The class count in the `property` file beside the data, None without that file."""
+        path = self.path.with_name("property")
+        if not path.is_file():
+            return None
+        first_line = path.read_text(errors="replace").partition("\n")[0]
+        count = first_line.split(",")[0].strip()
+        if not count.isdecimal() or int(count) < 1:
+            raise InputError(f"{path} begins with {first_line[:40]!r} instead of 'num_classes,height,width'.")
+        return int(count)
+
+    def _count_classes(self, header: Record | None) -> int:
+        if header is None:
+            return int(self.labels().max(initial=0)) + 1
+        first, stop = float(header.labels[0]), float(header.labels[1])
+        if stop < LABEL_LIMIT:
+            return int(stop - first)
+        return len(self._reader) - self._stop

@@ -1,0 +1,183 @@
+"""From a configuration to the parts of a run: device, data, networks, optimizers, benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from partialfc.backbones import create_backbone
+from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
+from partialfc.config.options import TrainConfig
+from partialfc.core.errors import InputError
+from partialfc.data.loader import Loader
+from partialfc.data.sources import open_source
+from partialfc.data.sources.subset import SubsetSource
+from partialfc.distributed.collectives import local_rank, local_world_size, rank_of, world_size_of
+from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+from partialfc.training.freezing import freeze, set_frozen_layers_eval
+from partialfc.training.replicas import split_over_processes
+from partialfc.training.scaling import LossScale
+from partialfc.training.state import TrainState
+from partialfc.training.weights import averaged_copy
+
+PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "float64"}
+
+
+def choose_device(name: str) -> torch.device:
+    """This process's device for "auto", "cpu" or "cuda".
+
+    Raises:
+        InputError: a GPU is asked for and there is none, or more processes run on this host than it has GPUs.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but PyTorch sees no GPU: use --device cpu, or auto.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus, processes = torch.cuda.device_count(), max(local_world_size(), local_rank() + 1)
+    if processes > gpus:
+        raise InputError(
+            f"{processes} processes were started on a host where PyTorch sees {gpus} GPU{'s' if gpus > 1 else ''}: "
+            f"start at most {gpus}, with torchrun --nproc-per-node {gpus}, or use --device cpu."
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the backbone computes in, for "auto", "bf16", "fp16", "float32" or "float64".
+
+    "auto" means bf16 where it is faster than float32: on GPUs that have it, and on processors with AVX-512 BF16 (1.6
+    times the images a second for the mini network; without these instructions bf16 is slower than float32).
+    """
+    if precision != "auto":
+        return next(dtype for dtype, name in PRECISION_NAMES.items() if name == precision)
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        faster = bool(capabilities.get("avx512_bf16", False))
+    return torch.bfloat16 if faster else torch.float32
+
+
+def open_loader(config: TrainConfig) -> Loader:
+    """The training data, with this rank's share of it."""
+    data = config.data
+    source = open_source(data.path, num_classes=data.num_classes)
+    return Loader(
+        SubsetSource(source, data.min_images) if data.min_images else source,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        seed=config.seed,
+        rank=rank_of(),
+        world_size=world_size_of(),
+        workers=data.workers,
+        max_unreadable=data.max_unreadable,
+        color_order=data.color_order,
+        micro_steps=config.micro_steps(),
+    )
+
+
+def facts_of(loader: Loader) -> dict[str, int]:
+    """What must be the same of the data when a run goes on."""
+    return {"images": len(loader), "classes": loader.num_classes, "image_size": loader.image_size}
+
+
+def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> TrainState:
+    """Networks and optimizers at step 0: functions of the configuration and of what the data says of itself."""
+    backbone = build_backbone(config, loader.image_size, device=device)
+    freeze(backbone, config.backbone.freeze)
+    for parameter in backbone.parameters():
+        if parameter.ndim == 4 and config.backbone.channels_last:
+            # contiguous() leaves the strides of a 1 × 1 kernel as they are, and DDP then copies its gradients.
+            values = torch.empty_like(parameter.data, memory_format=torch.channels_last)
+            parameter.data = values.copy_(parameter.data)
+    head = PartialFC(
+        loader.num_classes,
+        config.backbone.embedding_dim,
+        config.head.sample_rate,
+        config.head.build_margin(),
+        config.head.scale,
+        config.head.conflict_threshold,
+        conflict_as_zero_logit=config.head.conflict_as_zero_logit,
+        update=config.head.update,
+        operand_dtype=getattr(torch, config.head.operand_dtype),
+        seed=config.seed,
+        device=device,
+        dtype=torch.float64 if config.precision == "float64" else getattr(torch, config.head.dtype),
+    )
+    average = averaged_copy(backbone) if config.optimizer.ema_decay else None
+    skeleton = None
+    if config.processes.backbone == "fsdp" and world_size_of() > 1:
+        skeleton = build_backbone(config, loader.image_size, device=torch.device("meta"))
+        for network in (backbone, average):
+            if network is not None:
+                split_over_processes(network, device, getattr(torch, config.processes.gradients))
+    optimizers = build_optimizers(config, backbone, head)
+    scaled = compute_dtype(config.precision, device) == torch.float16
+    return TrainState(
+        backbone,
+        head,
+        *optimizers,
+        facts_of(loader),
+        identities=loader.source.identities,
+        loss_scale=LossScale() if scaled else None,
+        average=average,
+        skeleton=skeleton,
+    )
+
+
+def build_backbone(config: TrainConfig, image_size: int, *, device: torch.device) -> nn.Module:
+    """The network of the configuration with fresh weights; InputError for an option that it does not take."""
+    chosen = config.backbone
+    with torch.device("meta" if device.type == "meta" else "cpu"):  # weights are drawn on the CPU everywhere
+        backbone = create_backbone(
+            chosen.name,
+            embedding_dim=chosen.embedding_dim,
+            image_size=image_size,
+            seed=config.seed,
+            **chosen.options(),
+        )
+    if chosen.sync_batch_norm:
+        synchronise_batch_norm(backbone)
+    return backbone.to(device, torch.float64 if config.precision == "float64" else None)
+
+
+def check_shares(config: TrainConfig, loader: Loader) -> None:
+    """Refuse a batch of which some process gets too few images for the network's statistics, on all ranks alike.
+
+    Raises:
+        InputError: the network does not suit the configuration or the size of the images, or that is so.
+    """
+    network = build_backbone(config, loader.image_size, device=torch.device("meta")).train()
+    set_frozen_layers_eval(network, config.backbone.freeze)
+    fewest = min(count for number in range(loader.micro_steps) for count in loader.counts(number))
+    # One value a channel has no variance. Other layers have many of one image.
+    if fewest < 2 and any(isinstance(each, nn.BatchNorm1d) and each.training for each in network.modules()):
+        raise InputError(
+            f"data.global_batch_size {config.data.global_batch_size} in {loader.micro_steps} micro-steps on "
+            f"{world_size_of()} processes leaves one of them {fewest} images at a time, but BatchNorm needs 2: take a "
+            "larger batch, fewer micro-steps or processes, or backbone.sync_batch_norm true."
+        )
+
+
+def build_optimizers(
+    config: TrainConfig, backbone: nn.Module, head: PartialFC
+) -> tuple[torch.optim.Optimizer, RowwiseSGD | RowwiseAdamW]:
+    """The same rule for backbone and head, row-wise for the head."""
+    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    chosen, kept = config.optimizer, config.head
+    fused = chosen.fused or None  # None leaves the choice to PyTorch
+    state_dtype = None if kept.state_dtype is None else getattr(torch, kept.state_dtype)
+    storage: dict[str, Any] = {"state_dtype": state_dtype, "state_on_host": kept.state_on_host}
+    rates: dict[str, Any] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
+    if chosen.name == "adamw":
+        dense = torch.optim.AdamW(parameters, **rates, fused=fused)
+        return dense, RowwiseAdamW(head.parameters(), **rates, **storage)
+    return (
+        torch.optim.SGD(parameters, **rates, momentum=chosen.momentum, fused=fused),
+        RowwiseSGD(head.parameters(), **rates, momentum=chosen.momentum, unsampled=kept.unsampled, **storage),
+    )

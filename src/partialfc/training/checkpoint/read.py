@@ -1,0 +1,191 @@
+"""Reading checkpoints: one opened folder, and the choice of the newest whole one that all ranks agree on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from partialfc.core.errors import InputError
+from partialfc.distributed.collectives import Group, gather_json, rank_of
+from partialfc.training.checkpoint.format import DamagedCheckpoint, VerifiedFiles, dtype_code, dtype_of
+from partialfc.training.checkpoint.manifest import read_manifest
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+LEFTOVER = re.compile(r"\.step-(\d{8,})\.[0-9a-f]{8}\.(writing|old)")
+_logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Checkpoint:
+    """An opened checkpoint: its manifest is checked, and every byte that it hands out is verified on reading.
+
+    Attributes:
+        step: optimizer steps done.
+        state: what the writer passed as `state`.
+        row_shapes: global shape of each row tensor, (total rows, ...).
+        digest: SHA-256 of the manifest, and through it of everything.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the manifest and the sizes of the files.
+
+        Raises:
+            DamagedCheckpoint: no whole checkpoint is there.
+            InputError: it is one of another format version.
+        """
+        self.folder = folder
+        manifest = read_manifest(folder)
+        self.step = manifest.step
+        self.state = dict(manifest.state)
+        self.digest = manifest.digest()
+        self.row_shapes = {name: tensor.shape for name, tensor in manifest.rows.items()}
+        self._rows = manifest.rows
+        self._files = VerifiedFiles(folder, manifest.files, manifest.block_bytes)
+        self._files.check_sizes()
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of one group, on the CPU; a group that was not saved is empty."""
+        name = f"{group}.safetensors"
+        if name not in self._files.records:
+            return {}
+        return {key: self._files.tensor(name, key) for key in self._files.layout(name)}
+
+    def document(self, name: str) -> Any:
+        """The JSON document of that name, or None if none was saved."""
+        file = f"{name}.json"
+        return json.loads(self._files.content(file)) if file in self._files.records else None
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Global rows [start, stop) of a row tensor: (stop - start, ...) on the CPU. See `read_rows`."""
+        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=dtype_of(self._rows[name].dtype))
+        self.read_rows(name, start, result)
+        return result
+
+    def read_rows(self, name: str, start: int, target: Tensor) -> None:
+        """Fill `target`, on any device, with the global rows of a row tensor from `start` on.
+
+        Reads and verifies only the blocks that hold these rows, and the headers of their files. Rows for a device
+        pass through the host in pieces.
+
+        Raises:
+            ValueError: `target` has another dtype or row shape, or there are no such rows.
+            DamagedCheckpoint: a block differs from what was written; `target` may be filled in part.
+        """
+        whole, stop = self._rows[name], start + len(target)
+        if (whole.dtype, whole.shape[1:]) != (dtype_code(target.dtype), target.shape[1:]):
+            raise ValueError(
+                f"{name} is {whole.dtype} {whole.shape}; {target.dtype} {target.shape} cannot hold rows of it"
+            )
+        if not 0 <= start <= stop <= whole.shape[0]:
+            raise ValueError(f"rows {start} to {stop} of {name} do not exist: it has {whole.shape[0]}")
+        for part in whole.parts:
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                wanted = target.detach()[first - start : last - start]
+                self._files.read_rows(part.file, name, first - part.start, wanted)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many files it has beside its manifest, and how many bytes these have together."""
+        records = self._files.records.values()
+        return len(records), sum(record.size for record in records)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read everything, or one of `parts` even parts of it, and compare it with the manifest.
+
+        Raises:
+            DamagedCheckpoint: naming the first file and block that differ.
+        """
+        self._files.verify(part, parts)
+
+
+def load_latest(
+    root: Path,
+    read: Callable[[Checkpoint], T],
+    *,
+    group: Group | None = None,
+    warn: Callable[[str], None] = _logger.warning,
+) -> T | None:
+    """What `read` makes of the newest whole checkpoint, the same one on every rank; None if there is no checkpoint.
+
+    `read` takes from the checkpoint what its rank needs. If any rank finds damage in that, all go on to the
+    checkpoint before, so `read` may be called more than once: it may overwrite tensors, but not count on the old ones.
+    Two collectives, and two for each checkpoint tried.
+
+    Args:
+        root: the folder of checkpoints.
+        read: called with the opened checkpoint on every rank; it must not communicate.
+        group: the ranks that load together.
+        warn: told on rank 0 about every checkpoint that is refused.
+
+    Raises:
+        InputError: there are checkpoints and all are damaged, or one is of another format version, or the ranks see
+            different checkpoints.
+    """
+    candidates, newest = gather_json(_candidates(root), group=group)[0], ""
+    for name in candidates:
+        report: dict[str, Any] = {"digest": None, "damage": None}
+        try:
+            checkpoint = Checkpoint(root / name)
+            result = read(checkpoint)
+            report["digest"] = checkpoint.digest
+        except DamagedCheckpoint as damage:
+            report["damage"] = str(damage)
+        reports = gather_json(report, group=group)
+        damages = {each["damage"] for each in reports} - {None}
+        if not damages:
+            if len({each["digest"] for each in reports}) > 1:
+                raise InputError(f"The ranks see different checkpoints in {root}: put it on storage that all share.")
+            return result
+        newest = newest or min(damages)
+        if rank_of(group) == 0:
+            for message in sorted(damages):
+                warn(message)
+    if candidates:
+        reason = newest.partition(": this checkpoint is damaged")[0]
+        raise InputError(
+            f"All checkpoints in {root} are damaged (of the newest, {reason}): restore one from a copy, or start in a "
+            "new folder."
+        )
+    return None
+
+
+def folder_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def steps_in(root: Path) -> list[int]:
+    """The steps that have a folder in `root`, ascending."""
+    return sorted(int(match[1]) for path in root.iterdir() if (match := STEP_FOLDER.fullmatch(path.name)))
+
+
+def _candidates(root: Path) -> list[str]:
+    """Names of the folders that may be checkpoints, the best to resume from first.
+
+    Those set aside for deletion come last among their step: they are needed where a process died between taking the
+    name from a step's old checkpoint and giving it to the new one.
+    """
+    found = []
+    for name in [path.name for path in root.iterdir()] if root.is_dir() else []:
+        if match := STEP_FOLDER.fullmatch(name):
+            found.append((int(match[1]), True, name))
+        elif (match := LEFTOVER.fullmatch(name)) and match[2] == "old":
+            found.append((int(match[1]), False, name))
+    return [name for _, _, name in sorted(found, reverse=True)]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the manifest is whole and every file has its size (the contents are checked when they are read)."""
+    try:
+        Checkpoint(folder)
+    except InputError:
+        return False
+    return True

@@ -1,0 +1,125 @@
+"""The start on many processes: what each says of itself, and the one sentence for those that do not fit together."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import partialfc
+from partialfc.config.options import TrainConfig
+from partialfc.core.errors import InputError
+from partialfc.data.loader import Loader
+from partialfc.distributed.collectives import gather_json, process_group
+from partialfc.training.build import choose_device, facts_of
+from partialfc.training.run.folder import differing_key
+from partialfc.training.run.trackers import check_trackers
+
+# Keys that a host may have of its own: where its copy of the data is, and how it reads it.
+_KEYS_OF_A_HOST = frozenset({"config.data.path", "config.data.workers"})
+_LaunchInfo = Mapping[str, Any]
+
+
+@contextmanager
+def joined(
+    config: TrainConfig, benchmarks: Mapping[str, Path], *, resume: bool, verify: bool, timeout_seconds: float
+) -> Iterator[torch.device]:
+    """The process group of a run, and this process's device.
+
+    Raises:
+        InputError: on all ranks alike, if any cannot take part, or the ranks differ in what must be the same.
+        JobError: not all processes came.
+    """
+    device, refusal = torch.device("cpu"), None
+    try:
+        config.check()
+        if verify and not resume:
+            raise InputError("--verify reads the checkpoint that a run goes on from: give --resume too.")
+        check_trackers(config.output)
+        device = choose_device(config.device)
+    except InputError as error:
+        refusal = error
+    launch_info = {
+        "host": socket.gethostname(),
+        "refusal": None if refusal is None else str(refusal),
+        "partialfc": _own_version(),
+        "torch": torch.__version__,
+        "config": config.to_dict(),
+        "eval": sorted(benchmarks),
+        "resume": resume,
+        "verify": verify,
+        "device type": device.type,
+    }
+    with process_group(device, timeout_seconds, launch_info=launch_info, validate=first_difference):
+        if refusal is not None:
+            raise refusal
+        yield device
+
+
+def first_difference(infos: Sequence[_LaunchInfo]) -> str | None:
+    """Why processes with these infos, in rank order, cannot train together; None if they can."""
+    first = infos[0]
+    refusals = {
+        rank: launch_info["refusal"] for rank, launch_info in enumerate(infos) if launch_info["refusal"] is not None
+    }
+    for rank, refusal in refusals.items():
+        everywhere = len(refusals) == len(infos) and len(set(refusals.values())) == 1
+        return refusal if everywhere else f"rank {rank} on {infos[rank]['host']}: {refusal}"
+    for rank, launch_info in enumerate(infos):
+        pair = f"rank {rank} on {launch_info['host']} has {{}}, but rank 0 on {first['host']} has {{}}"
+        for package in ("partialfc", "torch"):
+            if launch_info[package] != first[package]:
+                versions = pair.format(f"{package} {launch_info[package]}", first[package])
+                return f"{versions}: install the same on all hosts."
+        key = differing_key(_options(first), _options(launch_info), free=_KEYS_OF_A_HOST)
+        if key is not None:
+            options = pair.format(f"{key.removeprefix('config.')} {_value(launch_info, key)}", _value(first, key))
+            return f"{options}: start all processes with the same options, on the same kind of machine."
+    return None
+
+
+def check_same_data(loader: Loader) -> None:
+    """Whether all ranks found as much data. Two collectives.
+
+    Raises:
+        InputError: on all ranks, naming the first that differs.
+    """
+    own = {"host": socket.gethostname(), "path": str(loader.source.path), "facts": facts_of(loader)}
+    first, *others = gather_json(own)
+    for rank, found in enumerate(others, start=1):
+        for name, value in first["facts"].items():
+            if found["facts"][name] != value:
+                raise InputError(
+                    f"rank {rank} on {found['host']} finds {found['facts'][name]:,} as {name} in {found['path']}, but "
+                    f"rank 0 on {first['host']} finds {value:,} in {first['path']}: give all hosts the same data."
+                )
+
+
+def _own_version() -> str:
+    """The version, and a digest of the code, which an editable installation may have changed."""
+    root = Path(partialfc.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    try:
+        version = metadata.version("partialfc")
+    except metadata.PackageNotFoundError:
+        version = "of no version"
+    return f"{version} (code {digest.hexdigest()[:8]})"
+
+
+def _options(launch_info: _LaunchInfo) -> dict[str, Any]:
+    return {name: launch_info[name] for name in ("config", "eval", "resume", "verify", "device type")}
+
+
+def _value(launch_info: _LaunchInfo, key: str) -> Any:
+    value: Any = launch_info
+    for name in key.split("."):
+        value = value[name]
+    return value

@@ -1,0 +1,189 @@
+"""Procedural sets read back as real data: the same bytes however they are made, and nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from partialfc.core.errors import InputError
+from partialfc.data.images import decode_image
+from partialfc.data.pair_files import read_pairs
+from partialfc.data.sources import open_source
+from partialfc.faces.render import GROUPS, FaceSettings, group_of, render_faces
+from partialfc.faces.sets import FOLDS, draw_pairs, write_contact_sheet, write_pair_set, write_training_set
+
+PEOPLE = range(20, 26)
+
+
+def bytes_of(folder: Path) -> list[tuple[bytes, int]]:
+    source = open_source(folder)
+    return [(sample.encoded, sample.label) for sample in (source.read(index) for index in range(len(source)))]
+
+
+def test_recordio_and_folder_hold_the_same_images(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    write_training_set(
+        tmp_path / "a" / "record",
+        identities=PEOPLE,
+        shots=3,
+        size=32,
+        seed=4,
+        progress=lambda *call: calls.append(call),
+    )
+    write_training_set(tmp_path / "folder", identities=PEOPLE, shots=3, size=32, seed=4, layout="folder")
+    records, files = bytes_of(tmp_path / "a" / "record"), bytes_of(tmp_path / "folder")
+    assert records == files
+    assert [label for _, label in records] == [place for place in range(6) for _ in range(3)]
+    assert open_source(tmp_path / "a" / "record").num_classes == 6
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [str(n) for n in PEOPLE] + ["faces.json"]
+    assert calls == [(18, 18)]
+    about = json.loads((tmp_path / "folder" / "faces.json").read_text())
+    assert about["identities"] == [20, 26, 1]
+    assert about["seed"] == 4
+    assert about["shots"] == 3
+    assert about["settings"]["yaw"] == FaceSettings().yaw
+    # Nothing temporary is left.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder"]
+
+
+def test_the_images_are_those_of_render_faces(tmp_path: Path) -> None:
+    settings = FaceSettings(jpeg_quality=(95, 95))
+    write_training_set(tmp_path / "set", identities=PEOPLE, shots=2, size=64, seed=1, settings=settings)
+    pictures = np.stack([decode_image(encoded) for encoded, _ in bytes_of(tmp_path / "set")])
+    people = torch.tensor(PEOPLE).repeat_interleave(2)
+    faces = render_faces(1, people, torch.arange(2).repeat(6), size=64, settings=settings)
+    difference = np.abs(pictures.astype(int) - faces.images.numpy().astype(int))
+    assert difference.mean() < 3
+
+
+def test_worker_processes_change_nothing(tmp_path: Path) -> None:
+    write_training_set(tmp_path / "alone", identities=range(70), shots=4, size=16, workers=0)
+    write_training_set(tmp_path / "helped", identities=range(70), shots=4, size=16, workers=1)
+    for name in ("train.rec", "train.idx", "property", "faces.json"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "helped" / name).read_bytes()
+
+
+def test_many_requests_are_answered_in_order(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    write_training_set(
+        tmp_path / "set", identities=range(300), shots=1, size=16, workers=1, progress=lambda *call: calls.append(call)
+    )
+    assert calls == [(128, 300), (256, 300), (300, 300)]
+    assert [label for _, label in bytes_of(tmp_path / "set")] == list(range(300))
+
+
+def test_pairs_stand_in_ten_balanced_folds_of_one_group() -> None:
+    people, is_same = draw_pairs(0, range(100, 180), 400)
+    assert people.shape == (400, 2)
+    folds = is_same.view(FOLDS, -1)
+    assert folds.sum(1).tolist() == [20] * FOLDS
+    assert bool(folds[:, :20].all())
+    assert torch.equal(people[:, 0] == people[:, 1], is_same)
+    assert torch.equal(group_of(people[:, 0]), group_of(people[:, 1]))
+    impostor_groups = torch.bincount(group_of(people[~is_same][:, 0]), minlength=GROUPS)
+    assert impostor_groups.tolist() == [50] * GROUPS
+    # Genuine pairs go round everybody.
+    counts = torch.bincount(people[is_same][:, 0] - 100, minlength=80)
+    assert int(counts.max() - counts.min()) <= 1
+    assert not torch.equal(people, draw_pairs(1, range(100, 180), 400)[0])
+
+
+def test_a_pair_set_is_read_like_a_real_one(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.bin"
+    calls: list[tuple[int, int]] = []
+    write_pair_set(path, identities=range(8), pairs=20, size=48, seed=2, progress=lambda *call: calls.append(call))
+    pairs = read_pairs(path)
+    assert pairs.images.shape == (40, 48, 48, 3)
+    assert pairs.is_same.tolist() == [True, False] * FOLDS
+    assert calls == [(40, 40)]
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert (about["pairs"], about["folds"], about["seed"]) == (20, 10, 2)
+    # No picture appears twice.
+    assert len(np.unique(pairs.images.reshape(40, -1), axis=0)) == 40
+    write_pair_set(tmp_path / "again.bin", identities=range(8), pairs=20, size=48, seed=2)
+    assert path.read_bytes() == (tmp_path / "again.bin").read_bytes()
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "pairs.bin").write_bytes(b"mine")
+    with pytest.raises(InputError, match="exists already"):
+        write_training_set(tmp_path / "set", identities=PEOPLE, shots=1, size=16)
+    with pytest.raises(InputError, match="exists already"):
+        write_pair_set(tmp_path / "pairs.bin", identities=range(8), pairs=20, size=16)
+    assert (tmp_path / "pairs.bin").read_bytes() == b"mine"
+    assert list((tmp_path / "set").iterdir()) == []
+
+
+def test_a_set_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_training_set(tmp_path / "set", identities=range(300), shots=1, size=16, workers=0, progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_pair_set(tmp_path / "pairs.bin", identities=range(8), pairs=20, size=16, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identities": range(0)}, "no range of identities"),
+        ({"identities": range(-3, 5)}, "no range of identities"),
+        ({"shots": 0}, "at least 1 shot"),
+        ({"size": 8}, "at least 16 pixels"),
+        ({"layout": "tar"}, "choose recordio or folder"),
+    ],
+)
+def test_numbers_that_make_no_training_set(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    options: dict[str, object] = {"identities": PEOPLE, "shots": 1, "size": 16} | change
+    with pytest.raises(InputError, match=message):
+        write_training_set(tmp_path / "set", **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pairs": 30}, "multiple of 20"),
+        ({"pairs": 0}, "multiple of 20"),
+        ({"identities": range(7)}, "at least 8"),
+        ({"identities": range(0, 40, 2)}, "fewer than two"),
+        ({"identities": range(0)}, "no range"),
+        ({"size": 4}, "at least 16 pixels"),
+    ],
+)
+def test_numbers_that_make_no_pair_set(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    options: dict[str, object] = {"identities": range(8), "pairs": 20, "size": 16} | change
+    with pytest.raises(InputError, match=message):
+        write_pair_set(tmp_path / "pairs.bin", **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="Cannot write"):
+        write_training_set(tmp_path / "file" / "set", identities=PEOPLE, shots=1, size=16)
+    with pytest.raises(InputError, match="there is no folder"):
+        write_pair_set(tmp_path / "nowhere" / "pairs.bin", identities=range(8), pairs=20, size=16)
+    with pytest.raises(InputError, match="Cannot write a contact sheet"):
+        write_contact_sheet(tmp_path / "nowhere" / "sheet.png", identities=PEOPLE, shots=1, size=16)
+    with pytest.raises(InputError, match="Cannot write a contact sheet"):
+        write_contact_sheet(tmp_path / "sheet.unknown", identities=PEOPLE, shots=1, size=16)
+    with pytest.raises(InputError, match="at least 1 shot"):
+        write_contact_sheet(tmp_path / "sheet.png", identities=PEOPLE, shots=0, size=16)
+
+
+def test_a_contact_sheet_has_a_row_for_each_identity(tmp_path: Path) -> None:
+    write_contact_sheet(tmp_path / "sheet.png", identities=range(4, 7), shots=2, size=32, seed=9)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (64, 96)
+        pixels = np.asarray(sheet)
+    face = render_faces(9, torch.tensor([6]), torch.tensor([1]), size=32).images[0].numpy()
+    assert np.array_equal(pixels[64:, 32:], face)

@@ -1,0 +1,178 @@
+"""The GPU's kernels: in Triton's interpreter where there is no GPU, compiled where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from test_cpu_backend import plain_bfloat16
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from partialfc.head import partial_fc
+from partialfc.head.backends import gpu
+from partialfc.head.backends.gpu import GPUBackend
+from partialfc.head.backends.torch_chunked import ChunkedBackend
+from partialfc.head.margins.base import CosFace
+from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
+from partialfc.head.partial_fc import PartialFC
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLASSES, WIDTH, BATCH = 150, 20, 9
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, GPUBackend())
+
+
+def use(monkeypatch: pytest.MonkeyPatch, path: Any) -> None:
+    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: path)
+
+
+def batch(seed: int, samples: int = BATCH, width: int = WIDTH) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(samples, width, generator=generator)
+    return embeddings.to(DEVICE), torch.randint(CLASSES, (samples,), generator=generator).to(DEVICE)
+
+
+def train(head: PartialFC, optimizer: torch.optim.Optimizer, micro_steps: int = 1, **sizes: int) -> list[Tensor]:
+    """Losses and embedding gradients of three steps, then the centers."""
+    seen = []
+    for step in range(3):
+        for micro_step in range(micro_steps):
+            embeddings, labels = batch(10 * step + micro_step, **sizes)
+            loss = head(embeddings.requires_grad_(), labels) / micro_steps
+            loss.backward()
+            seen += [loss.detach(), embeddings.grad]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*seen, head.centers.detach().clone()]
+
+
+@pytest.mark.parametrize("update", ["sparse", "deferred"])
+@pytest.mark.parametrize(
+    ("options", "sizes", "micro_steps"),
+    [
+        ({}, {}, 1),
+        ({"conflict_threshold": 0.21}, {"samples": 1}, 1),
+        ({"conflict_threshold": 0.21, "conflict_as_zero_logit": True}, {"samples": 70}, 1),
+        ({"sample_rate": 0.3}, {"width": 33}, 2),
+        ({"sample_rate": 0.0}, {"samples": 3, "width": 7}, 1),
+        ({"scale": 99.0}, {}, 1),
+        ({"scratch_bytes": 40 * 6 * WIDTH, "conflict_threshold": 0.21}, {"samples": 40}, 1),
+    ],
+)
+def test_the_same_as_the_chunked_path(
+    update: Any, options: dict[str, Any], sizes: dict[str, int], micro_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for path in (GPUBackend(), ChunkedBackend()):
+        use(monkeypatch, path)
+        width = sizes.get("width", WIDTH)
+        head = PartialFC(CLASSES, width, update=update, device=DEVICE, **options)
+        optimizer = RowwiseSGD(head.parameters(), lr=0.01, weight_decay=0.1)
+        results.append(train(head, optimizer, micro_steps, **sizes))
+    for kernels, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(kernels, chunked, rtol=3e-4, atol=max(3e-6, 5e-5 * float(chunked.abs().max())))
+
+
+def test_adamw_takes_the_gradient_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for path in (GPUBackend(), ChunkedBackend()):
+        use(monkeypatch, path)
+        head = PartialFC(CLASSES, WIDTH, 1.0, update="deferred", scratch_bytes=4 * WIDTH * 64, device=DEVICE)
+        results.append(train(head, RowwiseAdamW(head.parameters(), lr=0.01, eps=0.1)))
+    torch.testing.assert_close(results[0][-1], results[1][-1], rtol=3e-4, atol=3e-6)
+
+
+@pytest.mark.parametrize("target_cosine", [0.2, 0.9])
+@pytest.mark.parametrize("operand_dtype", [torch.float32, torch.bfloat16])
+def test_error_against_float64(operand_dtype: torch.dtype, target_cosine: float) -> None:
+    torch.manual_seed(0)
+    head = PartialFC(500, 64, 1.0, CosFace(0.4), operand_dtype=operand_dtype, device=DEVICE)
+    centers, labels = head.centers.detach().cpu(), torch.randint(500, (32,))
+    unit = torch.nn.functional.normalize
+    own = unit(centers)[labels]
+    embeddings = 5 * (target_cosine * own + (1 - target_cosine**2) ** 0.5 * unit(torch.randn(32, 64)))
+    ours = embeddings.clone().to(DEVICE).requires_grad_()
+    head(ours, labels.to(DEVICE)).backward()
+    exact = embeddings.double().requires_grad_(), centers.double().requires_grad_()
+    reference.dense_loss(*exact, labels, torch.arange(500), scale=64.0, target=reference.cosface(0.4)).backward()
+    rounded = plain_bfloat16(embeddings, centers, labels)
+    for gradient, plain, truth in zip((ours.grad, head.centers.grad.to_dense()), rounded, exact, strict=True):
+        error = (gradient.double().cpu() - truth.grad).norm() / truth.grad.norm()
+        limit = (plain - truth.grad).norm() / truth.grad.norm() if operand_dtype == torch.bfloat16 else 1e-5
+        assert error <= limit
+
+
+def test_blocks_fit_small_and_large_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory of an H100, of a consumer's GPU, and less than any has."""
+    for limit, classes in ((232_448, 256), (101_376, 128), (49_152, 64)):
+        monkeypatch.setattr(gpu, "_shared_memory", lambda device, limit=limit: limit)
+        blocks = gpu._product_blocks(torch.device("cpu"), 1024, True, False)
+        assert blocks["BN"] == classes
+        assert 2 * blocks["num_stages"] * (blocks["BG"] + blocks["BN"]) * blocks["BK"] <= limit
+    assert gpu._product_blocks(torch.device("cpu"), 9, True, False)["BG"] == 16
+
+
+def test_bfloat16_tables_are_rounded_as_the_fallback_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's draws are those of `round_stochastically`: nearly all elements agree, the rest by one step."""
+    results = []
+    for path in (GPUBackend(), ChunkedBackend()):
+        use(monkeypatch, path)
+        head = PartialFC(CLASSES, WIDTH, 0.5, update="deferred", dtype=torch.bfloat16, seed=3, device=DEVICE)
+        optimizer = RowwiseSGD(head.parameters(), lr=0.01)
+        embeddings, labels = batch(1)
+        head(embeddings.requires_grad_(), labels).backward()
+        optimizer.step()
+        results.append([head.centers.detach().float(), optimizer.row_state(head.centers)["momentum_buffer"].float()])
+    for kernels, fallback in zip(*results, strict=True):
+        assert float((kernels == fallback).double().mean()) > 0.97
+        torch.testing.assert_close(kernels, fallback, rtol=2.0**-6, atol=1e-6)
+
+
+def test_a_set_flag_leaves_everything_as_it_is() -> None:
+    head = PartialFC(CLASSES, WIDTH, 0.5, update="deferred", device=DEVICE)
+    embeddings, labels = batch(1)
+    head(embeddings.requires_grad_(), labels).backward()
+    (gradient,) = head.center_state.deferred
+    momentum = torch.zeros_like(head.centers)
+    before = head.centers.detach().clone()
+    for flag in (1, 0):
+        skip, keys = torch.tensor([flag], device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        rule = partial_fc.softmax.SGDRule(0.1, 0.9, 0.0, 0, keys, skip)
+        assert GPUBackend().update(gradient, head.centers, momentum, rule)
+        assert torch.equal(before, head.centers.detach()) == bool(flag)
+        assert bool((momentum == 0).all()) == bool(flag)
+
+
+def test_rows_past_two_to_the_31() -> None:
+    """A table of which only a few rows at its far end are ever touched; the rest of it takes no memory."""
+    width, rows = 512, (1 << 31) // 512 + 50
+    centers = torch.empty(rows, width, dtype=torch.bfloat16, device=DEVICE)
+    far = torch.arange(rows - 40, rows, device=DEVICE)
+    centers[far] = torch.randn(40, width, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    near = centers[far].clone()
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.nn.functional.normalize(torch.randn(3, width, generator=generator)).to(DEVICE)
+    scratch = partial_fc.softmax.ScratchBuffer()
+    results = []
+    for table, classes in ((centers, far), (near, torch.arange(40, device=DEVICE))):
+        shard = partial_fc.softmax.ShardBatch(
+            embeddings=embeddings, classes=classes, count=None, target_places=torch.tensor([1, -1, 39], device=DEVICE),
+            target_cosine=torch.zeros(3, dtype=torch.float64, device=DEVICE), margin=CosFace(), margin_batch=None,
+            scale=64.0, shift=0.0, conflict_threshold=None, conflict_as_zero_logit=False,
+            operand_dtype=torch.float32, scratch=scratch, scratch_bytes=1 << 20,
+        )  # fmt: skip
+        negatives = GPUBackend().sum_negatives(table, shard, keep=False)
+        gradient = partial_fc.softmax.CenterGradient(
+            shard, embeddings * 1e-9, classes[:1], torch.ones(1, width, device=DEVICE), GPUBackend(), None
+        )
+        results += [negatives.sums, negatives.pull, GPUBackend().tile_gradient(gradient, table, 0, 40)]
+    for one, other in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)

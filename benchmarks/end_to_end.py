@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py --backbone r50 --classes 360000 --batch 128 --steps 60
 
-The usual way: fp16 autocast with a gradient scaler, DistributedDataParallel that searches for unused parameters, a
+The usual way: float16 autocast with a gradient scaler, DistributedDataParallel that searches for unused parameters, a
 float transform image by image in the loader's workers, and the dense head. Both read the same procedural .rec file and
 take turns, each in a fresh process. Prints a line of JSON for each, with the ratio.
 """
@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 from partialfc.backbones import create_backbone
 from partialfc.bench.head_variants import DenseHead, HeadConfiguration
 from partialfc.config.options import BackboneConfig, DataConfig, HeadConfig, OutputConfig, ScheduleConfig, TrainConfig
+from partialfc.core.device import choose_device
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import read_image
 from partialfc.faces.world import FaceWorld
-from partialfc.training.build import choose_device
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 

@@ -25,7 +25,7 @@ from fault_rows import damaged, killed, others, stopped, storage
 from fault_rows.bench import Bench, Injection, Outcome, Row
 from fault_rows.launch import warm_up
 from partialfc.bench.machine import describe
-from partialfc.core.console import track
+from partialfc.core.console import Progress
 
 ROWS: list[Row] = [*killed.ROWS, *damaged.ROWS, *stopped.ROWS, *storage.ROWS, *others.ROWS]
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     planned = [(row, each) for row in rows for each in row.injections(bench, options.short)]
     earlier = read_results(results)
     done = {}
-    with track("injecting", len(planned), unit="fault") as progress:
+    with Progress("injecting", len(planned), unit="fault") as progress:
         for number, (row, injection) in enumerate(planned):
             place = (row.key, injection.name)
             known = earlier.get(place)

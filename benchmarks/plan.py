@@ -83,7 +83,7 @@ TRAININGS = {
     "r18-average": training("r18", 50_000, 48, ema=True, optimizer="adamw"),
 }
 GPU_TRAININGS = {
-    f"{name}-gpu": replace(training(name, 360_000, 128), device="cuda", precision="bf16", image_size=112)
+    f"{name}-gpu": replace(training(name, 360_000, 128), device="cuda", precision="bfloat16", image_size=112)
     for name in ("r50", "r100", "vit_b")
 }
 ALL = HEADS | TRAININGS | GPU_TRAININGS

@@ -24,11 +24,16 @@ from partialfc.bench.machine import describe
 # What differs from the first: memory order, precision, optimizer, compiler, recomputed activations.
 VARIANTS: dict[str, dict[str, bool]] = {
     "float32": {},
-    "bf16": {"bf16": True},
-    "bf16, channels last": {"bf16": True, "channels_last": True},
-    "bf16, channels last, fused": {"bf16": True, "channels_last": True, "fused": True},
-    "bf16, channels last, fused, compiled": {"bf16": True, "channels_last": True, "fused": True, "compile": True},
-    "bf16, channels last, recomputed": {"bf16": True, "channels_last": True, "checkpointing": True},
+    "bfloat16": {"bfloat16": True},
+    "bfloat16, channels last": {"bfloat16": True, "channels_last": True},
+    "bfloat16, channels last, fused": {"bfloat16": True, "channels_last": True, "fused": True},
+    "bfloat16, channels last, fused, compiled": {
+        "bfloat16": True,
+        "channels_last": True,
+        "fused": True,
+        "compile": True,
+    },
+    "bfloat16, channels last, recomputed": {"bfloat16": True, "channels_last": True, "checkpointing": True},
 }
 EMBEDDING_DIM = 128
 
@@ -52,7 +57,7 @@ def step_of(backbone: str, options: dict[str, bool], arguments: argparse.Namespa
     called = torch.compile(network) if options.get("compile") else network
 
     def step() -> None:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bool(options.get("bf16"))):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bool(options.get("bfloat16"))):
             embeddings = called(images, keys)
         embeddings.float().square().mean().backward()
         optimizer.step()

@@ -22,7 +22,8 @@ from jsonargparse import ArgumentParser, Namespace
 from partialfc.bench.head import bench_head
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES, describe, recipe_config, recipe_plan_request
-from partialfc.core.console import track
+from partialfc.core.console import Progress
+from partialfc.core.device import choose_device, compute_dtype, dtype_name
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.data.inspect import inspect
 from partialfc.demo import demo
@@ -35,7 +36,6 @@ from partialfc.plan.planning import make_plan
 from partialfc.plan.request import PlanRequest
 from partialfc.plan.text import plan_text
 from partialfc.report.page import write_report
-from partialfc.training.build import PRECISION_NAMES, choose_device, compute_dtype
 from partialfc.training.loop import train
 
 
@@ -295,7 +295,7 @@ def _run_recipes(options: Namespace) -> None:
 def _run_plan(options: Namespace) -> None:
     request = PlanRequest(**{field.name: options[field.name] for field in dataclasses.fields(PlanRequest)})
     here = choose_device(request.device if request.device in ("cpu", "cuda") else "cpu")
-    plan = make_plan(request, auto_precision=PRECISION_NAMES[compute_dtype("auto", here)])
+    plan = make_plan(request, auto_precision=dtype_name(compute_dtype("auto", here)))
     _show(options.json, plan.to_dict(), plan_text(plan))
 
 
@@ -319,15 +319,15 @@ def _run_report(options: Namespace) -> None:
 
 
 def _run_inspect(options: Namespace) -> None:
-    with track("inspecting", quiet=options.json) as progress:
-        facts = inspect(options.path, progress=progress)
+    with Progress("inspecting", quiet=options.json) as progress:
+        facts = inspect(options.path, progress=progress.update)
     _show(options.json, facts, "\n".join(f"{name:>18}  {value}" for name, value in facts.items()))
 
 
 def _run_faces(options: Namespace) -> None:
     world = FaceWorld(**{field.name: options[field.name] for field in dataclasses.fields(FaceWorld)})
-    with track("rendering", quiet=options.json) as progress:
-        facts = world.write(options.out, progress=progress)
+    with Progress("rendering", quiet=options.json) as progress:
+        facts = world.write(options.out, progress=progress.update)
     _show(options.json, facts, "\n".join(f"{name:>16}  {value}" for name, value in facts.items()))
 
 

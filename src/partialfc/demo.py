@@ -11,7 +11,7 @@ from typing import Any
 
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
-from partialfc.core.console import track
+from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.baselines import color_embeddings, pixel_embeddings
@@ -99,8 +99,8 @@ def demo(
     if out.is_dir() and any(out.iterdir()) and not (out / "data").is_dir():
         raise InputError(f"{out} is not empty and holds no demo: give another folder with --out.")
     data, stages = out / "data", _Stages()
-    with stages.stage("faces"), track("rendering faces", quiet=quiet) as progress:
-        replace(world, seed=seed).write(data, take_over=True, progress=progress)
+    with stages.stage("faces"), Progress("rendering faces", quiet=quiet) as progress:
+        replace(world, seed=seed).write(data, take_over=True, progress=progress.update)
         write_contact_sheet(out / "faces.png", identities=range(10), shots=8, seed=seed)
     with stages.stage("baselines"):
         pairs = read_pairs(data / "pairs.bin")

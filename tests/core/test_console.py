@@ -10,8 +10,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from partialfc.core import console as progress
-from partialfc.core.console import TrainingProgress, track
+from partialfc.core.console import Progress
 
 
 class Clock:
@@ -45,7 +44,7 @@ def lines(console: Console) -> list[str]:
 
 
 def test_lines_at_the_start_every_ten_seconds_and_at_the_end(clock: Clock, plain: Console) -> None:
-    with TrainingProgress(1000, "training", console=plain, clock=clock) as shown:
+    with Progress("training", 1000, unit=None, console=plain, clock=clock) as shown:
         for step in range(10, 251, 10):
             clock.now += 1.0
             shown.update(step, epoch=step / 100, loss=10.0 - step / 100, images_per_second=1234.5, data_wait=0.034)
@@ -58,7 +57,7 @@ def test_lines_at_the_start_every_ten_seconds_and_at_the_end(clock: Clock, plain
 
 
 def test_the_last_line_is_not_said_twice(clock: Clock, plain: Console) -> None:
-    with TrainingProgress(20, "training", console=plain, clock=clock) as shown:
+    with Progress("training", 20, unit=None, console=plain, clock=clock) as shown:
         shown.update(10)
         clock.now += 10.0
         shown.update(20)
@@ -66,7 +65,7 @@ def test_the_last_line_is_not_said_twice(clock: Clock, plain: Console) -> None:
 
 
 def test_the_rate_is_that_of_this_process_and_of_the_last_half_minute(clock: Clock, plain: Console) -> None:
-    with TrainingProgress(100_000, "training", console=plain, clock=clock) as shown:
+    with Progress("training", 100_000, unit=None, console=plain, clock=clock) as shown:
         shown.update(50_000)  # a resumed run: these steps took no time here
         for step in range(50_001, 50_021):
             clock.now += 10.0
@@ -80,7 +79,7 @@ def test_the_rate_is_that_of_this_process_and_of_the_last_half_minute(clock: Clo
 
 
 def test_other_figures_are_shown_under_their_names(clock: Clock, plain: Console) -> None:
-    with TrainingProgress(20, "training", console=plain, clock=clock) as shown:
+    with Progress("training", 20, unit=None, console=plain, clock=clock) as shown:
         shown.update(20, epoch=3.0, target_cosine=0.456, lr=0.012345, pair_accuracy=0.98765)
     assert lines(plain) == [
         "training: step 20/20 (100%), epoch 3, cosine 0.46, lr 0.0123, pair accuracy 0.9877, in 0:00"
@@ -89,13 +88,13 @@ def test_other_figures_are_shown_under_their_names(clock: Clock, plain: Console)
 
 def test_messages_are_kept_as_they_are(clock: Clock, plain: Console) -> None:
     text = "step 3: [bold] 99.50% " + "long " * 30 + "."
-    with TrainingProgress(20, "training", console=plain, clock=clock) as shown:
+    with Progress("training", 20, unit=None, console=plain, clock=clock) as shown:
         shown.message(text)
     assert lines(plain) == [text]
 
 
 def test_a_terminal_gets_a_bar_with_figures_below(clock: Clock, terminal: Console) -> None:
-    with TrainingProgress(5000, "training", console=terminal, clock=clock) as shown:
+    with Progress("training", 5000, unit=None, console=terminal, clock=clock) as shown:
         shown.update(1200, epoch=2.0, loss=12.0)
         clock.now += 10.0
         shown.update(1250, epoch=2.5, loss=11.5, images_per_second=1052.0)
@@ -113,7 +112,7 @@ def test_a_terminal_gets_a_bar_with_figures_below(clock: Clock, terminal: Consol
 
 def test_a_failure_leaves_the_terminal_with_its_cursor(clock: Clock, terminal: Console) -> None:
     def fail() -> None:
-        with TrainingProgress(5000, "training", console=terminal, clock=clock):
+        with Progress("training", 5000, unit=None, console=terminal, clock=clock):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -123,10 +122,10 @@ def test_a_failure_leaves_the_terminal_with_its_cursor(clock: Clock, terminal: C
     assert codes == ["\x1b[?25l", "\x1b[?25h"]
 
 
-def test_track_shows_rate_and_time_left(clock: Clock, plain: Console) -> None:
-    with track("reading", console=plain, clock=clock) as report:
+def test_it_shows_rate_and_time_left(clock: Clock, plain: Console) -> None:
+    with Progress("reading", console=plain, clock=clock) as shown:
         for done in (0, 1000, 2000, 4000):
-            report(done, 4000)
+            shown.update(done, 4000)
             clock.now += 10.0
     assert lines(plain) == [
         "reading: 0/4,000 (0%)",
@@ -136,39 +135,31 @@ def test_track_shows_rate_and_time_left(clock: Clock, plain: Console) -> None:
     ]
 
 
-def test_track_on_a_terminal_is_one_line_even_before_the_total_is_known(clock: Clock, terminal: Console) -> None:
-    with track("rendering", unit="face", console=terminal, clock=clock) as report:
+def test_on_a_terminal_it_is_one_line_even_before_the_total_is_known(clock: Clock, terminal: Console) -> None:
+    with Progress("rendering", unit="face", console=terminal, clock=clock) as shown:
         assert any(line.startswith("rendering  ━") and line.endswith(" 0") for line in lines(terminal))
-        report(10, 40)
+        shown.update(10, 40)
         clock.now += 4.0
-        report(40, 40)
+        shown.update(40, 40)
     assert re.fullmatch(r"rendering  ━+  40/40 \(100%\)  7\.5 faces/s  in 0:04", lines(terminal)[-1])
 
 
 def test_what_has_not_begun_says_nothing(clock: Clock, plain: Console) -> None:
-    with track("reading", 10, console=plain, clock=clock):
+    with Progress("reading", 10, console=plain, clock=clock):
         pass
     assert lines(plain) == []
 
 
-@pytest.mark.parametrize("reason", ["quiet", "rank"])
-def test_quiet_and_other_ranks_show_nothing(
-    clock: Clock, plain: Console, terminal: Console, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if reason == "rank":
-        monkeypatch.setattr(progress, "rank_of", lambda: 1)
-    quiet = reason == "quiet"
+def test_quiet_shows_nothing(clock: Clock, plain: Console, terminal: Console) -> None:
     for console in (plain, terminal):
-        with TrainingProgress(20, "training", quiet=quiet, console=console, clock=clock) as shown:
+        with Progress("training", 20, quiet=True, console=console, clock=clock) as shown:
             shown.update(20)
             shown.message("done")
-        with track("reading", quiet=quiet, console=console, clock=clock) as report:
-            report(1, 1)
         assert lines(console) == []
 
 
 def test_standard_output_is_left_for_results(capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainingProgress(1, "training") as shown:
+    with Progress("training", 1, unit=None) as shown:
         sys.stdout.write('{"accuracy": 0.9}\n')
         shown.update(1)
     captured = capsys.readouterr()
@@ -178,9 +169,9 @@ def test_standard_output_is_left_for_results(capsys: pytest.CaptureFixture[str])
 
 READERLESS = """
 import sys
-from partialfc.core.console import TrainingProgress
+from partialfc.core.console import Progress
 sys.stdin.readline()
-with TrainingProgress(3, "training") as progress:
+with Progress("training", 3, unit=None) as progress:
     for step in range(4):
         progress.message("hello")
         progress.update(step)

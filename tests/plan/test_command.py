@@ -21,7 +21,7 @@ def run(*arguments: str) -> int:
 def test_a_plan_for_people_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--classes=2000000", "--gpus=16", *SMALL) == 0
     text = capsys.readouterr().out
-    assert text.startswith("2,000,000 identities, mini in bf16, 16 x H100 SXM 80 GB, global batch 256\n")
+    assert text.startswith("2,000,000 identities, mini in bfloat16, 16 x H100 SXM 80 GB, global batch 256\n")
     assert "It fits" in text
     assert run("--classes=2000000", "--gpus=16", *SMALL, "--json") == 0
     plan = json.loads(capsys.readouterr().out)

@@ -75,7 +75,7 @@ def test_shares_of_many_processes() -> None:
 
 def test_state_on_the_host_leaves_the_gpu() -> None:
     request = replace(SMALL, classes=1_000_000, gpus=2)
-    here, there = (plan_memory(replace(request, state_on_host=on_host), "bf16") for on_host in (False, True))
+    here, there = (plan_memory(replace(request, state_on_host=on_host), "bfloat16") for on_host in (False, True))
     assert here.peak - there.peak == there.host["centers' optimizer"] == 4 * 500_000 * 64
 
 
@@ -121,12 +121,12 @@ requests = st.builds(
 @settings(deadline=None)
 @given(request=requests, more=st.floats(0, 1))
 def test_more_of_anything_takes_no_less_memory(request: PlanRequest, more: float) -> None:
-    peak = plan_memory(request, "bf16").peak
-    assert peak == sum(plan_memory(request, "bf16").parts.values()) > 0
+    peak = plan_memory(request, "bfloat16").peak
+    assert peak == sum(plan_memory(request, "bfloat16").parts.values()) > 0
     rate = request.sample_rate + more * (1 - request.sample_rate)
-    assert plan_memory(request.with_rate(min(1.0, rate)), "bf16").peak >= peak
-    assert plan_memory(replace(request, classes=request.classes + int(1e6 * more)), "bf16").peak >= peak
-    assert plan_memory(replace(request, ema=True), "bf16").peak > peak
+    assert plan_memory(request.with_rate(min(1.0, rate)), "bfloat16").peak >= peak
+    assert plan_memory(replace(request, classes=request.classes + int(1e6 * more)), "bfloat16").peak >= peak
+    assert plan_memory(replace(request, ema=True), "bfloat16").peak > peak
 
 
 def test_bytes_of_an_updated_number_are_counted_on_the_update(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_sizes_of_published_networks() -> None:
 
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_every_backbone_is_counted(backbone: str) -> None:
-    counted = network_pass(replace(SMALL, backbone=backbone, image_size=48, batch_size=2), "bf16")
+    counted = network_pass(replace(SMALL, backbone=backbone, image_size=48, batch_size=2), "bfloat16")
     assert 0 < counted.saved_bytes <= counted.peak_bytes
     assert counted.flops > 1e6
 
@@ -64,7 +64,7 @@ def test_what_lowers_the_memory_of_activations() -> None:
     full, recomputed = (network_pass(replace(request, checkpointing=c), "float32") for c in (False, True))
     assert recomputed.flops == full.flops
     assert recomputed.saved_bytes < full.saved_bytes / 2
-    assert network_pass(request, "bf16").saved_bytes < 0.8 * full.saved_bytes
+    assert network_pass(request, "bfloat16").saved_bytes < 0.8 * full.saved_bytes
 
 
 def test_an_option_that_the_backbone_does_not_take() -> None:

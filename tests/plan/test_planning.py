@@ -89,11 +89,11 @@ def test_the_rate_that_fits_fits_and_more_does_not(classes: int, gib: float) -> 
     request = replace(MINI, classes=classes, gpu_memory=gib)
     plan = make_plan(request, rates=ROUND)
     if plan.fitting_rate is None:
-        assert plan_memory(request.with_rate(0.0), "bf16").peak > plan.capacity
+        assert plan_memory(request.with_rate(0.0), "bfloat16").peak > plan.capacity
         return
     assert plan_memory(request.with_rate(plan.fitting_rate), plan.precision).peak <= usable_bytes(request, ROUND)
     if plan.fitting_rate < 0.98:
-        assert plan_memory(request.with_rate(1.02 * plan.fitting_rate + 0.001), "bf16").peak > plan.capacity
+        assert plan_memory(request.with_rate(1.02 * plan.fitting_rate + 0.001), "bfloat16").peak > plan.capacity
 
 
 def test_every_advice_fits() -> None:
@@ -102,9 +102,9 @@ def test_every_advice_fits() -> None:
     assert not plan.fits
     assert plan.advice[-1] == "--gpus 2"
     assert "--head-update deferred --head-dtype bfloat16" in plan.advice
-    assert plan_memory(replace(request, gpus=2), "bf16").peak <= plan.capacity
+    assert plan_memory(replace(request, gpus=2), "bfloat16").peak <= plan.capacity
     half = replace(request, head_update="deferred", head_dtype="bfloat16")
-    assert plan_memory(half, "bf16").peak <= plan.capacity
+    assert plan_memory(half, "bfloat16").peak <= plan.capacity
     name, leanest = leanest_that_fits(request, lambda asked: make_plan(asked, rates=ROUND))
     assert name == "bfloat16, deferred"
     assert leanest.fits

@@ -1,4 +1,4 @@
-"""fp16: the loss scale, and a step that overflows on one of three ranks."""
+"""float16: the loss scale, and a step that overflows on one of three ranks."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_the_scale_stands_on_the_way_back_only() -> None:
 
 def test_what_auto_means_depends_on_the_device() -> None:
     cpu = torch.device("cpu")
-    assert compute_dtype("fp16", cpu) == torch.float16
+    assert compute_dtype("float16", cpu) == torch.float16
     assert compute_dtype("float32", cpu) == torch.float32
     assert compute_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
 
 
 def overflow_on_rank_1(rank: int, folder: Path) -> None:
-    """Four steps in fp16 with both updates of the head; on rank 1, one step's gradient leaves fp16's range."""
+    """Four steps in float16 with both updates of the head; on rank 1, one step's gradient leaves float16's range."""
     original_loss, original_step = Stepper._loss, Stepper.step
     plain = step_module.scale_gradient
     seen: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def overflow_on_rank_1(rank: int, folder: Path) -> None:
     results = {}
     for update in ("sparse", "deferred"):
         head = HeadConfig(0.5, scale=16.0, update=update)
-        config = tiny_config(folder / "images", precision="fp16", device="cpu", head=head)
+        config = tiny_config(folder / "images", precision="float16", device="cpu", head=head)
         data = replace(config.data, global_batch_size=13, micro_batch_size=3)
         train(replace(config, data=data, schedule=replace(config.schedule, epochs=1.6)), folder / update, quiet=True)
         results[update] = list(seen)
@@ -135,7 +135,7 @@ def test_both_updates_of_the_head_give_the_same_run(ranks: list[dict[str, list[d
 
 def test_fp16_follows_float32_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_images(tmp_path / "images", [f"person {number}" for number in range(8)])
-    config = tiny_config(images, precision="fp16", device="cpu")
+    config = tiny_config(images, precision="float16", device="cpu")
     monkeypatch.setattr(build, "LossScale", partial(LossScale, FIRST_SCALE))
     train(config, tmp_path / "straight", quiet=True)
     train(tiny_config(images, precision="float32"), tmp_path / "float32", quiet=True)

@@ -229,8 +229,8 @@ class TrainConfig:
     """What is written."""
     seed: int = 0
     """Initial weights, order, augmentation and sampled classes are functions of it."""
-    precision: Literal["auto", "float32", "bf16", "fp16", "float64"] = "auto"
-    """Arithmetic of the backbone; auto is bf16 where the processor multiplies it faster, and float32 elsewhere.
+    precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Arithmetic of the backbone; auto is bfloat16 where the processor multiplies it faster, and float32 elsewhere.
     float64 is for proofs: weights, centers and all arithmetic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""

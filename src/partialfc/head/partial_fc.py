@@ -155,7 +155,7 @@ class PartialFC(nn.Module):
         """The mean loss of the global batch; the same value on every rank.
 
         Under world size W it takes five collectives, three with `global_labels`, and backward one. The gradient of the
-        embeddings is W times that of the mean loss, because DDP and FSDP average the backbone's gradients over the ranks.
+        embeddings is W times that of the mean loss, because DDP and FSDP average the backbone's gradients over ranks.
 
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.

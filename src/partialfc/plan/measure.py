@@ -17,12 +17,13 @@ from torch import Tensor
 
 from partialfc.backbones import create_backbone
 from partialfc.core import keyed_random
+from partialfc.core.device import DTYPES
 from partialfc.data.images import decode_image, encode_jpeg
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.plan.network import network_pass
 from partialfc.plan.rates import MachineRates
-from partialfc.plan.request import DTYPES, PlanRequest
+from partialfc.plan.request import PlanRequest
 from partialfc.plan.step_time import head_work
 
 _TABLE_ELEMENTS = 100_000_000  # of the head's centers: far beyond any cache

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc.backbones import create_backbone
-from partialfc.plan.request import DTYPES, PlanRequest
+from partialfc.core.device import DTYPES
+from partialfc.plan.request import PlanRequest
 
 
 @dataclass(frozen=True)

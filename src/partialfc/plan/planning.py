@@ -85,12 +85,12 @@ class Plan:
         }
 
 
-def make_plan(request: PlanRequest, *, auto_precision: str = "bf16", rates: MachineRates | None = None) -> Plan:
+def make_plan(request: PlanRequest, *, auto_precision: str = "bfloat16", rates: MachineRates | None = None) -> Plan:
     """Plan a training.
 
     Args:
         request: what to plan.
-        auto_precision: what the precision "auto" means on this machine; other GPUs take bf16, a V100 float32.
+        auto_precision: what the precision "auto" means on this machine; other GPUs take bfloat16, a V100 float32.
         rates: of the machine; by default measured, or from the device's data sheet.
 
     Raises:
@@ -125,7 +125,7 @@ def _precision(request: PlanRequest, auto_precision: str) -> str:
         return request.precision
     if request.device in ("cpu", "cuda"):
         return auto_precision
-    return "float32" if request.device == "v100" else "bf16"
+    return "float32" if request.device == "v100" else "bfloat16"
 
 
 def usable_bytes(request: PlanRequest, rates: MachineRates) -> int:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-
 from partialfc.backbones import check_backbone
 from partialfc.core.errors import InputError
 from partialfc.head.backends.compiled import row_loops
 from partialfc.head.sampling import sample_size
 
 Device = Literal["v100", "a100", "h100", "h200", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bf16", "fp16"]
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,8 @@ class PlanRequest:
     image_size: int = field(default=112, metadata={"help": "side of the images in pixels"})
     embedding_dim: int = field(default=512, metadata={"help": "width of the embedding"})
     precision: Precision = field(
-        default="auto", metadata={"help": "arithmetic of the backbone; auto is bf16 where the device is quick at it"}
+        default="auto",
+        metadata={"help": "arithmetic of the backbone; auto is bfloat16 where the device is quick at it"},
     )
     optimizer: Literal["sgd", "adamw"] = field(default="sgd", metadata={"help": "of backbone and head"})
     checkpointing: bool = field(

@@ -10,11 +10,12 @@ from torch import nn
 from partialfc.backbones import create_backbone
 from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
 from partialfc.config.options import TrainConfig
+from partialfc.core.device import compute_dtype
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
 from partialfc.data.sources.subset import SubsetSource
-from partialfc.distributed.collectives import local_rank, local_world_size, rank_of, world_size_of
+from partialfc.distributed.collectives import rank_of, world_size_of
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.freezing import freeze, set_frozen_layers_eval
@@ -22,45 +23,6 @@ from partialfc.training.replicas import split_over_processes
 from partialfc.training.scaling import LossScale
 from partialfc.training.state import TrainState
 from partialfc.training.weights import averaged_copy
-
-PRECISION_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "float64"}
-
-
-def choose_device(name: str) -> torch.device:
-    """This process's device for "auto", "cpu" or "cuda".
-
-    Raises:
-        InputError: a GPU is asked for and there is none, or more processes run on this host than it has GPUs.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, but PyTorch sees no GPU: use --device cpu, or auto.")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    gpus, processes = torch.cuda.device_count(), max(local_world_size(), local_rank() + 1)
-    if processes > gpus:
-        raise InputError(
-            f"{processes} processes were started on a host where PyTorch sees {gpus} GPU{'s' if gpus > 1 else ''}: "
-            f"start at most {gpus}, with torchrun --nproc-per-node {gpus}, or use --device cpu."
-        )
-    device = torch.device("cuda", local_rank())
-    torch.cuda.set_device(device)
-    return device
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the backbone computes in, for "auto", "bf16", "fp16", "float32" or "float64".
-
-    "auto" means bf16 where it is faster than float32: on GPUs that have it, and on processors with AVX-512 BF16 (1.6
-    times the images a second for the mini network; without these instructions bf16 is slower than float32).
-    """
-    if precision != "auto":
-        return next(dtype for dtype, name in PRECISION_NAMES.items() if name == precision)
-    if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        faster = bool(capabilities.get("avx512_bf16", False))
-    return torch.bfloat16 if faster else torch.float32
 
 
 def open_loader(config: TrainConfig) -> Loader:

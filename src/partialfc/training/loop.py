@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.config.options import TrainConfig
-from partialfc.core.console import TrainingProgress
+from partialfc.core.console import Progress
+from partialfc.core.device import compute_dtype, dtype_name
 from partialfc.core.errors import InputError, StoppedBySignal
 from partialfc.data.loader import Batch
 from partialfc.distributed.activity import doing
@@ -32,10 +33,8 @@ from partialfc.evaluation.run import read_benchmarks
 from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model, save_model
 from partialfc.training.build import (
-    PRECISION_NAMES,
     build_state,
     check_shares,
-    compute_dtype,
     open_loader,
 )
 from partialfc.training.checkpoint.policy import Saver
@@ -182,8 +181,8 @@ class _Trainer:
             self._open_trackers(first) as self.trackers,
             contextlib.closing(self._profiler()) as profiler,
             self._open_log(first, owed or first >= self.total_steps) as self.log,
-            TrainingProgress(
-                self.total_steps, "training", quiet=self.quiet or not self.is_main_process
+            Progress(
+                "training", self.total_steps, unit=None, quiet=self.quiet or not self.is_main_process
             ) as self.progress,
         ):
             for note in [*self.notes, self._description(first)]:
@@ -378,7 +377,7 @@ class _Trainer:
         return (
             f"{start}: {config.backbone.name} on {len(loader):,} images of {loader.num_classes:,} identities, "
             f"{self.total_steps:,} steps of {config.data.global_batch_size}, {config.describe_lr()}, "
-            f"{self.world_size} x {self.device.type} in {PRECISION_NAMES[self.stepper.compute_dtype]}"
+            f"{self.world_size} x {self.device.type} in {dtype_name(self.stepper.compute_dtype)}"
         )
 
     def _result(self) -> TrainResult:

@@ -1,4 +1,4 @@
-"""Loss scaling for fp16: a factor on the gradient that enters the backbone, and the rule by which it moves."""
+"""Loss scaling for float16: a factor on the gradient that enters the backbone, and the rule by which it moves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LEAST, _MOST = 2.0**-14, 2.0**24
 
 @dataclass
 class LossScale:
-    """The factor that keeps small gradients out of fp16's underflow (Micikevicius et al., ICLR 2018, 1710.03740).
+    """The factor that keeps small gradients out of float16's underflow (Micikevicius et al., ICLR 2018, 1710.03740).
 
     It stands between head and backbone: the head computes in float32 and needs none, so that its gradient, sparse or
     deferred, is never scaled, and only the backbone's is divided again. It is a power of two, which changes no digits.

@@ -27,7 +27,7 @@ class TrainState:
         done: optimizer steps done; with the seed it is also the position in the data and in the sampling.
         skipped: steps left out because a gradient was not finite.
         best_score, best_step: the best mean accuracy over the benchmarks, and when.
-        loss_scale: of fp16, None in other precisions.
+        loss_scale: of float16, None in other precisions.
         pending_evaluation: the run was stopped where an evaluation was due, which comes first when it goes on.
         average: the backbone with averaged weights, None where they are not averaged.
         skeleton: the backbone on the meta device if it is in parts over the processes, None if each has all of it.

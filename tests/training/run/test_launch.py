@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from distributed_workers import run_ranks
 from small_runs import small_config, write_images
 
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import InputError
-from partialfc.training.build import choose_device
 from partialfc.training.loop import train
 from partialfc.training.run.launch import first_difference
 
@@ -62,17 +60,6 @@ def test_the_first_difference_is_named(change: dict[str, Any], sentence: str) ->
 
 def test_what_all_say_is_said_once() -> None:
     assert first_difference([launch_info(refusal="no GPU."), launch_info("b", refusal="no GPU.")]) == "no GPU."
-
-
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    sentence = r"4 processes were started on a host where PyTorch sees 2 GPUs: start at most 2, .* or use --device cpu"
-    with pytest.raises(InputError, match=sentence):
-        choose_device("auto")
-    assert choose_device("cpu").type == "cpu"
 
 
 def said(folder: Path) -> list[str]:

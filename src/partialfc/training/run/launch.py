@@ -14,10 +14,11 @@ import torch
 
 import partialfc
 from partialfc.config.options import TrainConfig
+from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
-from partialfc.distributed.collectives import gather_json, process_group
-from partialfc.training.build import choose_device, facts_of
+from partialfc.distributed.collectives import gather_json, local_rank, local_world_size, process_group
+from partialfc.training.build import facts_of
 from partialfc.training.run.folder import differing_key
 from partialfc.training.run.trackers import check_trackers
 
@@ -42,7 +43,7 @@ def joined(
         if verify and not resume:
             raise InputError("--verify reads the checkpoint that a run goes on from: give --resume too.")
         check_trackers(config.output)
-        device = choose_device(config.device)
+        device = choose_device(config.device, local_rank=local_rank(), local_world_size=local_world_size())
     except InputError as error:
         refusal = error
     launch_info = {

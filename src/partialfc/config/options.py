@@ -100,7 +100,7 @@ class HeadConfig:
     update: Literal["sparse", "deferred"] = "sparse"
     """Store the gradient of the sampled centers, or compute it inside the optimizer's step."""
     operand_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the operands of the large products; bfloat16 takes about half the time where the hardware supports it."""
+    """Dtype of the operands of the large products; bfloat16 takes about half the time on hardware that supports it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the centers; bfloat16 takes half the memory and is rounded stochastically."""
     state_dtype: Literal["float32", "bfloat16"] | None = None
@@ -110,8 +110,8 @@ class HeadConfig:
     unsampled: Literal["freeze", "lazy_dense"] = "freeze"
     """Centers that a step does not sample: leave them unchanged, or move them as dense SGD would (SGD only)."""
     from_run: str | None = None
-    """Run folder whose centers to take over for the identities that the data shares with it, and whose backbone to start
-    from unless backbone.init is set."""
+    """Run folder whose centers to keep for the identities that the data still has, and whose backbone to start from
+    unless backbone.init is set."""
     new_centers: Literal["mean", "random"] = "mean"
     """With from_run: start new identities from the mean of their embeddings, or at random."""
 

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types docs bench faults clean
+.PHONY: install demo test lint types docs bench faults bench-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,6 +35,9 @@ types: .venv/dev  ## mypy
 
 faults: .venv/core  ## inject every fault into real training processes; writes the table of docs/reliability.md
 	$(BIN)/python benchmarks/faults.py --out runs/faults
+
+bench-check: .venv/core  ## compare the speed of head, sampler and loader with BASE (the parent commit); fails at +10 %
+	$(BIN)/python benchmarks/check.py $(if $(BASE),--base $(BASE)) $(ARGS)
 
 clean:  ## remove the environment and the runs
 	rm -rf .venv runs

@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from partialfc.faces.draws import jpeg_quality, make_plan
+from partialfc.faces.identity import BUMPS, MEASURES, MOODS, TRAITS
 from torch import Tensor
 
 from partialfc.data.align import align_faces, scaled_template
 from partialfc.faces import draws, shading
-from partialfc.faces.draws import jpeg_quality, make_plan
-from partialfc.faces.identity import BUMPS, MEASURES, MOODS, TRAITS
 from partialfc.faces.render import GROUPS, Faces, FaceSettings, group_of, render_faces
 
 STILL = FaceSettings(

@@ -21,7 +21,7 @@ _OUTERMOST, _INNERMOST, _FIRST_GUESS, _ITERATIONS = 1.50, 0.80, 1.20, 6
 
 @dataclass(frozen=True)
 class Surface:
-    """A batch of heads: `radii` (N, 3) of the ellipsoids, and the map of `factor` (N, 1, T, T) on them, row b, column a."""
+    """A batch of heads: `radii` (N, 3) of the ellipsoids, and the map of `factor` on them (N, 1, T, T), b by a."""
 
     radii: Tensor
     factor: Tensor

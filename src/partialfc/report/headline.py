@@ -1,4 +1,4 @@
-"""The verdict of a report: accuracy by benchmark, beside what it must be measured against."""
+"""The headline of a report: accuracy by benchmark, beside that of baselines."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from html import escape
 import numpy as np
 
 from partialfc.evaluation.pairs import PairResult
-from partialfc.report.facts import Evaluation, RunFacts, as_number
+from partialfc.training.run.read import RunData, as_number
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the headline says of one benchmark."""
+    """The result on one benchmark; `guessing` is the accuracy of the more frequent answer alone."""
 
     name: str
     accuracy: float
@@ -24,32 +24,26 @@ class Score:
     guessing: float | None = None
 
 
-def headline_scores(facts: RunFacts, results: Mapping[str, PairResult]) -> list[Score]:
+def headline_scores(run: RunData, results: Mapping[str, PairResult]) -> list[Score]:
     """From the results, or else from the evaluations at the best step, whose model is kept."""
-    if results:
-        scores = []
-        for name, result in results.items():
-            share = float(np.mean(result.is_same))
-            pairs = len(result.is_same)
-            scores.append(Score(name, result.accuracy, result.accuracy_std, pairs, guessing=max(share, 1 - share)))
-        return scores
-    return [_logged_score(each) for each in facts.evaluations if each.step == facts.best_step]
+    scores = []
+    for name, result in results.items():
+        share, pairs = float(np.mean(result.is_same)), len(result.is_same)
+        scores.append(Score(name, result.accuracy, result.accuracy_std, pairs, guessing=max(share, 1 - share)))
+    if not results:
+        best_step = run.best_step
+        for logged in run.evaluations:
+            if logged.step == best_step:
+                accuracy, pairs = logged["accuracy"] or 0.0, logged["pairs"]
+                count = None if pairs is None else int(pairs)
+                scores.append(Score(logged.benchmark, accuracy, logged["accuracy_std"], count, best_step))
+    return scores
 
 
-def _logged_score(evaluation: Evaluation) -> Score:
-    pairs = evaluation["pairs"]
-    return Score(
-        evaluation.benchmark,
-        evaluation["accuracy"] or 0.0,
-        evaluation["accuracy_std"],
-        None if pairs is None else int(pairs),
-        evaluation.step,
-    )
-
-
-def verdict(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
+def headline(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
+    """The accuracies as large numbers, and as bars if there is something to compare."""
     if not scores:
-        return '<section class="card verdict"><p>No benchmark has been run on this model yet.</p></section>'
+        return '<section class="card headline"><p>No benchmark has been run on this model yet.</p></section>'
     tiles = []
     for score in scores:
         spread = "" if score.std is None else f" <small>± {score.std:.2%}</small>"
@@ -62,17 +56,16 @@ def verdict(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
             f'<div class="hint">{escape("; ".join(below))}</div></div>'
         )
     bars = _bars(scores, baselines) if baselines or len(scores) > 1 else ""
-    return f'<section class="card verdict"><div class="tiles">{"".join(tiles)}</div>{bars}</section>'
+    return f'<section class="card headline"><div class="tiles">{"".join(tiles)}</div>{bars}</section>'
 
 
 def _bars(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
-    """Accuracies beside each other, from guessing to perfect, the deviation over folds as a whisker."""
-    others = [(name, as_number(value)) for name, value in baselines.items()]
+    """Bars of the accuracies from guessing to perfect, with the deviation over the folds as a whisker."""
     rows = [
-        (f"model on {each.name}" if len(scores) > 1 else "trained model", each.accuracy, each.std, " model")
-        for each in scores
+        (f"model on {score.name}" if len(scores) > 1 else "trained model", score.accuracy, score.std, " model")
+        for score in scores
     ]
-    rows += [(name, value, None, "") for name, value in others if value is not None]
+    rows += [(name, number, None, "") for name, value in baselines.items() if (number := as_number(value)) is not None]
     low = 0.5 if all(value >= 0.5 for _, value, _, _ in rows) else 0.0
 
     def place(value: float) -> float:

@@ -19,7 +19,7 @@ class Score:
     name: str
     accuracy: float
     std: float | None
-    pairs: int | None
+    pairs: float | None
     step: int | None = None
     guessing: float | None = None
 
@@ -30,13 +30,12 @@ def headline_scores(run: RunData, results: Mapping[str, PairResult]) -> list[Sco
     for name, result in results.items():
         share, pairs = float(np.mean(result.is_same)), len(result.is_same)
         scores.append(Score(name, result.accuracy, result.accuracy_std, pairs, guessing=max(share, 1 - share)))
-    if not results:
-        best_step = run.best_step
-        for logged in run.evaluations:
-            if logged.step == best_step:
-                accuracy, pairs = logged["accuracy"] or 0.0, logged["pairs"]
-                count = None if pairs is None else int(pairs)
-                scores.append(Score(logged.benchmark, accuracy, logged["accuracy_std"], count, best_step))
+    best_step = run.best_step if not results else None
+    for line in run.evaluations:
+        if line.step == best_step:
+            scores.append(
+                Score(line.benchmark, line["accuracy"] or 0.0, line["accuracy_std"], line["pairs"], line.step)
+            )
     return scores
 
 
@@ -47,7 +46,7 @@ def headline(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
     tiles = []
     for score in scores:
         spread = "" if score.std is None else f" <small>± {score.std:.2%}</small>"
-        below = [] if score.pairs is None else [f"accuracy on {score.pairs:,} pairs, ten folds"]
+        below = [] if score.pairs is None else [f"accuracy on {score.pairs:,.0f} pairs, ten folds"]
         below += [] if score.step is None else [f"best model, after step {score.step:,}"]
         below += [] if score.guessing is None else [f"guessing gives {score.guessing:.0%}"]
         tiles.append(

@@ -15,8 +15,8 @@ from fault_rows.patches import PLANNED
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import write_pairs
 from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
-from partialfc.training.run.log import read_metrics, without_timings
-from patterns import pattern_image, write_images
+from partialfc.training.run.log import read_metrics
+from tiny_runs import pattern_image, without_timings, write_images
 
 NAMES, SHOTS, PAIRS, BATCH = [f"person {number}" for number in range(8)], 4, 400, 10
 STEPS, SAVES, EVALUATIONS = 12, (3, 6, 9, 12), (4, 8, 12)

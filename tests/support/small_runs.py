@@ -18,8 +18,8 @@ from partialfc.config.options import (
     TrainConfig,
 )
 from partialfc.training.checkpoint.read import Checkpoint, steps_in
-from partialfc.training.run.log import without_timings
-from patterns import write_images as write_images
+from tiny_runs import without_timings
+from tiny_runs import write_images as write_images
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PAIRS = {"lfw": FIXTURES / "verification" / "lfw.bin"}
@@ -49,6 +49,6 @@ def final_tensors(root: Path) -> dict[str, torch.Tensor]:
 
 
 def tiny_config(data: Path, **changes: Any) -> TrainConfig:
-    """`small_config` on images of `patterns.write_images`."""
+    """`small_config` on images of `write_images`."""
     base = small_config(**changes)
     return replace(base, data=replace(base.data, path=str(data)))

@@ -26,17 +26,19 @@ class Score:
 
 def headline_scores(run: RunData, results: Mapping[str, PairResult]) -> list[Score]:
     """From the results, or else from the evaluations at the best step, whose model is kept."""
-    scores = []
-    for name, result in results.items():
-        share, pairs = float(np.mean(result.is_same)), len(result.is_same)
-        scores.append(Score(name, result.accuracy, result.accuracy_std, pairs, guessing=max(share, 1 - share)))
-    best_step = run.best_step if not results else None
-    for line in run.evaluations:
-        if line.step == best_step:
-            scores.append(
-                Score(line.benchmark, line["accuracy"] or 0.0, line["accuracy_std"], line["pairs"], line.step)
-            )
-    return scores
+    if results:
+        return [_score(name, result) for name, result in results.items()]
+    best_step = run.best_step
+    return [
+        Score(line.benchmark, line["accuracy"] or 0.0, line["accuracy_std"], line["pairs"], line.step)
+        for line in run.evaluations
+        if line.step == best_step
+    ]
+
+
+def _score(name: str, result: PairResult) -> Score:
+    share = float(np.mean(result.is_same))
+    return Score(name, result.accuracy, result.accuracy_std, len(result.is_same), guessing=max(share, 1 - share))
 
 
 def headline(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,7 +17,6 @@ from partialfc.config.options import OutputConfig
 from partialfc.core.errors import InputError, JobError
 from partialfc.core.files import write_file
 
-_TIMINGS = ("images_per_second", "data_wait", "peak_bytes", "gpu_peak_bytes")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -136,11 +135,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [_decode(line) for line in _parse(path, content)]
 
 
-def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without the figures that depend on the machine and its load: those of equal runs are equal."""
-    return [{key: value for key, value in line.items() if key not in _TIMINGS} for line in lines]
-
-
 def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
     """The objects of all lines that end with a newline."""
     lines = []
@@ -176,17 +170,17 @@ def _drop_lines_past(path: Path, step: int, evaluates_again: Collection[str]) ->
 def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    return [_encode(item) for item in value] if isinstance(value, list | tuple) else value
+    return _map_items(_encode, value)
 
 
 def _decode(value: Any) -> Any:
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
-    return [_decode(item) for item in value] if isinstance(value, list) else value
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else _map_items(_decode, value)
+
+
+def _map_items(convert: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: convert(item) for key, item in value.items()}
+    return [convert(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # -- trackers --------------------------------------------------------------------------------------------------------

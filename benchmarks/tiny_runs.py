@@ -1,14 +1,22 @@
-"""Tiny training images that a small network can learn: each identity is a coarse pattern with noise on it."""
+"""Tiny runs: images that a small network can learn, and metrics that are equal for equal runs. Tests use them too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from partialfc.core import keyed_random
 from partialfc.data.images import encode_png
+
+_TIMINGS = ("images_per_second", "data_wait", "peak_bytes", "gpu_peak_bytes")
+
+
+def without_timings(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of metrics without the figures that depend on the machine and its load."""
+    return [{key: value for key, value in line.items() if key not in _TIMINGS} for line in lines]
 
 
 def pattern_image(identity: str, shot: int, size: int = 16) -> bytes:

@@ -171,11 +171,8 @@ def test_every_trait_is_visible() -> None:
     ends[len(TRAITS) :, : len(TRAITS)] -= 2 * torch.eye(len(TRAITS))
     zeros = torch.zeros(len(ends), dtype=torch.int64)
     drawn = draw_parameters(0, zeros, zeros, STILL)
-    neutral = replace(
-        drawn,
-        traits=ends,
-        normals=torch.zeros_like(drawn.normals),
-        uniforms=torch.full_like(drawn.uniforms, 0.5),
+    neutral = drawn._replace(
+        traits=ends, normals=torch.zeros_like(drawn.normals), uniforms=torch.full_like(drawn.uniforms, 0.5)
     )
     up, down = render_parameters(neutral, 0, 64, True, STILL)[0].float().chunk(2)
     change = (up - down).abs()

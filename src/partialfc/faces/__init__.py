@@ -5,7 +5,7 @@ A module imports only from those before it:
     settings     how strong each nuisance is
     traits       what an identity is: traits, expressions, and the linear map from them to the shape of a face
     parameters   the random draws of a batch: traits, expressions, nuisances
-    surface      the head: radius map, ray intersection, normals, shadow
+    geometry     the surface of the head: radius map, ray intersection, normals, shadow
     camera       pose, perspective, framing, lens and sensor
     lighting     lamp, sky, sheen
     paint        albedo of skin, eyes, brows, nose, mouth, beard; on it stand hair and accessories (glasses, mask)

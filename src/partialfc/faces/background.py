@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from partialfc.faces.geometry import interleave
 from partialfc.faces.hair import long_hair
-from partialfc.faces.surface import interleave
 from partialfc.faces.traits import Named
 
 

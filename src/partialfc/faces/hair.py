@@ -47,12 +47,6 @@ def long_hair(trait: Named) -> Tensor:
     return ((trait["hair_length"] - 0.1) * 1.6).clamp(0, 1)
 
 
-def strand_coordinates(a: Tensor, b: Tensor, trait: Named) -> tuple[Tensor, Tensor]:
-    """Coordinates across and along the strands, which fan out from the parting at the top of the head."""
-    across = (a - 0.25 * trait["hair_part"]) / (b + 2.2)
-    return across * 2.6, b * 0.5
-
-
 def paint_hair(canvas: Canvas, distance: Tensor) -> None:
     """Paint the hair over the face: ragged edge, darker roots, strands, a soft sheen across the top."""
     strands = canvas.strands

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ _UNIFORMS: tuple[str, ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FaceParameters:
+class FaceParameters(NamedTuple):
     """All random numbers of a batch of images.
 
     Attributes:
@@ -47,10 +46,6 @@ class FaceParameters:
     uniforms: Tensor
     moles: Tensor
     keys: Tensor
-
-    def __getitem__(self, rows: Tensor) -> FaceParameters:
-        """The parameters of some of the images."""
-        return FaceParameters(*(getattr(self, field)[rows] for field in self.__dataclass_fields__))
 
     def nuisances(self) -> Named:
         """The nuisances by name, each (B, 1, 1)."""

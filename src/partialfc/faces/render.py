@@ -16,23 +16,12 @@ from torch import Tensor
 from partialfc.core import keyed_random
 from partialfc.core.keyed_random import derive_key
 from partialfc.data.align import transform_points
-from partialfc.faces import accessories, hair, paint
+from partialfc.faces import accessories, geometry, hair, paint
 from partialfc.faces.background import paint_background
 from partialfc.faces.camera import Camera, develop, framing, make_camera, pixels_on_plane
 from partialfc.faces.lighting import make_lighting, shade
 from partialfc.faces.parameters import FaceParameters, draw_parameters, group_of
 from partialfc.faces.settings import FaceSettings
-from partialfc.faces.surface import (
-    Surface,
-    interleave,
-    intersect,
-    map_axis,
-    normals_of,
-    occlusion_and_shadow,
-    points_at,
-    sample_map,
-    sum_of_bumps,
-)
 from partialfc.faces.traits import EXPRESSIONS, TRAITS, Named, by_name, flat, shape_of
 
 # Pixels rendered at once: the dozens of intermediate planes then stay within a processor's cache.
@@ -109,7 +98,7 @@ def render_faces(
             worn = [accessories.wears(name, nuisance, settings).flatten() for name in ("mask", "glasses")]
             for rows in torch.argsort(2 * worn[0] + worn[1], stable=True).split(step):
                 images[start + rows], landmarks[start + rows] = render_parameters(
-                    parameters[rows], seed, size, aligned, settings
+                    FaceParameters(*(values[rows] for values in parameters)), seed, size, aligned, settings
                 )
     return Faces(images, landmarks, group_of(identities))
 
@@ -133,11 +122,11 @@ def render_parameters(
     matrices = framing(projected, parameters.keys, seed, size, settings, aligned)
     x, y, pixel = pixels_on_plane(matrices, size)
     ray = camera.rays(x, y)
-    a, b, coverage = intersect(surface, camera.origin(), ray, pixel)
+    a, b, coverage = geometry.intersect(surface, camera.origin(), ray, pixel)
     canvas, in_hair = _paint_head(a, b, 0.72 / pixel, measure, trait, nuisance, parameters.moles, settings)
     lighting = make_lighting(camera, flat(nuisance), settings)
-    normals = sample_map(normals_of(surface), a, b)
-    exposure = sample_map(occlusion_and_shadow(surface, lighting.towards), a, b)
+    normals = geometry.sample_map(geometry.normals_of(surface), a, b)
+    exposure = geometry.sample_map(geometry.occlusion_and_shadow(surface, lighting.towards), a, b)
     gloss = 0.10 - 0.08 * (in_hair * 20).clamp(0, 1)
     head = shade(canvas.albedo, gloss, normals, exposure, lighting)
     neck = camera.project(torch.tensor([_NECK], device=pixel.device).expand(len(pixel), -1, -1))
@@ -174,13 +163,13 @@ def _pattern(device: torch.device) -> Tensor:
 
 def _build_surface(
     bumps: Tensor, size: int, measure: Named, trait: Named, nuisance: Named, settings: FaceSettings
-) -> Surface:
+) -> geometry.Surface:
     """The heads with hair and mask, on maps for images of `size` pixels."""
-    a = map_axis(2 * round(size * _MAP_POINTS_PER_PIXEL / 2), bumps.device)
+    a = geometry.map_axis(2 * round(size * _MAP_POINTS_PER_PIXEL / 2), bumps.device)
     b = a[:, None]
     bumps = bumps.clone()
     bumps[:, :, 2:4].clamp_(min=0.02)
-    factor = sum_of_bumps(bumps, a).add_(1)
+    factor = geometry.sum_of_bumps(bumps, a).add_(1)
     worn = accessories.wears("mask", nuisance, settings)
     if bool(worn.any()):
         covered = (accessories.mask_distance(a, b, measure, nuisance) * 20 + 0.5).clamp(0, 1) * worn
@@ -188,10 +177,10 @@ def _build_surface(
     distance = hair.hair_distance(a, b, measure, trait, nuisance)
     factor = factor.add_(hair.hair_height(distance, b, measure, trait, nuisance))
     radii = torch.cat([measure[name][:, 0] for name in ("radius_x", "radius_y", "radius_z")], dim=1)
-    return Surface(radii, factor[:, None])
+    return geometry.Surface(radii, factor[:, None])
 
 
-def _landmarks_of(surface: Surface, measure: Named) -> Tensor:
+def _landmarks_of(surface: geometry.Surface, measure: Named) -> Tensor:
     """The five landmarks in head coordinates (N, 5, 3): eyes, nose tip, mouth corners, image-left ones first."""
     m = flat(measure)
     corner = m["mouth_b"] + m["mouth_curve"]
@@ -201,7 +190,7 @@ def _landmarks_of(surface: Surface, measure: Named) -> Tensor:
     b = b - a.new_tensor([1.0, 1.0, 0.0, 1.0, 1.0]) * skew * a
     # The face is painted at a minus this lean (see _paint_head).
     lean = 0.4 * skew * (b - 0.2)
-    return points_at(surface, a + lean, b)
+    return geometry.points_at(surface, a + lean, b)
 
 
 def _paint_head(
@@ -215,9 +204,10 @@ def _paint_head(
     settings: FaceSettings,
 ) -> tuple[paint.Canvas, Tensor]:
     """The painted head, and how deep in the hair each pixel lies (N, H, W)."""
-    skin_grid = interleave(a * 0.9 + 1.3 * trait["freckle"], b * 0.9 + 1.3 * trait["skin_warm"])
-    across, along = hair.strand_coordinates(a, b, trait)
-    hair_grid = interleave(across + nuisance["hair_noise"], along)
+    skin_grid = geometry.interleave(a * 0.9 + 1.3 * trait["freckle"], b * 0.9 + 1.3 * trait["skin_warm"])
+    # Strands fan out from the parting at the top of the head.
+    across = (a - 0.25 * trait["hair_part"]) / (b + 2.2) * 2.6
+    hair_grid = geometry.interleave(across + nuisance["hair_noise"], b * 0.5)
     patterns = _pattern(a.device).expand(len(a), -1, -1, -1)
     skin_noise, hair_noise = (
         F.grid_sample(planes, grid, mode="bilinear", padding_mode="reflection", align_corners=True)

@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -144,10 +143,13 @@ def write_training_set(
     Raises:
         InputError: the folder exists, cannot be written, or a number makes no set.
     """
+    folder = Path(folder)
     _check_training_set(identities, shots, size, layout)
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
     settings = settings or FaceSettings()
     images = _encoded_images(seed, *_grid(identities, shots), size, settings, workers, progress)
-    with _new_folder(Path(folder)) as partial:
+    with output_errors(folder), atomic_folder(folder) as partial:
         if layout == "recordio":
             with RecordWriter(partial / "train.rec", num_classes=len(identities), size=size) as writer:
                 for number, image in enumerate(images):
@@ -294,15 +296,6 @@ def _about(seed: int, identities: range, size: int, settings: FaceSettings) -> d
         "size": size,
         "settings": asdict(settings),
     }
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` at a clean end and is removed otherwise."""
-    if folder.exists() or folder.is_symlink():
-        raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
-    with output_errors(folder), atomic_folder(folder) as temporary:
-        yield temporary
 
 
 def _encoded_images(

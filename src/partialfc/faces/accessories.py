@@ -29,28 +29,22 @@ def mask_distance(a: Tensor, b: Tensor, measure: Named, nuisance: Named) -> Tens
 
 def mask_factor(a: Tensor, b: Tensor) -> Tensor:
     """The radius factor of a mask stretched over nose and chin, (T, T) or (N, T, T)."""
-    return (
-        1.06
-        + 0.17 * torch.exp(-3.2 * a * a - 6.0 * (b - 0.42) ** 2)
-        + 0.10 * torch.exp(-2 * a * a - 7 * (b - 0.9) ** 2)
-    )
+    nose = torch.exp(-3.2 * a * a - 6.0 * (b - 0.42) ** 2)
+    chin = torch.exp(-2 * a * a - 7 * (b - 0.9) ** 2)
+    return 1.06 + 0.17 * nose + 0.10 * chin
 
 
 def paint_mask(canvas: Canvas, worn: Tensor) -> None:
     """Paint the mask with its pleats, seams and ear loops on the images where `worn` (N, 1, 1) is 1."""
     distance = mask_distance(canvas.a, canvas.b, canvas.measure, canvas.nuisance)
     width = canvas.a.abs()
-    loops = torch.maximum(
-        0.013 - (canvas.b - 0.20 + 0.10 * (width - 0.98)).abs(), 0.013 - (canvas.b - 0.72 + 0.45 * (width - 0.98)).abs()
-    )
-    loops = torch.minimum(torch.minimum(loops, width - 0.95), 1.42 - width)
+    upper_loop = 0.013 - (canvas.b - 0.20 + 0.10 * (width - 0.98)).abs()
+    lower_loop = 0.013 - (canvas.b - 0.72 + 0.45 * (width - 0.98)).abs()
+    loops = torch.minimum(torch.minimum(torch.maximum(upper_loop, lower_loop), width - 0.95), 1.42 - width)
     colour = ramp(_MASK_RAMP, canvas.nuisance["mask_tone"][:, 0, 0])
     canvas.paint(colour, torch.maximum(canvas.cover(distance), canvas.cover(loops)) * worn)
-    pleats = (
-        (torch.sin(canvas.b * 40 + 0.6) - 0.55).clamp_min_(0)
-        * canvas.cover(distance - 0.07)
-        * canvas.cover(0.80 - width)
-    )
+    pleats = (torch.sin(canvas.b * 40 + 0.6) - 0.55).clamp_min_(0)
+    pleats = pleats * canvas.cover(distance - 0.07) * canvas.cover(0.80 - width)
     seam = canvas.cover(0.008 - (distance - 0.035).abs(), 1.2)
     canvas.dim((pleats + seam) * worn, 0.22)
 

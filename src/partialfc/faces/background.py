@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from partialfc.faces.geometry import interleave
+from partialfc.faces.geometry import sample_pattern
 from partialfc.faces.hair import long_hair
 from partialfc.faces.traits import Named
 
@@ -39,16 +38,10 @@ def paint_background(
         skin, hair: light that they reflect on average, (N, 3).
     """
     scale = 0.10 + 0.25 * nuisance["back_scale"]
-    grid = interleave(x * scale + (2 * nuisance["back_x"] - 1), y * scale + (2 * nuisance["back_y"] - 1))
-    broad = F.grid_sample(
-        noise[:, :1].expand(len(x), -1, -1, -1), grid, mode="bilinear", padding_mode="reflection", align_corners=True
-    )
-    mix = (
-        0.5
-        + 0.30 * broad
-        + 0.25 * nuisance["back_a"][:, None] * x[:, None]
-        + 0.2 * nuisance["back_b"][:, None] * y[:, None]
-    )
+    shift_x, shift_y = 2 * nuisance["back_x"] - 1, 2 * nuisance["back_y"] - 1
+    broad = sample_pattern(noise[:, :1].expand(len(x), -1, -1, -1), x * scale + shift_x, y * scale + shift_y)
+    slope_x, slope_y = 0.25 * nuisance["back_a"][:, None] * x[:, None], 0.2 * nuisance["back_b"][:, None] * y[:, None]
+    mix = 0.5 + 0.30 * broad + slope_x + slope_y
     first = _muted_colour(nuisance["back_tone"], nuisance["back_hue"])[:, :, None, None]
     second = _muted_colour(nuisance["back_tone_2"], nuisance["back_hue_2"])[:, :, None, None]
     picture = first + mix.clamp(0, 1) * (second - first)
@@ -63,11 +56,8 @@ def paint_background(
     curtain = torch.minimum(half - (x - back[:, 0]).abs() - 0.06 * (y - 0.4).clamp_min(0), 1.75 - y) - (1 - long) * 2
     paint((hair * 0.45)[:, :, None, None], curtain, 0.12)
     across = (x - throat[:, 0]) / (0.46 + 0.10 * ((y - 1.0).clamp(0, 1) ** 2))
-    light = (
-        0.62
-        + 0.38 * ((y - throat[:, 1] - 0.45) * 1.4).clamp(-0.7, 1)
-        + 0.22 * nuisance["light_side"].clamp(-1, 1) * across
-    )
+    from_below = ((y - throat[:, 1] - 0.45) * 1.4).clamp(-0.7, 1)
+    light = 0.62 + 0.38 * from_below + 0.22 * nuisance["light_side"].clamp(-1, 1) * across
     paint(skin[:, :, None, None] * light[:, None], torch.minimum((1 - across.abs()) * 0.4, y - 0.35), 0.05)
     aside = (x - throat[:, 0]) ** 2
     collar = y - 1.24 - 0.22 * aside - 0.30 / (1 + 9 * aside)

@@ -50,7 +50,7 @@ class Canvas:
         return (distance * (self.edge / softness)).add_(0.5).clamp_(0, 1)
 
     def paint(self, colour: Tensor, cover: Tensor) -> None:
-        """Blend a colour, (N, 3) or (N, 3, H, W), over the albedo by its coverage (N, H, W)."""
+        """Blend a colour, (N or 1, 3) or (N, 3, H, W), over the albedo by its coverage (N, H, W)."""
         colour = colour[:, :, None, None] if colour.ndim == 2 else colour
         torch.lerp(self.albedo, colour, cover[:, None], out=self.albedo)
 
@@ -81,7 +81,7 @@ def hair_colour(trait: Named, tone_shift: Tensor) -> Tensor:
     red = (0.22 * (trait["hair_red"] - 0.6)).clamp(0, 0.5)
     colour = colour * torch.stack([1 + red, 1 - 0.2 * red, 1 - 0.6 * red], dim=1)
     grey = (0.45 * (trait["age"] - 0.9)).clamp(0, 0.85)[:, None]
-    return torch.lerp(colour, colour.new_tensor([[0.36, 0.35, 0.34]]).expand_as(colour), grey)
+    return torch.lerp(colour, colour.new_tensor([[0.36, 0.35, 0.34]]), grey)
 
 
 def paint_face(canvas: Canvas, moles: Tensor) -> None:
@@ -108,9 +108,8 @@ def _skin(canvas: Canvas) -> None:
     width = canvas.a.abs()
     canvas.albedo.copy_(canvas.skin[:, :, None, None] * (1 + 0.07 * broad + 0.02 * fine)[:, None])
     flush = (0.35 + 0.14 * trait["blush"] + 0.10 * canvas.nuisance["blush"]).clamp(0, 0.9)
-    redness = _bell(width - 0.50, canvas.b - 0.27, 0.22, 0.20) + 0.8 * _bell(
-        width, canvas.b - measure["nose_b"], 0.12, 0.12
-    )
+    redness = _bell(width - 0.50, canvas.b - 0.27, 0.22, 0.20)
+    redness = redness + 0.8 * _bell(width, canvas.b - measure["nose_b"], 0.12, 0.12)
     redness = redness * (flush * (1 + 0.3 * broad))
     canvas.albedo[:, 1:].mul_((1 - 0.32 * redness)[:, None])
     around_eye = _bell(width - measure["eye_a"] + 0.06, canvas.b - measure["eye_b"] - 0.02, 0.16, 0.10)
@@ -168,16 +167,14 @@ def _nose(canvas: Canvas) -> None:
 def _beard(canvas: Canvas) -> None:
     trait, nuisance, measure = canvas.trait, canvas.nuisance, canvas.measure
     width, b = canvas.a.abs(), canvas.b
-    amount = (0.55 * (trait["beard"] - 0.45) + 0.25 * nuisance["beard"]).clamp(0, 1) * (
-        0.25 + 0.75 * nuisance["beard_grown"]
-    )
+    amount = (0.55 * (trait["beard"] - 0.45) + 0.25 * nuisance["beard"]).clamp(0, 1)
+    amount = amount * (0.25 + 0.75 * nuisance["beard_grown"])
     line = 0.55 + 0.035 * trait["beard_low"] - 0.42 * (width - 0.36).clamp_min(0)
     jaw = (b - line) * (1 / 0.16)
     upper_lip = torch.minimum((b - measure["nostril_b"] - 0.075) * 20, (measure["mouth_width"] + 0.03 - width) * 12)
-    free = (
-        torch.sqrt((width / (measure["mouth_width"] + 0.02)) ** 2 + ((b - measure["mouth_b"] - 0.01) / 0.13) ** 2) - 1
-    )
-    region = torch.maximum(jaw.clamp(0, 1) * (free * 4).clamp(0, 1), upper_lip.clamp(0, 1))
+    across, down = width / (measure["mouth_width"] + 0.02), (b - measure["mouth_b"] - 0.01) / 0.13
+    around_mouth = torch.sqrt(across**2 + down**2) - 1
+    region = torch.maximum(jaw.clamp(0, 1) * (around_mouth * 4).clamp(0, 1), upper_lip.clamp(0, 1))
     strands = 1 + 0.15 * canvas.skin_noise[:, 1] + 0.08 * canvas.strands
     canvas.paint(canvas.hair * 0.8, region * (amount * strands).clamp(0, 0.95))
 
@@ -198,11 +195,9 @@ def _mouth(canvas: Canvas) -> None:
     canvas.paint(colour, lips * 0.88)
     canvas.dim(lips * (0.5 - y * 14).clamp_(0, 1), 0.20)  # the upper lip faces down
     inside = canvas.cover(torch.minimum(y + 0.35 * gap, gap - y), 1.0) * (gap * 60).clamp_(0, 1)
-    canvas.paint(canvas.skin.new_tensor([[0.075, 0.022, 0.020]]).expand(len(u), 3), inside)
+    canvas.paint(canvas.skin.new_tensor([[0.075, 0.022, 0.020]]), inside)
     teeth = inside * canvas.cover(0.034 - (y + 0.35 * gap), 1.2)
-    canvas.paint(
-        canvas.skin.new_tensor([[0.66, 0.62, 0.54]]).expand(len(u), 3), teeth * (1 - 0.5 * square).clamp_(0, 1)
-    )
+    canvas.paint(canvas.skin.new_tensor([[0.66, 0.62, 0.54]]), teeth * (1 - 0.5 * square).clamp_(0, 1))
     line = canvas.cover(0.009 - y.abs(), 1.3) * canvas.cover(measure["mouth_width"] * 1.04 - canvas.a.abs(), 1.5)
     canvas.dim(line * (1 - inside), 0.62)
 
@@ -222,10 +217,8 @@ def _eyes(canvas: Canvas) -> None:
     look = x * torch.sign(canvas.a) - 0.016 * trait["gaze_a"]
     rise = flat - 0.008 * trait["gaze_b"] + 0.010
     radius = torch.sqrt(look * look + rise * rise)
-    white = canvas.skin.new_tensor([[0.60, 0.565, 0.545]]).expand(len(x), 3)
-    ball = torch.lerp(
-        white[:, :, None, None], _iris_colour(trait)[:, :, None, None], canvas.cover(iris - radius)[:, None]
-    )
+    white = canvas.skin.new_tensor([[0.60, 0.565, 0.545]])[:, :, None, None]
+    ball = torch.lerp(white, _iris_colour(trait)[:, :, None, None], canvas.cover(iris - radius)[:, None])
     dark = canvas.cover(0.42 * iris - radius) * 0.9 + canvas.cover(0.010 - (radius - iris).abs(), 1.5) * 0.45
     shade = (upper * 11 + 0.40).clamp_(0.35, 1) * (1 - dark.clamp_(0, 0.92))
     canvas.paint(ball * shade[:, None], opening)
@@ -238,9 +231,8 @@ def _eyes(canvas: Canvas) -> None:
     crease = (upper + measure["crease"]).abs()
     canvas.dim(canvas.cover(0.007 - crease, 1.3) * inside, (0.34 + 0.06 * trait["lid_crease"]).clamp(0.1, 0.5))
     bag = (lower + 0.055 + 0.012 * u).abs()
-    canvas.dim(
-        canvas.cover(0.008 - bag, 2.5) * inside, (0.10 + 0.05 * trait["eye_bag"] + 0.05 * trait["age"]).clamp(0, 0.3)
-    )
+    strength = (0.10 + 0.05 * trait["eye_bag"] + 0.05 * trait["age"]).clamp(0, 0.3)
+    canvas.dim(canvas.cover(0.008 - bag, 2.5) * inside, strength)
 
 
 def _iris_colour(trait: Named) -> Tensor:

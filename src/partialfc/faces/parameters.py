@@ -62,7 +62,7 @@ def draw_parameters(seed: int, identities: Tensor, shots: Tensor, settings: Face
     traits = traits.clamp(-_CUTOFF, _CUTOFF) * settings.identity_spread + means
     counters = identity_keys + torch.arange(4 * MOLES, device=device)
     moles = keyed_random.uniform(derive_key(seed, "face moles"), counters)
-    keys = _shot_keys(seed, identities, shots)
+    keys = _keys(seed, "face shot", identities, shots)
     counters = keys[:, None] + torch.arange(max(len(_NORMALS), len(_UNIFORMS)), device=device)
     normals = keyed_random.normal(derive_key(seed, "face normals"), counters[:, : len(_NORMALS)])
     normals = normals.clamp(-_CUTOFF, _CUTOFF)
@@ -87,7 +87,7 @@ def group_of(identities: Tensor) -> Tensor:
 def jpeg_quality(seed: int, identities: Tensor, shots: Tensor, settings: FaceSettings) -> Tensor:
     """The JPEG quality with which a written set stores each image: int64 (B,)."""
     lowest, highest = settings.jpeg_quality
-    fraction = keyed_random.uniform(derive_key(seed, "face jpeg"), _shot_keys(seed, identities, shots))
+    fraction = keyed_random.uniform(derive_key(seed, "face jpeg"), _keys(seed, "face shot", identities, shots))
     return lowest + (fraction * (highest - lowest + 1)).long()
 
 
@@ -97,10 +97,6 @@ def _keys(seed: int, purpose: str, *numbers: Tensor) -> Tensor:
     for number in numbers:
         state = keyed_random.bits(derive_key(seed, purpose), keyed_random.mix(state) + number)
     return state
-
-
-def _shot_keys(seed: int, identities: Tensor, shots: Tensor) -> Tensor:
-    return _keys(seed, "face shot", identities, shots)
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from partialfc.core import keyed_random
@@ -204,15 +203,10 @@ def _paint_head(
     settings: FaceSettings,
 ) -> tuple[paint.Canvas, Tensor]:
     """The painted head, and how deep in the hair each pixel lies (N, H, W)."""
-    skin_grid = geometry.interleave(a * 0.9 + 1.3 * trait["freckle"], b * 0.9 + 1.3 * trait["skin_warm"])
+    pattern = _pattern(a.device).expand(len(a), -1, -1, -1)
+    skin_a, skin_b = a * 0.9 + 1.3 * trait["freckle"], b * 0.9 + 1.3 * trait["skin_warm"]
     # Strands fan out from the parting at the top of the head.
-    across = (a - 0.25 * trait["hair_part"]) / (b + 2.2) * 2.6
-    hair_grid = geometry.interleave(across + nuisance["hair_noise"], b * 0.5)
-    patterns = _pattern(a.device).expand(len(a), -1, -1, -1)
-    skin_noise, hair_noise = (
-        F.grid_sample(planes, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
-        for planes, grid in ((patterns[:, :2], skin_grid), (patterns[:, 2:], hair_grid))
-    )
+    across_strands = (a - 0.25 * trait["hair_part"]) / (b + 2.2) * 2.6 + nuisance["hair_noise"]
     canvas = paint.Canvas(
         a=a - measure["skew"] * 0.4 * (b - 0.2),
         b=b,
@@ -220,8 +214,8 @@ def _paint_head(
         measure=measure,
         trait=trait,
         nuisance=nuisance,
-        skin_noise=skin_noise,
-        strands=hair_noise[:, 0],
+        skin_noise=geometry.sample_pattern(pattern[:, :2], skin_a, skin_b),
+        strands=geometry.sample_pattern(pattern[:, 2:], across_strands, b * 0.5)[:, 0],
         skin=paint.skin_colour(flat(trait)),
         hair=paint.hair_colour(flat(trait), nuisance["hair_tone"][:, 0, 0]),
         albedo=torch.empty(len(a), 3, *a.shape[1:], device=a.device),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,27 +88,12 @@ class FaceWorld:
         if folder.exists() and not resume:
             raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
         folder.mkdir(parents=True, exist_ok=True)
+        common: dict[str, Any] = {"size": self.image_size, "seed": self.seed, "quiet": quiet}
         if not train.exists():
-            with Progress("training images", quiet=quiet) as progress:
-                write_training_set(
-                    train,
-                    identities=range(self.identities),
-                    shots=self.shots,
-                    size=self.image_size,
-                    seed=self.seed,
-                    layout=self.layout,
-                    progress=progress.update,
-                )
+            identities = range(self.identities)
+            write_training_set(train, identities=identities, shots=self.shots, layout=self.layout, **common)
         if not pairs.exists():
-            with Progress("pair images", quiet=quiet) as progress:
-                write_pair_set(
-                    pairs,
-                    identities=self._held_out(),
-                    pairs=self.pairs,
-                    size=self.image_size,
-                    seed=self.seed,
-                    progress=progress.update,
-                )
+            write_pair_set(pairs, identities=self._held_out(), pairs=self.pairs, **common)
         return {"train": str(train), "images": self.identities * self.shots, "pairs_file": str(pairs), **asdict(self)}
 
 
@@ -121,7 +107,7 @@ def write_training_set(
     layout: Layout = "recordio",
     settings: FaceSettings | None = None,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    quiet: bool = True,
 ) -> None:
     """Write aligned procedural faces as a training set, described by its `faces.json`.
 
@@ -138,7 +124,7 @@ def write_training_set(
         settings: strengths of the nuisances.
         workers: processes that render; by default one for each core, none for small sets. Scripts that start
             processes need the usual `if __name__ == "__main__":`.
-        progress: called with (images done, images in all).
+        quiet: show no progress.
 
     Raises:
         InputError: the folder exists, cannot be written, or a number makes no set.
@@ -148,8 +134,8 @@ def write_training_set(
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
     settings = settings or FaceSettings()
-    images = _encoded_images(seed, *_grid(identities, shots), size, settings, workers, progress)
-    with output_errors(folder), atomic_folder(folder) as partial:
+    images = _encoded_images(seed, *_grid(identities, shots), size, settings, workers, quiet)
+    with output_errors(folder), atomic_folder(folder) as partial, closing(images):
         if layout == "recordio":
             with RecordWriter(partial / "train.rec", num_classes=len(identities), size=size) as writer:
                 for number, image in enumerate(images):
@@ -173,7 +159,7 @@ def write_pair_set(
     seed: int = 0,
     settings: FaceSettings | None = None,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    quiet: bool = True,
 ) -> None:
     """Write aligned procedural pairs as a verification `.bin`, described by a `.json` of the same stem.
 
@@ -184,7 +170,7 @@ def write_pair_set(
         path: the `.bin` file to make.
         identities: numbers of the identities, disjoint from those trained on.
         pairs: a multiple of 20.
-        size, seed, settings, workers, progress: as for `write_training_set`.
+        size, seed, settings, workers, quiet: as for `write_training_set`.
 
     Raises:
         InputError: the file exists, cannot be written, or a number makes no set.
@@ -200,7 +186,7 @@ def write_pair_set(
     settings = settings or FaceSettings()
     members, is_same = draw_pairs(seed, identities, pairs)
     shots = torch.arange(2 * pairs)
-    encoded = list(_encoded_images(seed, members.flatten(), shots, size, settings, workers, progress))
+    encoded = list(_encoded_images(seed, members.flatten(), shots, size, settings, workers, quiet))
     about = _about(seed, identities, size, settings) | {"pairs": pairs, "folds": FOLDS}
     with output_errors(path), atomic_file(about_path) as file:
         file.write((json.dumps(about, indent=2) + "\n").encode())
@@ -305,8 +291,8 @@ def _encoded_images(
     size: int,
     settings: FaceSettings,
     workers: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[bytes]:
+    quiet: bool,
+) -> Generator[bytes, None, None]:
     """The images as JPEG files, in order, rendered by `workers` processes (0: in this one)."""
     total, done = len(identities), 0
     if workers is None:
@@ -315,11 +301,11 @@ def _encoded_images(
         (seed, identities[rows].numpy(), shots[rows].numpy(), size, settings)
         for rows in (slice(start, start + _IMAGES_PER_TASK) for start in range(0, total, _IMAGES_PER_TASK))
     )
-    for images in _run(tasks, workers) if workers > 0 else (_encode(*task) for task in tasks):
-        yield from images
-        done += len(images)
-        if progress is not None:
-            progress(done, total)
+    with Progress("rendering", total, quiet=quiet) as progress:
+        for images in _run(tasks, workers) if workers > 0 else (_encode(*task) for task in tasks):
+            yield from images
+            done += len(images)
+            progress.update(done)
 
 
 def _encode(seed: int, identities: np.ndarray, shots: np.ndarray, size: int, settings: FaceSettings) -> list[bytes]:

@@ -66,7 +66,7 @@ class RecordReader:
     Attributes:
         path: the `.rec` file.
         keys: the keys in increasing order, a range or int64 (N,).
-        offsets: where the record of each key begins, in bytes, int64 (N,). A record's row is its place in both.
+        offsets: where the record of each key begins, in bytes, int64 (N,). A record's row is its index in both.
 
     Raises:
         InputError: the file cannot be read, its `.idx` is no index, or it holds no record.

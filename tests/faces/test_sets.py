@@ -67,6 +67,7 @@ def test_the_images_are_those_of_render_faces(tmp_path: Path) -> None:
     assert difference.mean() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     write_training_set(tmp_path / "alone", identities=range(70), shots=4, size=16, workers=0)

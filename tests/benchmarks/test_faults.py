@@ -52,6 +52,27 @@ def test_the_table_has_all_rows() -> None:
     assert set(keys) > set(LONG_FORM_ONLY)
 
 
+INSTALL_ALL = """
+from fault_rows import killed, patches, stopped
+for moment in [*killed.MOMENTS.values(), *stopped.MOMENTS.values()]:
+    if moment is not patches.terminate:
+        moment()
+for stage in [*patches.COPY_STAGES.values(), *patches.OWN_STAGES.values(), *patches.LEADER_STAGES.values()]:
+    stage(9, patches.die)
+patches.between_renames(9, patches.die)
+for poison in (patches.poison_images, patches.poison_loss, patches.poison_weights_gradient):
+    poison(range(5, 6))
+print("installed")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_every_fault_of_the_long_form_finds_what_it_patches() -> None:
+    done = subprocess.run([sys.executable, "-c", INSTALL_ALL], cwd=PROGRAM.parent, capture_output=True, text=True)
+    assert done.stdout == "installed\n", done.stderr
+
+
 def test_what_ended_otherwise_is_shown_kept_and_tried_again(tmp_path: Path) -> None:
     outcomes = [faults.Outcome(problem="it went wrong"), faults.Outcome(lost=2), faults.Outcome(lost=5)]
     row = faults.Row("key", "a fault", "all is well", lambda bench, short: iter(()))

@@ -174,6 +174,7 @@ def save_and_load_on_a_rank(rank: int, folder: Path) -> None:
     assert torch.equal(read[1], whole["centers"][shard.start : shard.stop])
 
 
+@pytest.mark.multiprocess
 def test_three_processes_save_and_agree_and_one_reads(tmp_path: Path) -> None:
     run_ranks(3, save_and_load_on_a_rank, tmp_path)
     refused: list[str] = []

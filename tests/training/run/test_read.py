@@ -53,6 +53,7 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
             read_settings(tmp_path / "config.yaml")
 
 
+@pytest.mark.multiprocess
 def test_a_report_imports_no_trainer() -> None:
     code = "import json, sys, partialfc.report.page; print(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -88,6 +88,7 @@ def every_mistake(rank: int, folder: Path) -> None:
     try_to_train(rank, folder / "data", local, folder / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_hosts_that_differ(tmp_path: Path) -> None:
     for rank in range(2):

@@ -63,6 +63,7 @@ class RecordingWandb(ModuleType):
         self.finished += 1
 
 
+@pytest.mark.slow
 def test_both_get_every_figure_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     board, wandb = RecordingTensorBoard(), RecordingWandb()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import faults
+from fault_rows.bench import Injection, Outcome, Row
 
 PROGRAM = Path(faults.__file__)
 LONG_FORM_ONLY = ("interrupted-3", "disk-model", "disk-never")
@@ -25,7 +26,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     nodes = [
         node for node in request.session.items if isinstance(node, pytest.Function) and node.module is request.module
     ]
-    rows = [node.callspec.params["row"] for node in nodes if "row" in node.fixturenames]
+    rows = [str(node.callspec.params["row"]) for node in nodes if "row" in node.fixturenames]
     out = tmp_path_factory.mktemp("faults")
     command = [sys.executable, "-W", "error", str(PROGRAM), "--short", "--out", str(out), "--rows", *rows]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -74,11 +75,11 @@ def test_every_fault_of_the_long_form_finds_what_it_patches() -> None:
 
 
 def test_what_ended_otherwise_is_shown_kept_and_tried_again(tmp_path: Path) -> None:
-    outcomes = [faults.Outcome(problem="it went wrong"), faults.Outcome(lost=2), faults.Outcome(lost=5)]
-    row = faults.Row("key", "a fault", "all is well", lambda bench, short: iter(()))
+    outcomes = [Outcome(problem="it went wrong"), Outcome(lost=2), Outcome(lost=5)]
+    row = Row("key", "a fault", "all is well", lambda bench, short: iter(()))
     results, folders = tmp_path / "results.jsonl", [tmp_path / name for name in "abc"]
     for name, outcome, folder in zip("xxy", outcomes, folders, strict=True):
-        faults.run_one(row, faults.Injection(name, lambda folder, outcome=outcome: outcome), folder, results)
+        faults.run_one(row, Injection(name, lambda folder, outcome=outcome: outcome), folder, results)
     assert [folder.exists() for folder in folders] == [True, False, False]
     done = faults.read_results(results)
     assert done == {("key", "x"): outcomes[1], ("key", "y"): outcomes[2]}
@@ -88,6 +89,7 @@ def test_what_ended_otherwise_is_shown_kept_and_tried_again(tmp_path: Path) -> N
 
 
 def test_an_error_in_a_row_is_a_problem_of_that_injection(tmp_path: Path) -> None:
-    row = faults.Row("key", "a fault", "all is well", lambda bench, short: iter(()))
-    outcome = faults.run_one(row, faults.Injection("x", lambda folder: 1 // 0), tmp_path / "a", tmp_path / "r.jsonl")
+    row = Row("key", "a fault", "all is well", lambda bench, short: iter(()))
+    broken = Injection("x", lambda folder: Outcome(lost=1 // 0))
+    outcome = faults.run_one(row, broken, tmp_path / "a", tmp_path / "r.jsonl")
     assert outcome.problem == "ZeroDivisionError: integer division or modulo by zero"

@@ -137,7 +137,8 @@ def checkout(base: str, folder: Path) -> Iterator[Path]:
 
 def compare(name: str, base: Path, images: Path, pairs: int, turns: int) -> tuple[float, float, float]:
     """Median seconds of the base and of the working tree, and the median ratio of their pairs."""
-    before, now = [], []
+    before: list[float] = []
+    now: list[float] = []
     with side(name, base, images) as old, side(name, ROOT, images) as new:
         for each in (old, new):
             each.median_seconds(2)  # loads libraries and compiles kernels

@@ -19,7 +19,8 @@ import torch
 
 from documents import write_between
 from partialfc.bench.head import bench_head
-from partialfc.bench.head_variants import HeadCase, Phases, our_steps
+from partialfc.bench.head_step import HeadCase
+from partialfc.bench.head_variants import Phases, our_steps
 from partialfc.bench.machine import describe
 from partialfc.head.optim import Unsampled
 from partialfc.head.sampling import sample_classes

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from partialfc.bench.head_step import make_head, synthetic_batch
+from partialfc.bench.head_step import HeadCase
 from partialfc.bench.machine import describe
-from partialfc.config.options import HeadConfig
 from partialfc.head.backends import gpu
 
 WIDTH = 512
@@ -64,11 +63,10 @@ class Step:
     """One head and its steps, which read nothing back."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        config = HeadConfig(options.sample_rate, update="deferred", operand_dtype="bfloat16", dtype=options.dtype)
-        self.head, self.optimizer = make_head(options.classes, WIDTH, config, "cuda")
-        sizes = {"num_classes": options.classes, "embedding_dim": WIDTH, "batch_size": options.batch}
-        self.batches = [synthetic_batch(step, **sizes, device="cuda") for step in range(4)]
-        self.embeddings, self.labels = synthetic_batch(5, **sizes, device="cuda")
+        case = HeadCase(options.classes, WIDTH, options.batch, options.sample_rate, "cuda")
+        self.head, self.optimizer = case.build(update="deferred", operand_dtype="bfloat16", dtype=options.dtype)
+        self.batches = [case.batch(step) for step in range(4)]
+        self.embeddings, self.labels = case.batch(5)
         self.number = 0
 
     def whole(self) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from documents import write_between
-from partialfc.bench.head_step import median_seconds, synthetic_batch
+from partialfc.bench.head_step import HeadCase, median_seconds
 from partialfc.bench.machine import describe
 from partialfc.config.build import build_head, build_head_optimizer
 from partialfc.config.options import (
@@ -136,18 +136,14 @@ def in_fresh_process(work: Callable[[], T]) -> T:
 
 def head_step(workload: Workload) -> Callable[[], None]:
     """A training step of the head alone."""
-    device = torch.device(workload.device)
-    head = build_head(workload.config, workload.classes, device=device)
-    optimizer = build_head_optimizer(workload.config, head)
+    config = workload.config
+    width, rate = config.backbone.embedding_dim, config.head.sample_rate
+    case = HeadCase(workload.classes, width, workload.gathered, rate, workload.device)
+    head = build_head(config, workload.classes, device=torch.device(workload.device))
+    optimizer = build_head_optimizer(config, head)
 
     def step() -> None:
-        embeddings, labels = synthetic_batch(
-            head.step,
-            num_classes=workload.classes,
-            embedding_dim=workload.config.backbone.embedding_dim,
-            batch_size=workload.gathered,
-            device=device,
-        )
+        embeddings, labels = case.batch(head.step)
         head(embeddings, labels).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from workloads import changed, workload
 
-from partialfc.bench.head_step import synthetic_batch
+from partialfc.bench.head_step import HeadCase
 from partialfc.config.build import build_backbone, build_head, build_head_optimizer, build_optimizers
 from partialfc.head import optim
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
@@ -44,7 +44,7 @@ def test_weights_of_a_head_are_those_that_its_step_leaves(optimizer: str, dtype:
     asked = changed(SMALL, device="cpu", head__sample_rate=0.25, **options)
     head = build_head(asked.config, asked.classes, device=CPU)
     rowwise = build_head_optimizer(asked.config, head)
-    embeddings, labels = synthetic_batch(0, num_classes=asked.classes, embedding_dim=64, batch_size=8, device=CPU)
+    embeddings, labels = HeadCase(asked.classes, 64, 8, 0.25, "cpu").batch(0)
     head(embeddings, labels).backward()
     rowwise.step()
     exact = weights_memory(asked)
@@ -142,7 +142,7 @@ def test_bytes_of_the_batch_are_counted_on_the_head() -> None:
     peaks = []
     for images in (8192, 16384):
         head = build_head(asked.config, 64, device=CPU)
-        embeddings, labels = synthetic_batch(0, num_classes=64, embedding_dim=64, batch_size=images, device=CPU)
+        embeddings, labels = HeadCase(64, 64, images, 0.0, "cpu").batch(0)
         with LiveBytes(head) as live:
             head(embeddings, labels).backward()
         peaks.append(live.peak)

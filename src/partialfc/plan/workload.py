@@ -107,17 +107,14 @@ class Workload:
 
     @property
     def center_bytes(self) -> int:
-        """Bytes of a center's element."""
         return _bytes(self.config.head.dtype)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of an element of the centers' optimizer state."""
         return _bytes(self.config.head.state_dtype or self.config.head.dtype)
 
     @property
     def operand_bytes(self) -> int:
-        """Bytes of an operand of the head's products."""
         return _bytes(self.config.head.operand_dtype)
 
     @property

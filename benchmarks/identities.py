@@ -13,7 +13,7 @@ import torch
 
 from partialfc.bench.head_variants import HeadConfiguration
 from partialfc.bench.machine import describe, peak_resident_bytes
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 

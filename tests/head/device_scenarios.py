@@ -14,9 +14,9 @@ from partialfc.distributed.collectives import Group, rank_of, split_evenly, worl
 from partialfc.head import partial_fc
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.backends.torch_chunked import ChunkedBackend
-from partialfc.head.global_batch import GlobalLabels
+from partialfc.head.inputs import GlobalLabels
 from partialfc.head.loss import Path as HeadPath
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from partialfc.core import keyed_random
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
-from partialfc.head.margins.base import ArcFace, CosFace, Margin
+from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC, Update
 

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc.core.errors import InputError
 from partialfc.distributed import collectives
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
-from partialfc.head.global_batch import GlobalLabels
-from partialfc.head.margins.base import ArcFace
+from partialfc.head.inputs import GlobalLabels
+from partialfc.head.margins import ArcFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 

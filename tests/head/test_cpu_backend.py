@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from partialfc.head.backends import compiled, cpu_kernels
+from partialfc.head.backends import cpu_kernels, select
 from partialfc.head.backends.threads import run_parallel
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -27,7 +27,7 @@ CLASSES, WIDTH, BATCH = 3000, 40, 24
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a user without the extra has."""
-    monkeypatch.setattr(compiled, "row_loops", lambda: None)
+    monkeypatch.setattr(select, "numba_kernels", lambda: None)
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def test_the_same_as_the_chunked_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     results = []
-    for loops in (compiled.row_loops(), None):
-        monkeypatch.setattr(compiled, "row_loops", lambda loops=loops: loops)
+    for loops in (select.numba_kernels(), None):
+        monkeypatch.setattr(select, "numba_kernels", lambda loops=loops: loops)
         head = small_tiles(update=update, **options)
         results.append(train(head, optimizer(head.parameters(), lr=0.01), micro_steps=micro_steps))
     for compiled_result, chunked_result in zip(*results, strict=True):
@@ -139,7 +139,7 @@ def test_error_budget_of_bfloat16_operands(
 ) -> None:
     """No worse than the plain bfloat16 computation, for embeddings and for centers."""
     if not compiled_loops:
-        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+        monkeypatch.setattr(select, "numba_kernels", lambda: None)
     torch.manual_seed(0)
     head = PartialFC(500, 64, 1.0, CosFace(0.4), operand_dtype=torch.bfloat16)
     centers, labels = head.centers.detach().clone(), torch.randint(500, (32,))

@@ -19,7 +19,7 @@ from distributed_workers import run_ranks
 from partialfc.core.errors import InputError
 from partialfc.head import partial_fc
 from partialfc.head.backends.gpu import GPUBackend
-from partialfc.head.global_batch import GlobalLabels
+from partialfc.head.inputs import GlobalLabels
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 

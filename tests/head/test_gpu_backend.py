@@ -16,7 +16,7 @@ from partialfc.head import partial_fc
 from partialfc.head.backends import gpu
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.backends.torch_chunked import ChunkedBackend
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.head.backends import compiled
-from partialfc.head.margins.base import CosFace
+from partialfc.head.backends import select
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -79,7 +79,7 @@ def test_300_steps_equal_dense_sgd(
     update: str, dtype: torch.dtype, loops: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not loops:
-        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+        monkeypatch.setattr(select, "numba_kernels", lambda: None)
     head = head_of(dtype, update)
     start, optimizer = head.centers.detach().clone(), optimizer_of(head)
     sampled = train(head, optimizer, 0, 300)
@@ -162,7 +162,7 @@ def test_bfloat16_rows_that_rest_decay_too(state_dtype: torch.dtype) -> None:
 def test_two_forward_passes_before_a_backward_pass(loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one brings rows up to date, but none that the first has read."""
     if not loops:
-        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+        monkeypatch.setattr(select, "numba_kernels", lambda: None)
     head = head_of(torch.float32)
     optimizer = optimizer_of(head)
     train(head, optimizer, 0, 5)

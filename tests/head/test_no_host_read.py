@@ -19,11 +19,11 @@ pytest.importorskip("triton")
 from partialfc.head import partial_fc
 from partialfc.head.backends import gpu
 from partialfc.head.backends.gpu import GPUBackend
-from partialfc.head.input_flag import InputFlag
-from partialfc.head.margins.base import ArcFace
+from partialfc.head.inputs import InputFlag
+from partialfc.head.margins import ArcFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.head.row_storage import StateStorage
+from partialfc.head.rows import StateStorage
 
 CLASSES, WIDTH, BATCH = 20_000, 32, 16
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.head.row_storage import Rows, round_stochastically
+from partialfc.head.rows import Rows, round_stochastically
 
 
 def test_rounding_takes_a_neighbour_and_is_right_on_average() -> None:

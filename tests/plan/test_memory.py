@@ -16,7 +16,7 @@ from partialfc.bench.machine import peak_resident_bytes
 from partialfc.config.options import BackboneConfig, OptimizerConfig, TrainConfig
 from partialfc.head import optim
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
-from partialfc.head.row_storage import Rows
+from partialfc.head.rows import Rows
 from partialfc.head.sampling import sample_classes
 from partialfc.plan.measure import head_batch, head_step
 from partialfc.plan.memory import CLASS_BYTES, GATHERED_BYTES, UPDATE_BYTES, head_memory, plan_memory, weights_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from partialfc.core import keyed_random
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD, Unsampled
 from partialfc.head.partial_fc import PartialFC
 from partialfc.head.sampling import sample_classes, sample_size
@@ -80,7 +80,8 @@ def our_steps(configuration: HeadConfiguration, unsampled: Unsampled = "freeze")
 
     def step(variant: Variant, embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
         head.update = "deferred" if variant.startswith("deferred") else "sparse"
-        head.operand_dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
+        operand_dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
+        head.loss_config = replace(head.loss_config, operand_dtype=operand_dtype)
         with phases("forward"):
             loss = head(embeddings, labels)
         with phases("backward"):

@@ -12,7 +12,7 @@ import yaml
 from partialfc.backbones import create_backbone
 from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
 from partialfc.core.errors import InputError
-from partialfc.head.margins.base import ArcFace, CosFace, Margin
+from partialfc.head.margins import MARGINS, Margin
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.freezing import freeze
 from partialfc.training.profiling import parse_steps
@@ -124,11 +124,12 @@ class HeadConfig:
 
     def build_margin(self) -> Margin:
         """The margin object; InputError for an impossible value."""
+        arguments: dict[str, Any] = {}
+        if self.margin_value is not None and self.margin != "none":
+            arguments["m"] = self.margin_value
         if self.margin == "arcface":
-            return ArcFace(0.5 if self.margin_value is None else self.margin_value, self.margin_gradient)
-        if self.margin == "cosface":
-            return CosFace(0.4 if self.margin_value is None else self.margin_value)
-        return Margin()
+            arguments["gradient"] = self.margin_gradient
+        return MARGINS[self.margin](**arguments)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from partialfc.backbones import check_backbone
 from partialfc.core.errors import InputError
-from partialfc.head.backends.compiled import row_loops
+from partialfc.head.backends.select import numba_kernels
 from partialfc.head.sampling import sample_size
 
 Device = Literal["v100", "a100", "h100", "h200", "cpu", "cuda"]
@@ -133,4 +133,4 @@ class PlanRequest:
     @property
     def compiled_head(self) -> bool:
         """Whether the compiled loops of the CPU take this head."""
-        return self.on_cpu and self.head_dtype == "float32" and row_loops() is not None
+        return self.on_cpu and self.head_dtype == "float32" and numba_kernels() is not None

@@ -30,7 +30,8 @@ class CPUBackend:
     uses_thread_pool: ClassVar[bool] = True
 
     def tile_classes(self, batch: ShardBatch) -> int:
-        return cpu_tile_classes(*batch.embeddings.shape, batch.config.scratch_bytes)
+        samples, width = batch.embeddings.shape
+        return cpu_tile_classes(samples, width, batch.config.scratch_bytes)
 
     def sum_negatives(self, centers: Tensor, batch: ShardBatch, *, keep: bool) -> NegativeSums:
         bounds = list(tile_bounds(self, batch))

@@ -34,7 +34,8 @@ class GPUBackend:
     supports_padding: ClassVar[bool] = True
 
     def tile_classes(self, batch: ShardBatch) -> int:
-        return gpu_tile_classes(*batch.embeddings.shape, batch.operand_dtype.itemsize, batch.config.scratch_bytes)
+        samples, width = batch.embeddings.shape
+        return gpu_tile_classes(samples, width, batch.operand_dtype.itemsize, batch.config.scratch_bytes)
 
     def sum_negatives(self, centers: Tensor, batch: ShardBatch, *, keep: bool) -> NegativeSums:
         result = NegativeSums.zeros(batch.embeddings)

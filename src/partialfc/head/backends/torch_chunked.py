@@ -88,8 +88,9 @@ class ChunkedBackend:
     uses_thread_pool: ClassVar[bool] = False
 
     def tile_classes(self, batch: ShardBatch) -> int:
+        samples, width = batch.embeddings.shape
         class_bytes = batch.config.margin.sub_centers * batch.embeddings.element_size()
-        return chunked_tile_classes(*batch.embeddings.shape, class_bytes, _scratch_bytes(batch))
+        return chunked_tile_classes(samples, width, class_bytes, _scratch_bytes(batch))
 
     def sum_negatives(self, centers: Tensor, batch: ShardBatch, *, keep: bool) -> NegativeSums:
         result = NegativeSums.zeros(batch.embeddings)

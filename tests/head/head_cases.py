@@ -159,7 +159,7 @@ def make_head(case: Case, group: Group | None = None) -> tuple[PartialFC, Rowwis
     head.step = STEP
     optimizer = RowwiseSGD([head.centers], **SGD) if case.optimizer == "sgd" else RowwiseAdamW([head.centers], **ADAMW)
     state = optimizer.row_state(head.centers)
-    first = head.shard.start * head.margin.sub_centers
+    first = head.shard.start * head.loss_config.margin.sub_centers
     for name, value in state.items():
         if name == "step":
             value.fill_(3)
@@ -197,7 +197,7 @@ def run_case(case: Case, group: Group | None = None) -> dict[str, Tensor]:
     return result | {
         "losses": torch.stack(losses),
         "embeddings_gradient": torch.cat(gradients),
-        "rows": rows + head.shard.start * head.margin.sub_centers,
+        "rows": rows + head.shard.start * head.loss_config.margin.sub_centers,
         "values": values,
         "centers after": head.centers.detach().clone(),
         "target_cosine": head.figures.target_cosine,

@@ -109,7 +109,7 @@ def test_initial_centers_are_a_function_of_the_seed() -> None:
 
 def test_initial_centers_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = PartialFC(700, 64).centers
-    monkeypatch.setattr("partialfc.head.sampling._CHUNK", 1000)
+    monkeypatch.setattr("partialfc.head.sampling._ELEMENTS_AT_ONCE", 1000)
     assert torch.equal(PartialFC(700, 64).centers, whole)
 
 

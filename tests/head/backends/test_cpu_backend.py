@@ -1,4 +1,4 @@
-"""The CPU path: its row loops by themselves, and the whole beside the chunked path and float64."""
+"""The CPU backend: its row loops by themselves, and the whole beside the chunked backend and float64."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def small_tiles(**options: object) -> PartialFC:
 @pytest.mark.parametrize(
     "options", [{}, {"conflict_threshold": 0.2}, {"conflict_threshold": 0.2, "conflict_as_zero_logit": True}]
 )
-def test_the_same_as_the_chunked_path(
+def test_the_same_as_the_chunked_backend(
     update: str,
     micro_steps: int,
     optimizer: Callable[..., Optimizer],

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from example_margins import Curricular, Magnitude, Noisy, ThreeCenters
 from torch import Tensor
 
@@ -220,6 +221,14 @@ def pending_gradient(head: PartialFC) -> tuple[Tensor, Tensor]:
     rows, values = (torch.cat(parts) for parts in zip(*seen, strict=True))
     order = rows.argsort()
     return rows[order], values[order].detach()
+
+
+def work(rank: int, folder: Path) -> None:
+    """All cases at the world sizes 2, 3 and 4, in subgroups of four processes."""
+    for world_size in (2, 3, 4):
+        group = dist.new_group(list(range(world_size))) if world_size < 4 else None
+        if rank < world_size:
+            run_cases(folder, group)
 
 
 def run_cases(folder: Path, group: Group | None = None) -> None:

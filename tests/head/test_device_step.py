@@ -29,7 +29,7 @@ WORLD_SIZES = [1, 2, 3]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What every rank found at every world size."""
+    """The results of every rank at every world size."""
     folder = tmp_path_factory.mktemp("device")
     run_ranks(3, device_scenarios.work, folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -41,6 +41,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     }
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("name", list(RATES))
 def test_padded_classes_give_what_exact_ones_give(
@@ -52,6 +54,8 @@ def test_padded_classes_give_what_exact_ones_give(
             torch.testing.assert_close(padded, exact, rtol=1e-4, atol=2e-5 * largest)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("world_size", "bad"), [(1, bad) for bad in BAD] + [(n, bad) for n in (2, 3) for bad in SHARED]
 )

@@ -42,7 +42,9 @@ def merged_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
     @cache
     def results(world_size: int) -> Results:
         run(world_size == 1)
-        by_rank = [torch.load(folder / f"cases-{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
+        by_rank = [
+            torch.load(folder / f"cases-{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)
+        ]
         return {name: head_cases.merge(case, [rank[name] for rank in by_rank]) for name, case in CASES.items()}
 
     return results

@@ -145,9 +145,7 @@ def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any], sca
         lambda labels: labels[(labels >= 0).nonzero()[:, 0]],
     ],
 )
-def test_a_read_that_comes_back_is_found(
-    read: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_that_comes_back_is_found(read: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     original = partial_fc.sample_padded
     monkeypatch.setattr(partial_fc, "sample_padded", lambda labels, **rest: original(read(labels), **rest))
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):

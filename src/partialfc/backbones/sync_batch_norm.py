@@ -107,8 +107,8 @@ class _Normalise(torch.autograd.Function):
         result = gradient - _as_channels(offset, x) - normalised * _as_channels(slope, x)
         result = (result * _as_channels(scale, x)).to(x.dtype)
         if weight is None:
-            return result, None, None, None, None, None, None
-        return result, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), None, None, None, None
+            return result, *[None] * 6
+        return result, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), *[None] * 4
 
 
 def _axes(x: Tensor) -> list[int]:
@@ -140,12 +140,8 @@ def synchronise_batch_norm(network: nn.Module) -> None:
                 f"backbone.sync_batch_norm cannot replace {name}, a {type(module).__name__}: leave it out."
             )
         parent = network.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], _synchronised(module))
-
-
-def _synchronised(norm: _BatchNorm) -> SyncBatchNorm:
-    """A `SyncBatchNorm` with the parameters and buffers of `norm`."""
-    result = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    result._parameters, result._buffers = norm._parameters, norm._buffers
-    result.training = norm.training
-    return result
+        norm = SyncBatchNorm(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+        )
+        norm._parameters, norm._buffers, norm.training = module._parameters, module._buffers, module.training
+        setattr(parent, name.rpartition(".")[2], norm)

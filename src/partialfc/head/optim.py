@@ -60,6 +60,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
             has_gradient = parameter.grad is not None or (state is not None and bool(state.deferred))
             updates = has_gradient and not self._is_skipped(parameter, state)
             if updates:
+                self._refuse_unscaled(state)
                 # Autocast would round the products of a deferred gradient. Triton launches its kernels on the current
                 # device, which need not be the parameter's.
                 with torch.autocast(parameter.device.type, enabled=False), torch.cuda.device_of(parameter):
@@ -88,7 +89,6 @@ class _RowwiseOptimizer(Optimizer, ABC):
 
     def _update_parameter(self, parameter: Tensor, center_state: CenterState | None, group: dict[str, Any]) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        self._refuse_unscaled(center_state)
         self.row_state(parameter)  # created here, since threads would race to create it
 
         def update(rows: Tensor, gradient: Tensor, scale: Tensor | None = None) -> None:
@@ -269,7 +269,6 @@ class RowwiseSGD(_RowwiseOptimizer):
 
     def _fused_update(self, parameter: Tensor, center_state: CenterState, group: dict[str, Any]) -> None:
         (gradient,) = center_state.deferred
-        self._refuse_unscaled(center_state)
         skip, grad_scale = center_state.flag, getattr(self, "grad_scale", None)
         if hasattr(self, "found_inf"):
             overflow = (gradient.overflowed() | (self.found_inf != 0)).long().view(1)

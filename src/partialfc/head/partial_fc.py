@@ -20,8 +20,6 @@ from partialfc.head.backends.tile_sizes import SCRATCH_BYTES
 from partialfc.head.inputs import GlobalLabels, InputFlag
 from partialfc.head.loss import (
     LossConfig,
-    LossTerms,
-    TargetTerms,
     class_rows,
     embedding_gradient,
     loss_terms,
@@ -212,17 +210,17 @@ class _SampledSoftmax(torch.autograd.Function):
     def forward(
         ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC, *step_arguments: Any
     ) -> Tensor:
+        backend = select_backend(centers, embeddings, head.loss_config.margin)
         # Of several micro-steps that wait for the optimizer only the first keeps weights.
         keep = ctx.needs_input_grad[1] and not head.center_state.deferred
-        backend = select_backend(centers, embeddings, head.loss_config.margin)
         with (
             torch.inference_mode(False),  # tensors kept from step to step could not be written to outside that mode
             torch.no_grad(),  # leaving inference mode would enable gradients
             torch.autocast(embeddings.device.type, enabled=False),
             single_threaded_if(backend.uses_thread_pool),
         ):
-            step = _forward(head, backend, centers, embeddings, labels, keep, *step_arguments)
-        ctx.head, ctx.step, ctx.dtype = head, step, embeddings.dtype
+            step = _Step(head, backend, centers, embeddings, labels, keep, *step_arguments)
+        ctx.step, ctx.dtype = step, embeddings.dtype
         ctx.save_for_backward(centers)
         loss = step.terms.loss.mean().to(step.batch.embeddings.dtype)
         return loss if step.bad is None else loss.masked_fill(step.bad, torch.nan)
@@ -230,70 +228,102 @@ class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        head, step = ctx.head, ctx.step
+        step: _Step = ctx.step
         (centers,) = ctx.saved_tensors
         factor = loss_gradient.double() / len(step.unit_embeddings)
         with torch.autocast(centers.device.type, enabled=False), single_threaded_if(step.backend.uses_thread_pool):
-            embeddings_gradient = _start_embeddings_gradient(head, step, factor)
+            embeddings_gradient = step.start_embeddings_gradient(factor)
             with record_function("head: gradient of the centers"):
-                centers_gradient = _centers_gradient(head, step, factor, centers) if ctx.needs_input_grad[1] else None
+                centers_gradient = step.centers_gradient(factor, centers) if ctx.needs_input_grad[1] else None
             return embeddings_gradient().to(ctx.dtype), centers_gradient, None, None, None, None, None
 
 
-@dataclass(frozen=True)
 class _Step:
-    """A forward pass, for its backward; `bad` is () bool where validation is deferred, None where it is not."""
+    """The forward pass and what its backward needs; arguments as in `PartialFC.forward`.
 
-    counts: list[int]
-    bad: Tensor | None
-    unit_embeddings: Tensor
-    batch: ShardBatch
-    targets: TargetTerms
-    backend: Backend
-    negatives: NegativeSums
-    terms: LossTerms
+    Five collectives, or three with `global_labels`. `bad` is () bool where validation is deferred, otherwise None.
+    """
 
+    def __init__(
+        self,
+        head: PartialFC,
+        backend: Backend,
+        centers: Tensor,
+        embeddings: Tensor,
+        labels: Tensor,
+        keep: bool,
+        step_labels: Tensor | None,
+        first_sample: int,
+        global_labels: GlobalLabels | None,
+    ) -> None:
+        self.head, self.backend = head, backend
+        shard, config, state = head.shard, head.loss_config, head.center_state
+        on_device = backend.supports_padding and head.update == "deferred" and state.prepare is None
+        global_labels = inputs.gather_labels(labels, global_labels, shard.group)
+        self.counts, labels = global_labels.counts, global_labels.labels.contiguous()
+        gathered = start_gather_rows(embeddings.contiguous(), self.counts, shard.group)
+        classes, count = _sample(head, labels, step_labels, on_device)  # while the embeddings are gathered
+        embeddings = gathered()
+        self.bad = _check_values(head, embeddings, labels, on_device)
+        self.unit_embeddings, norms = normalise_rows(embeddings.double())
+        if state.prepare is not None:
+            state.prepare(class_rows(classes - shard.start, config.margin.sub_centers))
+        owned = (labels >= shard.start) & (labels < shard.stop)
+        sub_centers = config.margin.sub_centers
+        self.targets = target_terms(centers, self.unit_embeddings, owned, labels - shard.start, sub_centers)
+        target_cosine = all_reduce(self.targets.cosine.clone(), group=shard.group)
+        self.batch = ShardBatch(
+            embeddings=self.unit_embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)),
+            classes=classes - shard.start,
+            count=count,
+            target_positions=torch.where(owned, torch.searchsorted(classes, labels), -1),
+            target_cosine=target_cosine,
+            margin_batch=_margin_batch(head, norms, target_cosine, first_sample, self.bad),
+            config=config,
+            scratch=head._scratch,
+        )
+        with record_function("head: negatives"):
+            self.negatives = backend.sum_negatives(centers, self.batch, keep=keep)
+        sums = _reduce_sums(head, self.negatives, self.batch)
+        self.terms = loss_terms(sums, target_cosine, self.batch.margin_batch, config)
 
-def _forward(
-    head: PartialFC,
-    backend: Backend,
-    centers: Tensor,
-    embeddings: Tensor,
-    labels: Tensor,
-    keep: bool,
-    step_labels: Tensor | None,
-    first_sample: int,
-    global_labels: GlobalLabels | None,
-) -> _Step:
-    """The forward pass; arguments as in `PartialFC.forward`. Five collectives, or three with `global_labels`."""
-    shard, config, state = head.shard, head.loss_config, head.center_state
-    on_device = backend.supports_padding and head.update == "deferred" and state.prepare is None
-    global_labels = inputs.gather_labels(labels, global_labels, shard.group)
-    labels = global_labels.labels.contiguous()
-    gathered = start_gather_rows(embeddings.contiguous(), global_labels.counts, shard.group)
-    classes, count = _sample(head, labels, step_labels, on_device)  # while the embeddings are gathered
-    embeddings = gathered()
-    bad = _check_values(head, embeddings, labels, on_device)
-    unit_embeddings, norms = normalise_rows(embeddings.double())
-    if state.prepare is not None:
-        state.prepare(class_rows(classes - shard.start, config.margin.sub_centers))
-    owned = (labels >= shard.start) & (labels < shard.stop)
-    targets = target_terms(centers, unit_embeddings, owned, labels - shard.start, config.margin.sub_centers)
-    target_cosine = all_reduce(targets.cosine.clone(), group=shard.group)
-    batch = ShardBatch(
-        embeddings=unit_embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)),
-        classes=classes - shard.start,
-        count=count,
-        target_positions=torch.where(owned, torch.searchsorted(classes, labels), -1),
-        target_cosine=target_cosine,
-        margin_batch=_margin_batch(head, norms, target_cosine, first_sample, bad),
-        config=config,
-        scratch=head._scratch,
-    )
-    with record_function("head: negatives"):
-        negatives = backend.sum_negatives(centers, batch, keep=keep)
-    terms = loss_terms(_reduce_sums(head, negatives, batch), target_cosine, batch.margin_batch, config)
-    return _Step(global_labels.counts, bad, unit_embeddings, batch, targets, backend, negatives, terms)
+    def start_embeddings_gradient(self, factor: Tensor) -> Callable[[], Tensor]:
+        """Start to compute (B, D), times the world size since DDP averages; the result returns it. One collective."""
+        shard, terms, unit_embeddings = self.head.shard, self.terms, self.unit_embeddings
+        norms = self.batch.margin_batch.norms
+        gradient = embedding_gradient(self.negatives.weighted_centers, self.targets, terms, unit_embeddings, norms)
+        summed = start_reduce_scatter_rows(gradient, self.counts, shard.group)
+
+        def finish() -> Tensor:
+            gradient = summed()
+            start = sum(self.counts[: shard.rank])
+            own = slice(start, start + len(gradient))
+            gradient = gradient + (terms.norm_slope[own, None] * unit_embeddings[own]).to(gradient.dtype)
+            gradient = gradient * (factor * shard.world_size).to(gradient.dtype)
+            return gradient if self.bad is None else gradient.masked_fill(self.bad, 0.0)
+
+        return finish
+
+    def centers_gradient(self, factor: Tensor, centers: Tensor) -> Tensor | None:
+        """The sampled rows as a sparse tensor, or None where the optimizer will compute them."""
+        dtype = self.batch.embeddings.dtype
+        scaled = self.batch.embeddings * (self.terms.negative_factor * factor).to(dtype)[:, None]
+        rows, target = target_center_gradient(self.targets, self.terms, self.unit_embeddings, factor, len(centers))
+        gradient = CenterGradient(self.batch, scaled, rows, target.to(dtype), self.backend, self.negatives.kept)
+        self.negatives.kept = None  # the loss may outlive the gradient, and would keep the scratch memory in use
+        if self.head.update == "deferred":
+            self.head.center_state.deferred.append(gradient)
+            return None
+        gradient = gradient.without_padding()
+        rows = gradient.batch.rows(0, len(gradient.batch.classes))
+        values = torch.empty(len(rows), centers.shape[1], dtype=centers.dtype, device=centers.device)
+
+        def copy(tile_rows: Tensor, tile: Tensor) -> None:
+            first = int(torch.searchsorted(rows, tile_rows[0]))
+            values[first : first + len(tile)] = tile
+
+        gradient.visit(centers, copy)
+        return torch.sparse_coo_tensor(rows[None], values, centers.shape, check_invariants=False)
 
 
 def _sample(
@@ -348,44 +378,3 @@ def _reduce_sums(head: PartialFC, negatives: NegativeSums, batch: ShardBatch) ->
         sampled=sampled,
     )
     return sums
-
-
-def _start_embeddings_gradient(head: PartialFC, step: _Step, factor: Tensor) -> Callable[[], Tensor]:
-    """Start to compute (B, D), times the world size since DDP averages; the result returns it. One collective."""
-    norms = step.batch.margin_batch.norms
-    gradient = embedding_gradient(
-        step.negatives.weighted_centers, step.targets, step.terms, step.unit_embeddings, norms
-    )
-    summed = start_reduce_scatter_rows(gradient, step.counts, head.shard.group)
-
-    def finish() -> Tensor:
-        gradient = summed()
-        start = sum(step.counts[: head.shard.rank])
-        own = slice(start, start + len(gradient))
-        gradient = gradient + (step.terms.norm_slope[own, None] * step.unit_embeddings[own]).to(gradient.dtype)
-        gradient = gradient * (factor * head.shard.world_size).to(gradient.dtype)
-        return gradient if step.bad is None else gradient.masked_fill(step.bad, 0.0)
-
-    return finish
-
-
-def _centers_gradient(head: PartialFC, step: _Step, factor: Tensor, centers: Tensor) -> Tensor | None:
-    """The sampled rows as a sparse tensor, or None where the optimizer will compute them."""
-    batch, dtype = step.batch, step.batch.embeddings.dtype
-    scaled = batch.embeddings * (step.terms.negative_factor * factor).to(dtype)[:, None]
-    rows, target = target_center_gradient(step.targets, step.terms, step.unit_embeddings, factor, len(centers))
-    prepared = CenterGradient(batch, scaled, rows, target.to(dtype), step.backend, step.negatives.kept)
-    step.negatives.kept = None  # the loss may outlive the gradient, and would keep the scratch memory in use
-    if head.update == "deferred":
-        head.center_state.deferred.append(prepared)
-        return None
-    prepared = prepared.without_padding()
-    rows = prepared.batch.rows(0, len(prepared.batch.classes))
-    values = torch.empty(len(rows), centers.shape[1], dtype=centers.dtype, device=centers.device)
-
-    def copy(tile: Tensor, gradient: Tensor) -> None:
-        first = int(torch.searchsorted(rows, tile[0]))
-        values[first : first + len(tile)] = gradient
-
-    prepared.visit(centers, copy)
-    return torch.sparse_coo_tensor(rows[None], values, centers.shape, check_invariants=False)

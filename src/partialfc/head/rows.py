@@ -89,7 +89,7 @@ class CenterState:
                 first, last = torch.searchsorted(part.batch.classes, ends).tolist()
                 if first < last:
                     positions = torch.searchsorted(rows, part.batch.rows(first, last))
-                    gradient.index_add_(0, positions, part.tile(centers, first, last))
+                    gradient.index_add_(0, positions, backend.tile_gradient(part, centers, first, last))
             visit(rows, gradient)
 
         classes = torch.cat([part.batch.classes for part in parts]).unique()

@@ -186,7 +186,7 @@ def test_exponential_is_exact_to_two_units_in_the_last_place() -> None:
     sums, left_out = np.zeros(len(exponents), np.float32), np.zeros(len(exponents), np.int32)
     # Cosines within (−2, 2] count as such, so the range is reached by scale and shift.
     cosine = (exponents / 64.0).clamp(-1.9, 1.9)[None].contiguous()
-    cpu_kernels.exponentials(cosine.numpy(), np.float32(64), np.float32(0), np.float32(2), sums, left_out)
+    cpu_kernels.exponentials(cosine.numpy(), np.float32(64), np.float32(0), np.float32(2), sums, left_out, None)
     result = (exponents / 64.0).clamp(-1.9, 1.9).mul(64.0).double().exp()
     assert ((cosine[0].double() - result).abs() / result).max() < 2.5e-7
     assert not left_out.any()
@@ -202,7 +202,7 @@ def test_exponential_is_exact_to_two_units_in_the_last_place() -> None:
 def test_rounding_to_bfloat16_is_that_of_torch(numbers: list[float]) -> None:
     centers = torch.tensor([numbers])
     unit, rounded = torch.empty_like(centers), torch.empty(centers.shape, dtype=torch.bfloat16)
-    cpu_kernels.gather_unit_rows_twice(
+    cpu_kernels.gather_unit_rows(
         centers.numpy(), np.zeros(1, np.int64), unit.numpy(), rounded.view(torch.uint16).numpy()
     )
     assert torch.equal(rounded, unit.bfloat16())

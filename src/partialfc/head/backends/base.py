@@ -189,7 +189,7 @@ class CenterGradient:
         """
 
         def work(bounds: tuple[int, int]) -> None:
-            visit(self.batch.rows(*bounds), self.tile(centers, *bounds))
+            visit(self.batch.rows(*bounds), self.backend.tile_gradient(self, centers, *bounds))
 
         for_each_tile(self.backend, work, tile_bounds(self.backend, self.batch))
 
@@ -208,10 +208,6 @@ class CenterGradient:
     def overflowed(self) -> Tensor:
         """() bool: whether the loss scale was too large for the compute dtype."""
         return ~(torch.isfinite(self.scaled_embeddings).all() & torch.isfinite(self.target_gradient).all())
-
-    def tile(self, centers: Tensor, first: int, last: int) -> Tensor:
-        """`Backend.tile_gradient` of this gradient."""
-        return self.backend.tile_gradient(self, centers, first, last)
 
 
 @dataclass(frozen=True)

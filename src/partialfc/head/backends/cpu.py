@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -112,23 +111,18 @@ def _compute_weights(
     The cosines are float32 products whatever the operand dtype: here these cost little more, and the exponential
     multiplies their error by the scale.
     """
-    config, exact = batch.config, batch.operand_dtype == torch.float32
-    rows = centers.detach().numpy(), batch.classes[first:last].numpy()
-    if exact:
-        cpu_kernels.gather_unit_rows(*rows, arrays.unit.numpy())
-        cosine = weights
-    else:
-        cpu_kernels.gather_unit_rows_twice(*rows, arrays.unit.numpy(), _bits(arrays.rounded))
-        cosine = arrays.cosine
-    torch.mm(arrays.unit, batch.embeddings.T, out=cosine)
-    cpu_kernels.mark_own_classes(cosine.numpy(), batch.target_positions.numpy(), first)
+    config = batch.config
+    raw, rows = centers.detach().numpy(), batch.classes[first:last].numpy()
     threshold = NO_THRESHOLD if config.conflict_threshold is None else config.conflict_threshold
     constants = np.float32(config.scale), np.float32(config.shift), np.float32(threshold)
     sums, left_out = arrays.sums.zero_(), arrays.left_out.zero_()
-    if exact:
-        cpu_kernels.exponentials(cosine.numpy(), *constants, sums.numpy(), left_out.numpy())
-    else:
-        cpu_kernels.exponentials_rounded(cosine.numpy(), *constants, sums.numpy(), left_out.numpy(), _bits(weights))
+    cosine, rounded_unit, rounded = weights, None, None
+    if batch.operand_dtype != torch.float32:
+        cosine, rounded_unit, rounded = arrays.cosine, _bits(arrays.rounded), _bits(weights)
+    cpu_kernels.gather_unit_rows(raw, rows, arrays.unit.numpy(), rounded_unit)
+    torch.mm(arrays.unit, batch.embeddings.T, out=cosine)
+    cpu_kernels.mark_own_classes(cosine.numpy(), batch.target_positions.numpy(), first)
+    cpu_kernels.exponentials(cosine.numpy(), *constants, sums.numpy(), left_out.numpy(), rounded)
     if result is not None:
         result.sums += sums
         result.conflicts += left_out.sum()
@@ -141,7 +135,6 @@ def _bits(values: Tensor) -> np.ndarray:
     return values.view(torch.uint16).numpy()
 
 
-@dataclass(frozen=True)
 class _TileArrays:
     """A thread's working memory for a tile of n classes.
 
@@ -151,12 +144,10 @@ class _TileArrays:
         sums: (G,) float32; left_out: (G,) int32.
     """
 
-    unit: Tensor
-    rounded: Tensor
-    cosine: Tensor
-    weights: Tensor
-    sums: Tensor
-    left_out: Tensor
+    def __init__(self, memory: dict[str, Tensor], classes: int) -> None:
+        self.unit, self.rounded = memory["unit"][:classes], memory["rounded"][:classes]
+        self.cosine, self.weights = memory["cosine"][:classes], memory["weights"][:classes]
+        self.sums, self.left_out = memory["sums"], memory["left_out"]
 
 
 _local = threading.local()
@@ -166,16 +157,14 @@ def _tile_arrays(batch: ShardBatch, classes: int) -> _TileArrays:
     """This thread's arrays for a tile of `classes` classes: the same memory in every tile and step."""
     samples, width = batch.embeddings.shape
     form = samples, width, batch.operand_dtype
-    if getattr(_local, "form", None) != form or len(_local.arrays.unit) < classes:
+    if getattr(_local, "form", None) != form or len(_local.memory["unit"]) < classes:
         _local.form = form
-        _local.arrays = _TileArrays(
-            unit=torch.empty(classes, width),
-            rounded=torch.empty(classes, width, dtype=batch.operand_dtype),
-            cosine=torch.empty(classes, samples),
-            weights=torch.empty(classes, samples, dtype=batch.operand_dtype),
-            sums=torch.empty(samples),
-            left_out=torch.empty(samples, dtype=torch.int32),
-        )
-    arrays: _TileArrays = _local.arrays
-    tables = {name: getattr(arrays, name)[:classes] for name in ("unit", "rounded", "cosine", "weights")}
-    return replace(arrays, **tables)
+        _local.memory = {
+            "unit": torch.empty(classes, width),
+            "rounded": torch.empty(classes, width, dtype=batch.operand_dtype),
+            "cosine": torch.empty(classes, samples),
+            "weights": torch.empty(classes, samples, dtype=batch.operand_dtype),
+            "sums": torch.empty(samples),
+            "left_out": torch.empty(samples, dtype=torch.int32),
+        }
+    return _TileArrays(_local.memory, classes)

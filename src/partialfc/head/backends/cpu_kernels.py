@@ -1,7 +1,7 @@
 """Row loops of the CPU backend, compiled by numba: each reads a row once and finishes it while it is in the cache.
 
 numba has no bfloat16, so such arrays are passed as uint16 of the same bits. Every function is single-threaded and
-releases Python's lock; the caller spreads tiles over threads. Some loops repeat others' bodies: fused loops are fast.
+releases Python's lock; the caller spreads tiles over threads. numba compiles no branch for an argument that is None.
 """
 
 from __future__ import annotations
@@ -77,25 +77,16 @@ def _inverse_norm(row: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def gather_unit_rows(centers: Any, rows: Any, unit: Any) -> None:
-    """unit (n, D) = the normalised `rows` (n,) of centers (L, D); all float32."""
-    for k in range(rows.shape[0]):
-        row = centers[rows[k]]
-        inverse = _inverse_norm(row)
-        for d in range(row.shape[0]):
-            unit[k, d] = row[d] * inverse
-
-
-@njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def gather_unit_rows_twice(centers: Any, rows: Any, unit: Any, rounded: Any) -> None:
-    """`gather_unit_rows`, and the same rounded to bfloat16."""
+def gather_unit_rows(centers: Any, rows: Any, unit: Any, rounded: Any) -> None:
+    """unit (n, D) = the normalised `rows` (n,) of centers (L, D), float32; also `rounded` to bfloat16 unless None."""
     for k in range(rows.shape[0]):
         row = centers[rows[k]]
         inverse = _inverse_norm(row)
         for d in range(row.shape[0]):
             value = row[d] * inverse
             unit[k, d] = value
-            rounded[k, d] = _to_bfloat16(value)
+            if rounded is not None:
+                rounded[k, d] = _to_bfloat16(value)
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
@@ -114,10 +105,11 @@ def _weight(c: Any, scale: Any, shift: Any, threshold: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any, left_out: Any) -> None:
-    """Replace cosine (n, G) by exp(scale c − shift): 0 for own classes and for conflicts, which exceed `threshold`.
+def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any, left_out: Any, rounded: Any) -> None:
+    """exp(scale c − shift) of cosine (n, G): 0 for own classes and for conflicts, which exceed `threshold`.
 
-    Adds to sums (G,) float32 and to left_out (G,) int32, the number of conflicts of each sample.
+    Replaces `cosine`, or is stored in `rounded` as bfloat16 unless that is None. Adds the unrounded values to sums (G,)
+    float32, and the number of conflicts of each sample to left_out (G,) int32.
     """
     for k in range(cosine.shape[0]):
         row = cosine[k]
@@ -125,21 +117,10 @@ def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any,
             weight = _weight(row[i], scale, shift, threshold)
             left_out[i] += np.int32(row[i] > threshold)
             sums[i] += weight
-            row[i] = weight
-
-
-@njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def exponentials_rounded(
-    cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any, left_out: Any, weights: Any
-) -> None:
-    """`exponentials` with the result rounded to bfloat16 in weights (n, G); the sums are of the unrounded values."""
-    for k in range(cosine.shape[0]):
-        row = cosine[k]
-        for i in range(row.shape[0]):
-            weight = _weight(row[i], scale, shift, threshold)
-            left_out[i] += np.int32(row[i] > threshold)
-            sums[i] += weight
-            weights[k, i] = _to_bfloat16(weight)
+            if rounded is None:
+                row[i] = weight
+            else:
+                rounded[k, i] = _to_bfloat16(weight)
 
 
 @njit(nogil=True, cache=True, fastmath=_REASSOCIATED, error_model="numpy")

@@ -9,7 +9,7 @@ whether a batch was bad) stay there. So a step can be captured in a CUDA graph.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +41,7 @@ class GPUBackend:
         result = NegativeSums.zeros(batch.embeddings)
         if not len(batch.classes):
             return result
-        tile = _Tile.of(self.tile_classes(batch), centers, batch)
+        tile = _Tile(self.tile_classes(batch), centers, batch)
         for first, last in tile_bounds(self, batch):
             tile.gather(first, last)
             tile.compute_weights(first, last)
@@ -53,7 +53,7 @@ class GPUBackend:
         return result
 
     def tile_gradient(self, gradient: CenterGradient, centers: Tensor, first: int, last: int) -> Tensor:
-        tile = _Tile.of(last - first, centers, gradient.batch)
+        tile = _Tile(last - first, centers, gradient.batch)
         operand, slots = _scaled_operand(gradient), _target_slots(gradient)
         return tile.gradient(gradient, operand, slots, (first, last), None, None)[: last - first]
 
@@ -62,14 +62,13 @@ class GPUBackend:
         batch = gradient.batch
         if not len(batch.classes):
             return
-        tile = _Tile.of(self.tile_classes(batch), centers, batch)
+        tile = _Tile(self.tile_classes(batch), centers, batch)
         operand, slots = _scaled_operand(gradient), _target_slots(gradient)
         rule = rule if rule.skip is not None else replace(rule, skip=torch.zeros_like(tile.count))
         for bounds in tile_bounds(self, batch):
             tile.gradient(gradient, operand, slots, bounds, momentum_buffer, rule)
 
 
-@dataclass(frozen=True)
 class _Tile:
     """The arrays of a tile of N classes, reused by all tiles of a pass.
 
@@ -82,36 +81,21 @@ class _Tile:
         blocks: compile-time arguments of `weights_kernel`.
     """
 
-    centers: Tensor
-    batch: ShardBatch
-    operand: Tensor
-    count: Tensor
-    unit: Tensor
-    inverse: Tensor
-    weights: Tensor
-    totals: Tensor
-    blocks: dict[str, Any]
-
-    @staticmethod
-    def of(classes: int, centers: Tensor, batch: ShardBatch) -> _Tile:
+    def __init__(self, classes: int, centers: Tensor, batch: ShardBatch) -> None:
         samples, width = batch.embeddings.shape
         size = min(classes, len(batch.classes))
         size += -size % 16  # aligns rows of the weights to 16 bytes
         dtype, device = batch.operand_dtype, batch.embeddings.device
         has_threshold = batch.config.conflict_threshold is not None
+        self.centers, self.batch = centers.detach(), batch
+        self.operand = batch.embeddings.to(dtype)
+        self.count = torch.full((), len(batch.classes), device=device) if batch.count is None else batch.count
+        self.unit = torch.empty(size, width, dtype=dtype, device=device)
+        self.inverse = torch.empty(size, dtype=torch.float32, device=device)
+        self.weights = torch.empty(samples, size, dtype=dtype, device=device)
         # cuBLAS computes float32 products: Triton's take longer.
-        blocks = _product_blocks(device, samples, dtype != torch.float32, has_threshold)
-        return _Tile(
-            centers=centers.detach(),
-            batch=batch,
-            operand=batch.embeddings.to(dtype),
-            count=torch.full((), len(batch.classes), device=device) if batch.count is None else batch.count,
-            unit=torch.empty(size, width, dtype=dtype, device=device),
-            inverse=torch.empty(size, dtype=torch.float32, device=device),
-            weights=torch.empty(samples, size, dtype=dtype, device=device),
-            totals=torch.zeros(1 + has_threshold, triton.cdiv(size, blocks["BN"]), samples, device=device),
-            blocks=blocks,
-        )
+        self.blocks = _product_blocks(device, samples, dtype != torch.float32, has_threshold)
+        self.totals = torch.zeros(1 + has_threshold, triton.cdiv(size, self.blocks["BN"]), samples, device=device)
 
     def gather(self, first: int, last: int) -> None:
         """The unit centers of `classes[first:last]`."""

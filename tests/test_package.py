@@ -34,6 +34,13 @@ def test_every_module_imports_with_the_core_dependencies() -> None:
     assert int(done.stdout) > 30
 
 
+def test_public_names_come_without_importing_torch_first() -> None:
+    code = "import sys, partialfc; assert 'torch' not in sys.modules; print(*(getattr(partialfc, n) for n in dir(partialfc)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "partialfc.head.partial_fc.PartialFC" in done.stdout
+
+
 def test_python_m_partialfc_answers() -> None:
     done = subprocess.run([sys.executable, "-m", "partialfc", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0

@@ -176,16 +176,16 @@ class ViT(nn.Module):
         if (masks or drops) and keys is None:
             raise ValueError("token mask and drop path draw from `keys`: call the backbone with one int64 per image")
         x = self.patch_embed(images) + self.pos_embed
-        kept = kept_tokens(x.shape[1], self.mask_ratio, keys) if masks and keys is not None else None
-        if kept is not None:
-            x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+        unmasked = kept_tokens(x.shape[1], self.mask_ratio, keys) if masks and keys is not None else None
+        if unmasked is not None:
+            x = x.gather(1, unmasked[:, :, None].expand(-1, -1, x.shape[2]))
         for block in self.blocks:
             inputs = (x, keys if drops else None)
             x = recomputed(block, *inputs) if self.checkpointing and self.training else block(*inputs)
         # A sum over up to 147,456 features loses too much in 16 bits, so the last layers run without autocast.
         with full_precision(x.device):
             x = self.norm(x.to(self.norm.weight.dtype))
-            if kept is not None:
+            if unmasked is not None:
                 masked = self.mask_token.expand(len(x), self.pos_embed.shape[1], -1)
-                x = masked.scatter(1, kept[:, :, None].expand_as(x), x)
+                x = masked.scatter(1, unmasked[:, :, None].expand_as(x), x)
             return self.feature(x.flatten(1))

@@ -35,7 +35,8 @@ def test_every_module_imports_with_the_core_dependencies() -> None:
 
 
 def test_public_names_come_without_importing_torch_first() -> None:
-    code = "import sys, partialfc; assert 'torch' not in sys.modules; print(*(getattr(partialfc, n) for n in dir(partialfc)))"
+    code = "import sys, partialfc; assert 'torch' not in sys.modules; "
+    code += "print([getattr(partialfc, name) for name in dir(partialfc)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "partialfc.head.partial_fc.PartialFC" in done.stdout

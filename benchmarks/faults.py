@@ -3,7 +3,7 @@
     python benchmarks/faults.py --out runs/faults
 
 Results are kept in the folder, and a second call does only what is missing or failed. When all rows are done, the table
-is written between the markers in docs/reliability.md. The exit status is 1 if any injection did not end as written.
+is written between the markers in docs/results/reliability.md. The exit status is 1 if any injection did not end as written.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rows is None and not options.short:
         machine = describe("cpu")
         place = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}."
-        write_between("reliability.md", "benchmarks/faults.py", [*lines, "", place])
+        write_between("results/reliability.md", "benchmarks/faults.py", [*lines, "", place])
     return int(any(outcome.problem is not None for outcome in done.values()))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-CALL = re.compile(r'write_between\("(?P<document>[a-z]+\.md)", f?"(?P<name>[^"{]+)')
+CALL = re.compile(r'write_between\("(?P<document>[a-z/]+\.md)", f?"(?P<name>[^"{]+)')
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ def head_rows(total: int, seed: int = 0) -> dict[str, Tensor]:
     return {
         "centers": fill((total, 6), torch.bfloat16, seed),
         "momentum_buffer": fill((total, 6), torch.float32, seed + 1),
-        "row_step": fill((total,), torch.int64, seed + 2),
+        "step": fill((total,), torch.int64, seed + 2),
     }
 
 

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types docs bench faults clean
+.PHONY: help install demo test lint types docs faults clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,5 +36,12 @@ types: .venv/dev  ## mypy
 faults: .venv/core  ## inject every fault into real training processes; writes the table of docs/reliability.md
 	$(BIN)/python benchmarks/faults.py --out runs/faults
 
-clean:  ## remove the environment and the runs
-	rm -rf .venv runs
+.venv/docs: .venv/core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs  ## build the site of the documentation in docs/_build/html
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
+clean:  ## remove the environment, the runs and the site
+	rm -rf .venv runs docs/_build

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from documents import write_between
+from documents import paragraph, write_between
 from partialfc.bench.machine import describe
 from partialfc.training.run.log import read_metrics
 
@@ -60,11 +60,10 @@ def seconds_table(stages: dict[str, float], seconds: float) -> list[str]:
 def readme_sentence(accuracy: float, seconds: float) -> list[str]:
     """What the README says of the demo."""
     hardware = describe("cpu")
-    return [
-        f"On {hardware['cores']} cores of {hardware['cpu']} this takes {seconds / 60:.0f} minutes and tells whether two "
-        "images",
-        f"show the same person for {accuracy:.0%} of the pairs; guessing gives 50%.",
-    ]
+    return paragraph(
+        f"On {hardware['cores']} cores of {hardware['cpu']} this takes {seconds / 60:.0f} minutes and tells whether "
+        f"two images show the same person for {accuracy:.0%} of the pairs; guessing gives 50%."
+    )
 
 
 if __name__ == "__main__":

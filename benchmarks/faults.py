@@ -3,7 +3,8 @@
     python benchmarks/faults.py --out runs/faults
 
 Results are kept in the folder, and a second call does only what is missing or failed. When all rows are done, the table
-is written between the markers in docs/results/reliability.md. The exit status is 1 if any injection did not end as written.
+is written between the markers in docs/results/reliability.md. The exit status is 1 if any injection did not end as
+written.
 """
 
 from __future__ import annotations

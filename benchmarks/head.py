@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from documents import write_between
+from documents import paragraph, write_between
 from partialfc.bench.head import bench_head
 from partialfc.bench.head_variants import HeadConfiguration, Phases, our_steps
 from partialfc.bench.machine import describe
@@ -85,7 +85,9 @@ def step_table(options: argparse.Namespace) -> Iterator[str]:
         found = measure_step(configuration, options)
         dense = found[-1] if configuration.get("baseline") else None
         if number == IN_README:
-            write_between("../README.md", "benchmarks/head.py step", readme_sentence(configuration, found, options.device))
+            write_between(
+                "../README.md", "benchmarks/head.py step", readme_sentence(configuration, found, options.device)
+            )
         for result in found:
             faster = f" ({dense['step_ms_min'] / result['step_ms_min']:.1f} ×)" if dense else ""
             leaner = f" ({result['peak_bytes'] / dense['peak_bytes']:.2f} ×)" if dense else ""
@@ -105,14 +107,13 @@ def readme_sentence(configuration: dict[str, Any], results: list[dict[str, Any]]
         by_name[name] for name in ("partialfc sparse", "partialfc deferred bfloat16", "dense baseline")
     )
     hardware = describe(device)
-    return [
+    return paragraph(
         f"A training step of a head with {configuration['num_classes']:,} identities, sample rate "
-        f"{configuration['sample_rate']} and",
-        f"{configuration['batch_size']} images takes {default:,.0f} ms, and {fastest:,.0f} ms with "
-        "`update=\"deferred\"` and bfloat16 operands:",
-        f"{dense / default:.1f} and {dense / fastest:.1f} times as fast as the usual dense head on the same machine",
-        f"({hardware['cores']} cores of {hardware.get('gpu', hardware['cpu'])}; [docs/performance.md](docs/performance.md)).",
-    ]
+        f"{configuration['sample_rate']} and {configuration['batch_size']} images takes {default:,.0f} ms, and "
+        f'{fastest:,.0f} ms with `update="deferred"` and bfloat16 operands: {dense / default:.1f} and '
+        f"{dense / fastest:.1f} times as fast as the usual dense head on the same machine ({hardware['cores']} cores "
+        f"of {hardware.get('gpu', hardware['cpu'])}; [docs/performance.md](docs/performance.md))."
+    )
 
 
 def growth_table(options: argparse.Namespace) -> Iterator[str]:

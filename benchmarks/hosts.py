@@ -4,8 +4,7 @@
 
 The hosts are network namespaces of this machine (benchmarks/namespaces.py), each with a `torchrun -m partialfc train`
 of its own. A scenario injects one fault into a running training and sees what the processes do and what they say.
-Prints a table,
-and writes it into docs/results/reliability.md when all scenarios have run.
+Prints a table, and writes it into docs/results/reliability.md when all scenarios have run.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from documents import write_between
+from documents import items, write_between
 from elastic import write_patterns
 from host_runs import SECONDS_OF_A_RUN, Run
 from namespaces import Host, network, why_not
@@ -271,11 +269,6 @@ def opened_stage(folder: Path, steps: int, fault_step: int | None = None, silenc
         yield Stage(folder, data, steps, fault_step or steps // 2, silence, hosts)
 
 
-def wrapped(items: list[str]) -> list[str]:
-    """List items of Markdown in lines of at most 100 columns."""
-    return [line for item in items for line in textwrap.wrap(item, 100, subsequent_indent="  ")]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder for data and runs")
@@ -299,13 +292,17 @@ def main() -> int:
         said = outcome.said if outcome.as_written else f"**not as written**: {outcome.said}"
         lines.append(f"| {outcome.fault} | {said} | {lost} | {seconds} |")
         print(lines[-1], flush=True)
-        messages += [f"- {outcome.fault}, {host}: `{message}`" for host, message in outcome.messages.items()]
+        messages += [f"{outcome.fault}, {host}: `{message}`" for host, message in outcome.messages.items()]
         failed |= not outcome.as_written
     if not failed and options.scenarios == list(SCENARIOS):
         machine = describe("cpu")
         place = f"{machine['cores']} cores of {machine['cpu']}, torch {torch.__version__}"
         note = f"{options.steps} steps, once each; {place}."
-        write_between("results/reliability.md", "benchmarks/hosts.py", [*lines, "", note, "", "What the processes ended with:", "", *wrapped(messages)])
+        write_between(
+            "results/reliability.md",
+            "benchmarks/hosts.py",
+            [*lines, "", note, "", "What the processes ended with:", "", *items(messages)],
+        )
     return int(failed)
 
 

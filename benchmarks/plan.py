@@ -6,8 +6,8 @@
 On a GPU, `--device cuda` prints the same comparison as lines of JSON, and fails for nothing but errors.
 
 Each configuration runs in a fresh process: its peak memory beyond imports, then the median of its steps, in turn with
-the small steps of the same kind from which the rates of the prediction come. The table goes to docs/results/plan.md. Exit
-status 1 if memory is off by more than 15 % or the head's time by more than 25 % in any of them.
+the small steps of the same kind from which the rates of the prediction come. The table goes to docs/results/plan.md.
+Exit status 1 if memory is off by more than 15 % or the head's time by more than 25 % in any of them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ IDENTIFIERS = re.findall(
     r"\S+",
     """
     Liveness Sign Card Everyone RowGradients Loan CatchUp Peer.came Peer.sign
-    everyone silence_seconds takes_padding in_threads choose_path sum_by_row nowhere take_in _on_their_way bring_up
+    silence_seconds takes_padding in_threads choose_path sum_by_row take_in _on_their_way bring_up
     alone_if compiled_for _pass_of_nothing settle_exchange waits_in_every_pass hold_frozen evaluation_owed
     _exchange_news nothing_to_save is_split own_part part_like self.leads dice as_dense bf16 fp16
     liveness meeting judge row_gradients catch_up softmax_chunked softmax_cpu softmax_triton kernels_cpu kernels_triton
@@ -27,7 +27,8 @@ IDENTIFIERS = re.findall(
 # Uses in the code of names that are ordinary words elsewhere.
 CODE = """
     def settle(  .settle(  def look(  .look(  .lend(  def over(  .over(  link.step  link:  .pull  def forget(
-    def news(  news()  report.course  report.facts  def verdict(  class Path  softmax.Path
+    everyone:  everyone=  everyone.  nowhere:  nowhere=  def news(  news()  report.course  report.facts
+    def verdict(  class Path  softmax.Path
 """.splitlines()
 CODE = [use.strip() for line in CODE for use in line.split("  ") if use.strip()]
 PHRASES = """

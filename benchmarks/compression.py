@@ -3,7 +3,7 @@
     python benchmarks/compression.py --out /tmp/compression
 
 300 steps of 64 procedural faces with the small network in float32, tested on pairs of other identities. Writes a table
-into docs/training.md and a plot beside it. Runs that are there are taken over, so an interrupted one goes on.
+into docs/results/training.md and a plot beside it. Runs that are there are taken over, so an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from documents import DOCS, write_between
 from partialfc.bench.machine import describe
 from partialfc.config.options import ProcessesConfig, TrainConfig
 from partialfc.config.recipes import RECIPES
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld
 from partialfc.pages.plots import Line, line_chart
-from partialfc.pages.template import standalone_svg
 from partialfc.training.loop import train
 from processes import run_processes
 from seeds import SeedRun, seed_table
+from timeline import standalone_svg
 
 GRADIENTS, SEEDS = ("float32", "bfloat16"), (0, 1, 2)
 STEPS, BATCH, IDENTITIES, SHOTS, SIZE = 300, 64, 1_000, 8, 64
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="another number writes neither table nor plot")
     options = parser.parse_args()
     world = FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=2000, pair_identities=500, image_size=SIZE)
-    world.write(options.out / "data", take_over=True)
+    world.write(options.out / "data", resume=True)
     found: dict[tuple[str, ...], list[SeedRun]] = {}
     for gradients in GRADIENTS:
         for seed in SEEDS:
@@ -77,11 +77,11 @@ def main() -> None:
             print(gradients, seed, f"{run.accuracy:.2%}", flush=True)
     facts = describe("cpu")
     lines = [f"{facts['cpu']}, torch {facts['torch']}, two gloo processes.", "", *seed_table(["gradients"], found), ""]
-    lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed]({PICTURE})")
+    lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed](../{PICTURE})")
     print("\n".join(lines))
     if options.steps == STEPS:
         (DOCS / PICTURE).write_text(picture(found, options.steps))
-        write_between("training.md", "benchmarks/compression.py", lines)
+        write_between("results/training.md", "benchmarks/compression.py", lines)
 
 
 if __name__ == "__main__":

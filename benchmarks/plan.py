@@ -6,8 +6,8 @@
 On a GPU, `--device cuda` prints the same comparison as lines of JSON, and fails for nothing but errors.
 
 Each configuration runs in a fresh process: its peak memory beyond imports, then the median of its steps, in turn with
-the small steps of the same kind from which the rates of the prediction come. The table goes to docs/scaling.md. Exit
-status 1 if memory is off by more than 15 % or the head's time by more than 25 % in any of them.
+the small steps of the same kind from which the rates of the prediction come. The table goes to docs/results/plan.md.
+Exit status 1 if memory is off by more than 15 % or the head's time by more than 25 % in any of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 
 MEMORY_LIMIT, TIME_LIMIT = 0.15, 0.25
-DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "results" / "plan.md"
 _MEMORY_STEPS = 2
 _IMAGES = 512
 _TRAINED_STEPS = 8
@@ -304,7 +304,7 @@ def _plan_row(storage: str, plan: Plan) -> str:
 
 
 def write(part: str, lines: list[str]) -> None:
-    """Put lines between the markers of a part of docs/scaling.md."""
+    """Put lines between the markers of a part of docs/results/plan.md."""
     print("\n".join(lines))
     begin, end = f"<!-- benchmarks/plan.py {part} begin -->", f"<!-- benchmarks/plan.py {part} end -->"
     before, rest = DOCUMENT.read_text().split(begin)

@@ -3,7 +3,8 @@
     python benchmarks/storage.py --out /tmp/storage
 
 Every run is 2,000 steps of 32 images (2,000 identities, 8 images each, rate 0.1), tested on 6,000 pairs of
-other identities. Writes its table into docs/head.md. Runs that are there are taken over, so an interrupted one goes on.
+other identities. Writes its table into docs/results/head.md. Runs that are there are taken over, so that an
+interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from documents import write_between
 from partialfc.bench.machine import describe
 from partialfc.config.options import OptimizerConfig, TrainConfig
 from partialfc.config.recipes import RECIPES
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld
 from partialfc.training.loop import train
 from seeds import SeedRun, seed_table
 
@@ -53,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     world = FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=6000, pair_identities=2000, image_size=64)
-    world.write(options.out / "data", take_over=True)
+    world.write(options.out / "data", resume=True)
     found: dict[tuple[str, ...], list[SeedRun]] = {}
     for seed in range(options.seeds):
         for storage in STORAGES:
@@ -62,7 +63,7 @@ def main() -> None:
     hardware = describe("cpu")
     lines = [f"{hardware['cpu']}, torch {hardware['torch']}.", "", *lines]
     print("\n".join(lines))
-    write_between("head.md", "benchmarks/storage.py", lines)
+    write_between("results/head.md", "benchmarks/storage.py", lines)
 
 
 def trained(centers: DType, momentum: DType, seed: int, out: Path) -> SeedRun:

@@ -8,7 +8,7 @@ import sys
 CORE_ONLY = """
 import importlib, importlib.abc, pkgutil, sys
 
-EXTRAS = {"tensorboard", "wandb", "timm", "sklearn", "scipy", "pytest", "hypothesis", "simplejpeg", "cv2", "onnx"}
+EXTRAS = {"tensorboard", "wandb", "timm", "sklearn", "scipy", "pytest", "hypothesis", "onnx"}
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):

@@ -13,8 +13,8 @@ from small_runs import small_config, tiny_config, write_images
 from partialfc import cli
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import InputError
-from partialfc.training.checkpoint.read import steps_in
-from partialfc.training.checkpoint.write import Checkpoint, DamagedCheckpoint
+from partialfc.training.checkpoint.format import DamagedCheckpoint
+from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.loop import train
 
 
@@ -37,7 +37,7 @@ def test_it_says_what_it_read(config: TrainConfig, tmp_path: Path, capsys: pytes
     assert said in capsys.readouterr().err
 
 
-def test_it_finds_damage_that_nobody_needs(
+def test_it_finds_damage_in_blocks_that_no_rank_reads(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"

@@ -13,6 +13,7 @@ from small_runs import small_config, write_images
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import InputError
 from partialfc.training.loop import train
+from partialfc.training.run import folder as run_folder
 from partialfc.training.run.launch import first_difference
 
 
@@ -74,12 +75,12 @@ def try_to_train(rank: int, folder: Path, config: TrainConfig, out: Path) -> Non
 
 
 def every_mistake(rank: int, folder: Path) -> None:
-    """Other options, data and folders on rank 1, one after the other."""
+    """On rank 1 first other options, then another folder, then other data."""
     config = small_config(device="cpu")
     (folder / "options").mkdir(exist_ok=True)
     try_to_train(rank, folder / "options", with_rate(0.5 + 0.25 * rank), folder / "run")
     assert not (folder / "run").exists()
-    folder._SECONDS_TO_SEE = 0.5
+    run_folder._SECONDS_TO_SEE = 0.5
     (folder / "folders").mkdir(exist_ok=True)
     try_to_train(rank, folder / "folders", config, folder / f"run-{rank}")
     (folder / "data").mkdir(exist_ok=True)
@@ -87,6 +88,8 @@ def every_mistake(rank: int, folder: Path) -> None:
     try_to_train(rank, folder / "data", local, folder / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_hosts_that_differ(tmp_path: Path) -> None:
     for rank in range(2):
         write_images(tmp_path / f"images-{rank}", [f"person {number}" for number in range(3 + rank)])

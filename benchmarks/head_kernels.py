@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from partialfc.bench.head_step import HeadCase
 from partialfc.bench.machine import describe
-from partialfc.head.backends import gpu
+from partialfc.head.backends import gpu, tile_sizes
 
 WIDTH = 512
 TILES = tuple(size << 20 for size in (16, 32, 64, 128, 256))
@@ -127,12 +128,17 @@ def main() -> None:
     report({"hardware": describe("cuda"), "options": vars(options), "sampled": rows} | rates | roofline)
     report({"variant": "as it is", "step_ms": milliseconds(step.whole), "kernels_ms": step.by_kernel()})
     report({"variant": "CUDA graph", "step_ms": milliseconds(step.graph())})
-    for name, values in (("_TILE_BYTES", TILES), ("_BLOCKS", BLOCKS), ("_ELEMENTS", ROW_ELEMENTS)):
-        before = getattr(gpu, name)
+    variants: list[tuple[ModuleType, str, Sequence[Any]]] = [
+        (tile_sizes, "GPU_TILE_BYTES", TILES),
+        (gpu, "PRODUCT_BLOCKS", [(block,) for block in BLOCKS]),
+        (gpu, "ROW_ELEMENTS", ROW_ELEMENTS),
+    ]
+    for module, name, values in variants:
+        before = getattr(module, name)
         for value in values:
-            setattr(gpu, name, (value,) if name == "_BLOCKS" else value)
+            setattr(module, name, value)
             report({"variant": f"{name} = {value}", "step_ms": milliseconds(step.whole)})
-        setattr(gpu, name, before)
+        setattr(module, name, before)
     step.head.check()
     report({"peak_bytes": torch.cuda.max_memory_allocated()})
 

@@ -12,7 +12,7 @@ from partialfc.bench.head_step import HeadCase
 from partialfc.config.build import build_backbone, build_head, build_head_optimizer, build_optimizers
 from partialfc.head import optim
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
-from partialfc.head.row_storage import Rows
+from partialfc.head.rows import Rows
 from partialfc.head.sampling import sample_classes
 from partialfc.plan.memory import CLASS_BYTES, GATHERED_BYTES, UPDATE_BYTES, plan_memory, weights_memory
 from partialfc.plan.network import LiveBytes, network_size

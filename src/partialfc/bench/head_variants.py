@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -47,7 +48,8 @@ def our_steps(case: HeadCase, unsampled: Literal["freeze", "lazy_dense"] = "free
 
     def step(variant: Variant, embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
         head.update = "deferred" if variant.startswith("deferred") else "sparse"
-        head.operand_dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
+        operand_dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
+        head.loss_config = replace(head.loss_config, operand_dtype=operand_dtype)
         with phases("forward"):
             loss = head(embeddings, labels)
         with phases("backward"):

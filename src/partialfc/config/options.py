@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from partialfc.core.errors import InputError
-from partialfc.head.margins.base import ArcFace, CosFace, Margin
+from partialfc.head.margins import MARGINS, Margin
 
 LR_BATCH = 512  # the global batch that lr_scaling "per_512" refers to
 
@@ -117,11 +117,12 @@ class HeadConfig:
 
     def build_margin(self) -> Margin:
         """The margin; InputError if its value is out of range."""
+        arguments: dict[str, Any] = {}
+        if self.margin_value is not None and self.margin != "none":
+            arguments["m"] = self.margin_value
         if self.margin == "arcface":
-            return ArcFace(0.5 if self.margin_value is None else self.margin_value, self.margin_gradient)
-        if self.margin == "cosface":
-            return CosFace(0.4 if self.margin_value is None else self.margin_value)
-        return Margin()
+            arguments["gradient"] = self.margin_gradient
+        return MARGINS[self.margin](**arguments)
 
 
 @dataclass(frozen=True)

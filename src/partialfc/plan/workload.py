@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from partialfc.config.options import HeadConfig, TrainConfig
 from partialfc.core.errors import InputError
-from partialfc.head.backends.compiled import row_loops
+from partialfc.head.backends.select import numba_kernels
 from partialfc.head.sampling import sample_size
 
 Device = Literal["v100", "a100", "h100", "h200", "cpu", "cuda"]
@@ -125,7 +125,7 @@ class Workload:
     @property
     def compiled_head(self) -> bool:
         """Whether the compiled kernels of the CPU take this head."""
-        return self.on_cpu and self.center_bytes == 4 and row_loops() is not None
+        return self.on_cpu and self.center_bytes == 4 and numba_kernels() is not None
 
 
 def _bytes(dtype: str) -> int:

@@ -59,7 +59,7 @@ class TrainState:
     def row_tensors(self) -> RowTensors:
         """The centers and their optimizer state, all up to date, with the global rows they are."""
         self.head_optimizer.flush()  # which also waits for a GPU that still writes state in host memory
-        shard, k = self.head.shard, self.head.margin.sub_centers
+        shard, k = self.head.shard, self.head.loss_config.margin.sub_centers
         rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
         return RowTensors(
             rows, {"centers": self.head.centers.detach(), **self.head_optimizer.row_state(self.head.centers)}

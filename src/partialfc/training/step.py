@@ -16,7 +16,7 @@ from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
 from partialfc.distributed.activity import doing
 from partialfc.distributed.collectives import full_tensor, local_shard, rank_of, split_evenly, start_gather_rows
-from partialfc.head.global_batch import GlobalLabels, NonFiniteEmbeddings
+from partialfc.head.inputs import GlobalLabels, NonFiniteEmbeddings
 from partialfc.training.freezing import set_frozen_layers_eval
 from partialfc.training.nonfinite import Skip, locate
 from partialfc.training.replicas import (

@@ -52,7 +52,7 @@ def joined(
         "partialfc": _own_version(),
         "torch": torch.__version__,
         "config": config.to_dict(),
-        "eval": sorted(benchmarks),
+        "benchmark": sorted(benchmarks),
         "resume": resume,
         "verify": verify,
         "device type": device.type,
@@ -116,7 +116,7 @@ def _own_version() -> str:
 
 
 def _options(launch_info: _LaunchInfo) -> dict[str, Any]:
-    return {name: launch_info[name] for name in ("config", "eval", "resume", "verify", "device type")}
+    return {name: launch_info[name] for name in ("config", "benchmark", "resume", "verify", "device type")}
 
 
 def _value(launch_info: _LaunchInfo, key: str) -> Any:

@@ -32,16 +32,16 @@ def test_the_python_example_runs() -> None:
     assert loss.detach().item() > 0
 
 
-def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 4
+def test_the_first_steps_are_shown() -> None:
+    words = [shlex.split(command) for command in COMMANDS]
+    assert {"data", "train", "evaluate", "plan"} <= {line[line.index("partialfc") + 1] for line in words}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_has_only_options_that_exist(command: str) -> None:
     words = shlex.split(command)
-    arguments = words[words.index("partialfc") + 1 :]
-    parsed = build_parser().parse_args(arguments)
-    assert parsed.command == arguments[0]
+    options = build_parser().parse_args(words[words.index("partialfc") + 1 :])
+    assert options.run.__module__.startswith("partialfc.cli.")  # not the group's, which asks for a command
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

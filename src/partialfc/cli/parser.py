@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 
+from partialfc.config.options import flatten
 from partialfc.config.recipes import recipe_config
 from partialfc.core.errors import InputError, did_you_mean
 
@@ -57,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         options, unknown = super().parse_known_args(words, namespace)
         if "--config" in self._option_string_actions:
             if options.recipe is not None:
-                self.set_defaults(**_flatten(recipe_config(options.recipe).to_dict()))
+                self.set_defaults(**flatten(recipe_config(options.recipe).to_dict()))
             for path in options.config:
                 self.set_defaults(**self._read_config(path))
             options, unknown = super().parse_known_args(words, namespace)
@@ -81,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(content, dict):
             raise InputError(f"{path} holds no options: write lines such as `seed: 1`.")
         actions = {action.dest: action for action in self._actions}
-        values = _flatten(content)
+        values = flatten(content)
         for name, value in values.items():
             if name not in actions:
                 raise InputError(f"{path}: there is no option {name}.{did_you_mean(name, actions)}")
@@ -123,19 +124,27 @@ def facts_text(facts: dict[str, Any]) -> str:
 # -- options of a configuration ----------------------------------------------------------------------------------------
 
 
-def add_config_options(parser: Parser, config_class: type) -> None:
-    """Add --recipe, --config, and an option for each field of a dataclass of dataclasses; see `build_config`."""
+def add_config_options(parser: Parser, config_class: type, *, skip: str = "") -> None:
+    """Add --recipe, --config, and an option for each field of a dataclass of dataclasses; see `build_config`.
+
+    Args:
+        skip: the field whose option the command adds itself.
+    """
     parser.add_argument("--recipe", metavar="NAME", help="start from this recipe; `partialfc recipes` lists them")
     help_ = "YAML file with any of these options, which overrides the recipe"
     parser.add_argument("--config", metavar="FILE", type=Path, action="append", default=[], help=help_)
-    _add_fields(parser, config_class, "")
+    _add_fields(parser, config_class, "", skip)
 
 
-def _add_fields(parser: Parser, config_class: type, prefix: str) -> None:
-    types = get_type_hints(config_class)
+def _add_fields(parser: Parser, config_class: type, prefix: str, skip: str = "") -> None:
+    types, sections = get_type_hints(config_class), []
     group = parser.add_argument_group((config_class.__doc__ or "").rstrip("."))
-    options = {name: text for name, text in _docstrings(config_class).items() if not is_dataclass(types[name])}
-    for name, sentence in options.items():
+    for name, sentence in _docstrings(config_class).items():
+        if name == skip:
+            continue
+        if is_dataclass(types[name]):
+            sections.append(name)
+            continue
         group.add_argument(
             f"--{prefix}{name}".replace("_", "-"),
             dest=f"{prefix}{name}",
@@ -144,9 +153,8 @@ def _add_fields(parser: Parser, config_class: type, prefix: str) -> None:
             metavar=_form(types[name])[0],
             help=sentence.replace("%", "%%"),
         )
-    for name, hint in types.items():
-        if is_dataclass(hint):
-            _add_fields(parser, hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    for name in sections:
+        _add_fields(parser, types[name], f"{prefix}{name}.")
 
 
 def _docstrings(config_class: type) -> dict[str, str]:
@@ -201,14 +209,6 @@ def build_config(config_class: Callable[..., Config], options: Namespace, prefix
             build_config(types[name], options, f"{prefix}{name}.") if within else getattr(options, prefix + name)
         )
     return config_class(**values)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 # -- options of several commands ---------------------------------------------------------------------------------------

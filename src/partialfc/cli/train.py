@@ -9,6 +9,7 @@ from typing import Any
 from partialfc.cli.parser import add_benchmarks, add_command, add_config_options, build_config, named_paths, show
 from partialfc.config.options import TrainConfig
 from partialfc.distributed.collectives import launched_rank
+from partialfc.training.build import check_config
 from partialfc.training.loop import train
 
 _USAGE = "partialfc train --data.path PATH [--out RUN] [--recipe NAME] [options]"
@@ -28,7 +29,7 @@ def add_parser(commands: Any) -> None:
 def run(options: Namespace) -> None:
     """Train a model, evaluating on the way; start with torchrun for several processes."""
     config = build_config(TrainConfig, options)
-    config.check()
+    check_config(config)
     if options.print_config:
         print(config.to_yaml(), end="")
         return

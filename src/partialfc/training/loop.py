@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partialfc.config.options import TrainConfig
+from partialfc.config.options import TrainConfig, parse_steps
 from partialfc.core.console import Progress
-from partialfc.core.device import compute_dtype, dtype_name
+from partialfc.core.device import compute_dtype, dtype_name, peak_bytes
 from partialfc.core.errors import InputError, StoppedBySignal
 from partialfc.data.loader import Batch
 from partialfc.distributed.activity import doing
@@ -42,7 +42,7 @@ from partialfc.training.checkpoint.write import Checkpoint, load_latest
 from partialfc.training.identities import write_identities
 from partialfc.training.initialize import Start, apply_start, check_resumable, read_start
 from partialfc.training.nonfinite import Skip, describe_skip
-from partialfc.training.profiling import StepProfiler, parse_steps, peak_bytes
+from partialfc.training.profiling import StepProfiler
 from partialfc.training.run.folder import open_run_folder
 from partialfc.training.run.launch import check_same_data, joined
 from partialfc.training.run.log import MetricsLog

@@ -25,7 +25,7 @@ from partialfc.backbones import create_backbone
 from partialfc.bench.machine import describe, peak_resident_bytes
 from partialfc.core import keyed_random
 from partialfc.distributed import collectives
-from partialfc.distributed.collectives import local_shard
+from partialfc.distributed.sharded import local_shard
 from partialfc.training.replicas import replicated, split_over_processes
 from processes import run_processes
 

@@ -28,7 +28,7 @@ SECONDS_OF_A_RUN = 300.0
 class Run:
     """One training.
 
-    `nodes`, `per_host` and `restarts` are torchrun's --nnodes, --nproc-per-node and --max-restarts, `silence` is
+    `nodes`, `per_host` and `restarts` are torchrun's --nnodes, --nproc-per-node and --max-restarts, `heartbeat_timeout` is
     processes.heartbeat_timeout_seconds.
     """
 
@@ -38,7 +38,7 @@ class Run:
     nodes: str = "2"
     per_host: int = 1
     restarts: int = 0
-    silence: int = 30
+    heartbeat_timeout: int = 30
     started: dict[str, subprocess.Popen] = field(default_factory=dict)
     newest: int = 0
 
@@ -69,7 +69,7 @@ class Run:
             "optimizer.lr_scaling": "absolute",
             "schedule.epochs": self.steps * BATCH / IMAGES,
             "output.log_every": 1,
-            "processes.heartbeat_timeout_seconds": self.silence,
+            "processes.heartbeat_timeout_seconds": self.heartbeat_timeout,
             "output.checkpoint_every": max(1, self.steps // 8),
             "output.evaluate_every": 10**9,
             "precision": "float64",

@@ -59,7 +59,7 @@ class Stage:
     Attributes:
         steps: of each run.
         fault_step: the step after which the fault comes.
-        silence: processes.heartbeat_timeout_seconds of each run.
+        heartbeat_timeout: processes.heartbeat_timeout_seconds of each run.
         hosts: two.
     """
 
@@ -67,12 +67,12 @@ class Stage:
     data: Path
     steps: int
     fault_step: int
-    silence: int
+    heartbeat_timeout: int
     hosts: list[Host]
 
     def run(self, name: str, **options: object) -> Run:
         """A new run of that name."""
-        return Run(self.folder / name, self.data, self.steps, silence=self.silence, **options)  # type: ignore[arg-type]
+        return Run(self.folder / name, self.data, self.steps, heartbeat_timeout=self.heartbeat_timeout, **options)  # type: ignore[arg-type]
 
     def straight(self, nodes: int, per_host: int) -> Run:
         """The uninterrupted run on so many hosts, made once."""
@@ -257,14 +257,16 @@ SCENARIOS: dict[str, Callable[[Stage], Outcome]] = {
 
 
 @contextmanager
-def opened_stage(folder: Path, steps: int, fault_step: int | None = None, silence: int = 30) -> Iterator[Stage]:
+def opened_stage(
+    folder: Path, steps: int, fault_step: int | None = None, heartbeat_timeout: int = 30
+) -> Iterator[Stage]:
     """Data and two hosts in a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "images"
     if not data.exists():
         write_patterns(data, SIZE)
     with network(["host-a", "host-b"], folder) as hosts:
-        yield Stage(folder, data, steps, fault_step or steps // 2, silence, hosts)
+        yield Stage(folder, data, steps, fault_step or steps // 2, heartbeat_timeout, hosts)
 
 
 def main() -> int:

@@ -18,7 +18,13 @@ from partialfc.training.run.launch import first_difference
 
 def launch_info(host: str = "a", **changes: Any) -> dict[str, Any]:
     config = changes.pop("config", small_config())
-    facts = {"partialfc": "0.1.0 (code 12345678)", "torch": "2.13.0", "benchmark": ["lfw"], "resume": True, "verify": False}
+    facts = {
+        "partialfc": "0.1.0 (code 12345678)",
+        "torch": "2.13.0",
+        "benchmark": ["lfw"],
+        "resume": True,
+        "verify": False,
+    }
     return {"host": host, "refusal": None, "config": config.to_dict(), "device type": "cpu", **facts, **changes}
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.activity import progress
+from partialfc.distributed.activity import report_progress
 from partialfc.distributed.collectives import split_evenly
 
 BLOCK_BYTES = 16 * 2**20
@@ -94,7 +94,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], block_bytes: in
                 size += len(part)
                 room -= len(part)
                 if room == 0:
-                    progress()
+                    report_progress()
                     digests.append(block.hexdigest())
                     block, room = hashlib.sha256(), block_bytes
         if room < block_bytes:
@@ -260,7 +260,7 @@ class VerifiedFiles:
         if hashlib.sha256(block).hexdigest() != record.sha256[number]:
             raise self._damaged(name, f"differs from what was written in block {number} (bytes {start:,} to {stop:,})")
         self._last = (name, number, block)
-        progress()
+        report_progress()
         return block
 
     def _damaged(self, name: str, what: str) -> DamagedCheckpoint:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from partialfc.core.errors import JobError
-from partialfc.distributed.activity import doing
+from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import Group, Shard, gather_json
 from partialfc.training.checkpoint.format import (
     BLOCK_BYTES,
@@ -98,7 +98,7 @@ def save_checkpoint(
     token = _together("prepare", lambda: _prepare(root, contents), group)[0]
     writing = root / f".{folder_name(step)}.{token}.writing"
     try:
-        with doing(f"writing {writing}"):
+        with activity(f"writing {writing}"):
             reports = _together("write", lambda: _write_files(writing, contents), group)
         _together("complete", lambda: _commit(root, writing, contents, reports, keep) if leader else None, group)
     except CheckpointNotWritten:

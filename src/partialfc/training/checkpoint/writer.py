@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partialfc.distributed.activity import doing
-from partialfc.distributed.collectives import Group, full_tensor, is_sharded
+from partialfc.distributed.activity import activity
+from partialfc.distributed.collectives import Group
+from partialfc.distributed.sharded import full_tensor, is_sharded
 from partialfc.training.checkpoint.write import RowTensors, save_checkpoint
 
 
@@ -159,7 +160,7 @@ class CheckpointWriter:
             CheckpointNotWritten: on all ranks alike, if any could not write.
         """
         if self._thread is not None:
-            with doing(f"waiting for its checkpoint of step {self.step}", waits=True):
+            with activity(f"waiting for its checkpoint of step {self.step}", waits=True):
                 self._thread.join()
         self._thread, error, self._error = None, self._error, None
         if error is not None:

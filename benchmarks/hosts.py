@@ -3,8 +3,7 @@
     sudo python benchmarks/hosts.py --out runs/hosts
 
 The hosts are network namespaces of this machine (benchmarks/namespaces.py), each with a `torchrun -m partialfc train`
-of its own. A scenario injects one fault into a running training and sees what the processes do and what they say.
-Prints a
+of its own. A scenario injects one fault into a running training and records what the processes do and print. Prints a
 table, and writes it into docs/reliability.md when all scenarios have run.
 """
 
@@ -30,7 +29,7 @@ from namespaces import Host, network, why_not
 from partialfc.bench.machine import describe
 
 SIZE = 16  # pixels of benchmarks/elastic.py's patterns
-SECONDS_TO_NOTICE = 60.0  # for a lost process or host: heartbeat_timeout_seconds, a grace, and a busy machine
+SECONDS_TO_NOTICE = 60.0  # a lost process or host: heartbeat_timeout_seconds, time to end, and a busy machine
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Outcome:
         fault: in words.
         as_written: whether it is what docs/reliability.md says.
         said: what happened, in a sentence.
-        lost_steps: optimizer steps that had to be done again; None where no run went on.
+        lost_steps: optimizer steps that were repeated; None where no run resumed.
         seconds: from the fault to the end of the processes, or to the first new step; None without a fault.
     """
 
@@ -92,7 +91,7 @@ def two_hosts(stage: Stage) -> Outcome:
 
 
 def killed_rank(stage: Stage) -> Outcome:
-    """SIGKILL to a rank under torchrun with --max-restarts, on one host: the run goes on by itself."""
+    """SIGKILL to a rank under torchrun with --max-restarts, on one host: torchrun restarts the run."""
     host = stage.hosts[0]
     run = stage.run("killed-rank", nodes="1", per_host=2, restarts=3)
     run.start(host)
@@ -106,7 +105,7 @@ def killed_rank(stage: Stage) -> Outcome:
 
 
 def sigterm(stage: Stage) -> Outcome:
-    """SIGTERM to torchrun on both hosts, as a scheduler sends it; a new start goes on."""
+    """SIGTERM to torchrun on both hosts, as a scheduler sends it; a new start resumes."""
     run = stage.run("sigterm", nodes="2", restarts=3)
     run.start(*stage.hosts)
     run.wait_for_step(stage.fault_step)

@@ -1,8 +1,10 @@
 # Every target works in .venv of this checkout and sets up what it needs. PYTHON chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests of one file run in one process, so that what a file prepares is prepared once.
+PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: install demo test lint types docs bench faults clean
+.PHONY: help install demo check test lint types faults clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,8 +24,11 @@ install: .venv/dev  ## make .venv with everything that development needs
 demo: .venv/core  ## train on procedural faces and see how good the model is (about 6 minutes on 2 cores)
 	$(BIN)/partialfc demo --out runs/demo
 
-test: .venv/dev  ## run the tests, with branch coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+check: lint types  ## lint, types, import contract and the quick tests (under 3 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) $(ARGS)
+
+test: .venv/dev  ## run all tests, with branch coverage (about 8 minutes on 2 cores)
+	$(BIN)/python -m pytest --cov --cov-report=term $(PARALLEL) $(ARGS)
 
 lint: .venv/dev  ## ruff and the import contract
 	$(BIN)/ruff check .

@@ -17,6 +17,11 @@ from partialfc.distributed.signals import end_process
 
 Worker = Callable[[int, Path], None]
 
+# The ranks of all tests are forked from one server that has imported torch, instead of each importing it anew. The
+# server itself computes nothing, so that it has no threads which a fork would lose.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["partialfc.training.loop"])
+
 
 def run_ranks(world_size: int, worker: Worker, folder: Path, *, joined: bool = True) -> None:
     """Run `worker(rank, folder)` in `world_size` fresh processes that form the default process group.
@@ -26,7 +31,8 @@ def run_ranks(world_size: int, worker: Worker, folder: Path, *, joined: bool = T
     """
     # The parent keeps the store, as torchrun does, on a port that the system picks: no race for a free one.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    mp.spawn(_start, args=(world_size, store.port, worker, folder, joined), nprocs=world_size)
+    arguments = (world_size, store.port, worker, folder, joined)
+    mp.start_processes(_start, arguments, nprocs=world_size, start_method="forkserver")
 
 
 def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path, joined: bool = True) -> None:
@@ -48,9 +54,8 @@ def _start(rank: int, world_size: int, port: int, worker: Worker, folder: Path, 
 def run_apart(world_size: int, worker: Worker, folder: Path) -> list[int | None]:
     """`run_ranks` for processes that may die: the exit status of each, negative for a signal; none fails the caller."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    context = mp.get_context("spawn")
     arguments = (world_size, store.port, worker, folder)
-    processes = [context.Process(target=_start, args=(rank, *arguments)) for rank in range(world_size)]
+    processes = [_CONTEXT.Process(target=_start, args=(rank, *arguments)) for rank in range(world_size)]
     for process in processes:
         process.start()
     try:

@@ -25,8 +25,8 @@ from partialfc.distributed import collectives
 from partialfc.head.margins.base import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint.write import RowTensors
-from partialfc.training.checkpoint.writer import CheckpointWriter, Snapshot
+from partialfc.training.checkpoint.write import RowTensors, Snapshot
+from partialfc.training.checkpoint.writer import CheckpointWriter
 from processes import run_processes
 
 CLASSES, WIDTH, IMAGES, PROCESSES, SAVES = 1_000_000, 512, 128, 2, 3
@@ -68,7 +68,7 @@ class Training:
 
     def snapshot(self) -> Snapshot:
         tensors = {"centers": self.head.centers.detach(), **self.optimizer.row_state(self.head.centers)}
-        return Snapshot(self.head.step, {}, RowTensors(self.head.shard, tensors), {}, {})
+        return Snapshot(self.head.step, {}, RowTensors(self.head.shard, tensors), {})
 
     def save(self, writer: CheckpointWriter) -> Save:
         """Save once, training on while it is written."""
@@ -90,7 +90,7 @@ def run(rank: int, classes: int, out: Path) -> None:
     for name, asynchronous in (("within", False), ("beside", True)):
         group = collectives.host_group()
         writer = CheckpointWriter(out / "checkpoints", 1, asynchronous=asynchronous, group=group)
-        writer.make_room(training.snapshot().rows.tensors)
+        writer.preallocate(training.snapshot().rows.tensors)
         for _ in range(8):  # the steps of a run before its first checkpoint
             training.step()
         found[name] = []

@@ -32,7 +32,7 @@ from partialfc.config.options import BackboneConfig, DataConfig, HeadConfig, Out
 from partialfc.core.device import choose_device
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import read_image
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 
@@ -148,7 +148,7 @@ def main() -> int:
         run = ours if arguments.variant == "partialfc" else usual
         print(json.dumps(run(arguments, arguments.data / "train")))
         return 0
-    world.write(arguments.data, take_over=True)
+    world.write(arguments.data, resume=True)
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(arguments.rounds):
         for variant in VARIANTS:

@@ -7,23 +7,20 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fault_rows.launch import Fault, Run
 from fault_rows.patches import PLANNED
-from partialfc.core import keyed_random
 from partialfc.core.errors import InputError
-from partialfc.data.images import encode_png
 from partialfc.data.pair_files import write_pairs
 from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
 from partialfc.training.run.log import read_metrics
+from tiny_runs import pattern_image, without_timings, write_images
 
-IDENTITIES, SHOTS, SIZE, PAIRS, BATCH = 8, 4, 16, 400, 10
+NAMES, SHOTS, PAIRS, BATCH = [f"person {number}" for number in range(8)], 4, 400, 10
 STEPS, SAVES, EVALUATIONS = 12, (3, 6, 9, 12), (4, 8, 12)
 READERS = ("--data.workers=2",)  # processes that read the data; without the option the training process does
-_PASSING = ("images_per_second", "data_wait", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,13 @@ class Bench:
         self.data, self.pairs = root / "images", root / "pairs.bin"
         if not self.pairs.exists():
             shutil.rmtree(self.data, ignore_errors=True)
-            _write_images(self.data)
-            answers = [place % 2 == 0 for place in range(PAIRS)]
+            write_images(self.data, NAMES, SHOTS)
+            is_same = [number % 2 == 0 for number in range(PAIRS)]
             images = []
-            for place, same in enumerate(answers):
-                images.append(_image(place % IDENTITIES, SHOTS + 2 * place))
-                images.append(_image((place + (not same)) % IDENTITIES, SHOTS + 2 * place + 1))
-            write_pairs(self.pairs, images, answers)
+            for number, same in enumerate(is_same):
+                images.append(pattern_image(NAMES[number % len(NAMES)], SHOTS + 2 * number))
+                images.append(pattern_image(NAMES[(number + (not same)) % len(NAMES)], SHOTS + 2 * number + 1))
+            write_pairs(self.pairs, images, is_same)
 
     def arguments(self, out: Path, options: Sequence[str] = ()) -> list[str]:
         """The command line of a run of `STEPS` steps of three micro-steps each on one process, two on two."""
@@ -99,7 +96,7 @@ class Bench:
             "head.scale": 16.0,
             "optimizer.lr": 0.02,
             "optimizer.lr_scaling": "absolute",
-            "schedule.epochs": STEPS * BATCH / (IDENTITIES * SHOTS),
+            "schedule.epochs": STEPS * BATCH / (len(NAMES) * SHOTS),
             "schedule.warmup_epochs": 0.5,
             "output.log_every": 1,
             "output.checkpoint_every": SAVES[0],
@@ -214,7 +211,8 @@ def difference(out: Path, straight: Path, ignored: Sequence[str] = ()) -> str | 
         for file in ("model.safetensors", "config.json"):
             if (out / "model" / name / file).read_bytes() != (straight / "model" / name / file).read_bytes():
                 return f"model/{name}/{file} differs"
-    lines = [_timeless(run / "metrics.jsonl", ignored) for run in (out, straight)]
+    metrics = [without_timings(read_metrics(run / "metrics.jsonl")) for run in (out, straight)]
+    lines = [[line for line in run if line["kind"] not in ignored] for run in metrics]
     if lines[0] != lines[1]:
         return f"metrics differ: {len(lines[0])} lines against {len(lines[1])}"
     return None
@@ -234,26 +232,3 @@ def finite_checkpoints(out: Path) -> str | None:
             if not bool(torch.isfinite(tensor).all()):
                 return f"{name} of step {step} is not finite"
     return None
-
-
-def _timeless(path: Path, ignored: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in line.items() if key not in _PASSING}
-        for line in read_metrics(path)
-        if line["kind"] not in ignored
-    ]
-
-
-def _image(identity: int, shot: int) -> bytes:
-    """A coarse pattern, a function of the identity, with noise on it."""
-    pattern = keyed_random.uniform(keyed_random.derive_key("pattern", identity), torch.arange(48)).view(4, 4, 3)
-    pattern = pattern.repeat_interleave(SIZE // 4, 0).repeat_interleave(SIZE // 4, 1)
-    noise = keyed_random.uniform(keyed_random.derive_key("noise", identity, shot), torch.arange(SIZE * SIZE * 3))
-    return encode_png((pattern * 200 + noise.view(SIZE, SIZE, 3) * 55).to(torch.uint8).numpy())
-
-
-def _write_images(folder: Path) -> None:
-    for identity in range(IDENTITIES):
-        (folder / f"person {identity}").mkdir(parents=True)
-        for shot in range(SHOTS):
-            (folder / f"person {identity}" / f"{shot}.png").write_bytes(_image(identity, shot))

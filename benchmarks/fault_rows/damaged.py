@@ -16,8 +16,9 @@ from fault_rows.bench import Bench, Injection, Outcome, Row
 from partialfc.config.options import TrainConfig
 from partialfc.training.build import build_state, open_loader
 from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.manifest import MANIFEST, read_manifest
+from partialfc.training.checkpoint.format import MANIFEST, read_manifest
 from partialfc.training.checkpoint.read import Checkpoint, folder_name, load_latest
+from partialfc.training.checkpoint.write import Snapshot
 from partialfc.training.state import TrainState
 
 BLOCK = 32 * 1024  # bytes, so that small files have many blocks
@@ -37,9 +38,9 @@ def small_blocks_then_die(rank: int) -> None:
     """Checkpoints in small blocks, and the end after the one of step `NEWEST`."""
     plain = writer.save_checkpoint
 
-    def save(root: Path, step: int, **contents: Any) -> Path:
-        path = plain(root, step, **contents, block_bytes=BLOCK)
-        if step == NEWEST:
+    def save(root: Path, snapshot: Snapshot, **options: Any) -> Path:
+        path = plain(root, snapshot, **options, block_bytes=BLOCK)
+        if snapshot.step == NEWEST:
             patches.die()
         return path
 

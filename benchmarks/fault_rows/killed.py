@@ -32,10 +32,10 @@ MOMENTS: dict[str, Moment] = {
     "between the two models of an evaluation": lambda: patches.in_model(3, die),
     "in the last evaluation": lambda: patches.in_evaluation(3, die),
     "right after the first checkpoint": lambda: patches.wrap(
-        patches.checkpoint_async, "save_checkpoint", after=die, when=patches.nth(1)
+        patches.writer, "save_checkpoint", after=die, when=patches.nth(1)
     ),
     "right after the third checkpoint": lambda: patches.wrap(
-        patches.checkpoint_async, "save_checkpoint", after=die, when=patches.nth(3)
+        patches.writer, "save_checkpoint", after=die, when=patches.nth(3)
     ),
 }
 ON_RANK_0 = ("between the two models of an evaluation",)

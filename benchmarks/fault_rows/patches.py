@@ -19,7 +19,8 @@ from partialfc.training import loop
 from partialfc.training import step as step_module
 from partialfc.training.checkpoint import write as checkpoint
 from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.manifest import MANIFEST
+from partialfc.training.checkpoint.format import MANIFEST
+from partialfc.training.checkpoint.write import Snapshot
 from partialfc.training.checkpoint.writer import HostCopies
 from partialfc.training.step import Stepper
 
@@ -138,18 +139,16 @@ class _Saving:
 
     def __init__(self, step: int) -> None:
         self.now = False
-        for name in ("save_checkpoint",):
-            plain = getattr(writer, name)
+        plain = writer.save_checkpoint
 
-            def save(root: Path, saved: int, *, plain: Any = plain, **contents: Any) -> Path:
-                self.now = saved == step
-                try:
-                    path: Path = plain(root, saved, **contents)
-                finally:
-                    self.now = False
-                return path
+        def save(root: Path, snapshot: Snapshot, **options: Any) -> Path:
+            self.now = snapshot.step == step
+            try:
+                return plain(root, snapshot, **options)
+            finally:
+                self.now = False
 
-            setattr(writer, name, save)
+        writer.save_checkpoint = save
 
     def when(self, chosen: Callable[..., bool]) -> Callable[..., bool]:
         return lambda *arguments, **options: self.now and chosen(*arguments, **options)
@@ -172,9 +171,9 @@ def _at_file(step: int, act: Act, name: str, where: str) -> None:
         return path.name.startswith(name)
 
     if where != "while":
-        wrap(checkpoint, "write_file", **{where: act}, when=saving.when(chosen))
+        wrap(checkpoint, "write_hashed", **{where: act}, when=saving.when(chosen))
         return
-    plain = checkpoint.write_file
+    plain = checkpoint.write_hashed
 
     def cut(pieces: Iterator[Any]) -> Iterator[Any]:
         """The same bytes, with the act in their middle."""
@@ -186,7 +185,7 @@ def _at_file(step: int, act: Act, name: str, where: str) -> None:
     def write(path: Path, pieces: Any, *options: Any) -> Any:
         return plain(path, cut(pieces) if saving.now and chosen(path) else pieces, *options)
 
-    checkpoint.write_file = write
+    checkpoint.write_hashed = write
 
 
 def _at_call(step: int, act: Act, owner: object, name: str, number: int, where: str) -> None:
@@ -248,11 +247,11 @@ def _leader_stages() -> dict[str, Stage]:
     """Stages that only rank 0 goes through."""
     return {
         **_file_stages(_LEADERS_FILES),
-        "before its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 2, "before"),
-        "after its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 2, "after"),
+        "before its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "fsync", 2, "before"),
+        "after its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "fsync", 2, "after"),
         "before it gets its name": lambda s, act: _at_rename(s, act, (".writing", ""), "before"),
         "after it got its name": lambda s, act: _at_rename(s, act, (".writing", ""), "after"),
-        "before the names are flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 3, "before"),
+        "before the names are flushed": lambda s, act: _at_call(s, act, checkpoint, "fsync", 3, "before"),
         "before old ones are deleted": lambda s, act: _at_call(s, act, checkpoint, "_retire", 1, "before"),
         "when an old one has lost its name": lambda s, act: _at_rename(s, act, ("", ".old"), "after"),
         "while an old one is deleted": _in_deletion,

@@ -1,4 +1,4 @@
-"""The whole job on procedural faces: render them, train with a tenth of the centers, test on people never seen."""
+"""The whole job on procedural faces: render, train with a tenth of the centers, test on identities never seen."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any
 
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
-from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.baselines import color_embeddings, pixel_embeddings
 from partialfc.evaluation.pairs import evaluate_pair_set, evaluate_pairs
-from partialfc.faces.sets import write_contact_sheet
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld, write_contact_sheet
 from partialfc.model.files import load_model
 from partialfc.report.page import write_report
 from partialfc.training.loop import train
@@ -28,11 +26,14 @@ WORLD = FaceWorld(identities=10_000, shots=8, pairs=6_000, pair_identities=2_000
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """What the demo found.
+    """The result of the demo.
 
     Attributes:
+        folder: of data, run and report.
+        world: what was rendered.
         accuracy, accuracy_std: ten-fold verification accuracy of the model on identities that it has never seen.
         pixel_accuracy, color_accuracy: the same of raw pixels and of colours.
+        training: what the training did.
         seconds: wall time by stage.
     """
 
@@ -50,7 +51,7 @@ class DemoSummary:
         return {**asdict(self), "folder": str(self.folder), "training": self.training.to_dict()}
 
     def text(self) -> str:
-        """One screen: what happened, what to look at, what to do next."""
+        """One screen: the result, what to look at, what to do next."""
         world, run = self.world, self.folder / "run"
         timing = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
         return f"""
@@ -78,7 +79,7 @@ Next, with your own data (a .rec file, or one folder of aligned images for each 
 
 
 def _bar(accuracy: float, width: int = 24) -> str:
-    """A bar from guessing (50 %) to always right."""
+    """A bar from 50 %, which is guessing, to 100 %."""
     filled = round(max(0.0, accuracy - 0.5) * 2 * width)
     return "█" * filled + "·" * (width - filled)
 
@@ -86,10 +87,13 @@ def _bar(accuracy: float, width: int = 24) -> str:
 def demo(
     out: Path, *, seed: int = 0, world: FaceWorld = WORLD, recipe: TrainConfig | None = None, quiet: bool = False
 ) -> DemoSummary:
-    """Run the demo in `out`; what an interrupted one has finished there is taken over.
+    """Run the demo in `out`, or resume one that was interrupted there.
 
     Args:
+        out: new folder, or that of an interrupted demo.
+        seed: of faces and training.
         world, recipe: another size, for tests; by default `WORLD` and the recipe "demo".
+        quiet: show no progress.
 
     Raises:
         InputError: `out` holds something else.
@@ -99,8 +103,8 @@ def demo(
     if out.is_dir() and any(out.iterdir()) and not (out / "data").is_dir():
         raise InputError(f"{out} is not empty and holds no demo: give another folder with --out.")
     data, stages = out / "data", _Stages()
-    with stages.stage("faces"), Progress("rendering faces", quiet=quiet) as progress:
-        replace(world, seed=seed).write(data, take_over=True, progress=progress.update)
+    with stages.stage("faces"):
+        replace(world, seed=seed).write(data, resume=True, quiet=quiet)
         write_contact_sheet(out / "faces.png", identities=range(10), shots=8, seed=seed)
     with stages.stage("baselines"):
         pairs = read_pairs(data / "pairs.bin")
@@ -140,7 +144,7 @@ def _baseline(pairs: PairSet, embed: Callable[..., Any]) -> float:
 
 
 class _Stages:
-    """How long each stage took."""
+    """Wall time of each stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -10,8 +10,7 @@ from typing import Any, get_args
 from partialfc.cli.parser import add_command, add_commands, facts_text, show
 from partialfc.core.console import Progress
 from partialfc.data.inspect import inspect
-from partialfc.faces.sets import Layout
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld, Layout
 
 
 def add_parser(commands: Any) -> None:
@@ -46,6 +45,5 @@ def run_inspect(options: Namespace) -> None:
 def run_faces(options: Namespace) -> None:
     """Write procedural faces: a training set, and pairs of other identities."""
     world = FaceWorld(**{field.name: getattr(options, field.name) for field in fields(FaceWorld)})
-    with Progress("rendering", quiet=options.json) as progress:
-        facts = world.write(options.out, progress=progress.update)
+    facts = world.write(options.out, quiet=options.json)
     show(options, facts, facts_text(facts))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from partialfc.core.files import write_file
 
 NAME = "identities.json"
 
@@ -43,6 +44,4 @@ def write_identities(folder: Path, identities: list[str] | None) -> None:
     if identities is None:
         (folder / NAME).unlink(missing_ok=True)
         return
-    beside = folder / f".{NAME}.writing"
-    beside.write_text(json.dumps(identities, indent=0, ensure_ascii=False), encoding="utf-8")
-    os.replace(beside, folder / NAME)
+    write_file(folder / NAME, json.dumps(identities, indent=0, ensure_ascii=False))

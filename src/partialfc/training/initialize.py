@@ -17,8 +17,8 @@ from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import Shard
 from partialfc.model.files import load_model
 from partialfc.training.build import facts_of
-from partialfc.training.checkpoint.read import folder_name, steps_in
-from partialfc.training.checkpoint.write import Checkpoint, DamagedCheckpoint, load_latest
+from partialfc.training.checkpoint.format import DamagedCheckpoint
+from partialfc.training.checkpoint.read import Checkpoint, folder_name, load_latest, steps_in
 from partialfc.training.identities import match_identities
 from partialfc.training.new_centers import fill_with_class_means
 from partialfc.training.replicas import load_weights

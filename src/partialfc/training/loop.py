@@ -37,16 +37,15 @@ from partialfc.training.build import (
     check_shares,
     open_loader,
 )
-from partialfc.training.checkpoint.policy import Saver
-from partialfc.training.checkpoint.write import Checkpoint, load_latest
+from partialfc.training.checkpoint.read import Checkpoint, load_latest
+from partialfc.training.checkpoint.writer import Saver
 from partialfc.training.identities import write_identities
 from partialfc.training.initialize import Start, apply_start, check_resumable, read_start
 from partialfc.training.nonfinite import Skip, describe_skip
 from partialfc.training.profiling import StepProfiler
 from partialfc.training.run.folder import open_run_folder
 from partialfc.training.run.launch import check_same_data, joined
-from partialfc.training.run.log import MetricsLog
-from partialfc.training.run.trackers import Tracker, open_trackers
+from partialfc.training.run.log import MetricsLog, Tracker, open_trackers
 from partialfc.training.step import Stepper
 from partialfc.training.timing import Clock, TrainResult
 
@@ -158,7 +157,7 @@ class _Trainer:
         # A rank may write for hours, as long as it gets on: whether it does is for `HeartbeatMonitor` to say.
         patience = _SECONDS_FOR_ANY_CHECKPOINT if has_store() else _patience(config)
         self.saver = Saver(config, self.folder, host_group(patience), self._report_unsaved)
-        self.saver.writer.make_room(self.state.row_tensors().tensors)
+        self.saver.writer.preallocate(self.state.row_tensors().tensors)
         self.news_group = host_group(_patience(config))
         self.stepper = Stepper(config, self.state, self.loader, device, compute_dtype(config.precision, device))
         self.total_steps = self.stepper.total_steps

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import partialfc
 
 CORE_ONLY = """
@@ -31,12 +33,14 @@ print(len(modules))
 """
 
 
+@pytest.mark.multiprocess
 def test_every_module_imports_with_the_core_dependencies() -> None:
     done = subprocess.run([sys.executable, "-c", CORE_ONLY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) + 1 == sum(1 for _ in Path(partialfc.__file__).parent.rglob("*.py"))  # itself too
 
 
+@pytest.mark.multiprocess
 def test_python_m_partialfc_answers() -> None:
     done = subprocess.run([sys.executable, "-m", "partialfc", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0

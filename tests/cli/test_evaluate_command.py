@@ -13,6 +13,7 @@ from command_line import INSIGHTFACE, LFW, QUICK, complaint, run
 from partialfc.backbones import create_backbone
 
 
+@pytest.mark.slow
 def test_a_bare_state_dict_is_recognised(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     backbone = create_backbone("mbf", embedding_dim=32, image_size=112)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")

@@ -179,6 +179,7 @@ print("done")
 """
 
 
+@pytest.mark.multiprocess
 def test_a_job_continues_when_its_reader_has_closed() -> None:
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", CLOSED_READER]

@@ -74,12 +74,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
+@pytest.mark.multiprocess
 def test_facts(ranks: list[dict[str, Any]]) -> None:
     assert [result["facts"] for result in ranks] == [[0, 3, 0], [1, 3, 1], [2, 3, 2]]
     assert [result["launched"] for result in ranks] == [0, 1, 2]
     assert [result["shard"] for result in ranks] == [[0, 3, 10, 0, 3], [3, 6, 10, 1, 3], [6, 10, 10, 2, 3]]
 
 
+@pytest.mark.multiprocess
 def test_rows_are_gathered_in_rank_order(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
         assert result["counts"] == [0, 1, 2]
@@ -89,6 +91,7 @@ def test_rows_are_gathered_in_rank_order(ranks: list[dict[str, Any]]) -> None:
         assert torch.equal(result["started"], result["gathered"])
 
 
+@pytest.mark.multiprocess
 def test_a_sharded_tensor_is_gathered(ranks: list[dict[str, Any]]) -> None:
     whole = torch.arange(10.0).view(5, 2)
     assert torch.equal(torch.cat([result["sharded"][0] for result in ranks]), whole)
@@ -96,6 +99,7 @@ def test_a_sharded_tensor_is_gathered(ranks: list[dict[str, Any]]) -> None:
     assert sharded.full_tensor(whole) is sharded.local_shard(whole) is sharded.shard_like(whole, whole) is whole
 
 
+@pytest.mark.multiprocess
 def test_rows_are_summed_and_scattered(ranks: list[dict[str, Any]]) -> None:
     total = 3 * torch.arange(6.0).view(3, 2) + 30
     assert torch.equal(torch.cat([result["scattered"] for result in ranks]), total)
@@ -103,6 +107,7 @@ def test_rows_are_summed_and_scattered(ranks: list[dict[str, Any]]) -> None:
     assert torch.equal(torch.cat([result["scattered evenly"] for result in ranks]), total)
 
 
+@pytest.mark.multiprocess
 def test_reductions_are_the_same_everywhere(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
         assert result["reduced"] == [3.0, 2.0, 0.0]
@@ -110,6 +115,7 @@ def test_reductions_are_the_same_everywhere(ranks: list[dict[str, Any]]) -> None
         assert result["json"] == [{"rank": rank, "text": "é" * rank} for rank in range(3)]
 
 
+@pytest.mark.multiprocess
 def test_subgroups_count_their_own_ranks(ranks: list[dict[str, Any]]) -> None:
     assert [result["pair"] for result in ranks] == [[0, 2], [], [1, 2]]
     assert [result["pair's sum"] for result in ranks] == [4.0, 0.0, 4.0]
@@ -200,6 +206,7 @@ def fail(rank: int, folder: Path) -> None:
     raise RuntimeError(f"rank {rank} fails")
 
 
+@pytest.mark.multiprocess
 def test_a_failing_worker_fails_its_test(tmp_path: Path) -> None:
     worker: Callable[[int, Path], None] = fail
     with pytest.raises(Exception, match="rank 0 fails"):

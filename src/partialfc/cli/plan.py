@@ -13,7 +13,7 @@ from partialfc.plan.planning import make_plan
 from partialfc.plan.text import plan_text
 from partialfc.plan.workload import Device
 
-_USAGE = "partialfc plan [--recipe NAME] [--classes N] [--gpus N] [--device KIND] [options]"
+_USAGE = "partialfc plan [--recipe NAME] [--classes N] [--device KIND] [options]"
 
 
 def add_parser(commands: Any) -> None:

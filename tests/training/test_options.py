@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
 from partialfc.config.options import BackboneConfig, HeadConfig, OptimizerConfig, TrainConfig
+from partialfc.core.device import compute_dtype
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Batch
 from partialfc.data.sources import open_source
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.model.files import load_model
-from partialfc.training.build import compute_dtype
+from partialfc.training.build import check_config
 from partialfc.training.freezing import freeze, set_frozen_layers_eval
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
@@ -203,7 +204,7 @@ def test_other_architectures_to_start_from_are_named(images: Path, plain: Path, 
 )
 def test_impossible_combinations_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        tiny_config(tmp_path, **changes).check()
+        check_config(tiny_config(tmp_path, **changes))
 
 
 def test_min_images_and_num_classes_contradict_each_other(tmp_path: Path) -> None:

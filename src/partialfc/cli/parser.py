@@ -47,6 +47,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+        for kind in (int, float):
+            self.register("type", kind, partial(convert, kind))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"partialfc: error: {message}{'' if message.endswith(('.', '?')) else '.'}\n")

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests of one file run in one process, so that what a file prepares is prepared once.
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: help install demo check test lint types faults clean
+.PHONY: help install demo check test lint types docs faults clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,5 +41,12 @@ types: .venv/dev  ## mypy
 faults: .venv/core  ## inject every fault into real training processes; writes the table of docs/reliability.md
 	$(BIN)/python benchmarks/faults.py --out runs/faults
 
-clean:  ## remove the environment and the runs
-	rm -rf .venv runs
+.venv/docs: .venv/core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs  ## build the site of the documentation in docs/_build/html
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
+clean:  ## remove the environment, the runs and the site
+	rm -rf .venv runs docs/_build

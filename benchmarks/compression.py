@@ -3,7 +3,7 @@
     python benchmarks/compression.py --out /tmp/compression
 
 300 steps of 64 procedural faces with the small network in float32, tested on pairs of other identities. Writes a table
-into docs/training.md and a plot beside it. Runs that are there are taken over, so an interrupted one goes on.
+into docs/results/training.md and a plot beside it. Runs that are there are taken over, so an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def main() -> None:
             print(gradients, seed, f"{run.accuracy:.2%}", flush=True)
     facts = describe("cpu")
     lines = [f"{facts['cpu']}, torch {facts['torch']}, two gloo processes.", "", *seed_table(["gradients"], found), ""]
-    lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed]({PICTURE})")
+    lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed](../{PICTURE})")
     print("\n".join(lines))
     if options.steps == STEPS:
         (DOCS / PICTURE).write_text(picture(found, options.steps))
-        write_between("training.md", "benchmarks/compression.py", lines)
+        write_between("results/training.md", "benchmarks/compression.py", lines)
 
 
 if __name__ == "__main__":

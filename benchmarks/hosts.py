@@ -4,7 +4,7 @@
 
 The hosts are network namespaces of this machine (benchmarks/namespaces.py), each with a `torchrun -m partialfc train`
 of its own. A scenario injects one fault into a running training and records what the processes do and print. Prints a
-table, and writes it into docs/reliability.md when all scenarios have run.
+table, and writes it into docs/results/reliability.md when all scenarios have run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from documents import write_between
+from documents import items, write_between
 from elastic import write_patterns
 from host_runs import SECONDS_OF_A_RUN, Run
 from namespaces import Host, network, why_not
@@ -40,6 +40,7 @@ class Outcome:
         fault: in words.
         as_written: whether it is what docs/reliability.md says.
         said: what happened, in a sentence.
+        messages: the error that the processes of a host ended with, by host, where they ended with one.
         lost_steps: optimizer steps that were repeated; None where no run resumed.
         seconds: from the fault to the end of the processes, or to the first new step; None without a fault.
     """
@@ -49,6 +50,7 @@ class Outcome:
     said: str
     lost_steps: int | None = None
     seconds: float | None = None
+    messages: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,12 @@ def cut_off(stage: Stage, leaving: int) -> Outcome:
     said = {host.name: _last_sentence(run.log(host)) for host in stage.hosts}
     named = leaves.name in said[stays.name] and "partialfc: error" in said[leaves.name]
     outcome = (
-        f"the processes of both ended; of the other: “{said[stays.name]}”, torchrun's status {status}; of the one "
+        f"the processes of both ended and named what they lost; torchrun's status {status}; those of the host cut off "
+        f"ended after {ended[leaves.name]:.0f} s"
     )
-    outcome += f"cut off after {ended[leaves.name]:.0f} s: “{said[leaves.name]}”"
     which = "the first" if leaving == 0 else "the second"
-    return Outcome(f"a host cut off, {which} of two", status == 1 and named, outcome, None, ended[stays.name])
+    fault = f"a host cut off, {which} of two"
+    return Outcome(fault, status == 1 and named, outcome, None, ended[stays.name], said)
 
 
 def _last_sentence(log: str) -> str:
@@ -281,6 +284,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are removed on the way out
     lines = ["| fault | outcome | steps done again | seconds |", "|---|---|---|---|"]
     print("\n".join(lines), flush=True)
+    messages: list[str] = []
     failed = False
     for name in options.scenarios:
         with opened_stage(options.out.resolve(), options.steps) as stage:
@@ -290,12 +294,17 @@ def main() -> int:
         said = outcome.said if outcome.as_written else f"**not as written**: {outcome.said}"
         lines.append(f"| {outcome.fault} | {said} | {lost} | {seconds} |")
         print(lines[-1], flush=True)
+        messages += [f"{outcome.fault}, {host}: `{message}`" for host, message in outcome.messages.items()]
         failed |= not outcome.as_written
     if not failed and options.scenarios == list(SCENARIOS):
         machine = describe("cpu")
         place = f"{machine['cores']} cores of {machine['cpu']}, torch {torch.__version__}"
         note = f"{options.steps} steps, once each; {place}."
-        write_between("reliability.md", "benchmarks/hosts.py", [*lines, "", note])
+        write_between(
+            "results/reliability.md",
+            "benchmarks/hosts.py",
+            [*lines, "", note, "", "What the processes ended with:", "", *items(messages)],
+        )
     return int(failed)
 
 

@@ -7,7 +7,7 @@ On a GPU, `--device cuda` prints the same comparison as lines of JSON, and fails
 
 Each configuration runs in a fresh process: its peak memory beyond imports, the median of its steps and, for whole
 trainings, the step that the planner puts together from backbone and head, each timed alone. The table goes to
-docs/scaling.md. Exit status 1 if memory is off by more than 15 % in any of them; times are shown and not judged.
+docs/results/plan.md. Exit status 1 if memory is off by more than 15 % in any of them; times are shown and not judged.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def main() -> int:
     parser.add_argument("--tables", action="store_true", help="write the tables of plans instead")
     arguments = parser.parse_args()
     if arguments.tables:
-        write_between("scaling.md", "benchmarks/plan.py plans", plans_table())
+        write_between("results/plan.md", "benchmarks/plan.py plans", plans_table())
         return 0
     on_cpu = arguments.device == "cpu"
     names = arguments.only or [*HEADS, *(TRAININGS if on_cpu else GPU_TRAININGS)]
@@ -289,7 +289,7 @@ def main() -> int:
             rows.append(check(name, Path(folder), arguments.device))
     missed = [row.name for row in rows if not row.holds]
     if on_cpu and not arguments.only:
-        write_between("scaling.md", "benchmarks/plan.py checked", checked_table(rows))
+        write_between("results/plan.md", "benchmarks/plan.py checked", checked_table(rows))
     print(f"off by more than allowed: {', '.join(missed) or 'none'}", file=sys.stderr)
     return 1 if missed and on_cpu else 0
 

@@ -1,4 +1,4 @@
-"""What training processes do to themselves: die, or do something else, at a named moment. Each is a `Fault`."""
+"""Faults that a training process injects into itself, at a named moment: it dies, is stopped or computes NaN."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLANNED = "here comes the planned signal"
 
 
 def die(*_: object) -> NoReturn:
-    """SIGKILL: no handler, no cleaning up."""
+    """SIGKILL: no handler runs, nothing is cleaned up."""
     os.write(2, f"{PLANNED}\n".encode())
     os.kill(os.getpid(), signal.SIGKILL)
     while True:
@@ -50,15 +50,15 @@ def wrap(
     after: Act | None = None,
     when: Callable[..., bool] = lambda *_, **__: True,
 ) -> None:
-    """Let a function or method do something more before or after the calls for which `when` (its arguments) holds."""
+    """Make a function or method call `before` or `after` too, if `when` holds for its arguments."""
     plain = getattr(owner, name)
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        chosen = when(*arguments, **options)
-        if chosen and before is not None:
+        matches = when(*arguments, **options)
+        if matches and before is not None:
             before()
         result = plain(*arguments, **options)
-        if chosen and after is not None:
+        if matches and after is not None:
             after()
         return result
 
@@ -66,7 +66,7 @@ def wrap(
 
 
 def nth(number: int) -> Callable[..., bool]:
-    """Holds for the call of this number, from 1."""
+    """A condition that holds for one call, by its number from 1."""
     calls = 0
 
     def counted(*_: object, **__: object) -> bool:
@@ -78,7 +78,7 @@ def nth(number: int) -> Callable[..., bool]:
 
 
 def in_step(step: int, act: Act) -> None:
-    """Before a step is computed, its images are read."""
+    """Before a step is computed, after its images are read."""
     wrap(Stepper, "step", before=act, when=lambda stepper, batches: stepper.state.done == step)
 
 
@@ -127,7 +127,7 @@ def in_model(number: int, act: Act) -> None:
 
 
 def pace(seconds: float) -> None:
-    """Let every step take so much longer."""
+    """Make every step longer by `seconds`."""
     wrap(Stepper, "step", before=lambda: time.sleep(seconds))
 
 
@@ -164,7 +164,7 @@ def _at_copy(step: int, act: Act, tensor: int) -> None:
 
 
 def _at_file(step: int, act: Act, name: str, where: str) -> None:
-    """Before, after or while a file whose name begins with `name` is written."""
+    """Before, after or during the writing of a file whose name begins with `name`."""
     saving = _Saving(step)
 
     def chosen(path: Path, *_: Any) -> bool:
@@ -176,7 +176,7 @@ def _at_file(step: int, act: Act, name: str, where: str) -> None:
     plain = checkpoint.write_hashed
 
     def cut(pieces: Iterator[Any]) -> Iterator[Any]:
-        """The same bytes, with the act in their middle."""
+        """The same bytes in two halves, with the act between them."""
         content = b"".join(bytes(piece) for piece in pieces)
         yield content[: len(content) // 2]
         act()
@@ -200,7 +200,7 @@ def _at_rename(step: int, act: Act, suffixes: tuple[str, str], where: str) -> No
 
 
 def _in_deletion(step: int, act: Act) -> None:
-    """With half the files of the oldest checkpoint deleted."""
+    """When half the files of the oldest checkpoint are deleted."""
     saving, plain = _Saving(step), shutil.rmtree
 
     def remove(path: Any, **options: Any) -> None:
@@ -228,7 +228,7 @@ def _file_stages(files: tuple[str, ...]) -> dict[str, Stage]:
 
 
 def _own_stages() -> dict[str, Stage]:
-    """Stages that every rank goes through."""
+    """The stages of every rank."""
     calls = {
         f"{where} the ranks exchange {what}": (
             lambda step, act, n=number, w=where: _at_call(step, act, checkpoint, "gather_json", n, w)
@@ -244,7 +244,7 @@ def _own_stages() -> dict[str, Stage]:
 
 
 def _leader_stages() -> dict[str, Stage]:
-    """Stages that only rank 0 goes through."""
+    """The stages of rank 0 alone."""
     return {
         **_file_stages(_LEADERS_FILES),
         "before its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "fsync", 2, "before"),
@@ -272,10 +272,10 @@ def between_renames(step: int, act: Act) -> None:
 
 
 def kill_reader(step: int, number: int) -> None:
-    """Before a step, SIGKILL to one of this process's processes that read the data."""
+    """Before a step, SIGKILL to one of this process's data workers."""
 
     def kill() -> None:
-        os.kill(sorted(each.pid or 0 for each in multiprocessing.active_children())[number], signal.SIGKILL)
+        os.kill(sorted(child.pid or 0 for child in multiprocessing.active_children())[number], signal.SIGKILL)
 
     in_step(step, kill)
 
@@ -300,7 +300,7 @@ def poison_images(steps: range) -> None:
 
 
 def poison_loss(steps: range) -> None:
-    """Make the gradient that this rank's embeddings get NaN in each of these steps."""
+    """Make the gradient of this rank's embeddings NaN in each of these steps."""
     plain = Stepper._loss
 
     def loss(self: Stepper, batch: Batch) -> torch.Tensor:
@@ -328,7 +328,7 @@ def poison_weights_gradient(steps: range) -> None:
 
 
 def note_replica(folder: Path, rank: int) -> None:
-    """After every step, keep the SHA-256 of this rank's weights in a file of the folder."""
+    """After every step, append the SHA-256 of this rank's weights to a file in the folder."""
     plain = Stepper.step
 
     def step(self: Stepper, batches: list[Batch]) -> dict[str, torch.Tensor]:

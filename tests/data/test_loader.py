@@ -23,7 +23,7 @@ Numbered = Callable[..., Path]
 
 
 class Pictures:
-    """A source of numbered pictures, `each` per identity, that can misbehave in every way."""
+    """A source of numbered pictures, `each` per identity, with every fault that a source can have."""
 
     format, identities = "pictures", None
     path = Path("pictures")

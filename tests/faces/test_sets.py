@@ -42,7 +42,7 @@ def test_recordio_and_folder_hold_the_same_images(tmp_path: Path, capsys: pytest
     write_training_set(tmp_path / "folder", identities=IDENTITIES, shots=3, size=32, seed=4, layout="folder")
     records, files = bytes_of(tmp_path / "a" / "record"), bytes_of(tmp_path / "folder")
     assert records == files
-    assert [label for _, label in records] == [place for place in range(6) for _ in range(3)]
+    assert [label for _, label in records] == [label for label in range(6) for _ in range(3)]
     assert open_source(tmp_path / "a" / "record").num_classes == 6
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [str(n) for n in IDENTITIES] + [
         "faces.json"
@@ -67,6 +67,7 @@ def test_the_images_are_those_of_render_faces(tmp_path: Path) -> None:
     assert difference.mean() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     write_training_set(tmp_path / "alone", identities=range(70), shots=4, size=16, workers=0)
@@ -101,7 +102,7 @@ def test_a_pair_set_is_read_like_a_real_one(tmp_path: Path) -> None:
     assert pairs.is_same.tolist() == [True, False] * FOLDS
     about = json.loads(path.with_suffix(".json").read_text())
     assert (about["pairs"], about["folds"], about["seed"]) == (20, 10, 2)
-    # No picture appears twice.
+    # No image appears twice.
     assert len(np.unique(pairs.images.reshape(40, -1), axis=0)) == 40
     write_pair_set(tmp_path / "again.bin", identities=range(8), pairs=20, size=48, seed=2)
     assert path.read_bytes() == (tmp_path / "again.bin").read_bytes()

@@ -92,7 +92,7 @@ class Loader:
 
     Args:
         source: the training set.
-        global_batch_size: images an optimizer step takes over all ranks.
+        global_batch_size: images of an optimizer step, over all ranks.
         micro_batch_size: images that a rank holds at once, at most.
         seed: the run's seed.
         rank, world_size: this process and the number of processes.

@@ -43,7 +43,7 @@ class PairSet:
 
     Attributes:
         images: uint8 (2P, H, W, 3), RGB.
-        is_same: bool (P,), whether a pair shows one person.
+        is_same: bool (P,), whether both images of a pair are of one identity.
     """
 
     images: np.ndarray
@@ -156,7 +156,7 @@ def _unpickle(content: bytes) -> Any:
         opcode = _OPCODES[code]
         name = opcode.name
         argument: Any = None
-        if name == "STRING":  # pickletools takes it for ASCII, but Python 2 wrote images with it
+        if name == "STRING":  # pickletools expects ASCII, but Python 2 wrote images with it
             stream.readline()
         elif opcode.arg is not None:
             argument = opcode.arg.reader(stream)

@@ -196,7 +196,7 @@ class KeyValueStore:
     """
 
     def __init__(self, prefix: str, timeout_seconds: float) -> None:
-        self.name = f"the processes' store at {_store_address()}"
+        self.name = f"the processes' store {_store_address()}"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         connection = TCPStore(
             host, port, is_master=False, timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False

@@ -44,12 +44,12 @@ def paint_background(
     mix = 0.5 + 0.30 * broad + slope_x + slope_y
     first = _muted_colour(nuisance["back_tone"], nuisance["back_hue"])[:, :, None, None]
     second = _muted_colour(nuisance["back_tone_2"], nuisance["back_hue_2"])[:, :, None, None]
-    picture = first + mix.clamp(0, 1) * (second - first)
+    light = first + mix.clamp(0, 1) * (second - first)
     throat, back = (point[:, :, None, None] for point in neck.unbind(1))
 
     def paint(colour: Tensor, distance: Tensor, softness: float) -> None:
         cover = (distance * (1 / softness) + 0.5).clamp(0, 1)[:, None]
-        torch.lerp(picture, colour, cover, out=picture)
+        torch.lerp(light, colour, cover, out=light)
 
     long = long_hair(trait)
     half = (0.90 + 0.08 * long) * torch.sqrt((1 - ((y - 0.35).clamp_max(0) / 1.5) ** 2).clamp_min(0)) - 0.07
@@ -57,10 +57,10 @@ def paint_background(
     paint((hair * 0.45)[:, :, None, None], curtain, 0.12)
     across = (x - throat[:, 0]) / (0.46 + 0.10 * ((y - 1.0).clamp(0, 1) ** 2))
     from_below = ((y - throat[:, 1] - 0.45) * 1.4).clamp(-0.7, 1)
-    light = 0.62 + 0.38 * from_below + 0.22 * nuisance["light_side"].clamp(-1, 1) * across
-    paint(skin[:, :, None, None] * light[:, None], torch.minimum((1 - across.abs()) * 0.4, y - 0.35), 0.05)
+    shading = 0.62 + 0.38 * from_below + 0.22 * nuisance["light_side"].clamp(-1, 1) * across
+    paint(skin[:, :, None, None] * shading[:, None], torch.minimum((1 - across.abs()) * 0.4, y - 0.35), 0.05)
     aside = (x - throat[:, 0]) ** 2
     collar = y - 1.24 - 0.22 * aside - 0.30 / (1 + 9 * aside)
     cloth = _muted_colour(nuisance["cloth_tone"] * 0.7, nuisance["cloth_hue"])[:, :, None, None]
     paint(cloth * (1 + 0.2 * broad), collar, 0.06)
-    return picture
+    return light

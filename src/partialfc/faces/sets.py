@@ -137,7 +137,7 @@ def write_training_set(
     images = _encoded_images(seed, *_grid(identities, shots), size, settings, workers, quiet)
     with output_errors(folder), atomic_folder(folder) as partial, closing(images):
         if layout == "recordio":
-            with RecordWriter(partial / "train.rec", num_classes=len(identities), size=size) as writer:
+            with RecordWriter(partial / "train.rec", num_classes=len(identities)) as writer:
                 for number, image in enumerate(images):
                     writer.write(image, number // shots)
         else:

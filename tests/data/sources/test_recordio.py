@@ -231,14 +231,14 @@ class TestDamage:
         assert list(readable(reader).values()) == [bytes([n]) * (n + 10) for n in range(5)]
         assert len(reader) == 6
 
-    @pytest.mark.parametrize("kept", range(2, 6))
-    def test_truncation(self, damaged: Callable, kept: int) -> None:
+    @pytest.mark.parametrize("records", range(2, 6))
+    def test_truncation(self, damaged: Callable, records: int) -> None:
         def cut(content: bytearray, at: list[int]) -> None:
-            del content[(*at, len(content))[kept] - 5 :]
+            del content[(*at, len(content))[records] - 5 :]
 
         reader = damaged(cut)
-        assert sorted(readable(reader)) == list(range(kept - 1))
-        assert len(reader) == kept
+        assert sorted(readable(reader)) == list(range(records - 1))
+        assert len(reader) == records
 
     def test_a_lost_middle_part(self, tmp_path: Path) -> None:
         body = b"".join((b"abcd", MAGIC_BYTES, b"efgh", MAGIC_BYTES, b"ijkl"))

@@ -62,6 +62,7 @@ class RecordingWandb(ModuleType):
         self.finished += 1
 
 
+@pytest.mark.slow
 def test_both_get_every_figure_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     board, wandb = RecordingTensorBoard(), RecordingWandb()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
@@ -100,6 +101,7 @@ def test_a_missing_package_is_named_before_anything_is_opened(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.multiprocess
 def test_neither_is_imported_unless_asked_for() -> None:
     code = (
         "import sys, partialfc.training.loop; "
@@ -130,6 +132,7 @@ def test_no_range_of_steps_is_refused() -> None:
             parse_steps(text)
 
 
+@pytest.mark.multiprocess
 def test_memory_is_counted_in_bytes_and_grows_with_what_is_touched() -> None:
     code = (
         "import torch; from partialfc.core.device import peak_bytes; cpu = torch.device('cpu'); "

@@ -1,4 +1,4 @@
-"""The images of a `.rec` file as a training set."""
+"""RecordIO as a training set: the images of a `.rec` file, its header record, class ids and class count."""
 
 from __future__ import annotations
 

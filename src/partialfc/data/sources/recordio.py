@@ -66,7 +66,7 @@ class RecordReader:
     Attributes:
         path: the `.rec` file.
         keys: the keys in increasing order, a range or int64 (N,).
-        offsets: where the record of each key begins, in bytes, int64 (N,). A record's row is its place in both.
+        offsets: where the record of each key begins, in bytes, int64 (N,). A record's row is its index in both.
 
     Raises:
         InputError: the file cannot be read, its `.idx` is no index, or it holds no record.
@@ -242,19 +242,16 @@ class RecordWriter:
         path: the `.rec` file to write.
         header: write the layout with header and identity records.
         num_classes: for `property` and the identity records; by default the largest label + 1.
-        size: height and width of the images for `property`; by default those of the first image.
 
     Raises:
         InputError: one of the files is there already, or the folder is not.
     """
 
-    def __init__(
-        self, path: str | Path, *, header: bool = True, num_classes: int | None = None, size: int | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, *, header: bool = True, num_classes: int | None = None) -> None:
         self.path = Path(path)
         self._header = header
         self._num_classes = num_classes
-        self._shape = (size, size) if size is not None else None
+        self._shape: tuple[int, ...] = ()  # height and width of the first readable image, for `property`
         targets = [self.path, self.path.with_suffix(".idx"), self.path.with_name("property")]
         for target in targets:
             if target.exists():
@@ -290,8 +287,9 @@ class RecordWriter:
             if stop != key:
                 raise InputError(f"{name} belongs to label {label}, whose images ended before: sort them by label.")
             self._images_of[label] = (first, key + 1)
-        if self._shape is None:
-            self._shape = _image_shape(image)
+        if not self._shape:
+            with suppress(UnreadableImage):
+                self._shape = decode_image(image).shape[:2]
         self._labels_end = max(self._labels_end, label + 1)
         self._append(float(label), image)
 
@@ -326,11 +324,3 @@ class RecordWriter:
             file.write(text.encode())
             file.flush()  # a full disk must be noticed before any of the files appears
         self._file.flush()
-
-
-def _image_shape(encoded: bytes) -> tuple[int, int] | None:
-    try:
-        height, width, _ = decode_image(encoded).shape
-    except UnreadableImage:
-        return None
-    return height, width

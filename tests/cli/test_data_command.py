@@ -21,7 +21,7 @@ def test_inspect_gives_the_same_facts_for_all_layouts(capsys: pytest.CaptureFixt
     assert len({fact["format"] for fact in facts}) >= 2
 
 
-def test_inspect_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "inspect", INSIGHTFACE) == 0
     assert "classes" in capsys.readouterr().out
 

@@ -26,7 +26,7 @@ from partialfc.bench.machine import describe
 from partialfc.core import keyed_random
 from partialfc.core.device import peak_bytes
 from partialfc.distributed import collectives
-from partialfc.distributed.collectives import local_shard
+from partialfc.distributed.sharded import local_shard
 from partialfc.training.replicas import replicated, split_over_processes
 from processes import run_processes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from partialfc.core.errors import InputError
 from partialfc.data.augment import normalise
-from partialfc.distributed.activity import progress
+from partialfc.distributed.activity import report_progress
 from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model
 
@@ -53,7 +53,7 @@ def embed(
                 if flip:
                     embeddings = embeddings + model.backbone(batch.flip(3))
                 result[start : start + batch_size] = embeddings
-                progress()
+                report_progress()
                 if between is not None:
                     between()
     finally:

@@ -16,7 +16,7 @@ from partialfc.core.console import Progress
 from partialfc.core.device import compute_dtype, dtype_name, peak_bytes
 from partialfc.core.errors import InputError, StoppedBySignal
 from partialfc.data.loader import Batch
-from partialfc.distributed.activity import doing
+from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import (
     broadcast,
     gather_json,
@@ -88,7 +88,7 @@ def train(
         liveness = HeartbeatMonitor(silence, timeout)
         try:
             held.enter_context(liveness)
-            with doing("opening data, networks and run folder"):
+            with activity("opening data, networks and run folder"):
                 trainer = _Trainer(config, out, names, device, signals, held, how)
             return trainer.run()
         except RuntimeError as error:
@@ -208,9 +208,9 @@ class _Trainer:
         while state.done < self.total_steps:
             news = self._exchange_news()
             with profiler.step(state.done):
-                with doing(f"reading the images of step {state.done}"):
+                with activity(f"reading the images of step {state.done}"):
                     micro_batches = [clock.next_batch(batches) for _ in range(self.loader.micro_steps)]
-                with doing(f"computing step {state.done}"):
+                with activity(f"computing step {state.done}"):
                     figures = self.stepper.step(micro_batches)
             state.done += 1
             stop, minutes_passed, writing = news()
@@ -345,7 +345,7 @@ class _Trainer:
         results = {}
         try:
             for name, pairs in self.benchmarks.items():
-                with doing(f"evaluating {name}"):
+                with activity(f"evaluating {name}"):
                     results[name] = evaluate_pair_set(model, pairs, between=self._between_batches).summary()
         except _EvaluationStopped as stopped:
             return stopped.signum

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import Shard, shard_like
+from partialfc.distributed.collectives import Shard
+from partialfc.distributed.sharded import shard_like
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.checkpoint.read import Checkpoint

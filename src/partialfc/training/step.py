@@ -14,8 +14,9 @@ from partialfc.core import keyed_random
 from partialfc.core.errors import JobError
 from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
-from partialfc.distributed.activity import doing
-from partialfc.distributed.collectives import full_tensor, local_shard, rank_of, split_evenly, start_gather_rows
+from partialfc.distributed.activity import activity
+from partialfc.distributed.collectives import rank_of, split_evenly, start_gather_rows
+from partialfc.distributed.sharded import full_tensor, local_shard
 from partialfc.head.inputs import GlobalLabels, NonFiniteEmbeddings
 from partialfc.training.freezing import set_frozen_layers_eval
 from partialfc.training.nonfinite import Skip, locate
@@ -157,7 +158,7 @@ class Stepper:
                     waits = synchronise or self._always_waits
                     with (
                         record_function("backward pass"),
-                        doing("in the backward pass, which exchanges gradients", waits=waits),
+                        activity("in the backward pass, which exchanges gradients", waits=waits),
                     ):
                         (loss * share).backward()
             except NonFiniteEmbeddings:
@@ -209,7 +210,7 @@ class Stepper:
         wide = torch.promote_types(self.compute_dtype, torch.float32)
         with (
             torch.autocast(self.device.type, self.compute_dtype if reduced else None, enabled=reduced),
-            doing("in the forward pass, which exchanges parameters", waits=True)
+            activity("in the forward pass, which exchanges parameters", waits=True)
             if self._always_waits
             else contextlib.nullcontext(),
         ):

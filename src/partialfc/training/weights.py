@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from partialfc.distributed.collectives import local_shard
+from partialfc.distributed.sharded import local_shard
 
 
 def averaged_copy(backbone: nn.Module) -> nn.Module:

@@ -14,8 +14,7 @@ from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
 from partialfc.core.errors import InputError
 from partialfc.head.margins.base import ArcFace, CosFace, Margin
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.freezing import freeze
-from partialfc.training.profiling import parse_steps
+from partialfc.training.weights import freeze
 
 LR_BATCH = 512
 
@@ -379,6 +378,22 @@ def _check_finite(values: dict[str, Any], prefix: str = "") -> None:
             _check_finite(value, f"{prefix}{key}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{prefix}{key} is {value}; it must be a finite number.")
+
+
+def parse_steps(text: str | None) -> range:
+    """The steps of "first:stop" (output.profile_steps), none for None.
+
+    Raises:
+        InputError: the text is not such a range.
+    """
+    if text is None:
+        return range(0)
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
+        raise InputError(
+            f"output.profile_steps is {text!r}; write the first step and the one after the last, as in 10:15."
+        )
+    return range(int(first), int(stop))
 
 
 # Keys that may differ between a run and its continuation: they change where, how fast and how often, not what.

@@ -186,7 +186,7 @@ def _read_counts(checkpoints: Path) -> dict[str, Any]:
     """What the newest readable checkpoint says of the data; a run at work may delete one under our eyes."""
     for step in reversed(steps_in(checkpoints)) if checkpoints.is_dir() else []:
         try:
-            facts = Checkpoint(checkpoints / folder_name(step)).state.get("facts")
+            facts = Checkpoint(checkpoints / folder_name(step)).state.get("data")
         except (InputError, OSError):
             continue
         if isinstance(facts, dict):

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 from small_runs import PAIRS, small_config, tiny_config, write_images
 
-from partialfc.config.options import OutputConfig
+from partialfc.config.options import OutputConfig, parse_steps
 from partialfc.core.errors import InputError
 from partialfc.training.loop import train
-from partialfc.training.profiling import parse_steps
 from partialfc.training.run.log import read_metrics
 
 
@@ -133,7 +132,7 @@ def test_no_range_of_steps_is_refused() -> None:
 
 def test_memory_is_counted_in_bytes_and_grows_with_what_is_touched() -> None:
     code = (
-        "import torch; from partialfc.training.profiling import peak_bytes; cpu = torch.device('cpu'); "
+        "import torch; from partialfc.core.device import peak_bytes; cpu = torch.device('cpu'); "
         "before = peak_bytes(cpu); kept = torch.ones(64 << 18); print(peak_bytes(cpu) - before)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import gather_json, local_rank, local_world_size, process_group
-from partialfc.training.build import facts_of
+from partialfc.training.build import data_signature
 from partialfc.training.run.folder import differing_key
 from partialfc.training.run.trackers import check_trackers
 
@@ -91,13 +91,13 @@ def check_same_data(loader: Loader) -> None:
     Raises:
         InputError: on all ranks, naming the first that differs.
     """
-    own = {"host": socket.gethostname(), "path": str(loader.source.path), "facts": facts_of(loader)}
+    own = {"host": socket.gethostname(), "path": str(loader.source.path), "data": data_signature(loader)}
     first, *others = gather_json(own)
     for rank, found in enumerate(others, start=1):
-        for name, value in first["facts"].items():
-            if found["facts"][name] != value:
+        for name, value in first["data"].items():
+            if found["data"][name] != value:
                 raise InputError(
-                    f"rank {rank} on {found['host']} finds {found['facts'][name]:,} as {name} in {found['path']}, but "
+                    f"rank {rank} on {found['host']} finds {found['data'][name]:,} as {name} in {found['path']}, but "
                     f"rank 0 on {first['host']} finds {value:,} in {first['path']}: give all hosts the same data."
                 )
 

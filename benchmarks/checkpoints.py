@@ -1,4 +1,4 @@
-"""How long a checkpoint holds a step of training up: written within the step, and beside it.
+"""How long a checkpoint delays a step of the training: written within the step, and beside it.
 
     python benchmarks/checkpoints.py --out /tmp/checkpoints
 
@@ -25,8 +25,8 @@ from partialfc.distributed import collectives
 from partialfc.head.margins.base import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint.write import RowTensors
-from partialfc.training.checkpoint.writer import CheckpointWriter, Snapshot
+from partialfc.training.checkpoint.write import RowTensors, Snapshot
+from partialfc.training.checkpoint.writer import CheckpointWriter
 from processes import run_processes
 
 CLASSES, WIDTH, IMAGES, PROCESSES, SAVES = 1_000_000, 512, 128, 2, 3
@@ -37,9 +37,9 @@ class Save:
     """Seconds of one save on one rank.
 
     Attributes:
-        held: how long `save` kept the training.
-        written: from its beginning until the checkpoint was in place.
-        step: median step while it was written; of a step without a save where there is none.
+        held: of the call of `save`.
+        written: from the call until the checkpoint was in place.
+        step: of the median step meanwhile; 0 if there was none.
     """
 
     held: float
@@ -56,7 +56,7 @@ class Training:
         self.optimizer = RowwiseSGD(self.head.parameters())
 
     def step(self) -> float:
-        """Take a step; its seconds."""
+        """Take a step and return its seconds."""
         key = keyed_random.derive_key("checkpoints", self.head.step, self.rank)
         labels = (keyed_random.uniform(key, torch.arange(IMAGES)) * self.head.num_classes).long()
         embeddings = keyed_random.normal_rows(key, 0, IMAGES, WIDTH).requires_grad_()
@@ -68,48 +68,48 @@ class Training:
 
     def snapshot(self) -> Snapshot:
         tensors = {"centers": self.head.centers.detach(), **self.optimizer.row_state(self.head.centers)}
-        return Snapshot(self.head.step, {}, RowTensors(self.head.shard, tensors), {}, {})
+        return Snapshot(self.head.step, {}, RowTensors(self.head.shard, tensors), {})
 
     def save(self, writer: CheckpointWriter) -> Save:
-        """Save once, training on while it is written."""
+        """Save once, and continue to train while the checkpoint is written."""
         start = time.perf_counter()
         writer.save(self.snapshot())
         held = time.perf_counter() - start
         steps = []
-        while collectives.any_rank(writer.busy):
+        while any(collectives.gather_json(writer.busy)):
             steps.append(self.step())
         writer.finish()
         return Save(held, time.perf_counter() - start, statistics.median(steps or [0.0]))
 
 
 def run(rank: int, classes: int, out: Path) -> None:
-    """One process: both ways of saving, and steps without."""
+    """One process: steps without saving, then both ways of saving."""
     training = Training(rank, classes)
     plain = [training.step() for _ in range(8)][3:]
-    found = {"plain": [Save(0.0, 0.0, statistics.median(plain))]}
+    measured = {"plain": [Save(0.0, 0.0, statistics.median(plain))]}
     for name, asynchronous in (("within", False), ("beside", True)):
         group = collectives.host_group()
         writer = CheckpointWriter(out / "checkpoints", 1, asynchronous=asynchronous, group=group)
-        writer.make_room(training.snapshot().rows.tensors)
+        writer.preallocate(training.snapshot().rows.tensors)
         for _ in range(8):  # the steps of a run before its first checkpoint
             training.step()
-        found[name] = []
+        measured[name] = []
         for _ in range(SAVES):
-            found[name].append(training.save(writer))
+            measured[name].append(training.save(writer))
             training.step()
-    everyone = collectives.gather_json({name: [each.__dict__ for each in saves] for name, saves in found.items()})
+    ranks = collectives.gather_json({name: [save.__dict__ for save in saves] for name, saves in measured.items()})
     if rank == 0:
-        (out / "saves.json").write_text(json.dumps(everyone))
+        (out / "saves.json").write_text(json.dumps(ranks))
 
 
-def slowest(everyone: list[dict[str, list[dict[str, float]]]], name: str) -> list[Save]:
-    """Each save as the slowest rank saw it."""
-    saves = zip(*(ranks[name] for ranks in everyone), strict=True)
-    return [Save(**{key: max(rank[key] for rank in each) for key in each[0]}) for each in saves]
+def slowest(ranks: list[dict[str, list[dict[str, float]]]], name: str) -> list[Save]:
+    """The longest times over the ranks, for each save."""
+    saves = zip(*(rank[name] for rank in ranks), strict=True)
+    return [Save(**{key: max(times[key] for times in save) for key in save[0]}) for save in saves]
 
 
-def table(everyone: list[dict[str, list[dict[str, float]]]], size: float) -> list[str]:
-    plain, within, beside = (slowest(everyone, name) for name in ("plain", "within", "beside"))
+def table(ranks: list[dict[str, list[dict[str, float]]]], size: float) -> list[str]:
+    plain, within, beside = (slowest(ranks, name) for name in ("plain", "within", "beside"))
     usual = statistics.median(save.held for save in within)
     lines = ["| checkpoint | step held up | until it is in place | a step meanwhile |", "|---|---|---|---|"]
     lines.append(f"| none | – | – | {plain[0].step:.2f} s |")
@@ -130,10 +130,10 @@ def main() -> None:
     options.out.mkdir(parents=True)
     try:
         run_processes(PROCESSES, run, options.classes, options.out)
-        everyone = json.loads((options.out / "saves.json").read_text())
+        ranks = json.loads((options.out / "saves.json").read_text())
     finally:
         shutil.rmtree(options.out)
-    lines = table(everyone, 8 * options.classes * WIDTH / 1e9)
+    lines = table(ranks, 8 * options.classes * WIDTH / 1e9)
     print("\n".join(lines))
     if options.classes == CLASSES:
         write_between("performance.md", "benchmarks/checkpoints.py", lines)

@@ -20,10 +20,10 @@ from partialfc.config.options import ProcessesConfig, TrainConfig
 from partialfc.config.recipes import RECIPES
 from partialfc.faces.world import FaceWorld
 from partialfc.pages.plots import Line, line_chart
-from partialfc.pages.template import standalone_svg
 from partialfc.training.loop import train
 from processes import run_processes
 from seeds import SeedRun, seed_table
+from timeline import standalone_svg
 
 GRADIENTS, SEEDS = ("float32", "bfloat16"), (0, 1, 2)
 STEPS, BATCH, IDENTITIES, SHOTS, SIZE = 300, 64, 1_000, 8, 64

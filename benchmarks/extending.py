@@ -24,7 +24,7 @@ from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model
 from partialfc.training.build import build_state, open_loader
-from partialfc.training.checkpoint.write import load_latest
+from partialfc.training.checkpoint.read import load_latest
 from partialfc.training.initialize import fill_with_class_means, initialize
 from partialfc.training.loop import train
 from partialfc.training.state import TrainState

@@ -1,9 +1,10 @@
-"""The table of faults: each is injected into real training processes, and how they end is checked.
+"""The table of faults: each is injected into real training processes, and their end is checked.
 
     python benchmarks/faults.py --out runs/faults
 
-Results are kept in the folder, and a second call does only what is missing or failed. When all rows are done, the table
-is written between the markers in docs/reliability.md. The exit status is 1 if any injection did not end as written.
+Results are kept in the folder, and a second call repeats only what is missing or failed. When all rows are done, the
+table is written between the markers in docs/reliability.md. The exit status is 1 if any injection ended otherwise than
+its row says.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read_results(path: Path) -> Done:
 
 
 def run_one(row: Row, injection: Injection, folder: Path, results: Path) -> Outcome:
-    """Inject one fault in a fresh folder, which stays if it did not end as written, and note the outcome."""
+    """Inject one fault in a fresh folder, which stays if the run ended otherwise than expected; note the outcome."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -81,28 +82,27 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     results, bench = out / "results.jsonl", Bench(out)
-    planned = [(row, each) for row in rows for each in row.injections(bench, options.short)]
+    planned = [(row, injection) for row in rows for injection in row.injections(bench, options.short)]
     earlier = read_results(results)
-    done = {}
+    done: Done = {}
     with Progress("injecting", len(planned), unit="fault") as progress:
         for number, (row, injection) in enumerate(planned):
-            place = (row.key, injection.name)
-            known = earlier.get(place)
-            if known is None or known.problem is not None:
+            outcome = earlier.get((row.key, injection.name))
+            if outcome is None or outcome.problem is not None:
                 started = time.monotonic()
-                known = run_one(row, injection, out / "work" / f"{row.key}-{number}", results)
-                if known.problem is not None:
-                    print(f"{row.key}, {injection.name}: {known.problem}", file=sys.stderr)
+                outcome = run_one(row, injection, out / "work" / f"{row.key}-{number}", results)
+                if outcome.problem is not None:
+                    print(f"{row.key}, {injection.name}: {outcome.problem}", file=sys.stderr)
                 elif time.monotonic() - started > 30:
                     print(f"{row.key}, {injection.name}: took {time.monotonic() - started:.0f} s", file=sys.stderr)
-            done[place] = known
-            progress(number + 1, len(planned))
+            done[row.key, injection.name] = outcome
+            progress.update(number + 1)
     lines = table(rows, done)
     print("\n".join(lines))
     if options.rows is None and not options.short:
         machine = describe("cpu")
-        place = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}."
-        write_between("reliability.md", "benchmarks/faults.py", [*lines, "", place])
+        words = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}."
+        write_between("reliability.md", "benchmarks/faults.py", [*lines, "", words])
     return int(any(outcome.problem is not None for outcome in done.values()))
 
 

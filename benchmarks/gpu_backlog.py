@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from partialfc.core.files import write_file
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "gpu"
 CONTINUE = 75  # EX_TEMPFAIL of sysexits.h
@@ -211,9 +213,7 @@ def run_item(item: Item, results: Path, machine: dict[str, Any]) -> str:
         "output": words[-LINES_KEPT:],
     }
     results.mkdir(parents=True, exist_ok=True)
-    beside = results / f".{item.name}.json.writing"
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, results / f"{item.name}.json")
+    write_file(results / f"{item.name}.json", json.dumps(result, indent=1) + "\n")
     return "done"
 
 

@@ -24,10 +24,9 @@ from partialfc.config.options import BackboneConfig, ProcessesConfig, TrainConfi
 from partialfc.config.recipes import RECIPES
 from partialfc.core import keyed_random
 from partialfc.data.images import encode_png
-from partialfc.pages.template import standalone_svg
-from partialfc.report.timeline import Row, Span, timeline
 from partialfc.training.loop import train
 from processes import run_processes
+from timeline import Row, Span, standalone_svg, timeline
 
 VARIANTS = (("r18", "ddp"), ("vit_t", "ddp"), ("vit_t", "fsdp"))
 PICTURED = "r18-ddp"

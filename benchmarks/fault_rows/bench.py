@@ -1,4 +1,4 @@
-"""What all rows share: tiny data, one straight run of each kind to compare with, and the form of a row."""
+"""Shared by all rows: tiny data, an uninterrupted run of each kind to compare with, and the classes of a row."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fault_rows.launch import Fault, Run
 from fault_rows.patches import PLANNED
-from partialfc.core import keyed_random
 from partialfc.core.errors import InputError
-from partialfc.data.images import encode_png
 from partialfc.data.pair_files import write_pairs
 from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
 from partialfc.training.run.log import read_metrics
+from tiny_runs import pattern_image, without_timings, write_images
 
-IDENTITIES, SHOTS, SIZE, PAIRS, BATCH = 8, 4, 16, 400, 10
+NAMES, SHOTS, PAIRS, BATCH = [f"person {number}" for number in range(8)], 4, 400, 10
 STEPS, SAVES, EVALUATIONS = 12, (3, 6, 9, 12), (4, 8, 12)
 READERS = ("--data.workers=2",)  # processes that read the data; without the option the training process does
-_PASSING = ("images_per_second", "data_wait", "peak_bytes")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one injection ended.
+    """The end of one injection.
 
     Attributes:
-        lost: optimizer steps that were done and had to be done again; None where the question does not arise.
-        problem: what was not as written, None if all was.
+        lost: optimizer steps that had to be repeated; None if the run was not interrupted.
+        problem: the difference from what the row says, None if there is none.
         count: faults injected, where one function injects many.
     """
 
@@ -43,7 +40,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Injection:
-    """One fault: its name within the row, and what injects it, given an empty folder."""
+    """One fault: its name within the row, and the function that injects it, given an empty folder."""
 
     name: str
     inject: Callable[[Path], Outcome]
@@ -55,8 +52,8 @@ class Row:
 
     Attributes:
         key: its name on the command line.
-        fault: what is injected, in words.
-        outcome: how it ends, in words.
+        fault: a description of the fault.
+        outcome: a description of the expected end.
         injections: all of them, or with `short` a few.
     """
 
@@ -67,10 +64,10 @@ class Row:
 
 
 class Bench:
-    """The data of all runs, and straight runs to compare with.
+    """The data of all runs, and uninterrupted runs to compare with.
 
     Args:
-        root: a folder for both; what is there already is used.
+        root: a folder for both; files that exist are used.
     """
 
     def __init__(self, root: Path) -> None:
@@ -78,13 +75,13 @@ class Bench:
         self.data, self.pairs = root / "images", root / "pairs.bin"
         if not self.pairs.exists():
             shutil.rmtree(self.data, ignore_errors=True)
-            _write_images(self.data)
-            answers = [place % 2 == 0 for place in range(PAIRS)]
+            write_images(self.data, NAMES, SHOTS)
+            is_same = [number % 2 == 0 for number in range(PAIRS)]
             images = []
-            for place, same in enumerate(answers):
-                images.append(_image(place % IDENTITIES, SHOTS + 2 * place))
-                images.append(_image((place + (not same)) % IDENTITIES, SHOTS + 2 * place + 1))
-            write_pairs(self.pairs, images, answers)
+            for number, same in enumerate(is_same):
+                images.append(pattern_image(NAMES[number % len(NAMES)], SHOTS + 2 * number))
+                images.append(pattern_image(NAMES[(number + (not same)) % len(NAMES)], SHOTS + 2 * number + 1))
+            write_pairs(self.pairs, images, is_same)
 
     def arguments(self, out: Path, options: Sequence[str] = ()) -> list[str]:
         """The command line of a run of `STEPS` steps of three micro-steps each on one process, two on two."""
@@ -99,7 +96,7 @@ class Bench:
             "head.scale": 16.0,
             "optimizer.lr": 0.02,
             "optimizer.lr_scaling": "absolute",
-            "schedule.epochs": STEPS * BATCH / (IDENTITIES * SHOTS),
+            "schedule.epochs": STEPS * BATCH / (len(NAMES) * SHOTS),
             "schedule.warmup_epochs": 0.5,
             "output.log_every": 1,
             "output.checkpoint_every": SAVES[0],
@@ -121,22 +118,22 @@ class Bench:
         resume: bool = False,
         logs: Path | None = None,
     ) -> Run:
-        """Start a run in folder `out`; what it prints is in the folder `logs`, by default the one that `out` is in."""
+        """Start a run in folder `out`; its output goes to the folder `logs`, by default the parent of `out`."""
         more = ["--resume"] if resume else []
         log = (logs or out.parent) / f"{out.name}-{'resumed' if resume else 'first'}.log"
         return Run(log, [*self.arguments(out, options), *more], world_size, fault)
 
-    def straight(self, options: Sequence[str] = (), *, world_size: int = 1) -> Path:
-        """The folder of the uninterrupted run with these options, made when it is first asked for."""
+    def uninterrupted(self, options: Sequence[str] = (), *, world_size: int = 1) -> Path:
+        """The folder of the uninterrupted run with these options, which is made on the first call."""
         name = "-".join([f"{world_size}", *(option.lstrip("-").replace("/", "_") for option in options)])
-        out = self.root / "straight" / name
+        out = self.root / "uninterrupted" / name
         done = out.with_name(f"{name}.done")
         if not done.exists():
             shutil.rmtree(out, ignore_errors=True)
             run = self.start(out, options, world_size=world_size)
             statuses = run.wait()
             if any(statuses):
-                raise RuntimeError(f"the straight run ended with {statuses}: {run.said()}")
+                raise RuntimeError(f"the uninterrupted run ended with {statuses}: {run.said()}")
             done.touch()
         return out
 
@@ -150,15 +147,15 @@ class Bench:
         ignored: Sequence[str] = (),
         at: int | None = None,
     ) -> Outcome:
-        """Go on with the run in `out`, and compare all that is left of it with the straight run, bit by bit.
+        """Resume the run in `out`, and compare all its files with the uninterrupted run, bit by bit.
 
         Args:
             out: the run folder.
-            options: of the run, and of the straight one.
+            options: of both runs.
             world_size: of both.
-            extra: options of the command that leave no trace in a run, such as --verify.
-            ignored: kinds of metrics that the straight run does not have.
-            at: the step that it must go on from, if that is known.
+            extra: options of the command that change nothing in a run, such as --verify.
+            ignored: kinds of metrics that the uninterrupted run does not have.
+            at: the step that the run must resume from, if that is known.
         """
         done = steps_done(out)
         run = self.start(out, [*options, *extra], world_size=world_size, resume=True)
@@ -168,7 +165,7 @@ class Bench:
         resumed = run.resumed_at
         if resumed is None or (at is not None and resumed != at):
             return Outcome(problem=f"went on from step {resumed}, not {at}")
-        problem = difference(out, self.straight(options, world_size=world_size), ignored)
+        problem = difference(out, self.uninterrupted(options, world_size=world_size), ignored)
         return Outcome(lost=done - resumed, problem=problem)
 
 
@@ -180,25 +177,25 @@ def steps_done(out: Path) -> int:
 
 
 def last_words(run: Run) -> str:
-    """The end of what a run has printed."""
+    """The end of each rank's output."""
     return " / ".join(" ".join(run.said(rank).split())[-300:] for rank in range(len(run.pids)))
 
 
 def killed(run: Run) -> str | None:
-    """Wait for a run one of whose ranks kills itself; the others are killed too. What is wrong if none did."""
+    """Wait for a run of which one rank kills itself; the others are killed too. The problem if none did."""
     statuses = run.wait(then=signal.SIGKILL)
     if -signal.SIGKILL in statuses and PLANNED in run.said() and "Traceback" not in run.said():
         return None
     return f"nobody was killed: statuses {statuses}, {last_words(run)}"
 
 
-def difference(out: Path, straight: Path, ignored: Sequence[str] = ()) -> str | None:
-    """The first thing in which two finished runs differ, None if they are the same bit for bit.
+def difference(out: Path, reference: Path, ignored: Sequence[str] = ()) -> str | None:
+    """The first difference between two finished runs, None if they are the same bit for bit.
 
     The last checkpoints are compared by the digest of their manifests, which covers every byte of model, optimizer
     state, centers and momentum, and all counters; their bytes are verified.
     """
-    checkpoints = [run / "checkpoints" for run in (out, straight)]
+    checkpoints = [run / "checkpoints" for run in (out, reference)]
     leftovers = [path.name for path in checkpoints[0].iterdir() if path.name.startswith(".")]
     if leftovers:
         return f"left over: {leftovers}"
@@ -206,22 +203,23 @@ def difference(out: Path, straight: Path, ignored: Sequence[str] = ()) -> str | 
     if last[0] != last[1]:
         return f"the last checkpoint is of step {last[0]}, not {last[1]}"
     opened = [Checkpoint(root / folder_name(last[0])) for root in checkpoints]
-    for each in opened:
-        each.verify()
+    for checkpoint in opened:
+        checkpoint.verify()
     if opened[0].digest != opened[1].digest:
         return f"the checkpoints of step {last[0]} differ"
     for name in ("last", "best"):
         for file in ("model.safetensors", "config.json"):
-            if (out / "model" / name / file).read_bytes() != (straight / "model" / name / file).read_bytes():
+            if (out / "model" / name / file).read_bytes() != (reference / "model" / name / file).read_bytes():
                 return f"model/{name}/{file} differs"
-    lines = [_timeless(run / "metrics.jsonl", ignored) for run in (out, straight)]
+    metrics = [without_timings(read_metrics(run / "metrics.jsonl")) for run in (out, reference)]
+    lines = [[line for line in run if line["kind"] not in ignored] for run in metrics]
     if lines[0] != lines[1]:
         return f"metrics differ: {len(lines[0])} lines against {len(lines[1])}"
     return None
 
 
 def finite_checkpoints(out: Path) -> str | None:
-    """What is not finite, or not whole, in any checkpoint of a run."""
+    """The first tensor that is not finite, or file that is not whole, in the checkpoints of a run."""
     for step in steps_in(out / "checkpoints"):
         checkpoint = Checkpoint(out / "checkpoints" / folder_name(step))
         try:
@@ -234,26 +232,3 @@ def finite_checkpoints(out: Path) -> str | None:
             if not bool(torch.isfinite(tensor).all()):
                 return f"{name} of step {step} is not finite"
     return None
-
-
-def _timeless(path: Path, ignored: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in line.items() if key not in _PASSING}
-        for line in read_metrics(path)
-        if line["kind"] not in ignored
-    ]
-
-
-def _image(identity: int, shot: int) -> bytes:
-    """A coarse pattern, a function of the identity, with noise on it."""
-    pattern = keyed_random.uniform(keyed_random.derive_key("pattern", identity), torch.arange(48)).view(4, 4, 3)
-    pattern = pattern.repeat_interleave(SIZE // 4, 0).repeat_interleave(SIZE // 4, 1)
-    noise = keyed_random.uniform(keyed_random.derive_key("noise", identity, shot), torch.arange(SIZE * SIZE * 3))
-    return encode_png((pattern * 200 + noise.view(SIZE, SIZE, 3) * 55).to(torch.uint8).numpy())
-
-
-def _write_images(folder: Path) -> None:
-    for identity in range(IDENTITIES):
-        (folder / f"person {identity}").mkdir(parents=True)
-        for shot in range(SHOTS):
-            (folder / f"person {identity}" / f"{shot}.png").write_bytes(_image(identity, shot))

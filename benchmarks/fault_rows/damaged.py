@@ -16,8 +16,9 @@ from fault_rows.bench import Bench, Injection, Outcome, Row
 from partialfc.config.options import TrainConfig
 from partialfc.training.build import build_state, open_loader
 from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.manifest import MANIFEST, read_manifest
+from partialfc.training.checkpoint.format import MANIFEST, read_manifest
 from partialfc.training.checkpoint.read import Checkpoint, folder_name, load_latest
+from partialfc.training.checkpoint.write import Snapshot
 from partialfc.training.state import TrainState
 
 BLOCK = 32 * 1024  # bytes, so that small files have many blocks
@@ -37,9 +38,9 @@ def small_blocks_then_die(rank: int) -> None:
     """Checkpoints in small blocks, and the end after the one of step `NEWEST`."""
     plain = writer.save_checkpoint
 
-    def save(root: Path, step: int, **contents: Any) -> Path:
-        path = plain(root, step, **contents, block_bytes=BLOCK)
-        if step == NEWEST:
+    def save(root: Path, snapshot: Snapshot, **options: Any) -> Path:
+        path = plain(root, snapshot, **options, block_bytes=BLOCK)
+        if snapshot.step == NEWEST:
             patches.die()
         return path
 
@@ -47,10 +48,7 @@ def small_blocks_then_die(rank: int) -> None:
 
 
 class Victim:
-    """A killed run of two processes with two whole checkpoints, and the state of a process that could go on from them.
-
-    That process reads the rows of all shards.
-    """
+    """A killed run of two processes with two whole checkpoints, and the state of one process that can load them."""
 
     def __init__(self, bench: Bench, out: Path) -> None:
         self.bench, self.out = bench, out
@@ -62,7 +60,7 @@ class Victim:
         self.state = _fresh_state(self.newest)
 
     def refusal(self, *, verify: bool) -> str | None:
-        """Load as a resuming process does: the words with which the newest step was refused, None if it was used."""
+        """Load as a resuming process does: the warning that refused the newest step, None if it was used."""
         said: list[str] = []
 
         def read(checkpoint: Checkpoint) -> int:
@@ -77,7 +75,7 @@ class Victim:
         return said[0] if used == BEFORE and len(said) == 1 else f"went on from step {used}"
 
     def resume(self, extra: tuple[str, ...], wanted: str) -> Outcome:
-        """Go on in real processes from the step before; they must say `wanted`."""
+        """Resume in real processes from the step before; their output must contain `wanted`."""
         outcome = self.bench.resume_and_compare(self.out, SYNCHRONOUS, world_size=2, extra=extra, at=BEFORE)
         said = self.out.with_name(f"{self.out.name}-resumed.log.0").read_text()
         if outcome.problem is None and wanted not in said:
@@ -97,7 +95,7 @@ def _fresh_state(folder: Path) -> TrainState:
 
 
 def flips(*, verify: bool) -> Callable[[Bench, bool], Iterator[Injection]]:
-    """A bit flipped in each block of each file, in this process; and some, in the newest step of real runs."""
+    """Flip a bit in each block of each file, in this process, and in some files of the newest step of real runs."""
 
     def injections(bench: Bench, short: bool) -> Iterator[Injection]:
         yield Injection("every block of every file", lambda folder: _flip_all(bench, folder, verify, short))
@@ -110,13 +108,13 @@ def flips(*, verify: bool) -> Callable[[Bench, bool], Iterator[Injection]]:
 
 
 def _prefixes(verify: bool) -> tuple[str, ...]:
-    """Files whose blocks a resuming process reads, or all; the names of identities are not read."""
+    """The files whose blocks a resuming process reads, or all files; the names of identities are not read."""
     read = ("head-00001", "backbone.", "backbone-optimizer", "head-00000")
     return ("identities", *read) if verify else read
 
 
 def _flip_all(bench: Bench, folder: Path, verify: bool, short: bool) -> Outcome:
-    """The first and last bit of each block, and one in between; every sixteenth block only if it is to be short."""
+    """The first and last bit of each block, and one in between; in the short form, of every sixteenth block."""
     victim = Victim(bench, folder / "run")
     draw = random.Random(0)
     count = 0
@@ -143,11 +141,11 @@ def _flip_all(bench: Bench, folder: Path, verify: bool, short: bool) -> Outcome:
 
 
 def _not_found(victim: Victim, name: str, block: int, *, verify: bool) -> str | None:
-    """What is wrong with how the damage was met, None if it was found and named."""
+    """The problem with the reaction to the damage, None if it was found and named."""
     words = victim.refusal(verify=verify)
     if words is None:
         path = victim.newest / name
-        # In the manifest a bit can change nothing that is meant: 1e-05 and 1E-05.
+        # A bit of the manifest can leave its meaning as it is: 1e-05 and 1E-05.
         same = name == MANIFEST and _parsed(path) is not None and read_manifest(victim.newest) == victim.manifest
         return None if same else "it was not found"
     if name not in words or (name != MANIFEST and f"block {block} " not in words):
@@ -180,7 +178,7 @@ def _flip_one(bench: Bench, folder: Path, prefix: str, number: int, verify: bool
 
 
 def truncations(bench: Bench, short: bool) -> Iterator[Injection]:
-    """Every file of another length, in this process; and each once in the newest step of real runs."""
+    """Change the length of every file, in this process, and once in the newest step of real runs."""
     yield Injection("every file at every length", lambda folder: _truncate_all(bench, folder))
     lengths = list(LENGTHS)
     prefixes = ("backbone.", "backbone-optimizer", "head-00000", "head-00001", "identities", "manifest")

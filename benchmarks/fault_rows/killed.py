@@ -32,10 +32,10 @@ MOMENTS: dict[str, Moment] = {
     "between the two models of an evaluation": lambda: patches.in_model(3, die),
     "in the last evaluation": lambda: patches.in_evaluation(3, die),
     "right after the first checkpoint": lambda: patches.wrap(
-        patches.checkpoint_async, "save_checkpoint", after=die, when=patches.nth(1)
+        patches.writer, "save_checkpoint", after=die, when=patches.nth(1)
     ),
     "right after the third checkpoint": lambda: patches.wrap(
-        patches.checkpoint_async, "save_checkpoint", after=die, when=patches.nth(3)
+        patches.writer, "save_checkpoint", after=die, when=patches.nth(3)
     ),
 }
 ON_RANK_0 = ("between the two models of an evaluation",)
@@ -86,7 +86,7 @@ def saves(bench: Bench, short: bool) -> Iterator[Injection]:
 
 
 def _stages(rank: int, world_size: int, asynchronous: bool) -> dict[str, Stage]:
-    """What rank 0 alone does is tried with one and two processes; two and three exchange."""
+    """The stages of rank 0 alone are tried with one and two processes, the exchanges with two and three."""
     leader = LEADER_STAGES if rank == 0 and world_size < 3 else {}
     exchanges = OWN_STAGES if world_size > 1 else {}
     return {**(COPY_STAGES if asynchronous else {}), **leader, **exchanges}
@@ -103,7 +103,7 @@ def _save_injection(
 
 
 def replacements(bench: Bench, short: bool) -> Iterator[Injection]:
-    """Killed between the two renames with which a step that is saved again takes its old place."""
+    """Killed between the two renames that replace the checkpoint of the same step."""
     for world_size in (1,) if short else (1, 2):
         for options in (SYNCHRONOUS,) if short else (ASYNCHRONOUS, SYNCHRONOUS):
             for damaged in (False,) if short else (True, False):

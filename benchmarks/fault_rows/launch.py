@@ -1,4 +1,4 @@
-"""Training processes, forked from this one, which has imported everything: a start takes no seconds of imports.
+"""Training processes, forked from this one, which has imported everything, so that a start takes no time for imports.
 
 Each process runs the command line itself (`partialfc train …`) as one of the ranks that a launcher would start, and
 may first patch itself with a fault. This process starts no thread and no process group, and computes no gradient, so
@@ -29,13 +29,13 @@ from partialfc.distributed.signals import end_at_once
 from partialfc.head.partial_fc import PartialFC
 
 Fault = Callable[[int], None]
-"""Called with the rank in each process before it runs the command; it patches what is to go wrong."""
+"""A function that each process calls with its rank before it runs the command; it patches the code with the fault."""
 
-_STUCK = 240.0  # seconds after which a run is taken for stuck
+_STUCK = 240.0  # seconds after which a run counts as stuck
 
 
 def warm_up() -> None:
-    """Import and compile in this process what every training process would: half of its time otherwise."""
+    """Import and compile in this process what every training process needs, which is half of its time otherwise."""
     importlib.import_module("torch._dynamo")  # which PyTorch imports with the first optimizer
     torch.set_num_threads(1)
     with torch.no_grad():
@@ -50,10 +50,10 @@ class Run:
     """The processes of one training.
 
     Args:
-        log: a path whose name gets `.<rank>` added for what each rank prints.
+        log: a path; the output of each rank goes to this name with `.<rank>` added.
         arguments: of `partialfc`.
         world_size: number of processes.
-        fault: what goes wrong.
+        fault: the fault to inject.
     """
 
     def __init__(self, log: Path, arguments: Sequence[str], world_size: int = 1, fault: Fault | None = None) -> None:
@@ -78,7 +78,7 @@ class Run:
         return None not in self.statuses
 
     def send(self, number: int, rank: int | None = None) -> None:
-        """Send a signal to one rank, or to all that are still there."""
+        """Send a signal to one rank, or to all that are still alive."""
         for each, pid in enumerate(self.pids):
             if rank in (None, each) and self.statuses[each] is None:
                 os.kill(pid, number)
@@ -87,7 +87,7 @@ class Run:
         """The exit statuses of all ranks. Once one has failed, the others get the signal `then`, as launchers do it.
 
         Raises:
-            TimeoutError: it is stuck; all processes are killed.
+            TimeoutError: the run is stuck; all processes are killed.
         """
         sent = False
         while not self.poll():
@@ -115,15 +115,15 @@ class Run:
             self._store = None
 
     def said(self, rank: int | None = None) -> str:
-        """What a rank has printed, or all of them."""
-        chosen = self.logs if rank is None else [self.logs[rank]]
-        return "".join(path.read_text(errors="replace") for path in chosen if path.exists())
+        """The output of a rank, or of all of them."""
+        logs = self.logs if rank is None else [self.logs[rank]]
+        return "".join(path.read_text(errors="replace") for path in logs if path.exists())
 
     @property
     def resumed_at(self) -> int | None:
-        """The step that it went on from, 0 for a new run; None if it never came so far."""
-        found = re.search(r"^(?:resumed at step ([\d,]+)|new run):", self.said(0), re.MULTILINE)
-        return None if found is None else int((found[1] or "0").replace(",", ""))
+        """The step that the run resumed from, 0 for a new run; None if it ended before."""
+        match = re.search(r"^(?:resumed at step ([\d,]+)|new run):", self.said(0), re.MULTILINE)
+        return None if match is None else int((match[1] or "0").replace(",", ""))
 
 
 def _start_store() -> tuple[int, int]:

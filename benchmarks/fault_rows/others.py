@@ -1,4 +1,4 @@
-"""A killed reading process, numbers that are not finite, and two runs in one folder."""
+"""A killed data worker, numbers that are not finite, and two runs in one folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POISONS: dict[str, tuple[Callable[[range], None], str]] = {
 
 
 def killed_readers(bench: Bench, short: bool) -> Iterator[Injection]:
-    """SIGKILL to a process that reads the data, of either rank."""
+    """SIGKILL to a data worker of either rank."""
     places = [(world_size, rank, step) for world_size, rank in ((1, 0), (2, 0), (2, 1)) for step in (1, 4, 7)]
     for world_size, rank, step in places[:1] if short else places:
 
@@ -64,7 +64,7 @@ def _poison_once(bench: Bench, folder: Path, name: str, world_size: int, rank: i
 
 
 def _skip_problem(out: Path, where: str, world_size: int, rank: int) -> str | None:
-    """What is wrong with what the run says of its one skipped step."""
+    """The problem with the report of the one skipped step, None if it is right."""
     lines = read_metrics(out / "metrics.jsonl")
     skips = [line for line in lines if line["kind"] == "skipped_step"]
     counts = [line["skipped_steps"] for line in lines if line["kind"] == "train"]
@@ -80,7 +80,7 @@ def _skip_problem(out: Path, where: str, world_size: int, rank: int) -> str | No
 
 
 def _replicas_problem(folder: Path, world_size: int) -> str | None:
-    """Whether the weights of all ranks were the same after every step, and unchanged by the skipped one."""
+    """The problem unless all ranks had the same weights after every step, unchanged by the skipped one."""
     replicas = [(folder / f"replica.{rank}").read_text().splitlines() for rank in range(world_size)]
     if any(each != replicas[0] for each in replicas) or len(replicas[0]) != STEPS:
         return "the ranks' weights differ"
@@ -113,7 +113,7 @@ def poisoned_for_good(bench: Bench, short: bool) -> Iterator[Injection]:
 
 
 def two_runs(bench: Bench, short: bool) -> Iterator[Injection]:
-    """A second run in the folder of one that is at work."""
+    """A second run in the folder of a running one."""
     for first, second in ((1, 1),) if short else ((1, 1), (2, 1), (1, 2), (2, 2)):
         for resume in (True,) if short else (True, False):
 
@@ -141,7 +141,7 @@ def _second_run(bench: Bench, folder: Path, first: int, second: int, resume: boo
     statuses = run.wait()
     if any(statuses):
         return Outcome(problem=f"the first ended with {statuses}: {last_words(run)}")
-    return Outcome(problem=difference(out, bench.straight(world_size=first)))
+    return Outcome(problem=difference(out, bench.uninterrupted(world_size=first)))
 
 
 ROWS = [

@@ -1,4 +1,4 @@
-"""What training processes do to themselves: die, or do something else, at a named moment. Each is a `Fault`."""
+"""Faults that a training process injects into itself, at a named moment: it dies, is stopped or computes NaN."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,10 +17,10 @@ import torch
 
 from partialfc.data.loader import Batch
 from partialfc.training import loop
-from partialfc.training import step as step_module
 from partialfc.training.checkpoint import write as checkpoint
 from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.manifest import MANIFEST
+from partialfc.training.checkpoint.format import MANIFEST
+from partialfc.training.checkpoint.write import Snapshot
 from partialfc.training.checkpoint.writer import HostCopies
 from partialfc.training.step import Stepper
 
@@ -28,7 +29,7 @@ PLANNED = "here comes the planned signal"
 
 
 def die(*_: object) -> NoReturn:
-    """SIGKILL: no handler, no cleaning up."""
+    """SIGKILL: no handler runs, nothing is cleaned up."""
     os.write(2, f"{PLANNED}\n".encode())
     os.kill(os.getpid(), signal.SIGKILL)
     while True:
@@ -49,15 +50,15 @@ def wrap(
     after: Act | None = None,
     when: Callable[..., bool] = lambda *_, **__: True,
 ) -> None:
-    """Let a function or method do something more before or after the calls for which `when` (its arguments) holds."""
+    """Make a function or method call `before` or `after` too, if `when` holds for its arguments."""
     plain = getattr(owner, name)
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        chosen = when(*arguments, **options)
-        if chosen and before is not None:
+        matches = when(*arguments, **options)
+        if matches and before is not None:
             before()
         result = plain(*arguments, **options)
-        if chosen and after is not None:
+        if matches and after is not None:
             after()
         return result
 
@@ -65,7 +66,7 @@ def wrap(
 
 
 def nth(number: int) -> Callable[..., bool]:
-    """Holds for the call of this number, from 1."""
+    """A condition that holds for one call, by its number from 1."""
     calls = 0
 
     def counted(*_: object, **__: object) -> bool:
@@ -77,7 +78,7 @@ def nth(number: int) -> Callable[..., bool]:
 
 
 def in_step(step: int, act: Act) -> None:
-    """Before a step is computed, its images are read."""
+    """Before a step is computed, after its images are read."""
     wrap(Stepper, "step", before=act, when=lambda stepper, batches: stepper.state.done == step)
 
 
@@ -87,7 +88,7 @@ def in_micro_step(step: int, micro_step: int, act: Act) -> None:
     def chosen(_: Stepper, batch: Batch) -> bool:
         return (batch.step, batch.micro_step) == (step, micro_step)
 
-    wrap(Stepper, "_loss", before=act, when=chosen)
+    wrap(Stepper, "on_micro_batch", before=act, when=chosen)
 
 
 def between_optimizers(step: int, act: Act) -> None:
@@ -110,14 +111,14 @@ def in_evaluation(number: int, act: Act) -> None:
         begun += 1
         return False
 
-    wrap(loop, "evaluate_pair_set", when=begins)
+    wrap(loop, "embed_share", when=begins)
     first = nth(1)
-    wrap(loop._Trainer, "_between_batches", before=act, when=lambda _: begun == number and first())
+    wrap(loop._Trainer, "_agreed_signal", before=act, when=lambda _: begun == number and first())
 
 
 def after_evaluation(number: int, act: Act) -> None:
     """When the evaluation of this number, from 1, is done and nothing of it is written."""
-    wrap(loop, "evaluate_pair_set", after=act, when=nth(number))
+    wrap(loop, "evaluate_pairs", after=act, when=nth(number))
 
 
 def in_model(number: int, act: Act) -> None:
@@ -126,7 +127,7 @@ def in_model(number: int, act: Act) -> None:
 
 
 def pace(seconds: float) -> None:
-    """Let every step take so much longer."""
+    """Make every step longer by `seconds`."""
     wrap(Stepper, "step", before=lambda: time.sleep(seconds))
 
 
@@ -138,18 +139,16 @@ class _Saving:
 
     def __init__(self, step: int) -> None:
         self.now = False
-        for name in ("save_checkpoint",):
-            plain = getattr(writer, name)
+        plain = writer.save_checkpoint
 
-            def save(root: Path, saved: int, *, plain: Any = plain, **contents: Any) -> Path:
-                self.now = saved == step
-                try:
-                    path: Path = plain(root, saved, **contents)
-                finally:
-                    self.now = False
-                return path
+        def save(root: Path, snapshot: Snapshot, **options: Any) -> Path:
+            self.now = snapshot.step == step
+            try:
+                return plain(root, snapshot, **options)
+            finally:
+                self.now = False
 
-            setattr(writer, name, save)
+        writer.save_checkpoint = save
 
     def when(self, chosen: Callable[..., bool]) -> Callable[..., bool]:
         return lambda *arguments, **options: self.now and chosen(*arguments, **options)
@@ -165,19 +164,19 @@ def _at_copy(step: int, act: Act, tensor: int) -> None:
 
 
 def _at_file(step: int, act: Act, name: str, where: str) -> None:
-    """Before, after or while a file whose name begins with `name` is written."""
+    """Before, after or during the writing of a file whose name begins with `name`."""
     saving = _Saving(step)
 
     def chosen(path: Path, *_: Any) -> bool:
         return path.name.startswith(name)
 
     if where != "while":
-        wrap(checkpoint, "write_file", **{where: act}, when=saving.when(chosen))
+        wrap(checkpoint, "write_hashed", **{where: act}, when=saving.when(chosen))
         return
-    plain = checkpoint.write_file
+    plain = checkpoint.write_hashed
 
     def cut(pieces: Iterator[Any]) -> Iterator[Any]:
-        """The same bytes, with the act in their middle."""
+        """The same bytes in two halves, with the act between them."""
         content = b"".join(bytes(piece) for piece in pieces)
         yield content[: len(content) // 2]
         act()
@@ -186,7 +185,7 @@ def _at_file(step: int, act: Act, name: str, where: str) -> None:
     def write(path: Path, pieces: Any, *options: Any) -> Any:
         return plain(path, cut(pieces) if saving.now and chosen(path) else pieces, *options)
 
-    checkpoint.write_file = write
+    checkpoint.write_hashed = write
 
 
 def _at_call(step: int, act: Act, owner: object, name: str, number: int, where: str) -> None:
@@ -201,7 +200,7 @@ def _at_rename(step: int, act: Act, suffixes: tuple[str, str], where: str) -> No
 
 
 def _in_deletion(step: int, act: Act) -> None:
-    """With half the files of the oldest checkpoint deleted."""
+    """When half the files of the oldest checkpoint are deleted."""
     saving, plain = _Saving(step), shutil.rmtree
 
     def remove(path: Any, **options: Any) -> None:
@@ -229,7 +228,7 @@ def _file_stages(files: tuple[str, ...]) -> dict[str, Stage]:
 
 
 def _own_stages() -> dict[str, Stage]:
-    """Stages that every rank goes through."""
+    """The stages of every rank."""
     calls = {
         f"{where} the ranks exchange {what}": (
             lambda step, act, n=number, w=where: _at_call(step, act, checkpoint, "gather_json", n, w)
@@ -245,14 +244,14 @@ def _own_stages() -> dict[str, Stage]:
 
 
 def _leader_stages() -> dict[str, Stage]:
-    """Stages that only rank 0 goes through."""
+    """The stages of rank 0 alone."""
     return {
         **_file_stages(_LEADERS_FILES),
-        "before its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 2, "before"),
-        "after its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 2, "after"),
+        "before its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "fsync", 2, "before"),
+        "after its folder is flushed": lambda s, act: _at_call(s, act, checkpoint, "fsync", 2, "after"),
         "before it gets its name": lambda s, act: _at_rename(s, act, (".writing", ""), "before"),
         "after it got its name": lambda s, act: _at_rename(s, act, (".writing", ""), "after"),
-        "before the names are flushed": lambda s, act: _at_call(s, act, checkpoint, "flush_folder", 3, "before"),
+        "before the names are flushed": lambda s, act: _at_call(s, act, checkpoint, "fsync", 3, "before"),
         "before old ones are deleted": lambda s, act: _at_call(s, act, checkpoint, "_retire", 1, "before"),
         "when an old one has lost its name": lambda s, act: _at_rename(s, act, ("", ".old"), "after"),
         "while an old one is deleted": _in_deletion,
@@ -273,42 +272,41 @@ def between_renames(step: int, act: Act) -> None:
 
 
 def kill_reader(step: int, number: int) -> None:
-    """Before a step, SIGKILL to one of this process's processes that read the data."""
+    """Before a step, SIGKILL to one of this process's data workers."""
 
     def kill() -> None:
-        os.kill(sorted(each.pid or 0 for each in multiprocessing.active_children())[number], signal.SIGKILL)
+        os.kill(sorted(child.pid or 0 for child in multiprocessing.active_children())[number], signal.SIGKILL)
 
     in_step(step, kill)
 
 
 def poison_images(steps: range) -> None:
     """Make the first image of this rank NaN in each of these steps."""
-    plain, now = step_module.augment, False
 
-    def watch(_: Stepper, batch: Batch) -> bool:
-        nonlocal now
-        now = batch.step in steps and batch.micro_step == 0
-        return False
+    def poison(_: Stepper, batch: Batch) -> Batch:
+        if batch.step not in steps or batch.micro_step != 0:
+            return batch
+        images = batch.images.float()
+        images[0] = float("nan")
+        return replace(batch, images=images)
 
-    def augmented(*arguments: Any, **options: Any) -> torch.Tensor:
-        result = plain(*arguments, **options)
-        if now:
-            result[0] = float("nan")
-        return result
-
-    wrap(Stepper, "_loss", when=watch)
-    step_module.augment = augmented
+    Stepper.on_micro_batch = poison  # type: ignore[method-assign]
 
 
 def poison_loss(steps: range) -> None:
-    """Make the gradient that this rank's embeddings get NaN in each of these steps."""
-    plain = Stepper._loss
+    """Make the gradient of this rank's embeddings NaN in each of these steps."""
 
-    def loss(self: Stepper, batch: Batch) -> torch.Tensor:
-        result = plain(self, batch)
-        return result * float("nan") if batch.step in steps and batch.micro_step == 0 else result
+    def poison(stepper: Stepper, batch: Batch) -> Batch:
+        if batch.step in steps and batch.micro_step == 0:
 
-    Stepper._loss = loss  # type: ignore[method-assign]
+            def poisoned(head: torch.nn.Module, inputs: Any, loss: torch.Tensor) -> torch.Tensor:
+                handle.remove()
+                return loss * float("nan")
+
+            handle = stepper.state.head.register_forward_hook(poisoned)
+        return batch
+
+    Stepper.on_micro_batch = poison  # type: ignore[method-assign]
 
 
 def poison_weights_gradient(steps: range) -> None:
@@ -329,7 +327,7 @@ def poison_weights_gradient(steps: range) -> None:
 
 
 def note_replica(folder: Path, rank: int) -> None:
-    """After every step, keep the SHA-256 of this rank's weights in a file of the folder."""
+    """After every step, append the SHA-256 of this rank's weights to a file in the folder."""
     plain = Stepper.step
 
     def step(self: Stepper, batches: list[Batch]) -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ def finish(bench: Bench, out: Path, run: Run, world_size: int, allowed: tuple[in
 
 
 def random_moments(bench: Bench, short: bool) -> Iterator[Injection]:
-    """At a moment drawn evenly from the length of a run, start-up included, on rank 0 or the last."""
+    """At a moment drawn uniformly from the length of a run, start-up included, on rank 0 or the last."""
     draw = random.Random(0)
     for number in range(1 if short else RANDOM_MOMENTS):
         world_size, rank, part = 1 + number % 2, number // 2 % 2 * (number % 2), draw.random()
@@ -74,9 +74,9 @@ _lengths: dict[int, float] = {}
 
 
 def _length(bench: Bench, folder: Path, world_size: int, fault: Fault) -> float:
-    """Seconds that such a run takes on this machine now, measured once."""
+    """Seconds of a run on this machine, measured once."""
     if world_size not in _lengths:
-        bench.straight(world_size=world_size)
+        bench.uninterrupted(world_size=world_size)
         run = bench.start(folder / "timed", world_size=world_size, fault=fault)
         run.wait()
         _lengths[world_size] = time.monotonic() - run.started
@@ -102,7 +102,7 @@ def named_moments(bench: Bench, short: bool) -> Iterator[Injection]:
 
 
 def while_importing(bench: Bench, short: bool) -> Iterator[Injection]:
-    """To a command that was just started: it has imported nothing, or not all."""
+    """To a command that has just started and is still importing."""
     for seconds in (0.6,) if short else (0.3, 0.6, 1.0, 1.5, 2.5):
         yield Injection(f"{seconds} s after the start", lambda folder, s=seconds: _stop_command(bench, folder, s))
 

@@ -63,7 +63,7 @@ def fill(disk: Path, room: int) -> None:
 
 
 def full_for_some_steps(disk: Path, room: int, *, once: bool = False) -> Fault:
-    """Rank 0 fills the disk before a step and, unless it is to stay so, makes room before a later one."""
+    """Rank 0 fills the disk before a step and, unless `once`, makes room before a later one."""
 
     def fault(rank: int) -> None:
         if rank == 0:
@@ -75,7 +75,7 @@ def full_for_some_steps(disk: Path, room: int, *, once: bool = False) -> Fault:
 
 
 def stops(bench: Bench, short: bool) -> Iterator[Injection]:
-    """The run is to stop when a checkpoint cannot be written."""
+    """A run that stops when a checkpoint cannot be written."""
     for name, world_size, options in _places(short):
 
         def inject(folder: Path, n: int = world_size, name: str = name, options: tuple[str, ...] = options) -> Outcome:
@@ -107,7 +107,7 @@ def _stop(bench: Bench, disk: Path, options: tuple[str, ...], world_size: int, f
 
 
 def goes_on(bench: Bench, short: bool) -> Iterator[Injection]:
-    """The run is to train on without the checkpoints, and there is room again before its end."""
+    """A run that continues without the checkpoints; there is room again before its end."""
     for name, world_size, options in _places(short):
 
         def inject(folder: Path, n: int = world_size, name: str = name, options: tuple[str, ...] = options) -> Outcome:
@@ -128,8 +128,8 @@ def _go_on(bench: Bench, disk: Path, options: tuple[str, ...], world_size: int, 
     lines = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "checkpoint_error"]
     if not lines or not all(_NO_SPACE in line["message"] for line in lines):
         return Outcome(problem=f"logged: {lines}")
-    straight = bench.straight(options, world_size=world_size)
-    return Outcome(problem=difference(out, straight, ignored=("checkpoint_error",)))
+    reference = bench.uninterrupted(options, world_size=world_size)
+    return Outcome(problem=difference(out, reference, ignored=("checkpoint_error",)))
 
 
 def models(bench: Bench, short: bool) -> Iterator[Injection]:
@@ -149,7 +149,7 @@ def models(bench: Bench, short: bool) -> Iterator[Injection]:
 
 
 def _best_problem(out: Path) -> str | None:
-    """Whether model/best is the model of the step that the last checkpoint calls the best."""
+    """The problem unless model/best is the model of the step that the last checkpoint calls the best."""
     best_step = Checkpoint(out / "checkpoints" / folder_name(12)).state["best_step"]
     models = [(out / "model" / name / "model.safetensors").read_bytes() for name in ("last", "best")]
     if best_step == 8 or (models[0] == models[1]) != (best_step == 12):
@@ -159,7 +159,7 @@ def _best_problem(out: Path) -> str | None:
 
 
 def never_room(bench: Bench, short: bool) -> Iterator[Injection]:
-    """There is no room at the end either: the run must not end as if all were well."""
+    """There is no room at the end either: the run must not end as if it were complete."""
     for world_size in () if short else (1, 2):
 
         def inject(folder: Path, n: int = world_size) -> Outcome:
@@ -177,7 +177,7 @@ def never_room(bench: Bench, short: bool) -> Iterator[Injection]:
 
 
 def metrics(bench: Bench, short: bool) -> Iterator[Injection]:
-    """Nothing but lines of metrics meets the full disk."""
+    """Only lines of metrics are written while the disk is full."""
     for world_size in (1,) if short else (1, 2):
 
         def inject(folder: Path, n: int = world_size) -> Outcome:

@@ -1,4 +1,4 @@
-"""Checkpoints whose contents follow from their step, and ranks that are threads: a group is a place to meet."""
+"""Checkpoints whose contents follow from their step, and ranks that are threads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,9 @@ from torch import Tensor
 
 from partialfc.core.errors import InputError, JobError
 from partialfc.distributed.collectives import Shard, split_evenly
-from partialfc.training.checkpoint import read as checkpoint_reading
-from partialfc.training.checkpoint import write as checkpoint
-from partialfc.training.checkpoint.write import (
-    Checkpoint,
-    RowTensors,
-    load_latest,
-    save_checkpoint,
-)
+from partialfc.training.checkpoint import read, write
+from partialfc.training.checkpoint.read import Checkpoint, load_latest
+from partialfc.training.checkpoint.write import RowTensors, Snapshot, save_checkpoint
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -38,20 +33,19 @@ def head_rows(total: int, seed: int = 0) -> dict[str, Tensor]:
     return {
         "centers": fill((total, 6), torch.bfloat16, seed),
         "momentum_buffer": fill((total, 6), torch.float32, seed + 1),
-        "row_step": fill((total,), torch.int64, seed + 2),
+        "step": fill((total,), torch.int64, seed + 2),
     }
 
 
-def save(root: Path, step: int, total: int = 37, **options: Any) -> Path:
-    """One process's checkpoint whose contents follow from the step, in blocks of 256 bytes."""
-    arguments: dict[str, Any] = {
+def save(root: Path, step: int, total: int = 37, *, keep: int = 3, block_bytes: int = 256, **contents: Any) -> Path:
+    """One process's checkpoint whose contents follow from the step."""
+    usual: dict[str, Any] = {
         "tensors": {"backbone": {"conv": fill((9, 9), torch.float32, step), "bias": fill((9,), torch.float32, step)}},
         "rows": RowTensors(Shard.of(total), head_rows(total, step)),
         "state": {"epoch": step // 10, "best_score": 1e-5, "name": "é"},
         "documents": {"identities": ["Ada", "Grace", "Søren"] * 30},
-        "block_bytes": 256,
     }
-    return save_checkpoint(root, step, **{**arguments, **options})
+    return save_checkpoint(root, Snapshot(step, **{**usual, **contents}), keep=keep, block_bytes=block_bytes)
 
 
 def assert_holds(opened: Checkpoint | None, step: int, total: int = 37) -> None:
@@ -85,8 +79,8 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-class Meeting:
-    """Where the threads that play the ranks exchange values."""
+class ThreadGroup:
+    """Exchanges values between the threads that play the ranks."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -94,58 +88,63 @@ class Meeting:
         self.values: list[Any] = [None] * size
 
 
-class Seat:
-    """One rank's place at a meeting; it stands where the process group would."""
+class ThreadRank:
+    """One rank of a thread group; it takes the place of the process group."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self.meeting, self.rank = meeting, rank
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self.group, self.rank = group, rank
 
 
-class SeatedShard(Shard):
+class ThreadShard(Shard):
     @property
     def rank(self) -> int:
         return self.group.rank
 
     @property
     def world_size(self) -> int:
-        return self.group.meeting.size
+        return self.group.group.size
 
 
-def gather_json(value: Any, *, group: Seat) -> list[Any]:
+_this_thread = threading.local()
+
+
+def gather_json(value: Any, *, group: ThreadRank | None = None) -> list[Any]:
     """As the real one: every rank's value, in rank order, on every rank."""
-    group.meeting.values[group.rank] = json.dumps(value)
-    group.meeting.barrier.wait()
-    values = [json.loads(each) for each in group.meeting.values]
-    group.meeting.barrier.wait()
+    own = group or _this_thread.rank
+    own.group.values[own.rank] = json.dumps(value)
+    own.group.barrier.wait()
+    values = [json.loads(encoded) for encoded in own.group.values]
+    own.group.barrier.wait()
     return values
 
 
-def on_ranks(world_size: int, work: Callable[[Seat], Any]) -> list[Any]:
-    """What `work` returns, or the exception it raises, on each rank."""
-    meeting = Meeting(world_size)
+def on_ranks(world_size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
+    """The result of `work`, or the exception that it raises, on each rank."""
+    group = ThreadGroup(world_size)
 
     def guarded(rank: int) -> Any:
+        _this_thread.rank = ThreadRank(group, rank)
         try:
-            return work(Seat(meeting, rank))
+            return work(_this_thread.rank)
         except BaseException as error:
             if not isinstance(error, InputError | JobError):
-                meeting.barrier.abort()
+                group.barrier.abort()
             return error
 
     with (
-        patch.object(checkpoint, "gather_json", gather_json),
-        patch.object(checkpoint_reading, "gather_json", gather_json),
-        patch.object(checkpoint_reading, "rank_of", lambda group: group.rank),
+        patch.object(write, "gather_json", gather_json),
+        patch.object(read, "gather_json", gather_json),
+        patch.object(read, "rank_of", lambda: _this_thread.rank.rank),
         ThreadPoolExecutor(world_size) as pool,
     ):
         return list(pool.map(guarded, range(world_size)))
 
 
-def save_on(seat: Seat, root: Path, step: int, whole: dict[str, Tensor], **options: Any) -> Path:
-    """Every rank brings its share of the rows of `whole`, and a backbone and state that only rank 0's may count."""
+def save_on(rank: ThreadRank, root: Path, step: int, whole: dict[str, Tensor], **contents: Any) -> Path:
+    """Every rank saves its share of the rows of `whole`, and a backbone and state of which only rank 0's may count."""
     total = len(whole["centers"])
-    start, stop = split_evenly(total, seat.meeting.size, seat.rank)
-    rows = RowTensors(SeatedShard(start, stop, total, seat), {name: rows[start:stop] for name, rows in whole.items()})
-    tensors = {"backbone": {"conv": torch.full((3, 3), float(seat.rank))}}
-    arguments: dict[str, Any] = {"tensors": tensors, "rows": rows, "state": {"rank": seat.rank}, "block_bytes": 64}
-    return save_checkpoint(root, step, **{**arguments, **options})
+    start, stop = split_evenly(total, rank.group.size, rank.rank)
+    rows = RowTensors(ThreadShard(start, stop, total, rank), {name: rows[start:stop] for name, rows in whole.items()})
+    tensors = {"backbone": {"conv": torch.full((3, 3), float(rank.rank))}}
+    usual: dict[str, Any] = {"tensors": tensors, "rows": rows, "state": {"rank": rank.rank}}
+    return save_checkpoint(root, Snapshot(step, **{**usual, **contents}), block_bytes=64)

@@ -25,15 +25,16 @@ from partialfc.config.options import (
     ScheduleConfig,
     TrainConfig,
 )
-from partialfc.core import keyed_random
-from partialfc.data.images import encode_png
 from partialfc.data.loader import Batch
 from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
+from tiny_runs import without_timings
+from tiny_runs import write_images as write_images
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PAIRS = {"lfw": FIXTURES / "verification" / "lfw.bin"}
+timeless = without_timings
 
 
 def small_config(**changes: Any) -> TrainConfig:
@@ -48,12 +49,6 @@ def small_config(**changes: Any) -> TrainConfig:
     return replace(base, **changes)
 
 
-def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics without what depends on the machine's load."""
-    passing = ("images_per_second", "data_wait", "peak_bytes")
-    return [{key: value for key, value in line.items() if key not in passing} for line in lines]
-
-
 def final_tensors(root: Path) -> dict[str, torch.Tensor]:
     """Everything that the last checkpoint holds."""
     checkpoint = Checkpoint(root / "checkpoints" / f"step-{steps_in(root / 'checkpoints')[-1]:08d}")
@@ -62,20 +57,6 @@ def final_tensors(root: Path) -> dict[str, torch.Tensor]:
     for name, shape in checkpoint.row_shapes.items():
         tensors[f"rows/{name}"] = checkpoint.rows(name, 0, shape[0])
     return tensors
-
-
-def write_images(folder: Path, identities: list[str], shots: int = 4, size: int = 16) -> Path:
-    """A folder of identity folders; each identity is a coarse pattern, a function of its name, with noise on it."""
-    for name in identities:
-        (folder / name).mkdir(parents=True)
-        pattern = keyed_random.uniform(keyed_random.derive_key(name), torch.arange(48)).view(4, 4, 3)
-        pattern = pattern.repeat_interleave(size // 4, 0).repeat_interleave(size // 4, 1)
-        for shot in range(shots):
-            key = keyed_random.derive_key(name, shot)
-            noise = keyed_random.uniform(key, torch.arange(size * size * 3)).view(size, size, 3)
-            image = (pattern * 200 + noise * 55).to(torch.uint8)
-            (folder / name / f"{shot}.png").write_bytes(encode_png(image.numpy()))
-    return folder
 
 
 def tiny_config(data: Path, **changes: Any) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""The same run at 1 and 3 processes, and resumed from 3 at 1: loss curve, sampled classes and final tensors, in float64.
+"""The same run at 1 and 3 processes, and from 3 resumed at 1: losses, sampled classes and final tensors, in float64.
 
 The long form, with more world sizes, r18 and float32, is benchmarks/elastic.py.
 """

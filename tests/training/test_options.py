@@ -100,9 +100,7 @@ def test_a_layer_stands_for_all_below_it_and_for_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_fused_updates_and_other_memory_orders_take_the_same_step(
-    images: Path, tmp_path: Path, optimizer: Any
-) -> None:
+def test_fused_updates_and_other_memory_orders_take_the_same_step(images: Path, tmp_path: Path, optimizer: Any) -> None:
     """One step: the steps after it would magnify its rounding."""
     plain = float32(images, optimizer=replace(SGD, name=optimizer))
     plain = replace(plain, schedule=replace(plain.schedule, epochs=10 / 32, warmup_epochs=0))

@@ -30,10 +30,10 @@ from partialfc.training import loop
 from partialfc.training.checkpoint import write as checkpoint
 from partialfc.training.checkpoint import writer as writer_module
 from partialfc.training.checkpoint.read import Checkpoint, steps_in
-from partialfc.training.checkpoint.write import CheckpointNotWritten, RowTensors, save_checkpoint
-from partialfc.training.checkpoint.writer import CheckpointWriter, Snapshot
+from partialfc.training.checkpoint.write import CheckpointNotWritten, RowTensors, Snapshot, save_checkpoint
+from partialfc.training.checkpoint.writer import CheckpointWriter
 from partialfc.training.loop import train
-from partialfc.training.run.lock import FolderLock
+from partialfc.training.run.folder import lock_folder
 from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
 
@@ -249,15 +249,14 @@ def test_a_signal_while_the_command_imports_is_heard() -> None:
 
 def test_a_full_disk_spares_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config_of(), tmp_path, quiet=True)
-    before, plain = (tmp_path / "config.yaml").read_bytes(), Path.write_text
+    before, plain = (tmp_path / "config.yaml").read_bytes(), os.fsync
 
-    def full(self: Path, content: str, **options: Any) -> int:
-        if self.suffix == ".writing":
-            plain(self, content[:50], **options)
+    def full(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".config.yaml.writing"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return plain(self, content, **options)
+        plain(descriptor)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"config\.yaml cannot be written \(No space left on device\)"):
         train(config_of(), tmp_path, resume=True, quiet=True)
     assert (tmp_path / "config.yaml").read_bytes() == before
@@ -317,8 +316,8 @@ def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    holder = "import sys; from pathlib import Path; from partialfc.training.run.lock import FolderLock;"
-    holder += "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    holder = "import sys; from pathlib import Path; from partialfc.training.run.folder import lock_folder\n"
+    holder += "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -332,15 +331,16 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
     process.kill()  # however it ends, the lock goes with it
     process.communicate()
-    FolderLock(tmp_path).close()
+    with lock_folder(tmp_path):
+        pass
     train(config_of(), tmp_path, quiet=True)
 
 
 def failing_at(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    def save(root: Path, step: int, **contents: Any) -> Any:
-        if step == failing:
+    def save(root: Path, snapshot: Snapshot, **options: Any) -> Path:
+        if snapshot.step == failing:
             raise CheckpointNotWritten("could not write a checkpoint (rank 0: [Errno 28] No space left on device)")
-        return save_checkpoint(root, step, **contents)
+        return save_checkpoint(root, snapshot, **options)
 
     monkeypatch.setattr(writer_module, "save_checkpoint", save)
 
@@ -434,7 +434,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def slow_rank(rank: int, folder: Path) -> None:
     """Rank 0 takes longer to write than any other exchange may."""
-    plain = checkpoint.write_file
+    plain = checkpoint.write_hashed
 
     def write(path: Path, *arguments: Any) -> Any:
         if path.name == "backbone.safetensors":
@@ -442,7 +442,7 @@ def slow_rank(rank: int, folder: Path) -> None:
         return plain(path, *arguments)
 
     if rank == 0:
-        checkpoint.write_file = write  # type: ignore[assignment]
+        checkpoint.write_hashed = write  # type: ignore[assignment]
     loop._patience = lambda config: 5.0
     train(config_of(), folder / "run", quiet=True)
 
@@ -490,16 +490,16 @@ def test_a_step_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_memory_of_the_first_copy_is_taken_before(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep=1)
     values = torch.arange(12.0).view(4, 3)
-    writer.make_room(snapshot(values).rows.tensors)
+    writer.preallocate(snapshot(values).rows.tensors)
     writer.save(snapshot(values))
     taken = writer._copies._buffers["rows/centers"].data_ptr()
     writer.finish()
     written = Checkpoint(tmp_path / "step-00000007")
     assert torch.equal(written.rows("centers", 0, 4), values)
     other = CheckpointWriter(tmp_path, keep=1)
-    other.make_room({"centers": values})
-    assert other._making_room is not None
-    other._making_room.join()
+    other.preallocate({"centers": values})
+    assert other._preallocation is not None
+    other._preallocation.join()
     before = other._copies._buffers["rows/centers"].data_ptr()
     other.save(snapshot(values))
     other.finish()

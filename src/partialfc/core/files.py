@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all, and that survive a crash of the machine once they have appeared.
+"""Atomic writes: a file or folder appears complete or not at all, and survives a crash of the machine from then on.
 
-All of them are written beside their target under a name that begins with a dot, flushed to the storage, and renamed.
-What an interrupted process leaves is replaced by the next write of the same target.
+The content is written beside the target as `.NAME.writing`, flushed to the storage, and renamed; the folder that holds
+the name is flushed last. An interrupted process leaves at most that temporary, which the next write of the same target
+replaces. Modes are what the umask gives, as for any other file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from partialfc.core.errors import InputError
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` at a clean end of the block; otherwise `path` stays as it was.
+    """A new binary file that replaces `path` at a clean end of the block; after an exception `path` is as it was.
 
     Raises:
         OSError: the file cannot be written, for lack of space or permission.
@@ -30,32 +31,32 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:
-    """Replace the file `path` by `content` (text as UTF-8), whole or not at all. Raises OSError as `atomic_file`."""
+    """Replace the file `path` by `content` (text as UTF-8). Raises OSError as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place at a clean end of the block and is removed otherwise.
+    """A new empty folder that replaces `folder` at a clean end of the block; after an exception `folder` is as it was.
 
-    A folder that is already there is replaced. Between the two renames it stands under `previous_name(folder)`, from
-    where `recover_folder` brings it back if the process ended there.
+    No file system replaces a folder in one operation: between two renames the old one stands under
+    `previous_name(folder)`. If the process dies there, `recover_folder` brings it back.
 
     Raises:
-        OSError: the folder or its files cannot be written.
+        OSError: the folder or a file in it cannot be written, for lack of space or permission.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
-    temporary, previous = temporary_name(folder), previous_name(folder)
+    temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -63,21 +64,21 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         for path in [*temporary.rglob("*"), temporary]:
             fsync(path)
         if folder.exists():
-            folder.rename(previous)
+            folder.rename(previous_name(folder))
         temporary.rename(folder)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    fsync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+        recover_folder(folder)
 
 
 def recover_folder(folder: Path) -> None:
-    """Finish an interrupted replacement: bring `folder` back if it is missing, and remove what it replaced."""
+    """Finish an interrupted replacement: bring the old `folder` back if there is no new one, else remove the old."""
     previous = previous_name(folder)
-    if previous.exists() and not folder.exists():
-        previous.rename(folder)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
     elif previous.exists():
-        shutil.rmtree(previous)
+        previous.rename(folder)
 
 
 def temporary_name(path: Path) -> Path:
@@ -91,7 +92,11 @@ def previous_name(folder: Path) -> Path:
 
 
 def fsync(path: str | Path) -> None:
-    """Make the content of a file, or the names in a folder, survive a crash of the machine."""
+    """Flush the content of a file, or the names in a folder, to the storage.
+
+    Raises:
+        OSError: the storage reports an error.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -101,7 +106,7 @@ def fsync(path: str | Path) -> None:
 
 @contextmanager
 def output_errors(path: str | Path) -> Iterator[None]:
-    """Turn an OSError of writing what a user asked for at `path` into an InputError that names it."""
+    """Turn an OSError of writing what the user asked for at `path` into an InputError that names it."""
     try:
         yield
     except OSError as error:

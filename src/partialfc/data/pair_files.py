@@ -8,7 +8,6 @@ file ends in an error message.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import pickletools
 import struct
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from partialfc.core.errors import InputError
+from partialfc.core.files import atomic_file, output_errors
 from partialfc.data.images import UnreadableImage, decode_image
 
 _OPCODE_NAMES = (
@@ -277,19 +277,10 @@ def write_pairs(path: str | Path, encoded_images: Sequence[bytes], is_same: Sequ
     path = Path(path)
     if len(encoded_images) != 2 * len(is_same) or not is_same:
         raise InputError(f"{path}: {len(encoded_images)} images and {len(is_same)} answers are not pairs.")
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(pickle.PROTO + b"\x02" + pickle.EMPTY_LIST + pickle.MARK)
-            for image in encoded_images:
-                file.write(pickle.BINSTRING + struct.pack("<i", len(image)) + image)
-            file.write(pickle.APPENDS + pickle.EMPTY_LIST + pickle.MARK)
-            file.write(b"".join(pickle.NEWTRUE if same else pickle.NEWFALSE for same in is_same))
-            file.write(pickle.APPENDS + pickle.TUPLE2 + pickle.STOP)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with output_errors(path), atomic_file(path) as file:
+        file.write(pickle.PROTO + b"\x02" + pickle.EMPTY_LIST + pickle.MARK)
+        for image in encoded_images:
+            file.write(pickle.BINSTRING + struct.pack("<i", len(image)) + image)
+        file.write(pickle.APPENDS + pickle.EMPTY_LIST + pickle.MARK)
+        file.write(b"".join(pickle.NEWTRUE if same else pickle.NEWFALSE for same in is_same))
+        file.write(pickle.APPENDS + pickle.TUPLE2 + pickle.STOP)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from partialfc.core import keyed_random
 from partialfc.core.errors import InputError
+from partialfc.core.files import atomic_file, atomic_folder, output_errors
 from partialfc.core.keyed_random import derive_key
 from partialfc.data.images import encode_jpeg
 from partialfc.data.pair_files import write_pairs
@@ -135,15 +134,9 @@ def write_pair_set(
     takes = torch.arange(2 * pairs)
     encoded = list(_encoded_images(seed, people.flatten(), takes, size, settings, workers, progress))
     about = _about(seed, identities, size, settings) | {"pairs": pairs, "folds": FOLDS}
-    partial = about_path.with_name(f".{about_path.name}.partial")
-    try:
-        partial.write_text(json.dumps(about, indent=2) + "\n")
+    with output_errors(path), atomic_file(about_path) as file:
+        file.write((json.dumps(about, indent=2) + "\n").encode())
         write_pairs(path, encoded, is_same.tolist())
-        partial.rename(about_path)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def draw_pairs(seed: int, identities: range, pairs: int) -> tuple[Tensor, Tensor]:
@@ -221,19 +214,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` at a clean end and is removed otherwise."""
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"Cannot write {folder}: {error.strerror}.") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(folder)
-    except OSError as error:
-        raise InputError(f"Cannot write {folder}: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with output_errors(folder), atomic_folder(folder) as temporary:
+        yield temporary
 
 
 def _encode_some(seed: int, people: np.ndarray, takes: np.ndarray, size: int, settings: FaceSettings) -> list[bytes]:

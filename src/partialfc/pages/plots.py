@@ -1,7 +1,7 @@
 """Plots as inline SVG: pure functions from numbers to text, coloured by the classes of the page's style sheet.
 
-A plot has a fixed inner size and scales with the page. Its values are also words: each strip of it has a <title> that a
-browser shows on hovering, and the plot a label for those who cannot see it.
+A plot has a fixed inner size and scales with the page. Its values are also text: each vertical strip has a <title>,
+which a browser shows on hovering, and the plot has a label for screen readers.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 360.0, 196.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 348.0, 10.0, 158.0
 
-_MOST_POINTS = 1200  # of a path: more than the pixels of any screen it is drawn on
-_MOST_STRIPS = 100
-_MOST_DOTS = 40
-_LOG_FROM = 50.0  # a ratio of largest to smallest value from which a logarithmic scale shows more
+_MAX_POINTS = 1200  # of a path: more than the pixels that it covers on any screen
+_MAX_STRIPS = 100
+_MAX_DOTS = 40
+_LOG_FROM = 50.0  # the ratio of largest to smallest value from which a logarithmic scale is used
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,17 @@ def line_chart(
     """Curves over the optimizer step.
 
     Args:
-        lines: at least one, the first with a finite value at least, for the tooltips.
-        name: what the values are.
-        last_step: where the horizontal scale ends, which begins at 0; no point lies beyond.
+        lines: at least one; the first has a finite value and gives the tooltips.
+        name: of the values.
+        last_step: the end of the horizontal scale, which begins at 0; no point lies beyond.
         percent: write values as percentages.
         from_zero: begin the vertical scale at 0, unless it is logarithmic.
-        may_log: take a logarithmic scale if all values are positive and span more than a factor of 50.
-        spread: for each point of the first line, how far the shaded band around it reaches up and down.
+        may_log: use a logarithmic scale if all values are positive and span more than a factor of 50.
+        spread: half the height of the shaded band around the first line, for each of its points.
     """
     values = [y for line in lines for _, y in line.points if math.isfinite(y)]
     main = lines[0].points
-    reach = [y + side * each for (_, y), each in zip(main, spread, strict=False) for side in (-1, 1)]
+    reach = [y + side * half for (_, y), half in zip(main, spread, strict=False) for side in (-1, 1)]
     low, high = min(values), max(values)
     for value in filter(math.isfinite, reach):
         value = min(max(value, 0.0), 1.0) if percent else value
@@ -84,7 +84,7 @@ def line_chart(
         parts.append(_band(x, y, main, spread))
     for number, line in enumerate(lines):
         parts.append(_path(x, y, thin(line.points), f"line s{number + 1}"))
-        if len(line.points) <= _MOST_DOTS:
+        if len(line.points) <= _MAX_DOTS:
             parts += [_dot(x, y, point, f"dot s{number + 1}") for point in line.points if math.isfinite(point[1])]
     parts.append(_curve_strips(x, y, lines, words))
     finite = [point for point in main if math.isfinite(point[1])]
@@ -94,20 +94,20 @@ def line_chart(
     return _svg(parts, summary)
 
 
-def thin(points: Sequence[Point], most: int = _MOST_POINTS) -> Sequence[Point]:
-    """At most about `most` points that look like all of them: the lowest and the highest of each stretch stay."""
+def thin(points: Sequence[Point], most: int = _MAX_POINTS) -> Sequence[Point]:
+    """At most about `most` points that look like all of them: the ends and the extremes of each stretch remain."""
     if len(points) <= most:
         return points
-    kept: list[Point] = []
+    result: list[Point] = []
     for stretch in np.array_split(np.arange(len(points)), most // 4):
         finite = [index for index in stretch if math.isfinite(points[index][1])]
         extremes = [min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])] if finite else []
-        kept += [points[index] for index in sorted({stretch[0], *extremes, stretch[-1]})]
-    return kept
+        result += [points[index] for index in sorted({stretch[0], *extremes, stretch[-1]})]
+    return result
 
 
 def histogram(genuine: NDArray[np.float64], impostor: NDArray[np.float64], threshold: float) -> str:
-    """How the cosines of both kinds of pairs spread, as the share of each kind in a bin, with the threshold.
+    """The distribution of the cosines of both kinds of pairs, as the share of each kind in a bin, and the threshold.
 
     Args:
         genuine, impostor: (M,) and (N,), neither empty.
@@ -190,21 +190,27 @@ def _frame(x: Axis, y: Axis, x_format: Format, y_format: Format, x_name: str) ->
             f'<line class="grid-line" x1="{LEFT:g}" x2="{RIGHT:g}" y1="{at:.2f}" y2="{at:.2f}"/>'
             f'<text class="y-tick" x="{LEFT - 6:g}" y="{at + 3.5:.2f}">{y_format(value)}</text>'
         )
+    return "".join([*parts, horizontal_axis(x, BOTTOM, x_format, x_name)])
+
+
+def horizontal_axis(x: Axis, bottom: float, x_format: Format, name: str) -> str:
+    """The line of an axis at height `bottom`, its ticks with labels, and its name."""
+    parts = []
     for value in x.ticks:
         at = x.place(value)
         parts.append(
-            f'<line class="tick" x1="{at:.2f}" x2="{at:.2f}" y1="{BOTTOM:g}" y2="{BOTTOM + 4:g}"/>'
-            f'<text class="x-tick" x="{at:.2f}" y="{BOTTOM + 16:g}">{x_format(value)}</text>'
+            f'<line class="tick" x1="{at:.2f}" x2="{at:.2f}" y1="{bottom:g}" y2="{bottom + 4:g}"/>'
+            f'<text class="x-tick" x="{at:.2f}" y="{bottom + 16:g}">{x_format(value)}</text>'
         )
     parts.append(
-        f'<line class="axis" x1="{LEFT:g}" x2="{RIGHT:g}" y1="{BOTTOM:g}" y2="{BOTTOM:g}"/>'
-        f'<text class="axis-name" x="{(LEFT + RIGHT) / 2:g}" y="{HEIGHT - 6:g}">{escape(x_name)}</text>'
+        f'<line class="axis" x1="{x.start:g}" x2="{x.stop:g}" y1="{bottom:g}" y2="{bottom:g}"/>'
+        f'<text class="axis-name" x="{(x.start + x.stop) / 2:g}" y="{bottom + 32:g}">{escape(name)}</text>'
     )
     return "".join(parts)
 
 
 def _path(x: Axis, y: Axis, points: Sequence[Point], css_class: str) -> str:
-    """A curve, begun anew after each value that is not finite."""
+    """A curve, interrupted by each value that is not finite."""
     words, drawing = [], False
     for step, value in points:
         if math.isfinite(value):
@@ -220,8 +226,8 @@ def _dot(x: Axis, y: Axis, point: Point, css_class: str) -> str:
 def _band(x: Axis, y: Axis, points: Sequence[Point], spread: Sequence[float]) -> str:
     """The area between value - spread and value + spread."""
     both = list(zip(points, spread, strict=True))
-    corners = [(step, value + each) for (step, value), each in both]
-    corners += [(step, value - each) for (step, value), each in reversed(both)]
+    corners = [(step, value + half) for (step, value), half in both]
+    corners += [(step, value - half) for (step, value), half in reversed(both)]
     drawn = "L".join(f"{x.place(step):.2f} {y.place(value):.2f}" for step, value in corners if math.isfinite(value))
     return f'<path class="band s1" d="M{drawn}Z"/>'
 
@@ -237,8 +243,8 @@ def _steps(x: Axis, y: Axis, edges: NDArray[np.float64], shares: NDArray[np.floa
 
 
 def _curve_strips(x: Axis, y: Axis, lines: Sequence[Line], words: Format) -> str:
-    """Strips over the plot, each with the values of one step, which it marks while the pointer is on it."""
-    main = thin([point for point in lines[0].points if math.isfinite(point[1])], _MOST_STRIPS)
+    """Strips over the plot, each with the values of one step and a mark that shows while the pointer is on it."""
+    main = thin([point for point in lines[0].points if math.isfinite(point[1])], _MAX_STRIPS)
     others = [(line.name, dict(line.points)) for line in lines[1:]]
     at = [x.place(step) for step, _ in main]
     borders = [LEFT, *[(left + right) / 2 for left, right in pairwise(at)], RIGHT]

@@ -1,4 +1,4 @@
-"""The skeleton and the style of a report: one file, no scripts, nothing fetched, light and dark, for paper too."""
+"""The skeleton and the style of a page: one file, no scripts, nothing fetched, light and dark, for paper too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from html import escape
 
 MARKER = '<meta name="generator" content="partialfc report">'
 
-_LIGHT = """
+LIGHT = """
     --paper: #f9f9f7; --card: #ffffff; --ink: #0b0b0b; --soft: #52514e; --faint: #75736c; --grid: #e5e4dd;
     --line: #c3c2b7; --blue: #2a78d6; --orange: #d9581f; --wrong: #c42b2b; --plain: #a9a79d;
 """
@@ -15,10 +15,10 @@ _DARK = """
     --line: #4a4944; --blue: #4a97ef; --orange: #ea6d38; --wrong: #f07373; --plain: #6b6a63;
 """
 _COLORS = f"""
-:root {{ color-scheme: light dark; {_LIGHT} }}
+:root {{ color-scheme: light dark; {LIGHT} }}
 @media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
 """
-_RULES = """
+RULES = """
 * { box-sizing: border-box; }
 body {
     margin: 0; padding: 2rem 1rem 3rem; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
@@ -34,7 +34,7 @@ p { margin: 0.35rem 0; max-width: 46rem; }
 .card { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 1rem 1.1rem; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
 .wide { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
-.verdict { margin-top: 1.25rem; }
+.headline { margin-top: 1.25rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: 0.5rem 3rem; }
 .tile .name { color: var(--soft); font-size: 0.9rem; }
 .tile .figure { font-size: 2.6rem; font-weight: 650; line-height: 1.15; letter-spacing: -0.02em; }
@@ -107,17 +107,10 @@ footer { margin-top: 2.5rem; font-size: 0.82rem; }
 """
 
 
-def standalone_svg(svg: str) -> str:
-    """A plot of `plots` as a file of its own, in light colours on white."""
-    opening, rest = svg.split(">", 1)
-    style = f"svg {{ {_LIGHT} background: #ffffff; font-family: sans-serif; }} {_RULES}"
-    return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
-
-
 def render_page(title: str, subtitle: str, body: str, footer: str) -> str:
     """The whole document. `body` is HTML; the other texts are escaped here.
 
-    The content security policy lets a browser neither fetch nor execute anything.
+    The content security policy keeps a browser from fetching or executing anything.
     """
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -127,7 +120,7 @@ def render_page(title: str, subtitle: str, body: str, footer: str) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{_COLORS}{_RULES}</style>
+<style>{_COLORS}{RULES}</style>
 </head>
 <body>
 <header>

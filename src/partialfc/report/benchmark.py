@@ -1,4 +1,4 @@
-"""The part of a report about one benchmark of pairs: scores, operating points, and the pairs that are hardest."""
+"""The section of a report about one benchmark of pairs: scores, operating points, and the hardest pairs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PICTURE_SIZE = 112
 
 
 def benchmark_section(name: str, result: PairResult, pairs: PairSet | None) -> str:
-    """Histogram, ROC, figures, and with the pictures of `pairs` the hardest of them.
+    """Histogram, ROC, figures, and the hardest of the `pairs`, if they are given.
 
     Raises:
         InputError: `pairs` are not those that were evaluated.
@@ -58,7 +58,7 @@ def benchmark_section(name: str, result: PairResult, pairs: PairSet | None) -> s
 
 
 def hardest(result: PairResult, *, same: bool, count: int = SHOWN_PAIRS) -> NDArray[np.intp]:
-    """Numbers of the pairs that are most easily mistaken, the hardest first.
+    """Numbers of the pairs with the most misleading scores, the hardest first.
 
     Args:
         same: the least similar genuine pairs; otherwise the most similar impostors.
@@ -68,7 +68,7 @@ def hardest(result: PairResult, *, same: bool, count: int = SHOWN_PAIRS) -> NDAr
 
 
 def _figures(result: PairResult, genuine: NDArray[np.float64], impostor: NDArray[np.float64]) -> str:
-    """Everything that is one number."""
+    """The single numbers."""
     threshold = result.cosine_threshold
     missed, admitted = np.count_nonzero(genuine <= threshold), np.count_nonzero(impostor > threshold)
     facts = [
@@ -93,13 +93,13 @@ def _hardest_pairs(result: PairResult, pairs: PairSet) -> str:
         for number in hardest(result, same=same):
             score = float(result.scores[number])
             wrong = (score > result.cosine_threshold) != same
-            verdict = f'<span class="wrong">wrongly {mistake}</span>' if wrong else "decided rightly"
-            both = "".join(
+            decision = f'<span class="wrong">wrongly {mistake}</span>' if wrong else "decided rightly"
+            images = "".join(
                 f'<img src="{picture(pairs.images[2 * number + side])}" alt="pair {number}, {which} picture">'
                 for side, which in enumerate(("first", "second"))
             )
             parts.append(
-                f'<figure><div class="two">{both}</div>cosine {score:.3f}, {verdict}<br>'
+                f'<figure><div class="two">{images}</div>cosine {score:.3f}, {decision}<br>'
                 f'<span class="soft">pair {number}</span></figure>'
             )
         parts.append("</div>")

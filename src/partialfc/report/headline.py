@@ -1,4 +1,4 @@
-"""The verdict of a report: accuracy by benchmark, beside what it must be measured against."""
+"""The headline of a report: accuracy by benchmark, beside that of baselines."""
 
 from __future__ import annotations
 
@@ -9,51 +9,46 @@ from html import escape
 import numpy as np
 
 from partialfc.evaluation.pairs import PairResult
-from partialfc.report.facts import Evaluation, RunFacts, as_number
+from partialfc.training.run.read import RunData, as_number
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the headline says of one benchmark."""
+    """The result on one benchmark; `guessing` is the accuracy of the more frequent answer alone."""
 
     name: str
     accuracy: float
     std: float | None
-    pairs: int | None
+    pairs: float | None
     step: int | None = None
     guessing: float | None = None
 
 
-def headline_scores(facts: RunFacts, results: Mapping[str, PairResult]) -> list[Score]:
+def headline_scores(run: RunData, results: Mapping[str, PairResult]) -> list[Score]:
     """From the results, or else from the evaluations at the best step, whose model is kept."""
     if results:
-        scores = []
-        for name, result in results.items():
-            share = float(np.mean(result.is_same))
-            pairs = len(result.is_same)
-            scores.append(Score(name, result.accuracy, result.accuracy_std, pairs, guessing=max(share, 1 - share)))
-        return scores
-    return [_logged_score(each) for each in facts.evaluations if each.step == facts.best_step]
+        return [_score(name, result) for name, result in results.items()]
+    best_step = run.best_step
+    return [
+        Score(line.benchmark, line["accuracy"] or 0.0, line["accuracy_std"], line["pairs"], line.step)
+        for line in run.evaluations
+        if line.step == best_step
+    ]
 
 
-def _logged_score(evaluation: Evaluation) -> Score:
-    pairs = evaluation["pairs"]
-    return Score(
-        evaluation.benchmark,
-        evaluation["accuracy"] or 0.0,
-        evaluation["accuracy_std"],
-        None if pairs is None else int(pairs),
-        evaluation.step,
-    )
+def _score(name: str, result: PairResult) -> Score:
+    share = float(np.mean(result.is_same))
+    return Score(name, result.accuracy, result.accuracy_std, len(result.is_same), guessing=max(share, 1 - share))
 
 
-def verdict(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
+def headline(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
+    """The accuracies as large numbers, and as bars if there is something to compare."""
     if not scores:
-        return '<section class="card verdict"><p>No benchmark has been run on this model yet.</p></section>'
+        return '<section class="card headline"><p>No benchmark has been run on this model yet.</p></section>'
     tiles = []
     for score in scores:
         spread = "" if score.std is None else f" <small>± {score.std:.2%}</small>"
-        below = [] if score.pairs is None else [f"accuracy on {score.pairs:,} pairs, ten folds"]
+        below = [] if score.pairs is None else [f"accuracy on {score.pairs:,.0f} pairs, ten folds"]
         below += [] if score.step is None else [f"best model, after step {score.step:,}"]
         below += [] if score.guessing is None else [f"guessing gives {score.guessing:.0%}"]
         tiles.append(
@@ -62,17 +57,16 @@ def verdict(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
             f'<div class="hint">{escape("; ".join(below))}</div></div>'
         )
     bars = _bars(scores, baselines) if baselines or len(scores) > 1 else ""
-    return f'<section class="card verdict"><div class="tiles">{"".join(tiles)}</div>{bars}</section>'
+    return f'<section class="card headline"><div class="tiles">{"".join(tiles)}</div>{bars}</section>'
 
 
 def _bars(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
-    """Accuracies beside each other, from guessing to perfect, the deviation over folds as a whisker."""
-    others = [(name, as_number(value)) for name, value in baselines.items()]
+    """Bars of the accuracies from guessing to perfect, with the deviation over the folds as a whisker."""
     rows = [
-        (f"model on {each.name}" if len(scores) > 1 else "trained model", each.accuracy, each.std, " model")
-        for each in scores
+        (f"model on {score.name}" if len(scores) > 1 else "trained model", score.accuracy, score.std, " model")
+        for score in scores
     ]
-    rows += [(name, value, None, "") for name, value in others if value is not None]
+    rows += [(name, number, None, "") for name, value in baselines.items() if (number := as_number(value)) is not None]
     low = 0.5 if all(value >= 0.5 for _, value, _, _ in rows) else 0.0
 
     def place(value: float) -> float:

@@ -1,22 +1,21 @@
-"""The report of a run: one HTML file that needs nothing but a browser, from a run folder and, if given, its results."""
+"""The report of a run: one HTML file, made from the run folder and, if given, the results of its model."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from partialfc.core.errors import InputError
+from partialfc.core.files import output_errors, write_file
 from partialfc.data.pair_files import PairSet
 from partialfc.evaluation.pairs import PairResult
 from partialfc.pages.template import MARKER, render_page
 from partialfc.report.benchmark import benchmark_section
-from partialfc.report.course import curves_section, trained_section
-from partialfc.report.facts import RunFacts, read_run
-from partialfc.report.headline import headline_scores, verdict
+from partialfc.report.headline import headline, headline_scores
+from partialfc.report.training_section import curves_section, trained_section
+from partialfc.training.run.read import RunData, read_run
 
 FILE_NAME = "report.html"
 
@@ -38,11 +37,11 @@ def write_report(
     Args:
         run: the folder of a training run.
         out: the file to write, or a folder for `report.html`; the run folder by default.
-        results: of the model on benchmarks, by name: the headline. Without them, that is what the log says of the best.
-        pairs: pictures of benchmarks among `results`, by name, to show those that are hardest.
+        results: of the model on benchmarks, by name, for the headline; without them, it shows the best step of the log.
+        pairs: pictures of benchmarks among `results`, by name, to show the hardest pairs.
         baselines: accuracies of other methods by name, shown beside the model.
         title: of the page.
-        notes: sentences to show below the headline.
+        notes: sentences below the headline.
 
     Raises:
         InputError: `run` holds no run, its files are damaged, the pictures do not belong to the results, or `out` is a
@@ -52,36 +51,38 @@ def write_report(
     for name in pairs:
         if name not in results:
             raise InputError(f"There are pictures for {name} but no result: give the result of the same benchmark.")
-    facts = read_run(run)
+    data = read_run(run)
     path = _choose_path(run, out)
     body = [
-        verdict(headline_scores(facts, results), baselines or {}),
-        _notes([*notes, *_warnings(facts)]),
-        trained_section(facts),
-        curves_section(facts),
+        headline(headline_scores(data, results), baselines or {}),
+        _notes([*notes, *_warnings(data)]),
+        trained_section(data),
+        curves_section(data),
         *[benchmark_section(name, result, pairs.get(name)) for name, result in results.items()],
-        _details(facts),
+        _details(data),
     ]
     page = render_page(
-        title or f"Training report: {facts.name}",
-        _progress(facts),
+        title or f"Training report: {data.name}",
+        _progress(data),
         "\n".join(part for part in body if part),
         "Written by partialfc report from the files of the run. The page is complete in itself and loads nothing.",
     )
-    _write(path, page)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, page.encode("utf-8", "replace"))  # JSON can hold halves of characters: they become "?"
     return path
 
 
-def _progress(facts: RunFacts) -> str:
-    """How far the run came, in words."""
-    if not facts.steps:
-        return f"{facts.name}: no step has been logged yet"
-    total = facts.total_steps
+def _progress(run: RunData) -> str:
+    """The steps done and planned, in words."""
+    if not run.steps:
+        return f"{run.name}: no step has been logged yet"
+    total = run.total_steps
     if total is None:
-        return f"{facts.name}: {facts.steps:,} steps logged"
-    if facts.steps >= total:
-        return f"{facts.name}: finished, {facts.steps:,} steps"
-    return f"{facts.name}: step {facts.steps:,} of {total:,} ({facts.steps / total:.0%}), not finished"
+        return f"{run.name}: {run.steps:,} steps logged"
+    if run.steps >= total:
+        return f"{run.name}: finished, {run.steps:,} steps"
+    return f"{run.name}: step {run.steps:,} of {total:,} ({run.steps / total:.0%}), not finished"
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -91,15 +92,15 @@ def _notes(notes: Sequence[str]) -> str:
     return f'<h2>Notes</h2><ul class="card notes">{items}</ul>'
 
 
-def _warnings(facts: RunFacts) -> list[str]:
-    """What the log says went wrong."""
+def _warnings(run: RunData) -> list[str]:
+    """Sentences about what went wrong, by the log."""
     warnings = []
-    skipped, unreadable = facts.last("skipped_steps"), facts.last("unreadable")
+    skipped, unreadable = run.last("skipped_steps"), run.last("unreadable")
     if skipped:
         warnings.append(f"{skipped:,.0f} steps were skipped because their gradients were not finite.")
     if unreadable:
         warnings.append(f"{unreadable:,.0f} records could not be read and were skipped.")
-    holes = sum(math.isnan(value) for _, value in facts.curve("loss"))
+    holes = sum(math.isnan(value) for _, value in run.curve("loss"))
     if holes:
         warnings.append(f"The loss of {holes:,} logged steps is no finite number; the curve has a gap there.")
     return warnings
@@ -108,33 +109,34 @@ def _warnings(facts: RunFacts) -> list[str]:
 # -- details and file ------------------------------------------------------------------------------------------------
 
 
-def _details(facts: RunFacts) -> str:
+def _details(run: RunData) -> str:
     parts = []
-    if facts.evaluations:
+    if run.evaluations:
         names = ("accuracy", "accuracy_std", "equal_error_rate", "auc", "cosine_threshold")
         head = "".join(
             f"<th>{words}</th>" for words in ("benchmark", "step", "accuracy", "±", "EER", "AUC", "threshold")
         )
         rows = []
-        for each in facts.evaluations:
-            values = [each[name] for name in names]
+        for evaluation in run.evaluations:
+            values = [evaluation[name] for name in names]
             texts = [f"{v:.2%}" if v is not None else "" for v in values[:3]]
             texts += [f"{v:.4f}" if v is not None else "" for v in values[3:]]
-            cells = "".join(f"<td>{text}</td>" for text in [escape(each.benchmark), f"{each.step:,}", *texts])
+            texts = [escape(evaluation.benchmark), f"{evaluation.step:,}", *texts]
+            cells = "".join(f"<td>{text}</td>" for text in texts)
             rows.append(f"<tr>{cells}</tr>")
         parts.append(
             '<details class="card"><summary>All evaluations</summary><div class="scroll"><table>'
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
         )
-    if facts.settings_text:
+    if run.settings_text:
         parts.append(
-            f'<details class="card"><summary>Configuration</summary><pre>{escape(facts.settings_text)}</pre></details>'
+            f'<details class="card"><summary>Configuration</summary><pre>{escape(run.settings_text)}</pre></details>'
         )
     return "<h2>Details</h2>" + "".join(parts) if parts else ""
 
 
 def _choose_path(run: Path, out: Path | None) -> Path:
-    """Where the page goes; an existing file is replaced only by its successor."""
+    """The file to write; an existing file is only replaced if it is a report."""
     path = run if out is None else out
     path = path / FILE_NAME if path.is_dir() else path
     if path.is_dir():
@@ -150,17 +152,3 @@ def _is_report(path: Path) -> bool:
             return MARKER.encode() in file.read(4096)
     except OSError:
         return False
-
-
-def _write(path: Path, page: str) -> None:
-    """The page appears whole or not at all. Halves of characters, which JSON can hold, become question marks."""
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()

@@ -24,8 +24,8 @@ from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model, load_model
 from partialfc.training.build import data_signature
-from partialfc.training.checkpoint.read import folder_name, steps_in
-from partialfc.training.checkpoint.write import Checkpoint, DamagedCheckpoint, load_latest
+from partialfc.training.checkpoint.format import DamagedCheckpoint
+from partialfc.training.checkpoint.read import Checkpoint, folder_name, load_latest, steps_in
 from partialfc.training.replicas import load_weights, whole_network
 from partialfc.training.state import TrainState, check_data_matches
 

@@ -34,14 +34,13 @@ from partialfc.evaluation.run import read_benchmarks
 from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model, save_model
 from partialfc.training.build import build_state, check_batch, open_loader
-from partialfc.training.checkpoint.policy import Saver
-from partialfc.training.checkpoint.write import Checkpoint, load_latest
+from partialfc.training.checkpoint.read import Checkpoint, load_latest
+from partialfc.training.checkpoint.writer import Saver
 from partialfc.training.initialize import fill_with_class_means, initialize, is_resumable, write_identities
 from partialfc.training.nonfinite import describe_skip
 from partialfc.training.run.folder import open_run_folder
 from partialfc.training.run.launch import check_same_data, joined
-from partialfc.training.run.log import MetricsLog
-from partialfc.training.run.trackers import Tracker, open_trackers
+from partialfc.training.run.log import MetricsLog, Tracker, open_trackers
 from partialfc.training.step import Stepper
 from partialfc.training.timing import StepClock, StepProfiler, TrainResult
 
@@ -135,7 +134,7 @@ class _Trainer:
         # Writing a checkpoint may take hours as long as it makes progress, which `HeartbeatMonitor` watches.
         timeout = _CHECKPOINT_TIMEOUT_SECONDS if has_store() else _collective_timeout(config)
         self.saver = Saver(config, self.folder, host_group(timeout), self._report_unsaved)
-        self.saver.writer.make_room(self.state.row_tensors().tensors)
+        self.saver.writer.preallocate(self.state.row_tensors().tensors)
         self.control_group = host_group(_collective_timeout(config))
         self.stepper = Stepper(config, self.state, self.loader, device)
         self.total_steps = self.stepper.total_steps

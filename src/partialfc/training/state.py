@@ -13,8 +13,8 @@ from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Shard, shard_like
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint.write import Checkpoint, RowTensors
-from partialfc.training.checkpoint.writer import Snapshot
+from partialfc.training.checkpoint.read import Checkpoint
+from partialfc.training.checkpoint.write import RowTensors, Snapshot
 from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import load_weights, whole_network
 

@@ -15,20 +15,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from partialfc.distributed.collectives import Shard, barrier, split_evenly
-from partialfc.training.checkpoint import format as checkpoint_io
-from partialfc.training.checkpoint.write import (
-    Checkpoint,
-    RowTensors,
-    load_latest,
-    save_checkpoint,
-)
+from partialfc.training.checkpoint import blocks
+from partialfc.training.checkpoint.read import Checkpoint, load_latest
+from partialfc.training.checkpoint.write import RowTensors, Snapshot, save_checkpoint
 
 
 @pytest.mark.parametrize("saved_at", [1, 2, 3, 4])
 @pytest.mark.parametrize("total", [0, 1, 2, 3, 37])
 def test_any_world_size_reads_what_any_other_wrote(tmp_path: Path, saved_at: int, total: int) -> None:
     whole = head_rows(total)
-    paths = on_ranks(saved_at, lambda seat: save_on(seat, tmp_path, 5, whole))
+    paths = on_ranks(saved_at, lambda rank: save_on(rank, tmp_path, 5, whole))
     assert paths == [tmp_path / "step-00000005"] * saved_at
     opened = Checkpoint(paths[0])
     opened.verify()
@@ -42,7 +38,7 @@ def test_any_world_size_reads_what_any_other_wrote(tmp_path: Path, saved_at: int
 
 
 def test_what_ranks_share_is_rank_0s(tmp_path: Path) -> None:
-    on_ranks(3, lambda seat: save_on(seat, tmp_path, 5, head_rows(7)))
+    on_ranks(3, lambda rank: save_on(rank, tmp_path, 5, head_rows(7)))
     opened = newest(tmp_path)
     assert opened is not None
     assert opened.state == {"rank": 0}
@@ -68,7 +64,7 @@ def test_any_rows_with_blocks_of_any_size(
 
 def test_strided_rows_larger_than_a_staging_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint_io, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     target = torch.zeros(6, 30).t()
     Checkpoint(tmp_path / "step-00000001").read_rows("momentum_buffer", 4, target)
     assert torch.equal(target, head_rows(37, 1)["momentum_buffer"][4:34])
@@ -103,7 +99,7 @@ def test_every_dtype_stride_and_shape_returns_bit_for_bit(tmp_path: Path) -> Non
 
 def test_the_file_of_a_rank_says_its_rows(tmp_path: Path) -> None:
     whole = head_rows(7)
-    on_ranks(3, lambda seat: save_on(seat, tmp_path, 5, whole))
+    on_ranks(3, lambda rank: save_on(rank, tmp_path, 5, whole))
     encoded = (tmp_path / "step-00000005" / "head-00001-of-00003.safetensors").read_bytes()
     header = json.loads(encoded[8 : 8 + int.from_bytes(encoded[:8], "little")])
     assert header["__metadata__"] == {"start": "2", "stop": "4", "total": "7"}
@@ -168,7 +164,7 @@ def save_and_load_on_a_rank(rank: int, folder: Path) -> None:
     tensors = {"backbone": {"conv": torch.full((3, 3), float(rank))}}
     for step in (1, 2):
         rows = RowTensors(shard, {name: rows[shard.start : shard.stop] for name, rows in whole.items()})
-        save_checkpoint(root, step, tensors=tensors, rows=rows, state={"step": step}, block_bytes=64)
+        save_checkpoint(root, Snapshot(step, tensors, rows, {"step": step}), block_bytes=64)
     if rank == 0:
         flip(root / "step-00000002" / "head-00002-of-00003.safetensors", -1)
     barrier()

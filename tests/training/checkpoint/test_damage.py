@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import Seat, assert_holds, flip, head_rows, newest, on_ranks, save, save_on
+from checkpoint_samples import ThreadRank, assert_holds, flip, head_rows, newest, on_ranks, save, save_on
 
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import split_evenly
-from partialfc.training.checkpoint import format as checkpoint_io
-from partialfc.training.checkpoint.write import (
-    Checkpoint,
-    DamagedCheckpoint,
-    load_latest,
-)
+from partialfc.training.checkpoint.blocks import write_hashed
+from partialfc.training.checkpoint.format import DamagedCheckpoint
+from partialfc.training.checkpoint.read import Checkpoint, load_latest
 
 
 @pytest.mark.parametrize("name", ["backbone.safetensors", "head-00000-of-00001.safetensors", "identities.json"])
@@ -145,7 +142,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     copy = path.with_suffix(".copy")
-    record = checkpoint_io.write_file(copy, [path.read_bytes()], 1 << 20)
+    record = write_hashed(copy, [path.read_bytes()], 1 << 20)
     copy.unlink()
     return {"size": record.size, "sha256": record.sha256}
 
@@ -192,17 +189,16 @@ def test_a_refusal_is_logged_unless_a_warn_is_given(tmp_path: Path, caplog: pyte
 
 def test_ranks_agree_on_the_checkpoint_that_all_can_read(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        on_ranks(3, lambda seat, step=step: save_on(seat, tmp_path, step, head_rows(30, step)))
+        on_ranks(3, lambda rank, step=step: save_on(rank, tmp_path, step, head_rows(30, step)))
     flip(tmp_path / "step-00000003" / "head-00002-of-00003.safetensors", -1)
     refused: list[tuple[int, str]] = []
 
-    def load(seat: Seat) -> Any:
-        start, stop = split_evenly(30, 3, seat.rank)
+    def load(rank: ThreadRank) -> Any:
+        start, stop = split_evenly(30, 3, rank.rank)
         return load_latest(
             tmp_path,
             lambda opened: (opened.step, {name: opened.rows(name, start, stop) for name in opened.row_shapes}),
-            group=seat,
-            warn=lambda text: refused.append((seat.rank, text)),
+            warn=lambda text: refused.append((rank.rank, text)),
         )
 
     for rank, (step, rows) in enumerate(on_ranks(3, load)):
@@ -216,5 +212,5 @@ def test_ranks_agree_on_the_checkpoint_that_all_can_read(tmp_path: Path) -> None
 def test_ranks_that_see_different_checkpoints_are_told(tmp_path: Path) -> None:
     for rank in range(2):
         save(tmp_path / str(rank), 7, state={"rank": rank})
-    outcomes = on_ranks(2, lambda seat: load_latest(tmp_path / str(seat.rank), lambda opened: opened, group=seat))
+    outcomes = on_ranks(2, lambda rank: load_latest(tmp_path / str(rank.rank), lambda opened: opened))
     assert all("The ranks see different checkpoints" in str(outcome) for outcome in outcomes)

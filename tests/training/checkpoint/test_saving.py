@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import Seat, assert_holds, flip, head_rows, names, newest, on_ranks, save, save_on
+from checkpoint_samples import ThreadRank, assert_holds, flip, head_rows, names, newest, on_ranks, save, save_on
 
 from partialfc.distributed.collectives import Shard
-from partialfc.training.checkpoint.write import (
-    Checkpoint,
-    CheckpointNotWritten,
-    RowTensors,
-)
+from partialfc.training.checkpoint.read import Checkpoint
+from partialfc.training.checkpoint.write import CheckpointNotWritten, RowTensors
 
 
 def test_keep(tmp_path: Path) -> None:
@@ -161,12 +158,12 @@ def test_a_full_disk_at_any_moment_is_reported_and_leaves_a_whole_checkpoint(
 
 def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path: Path) -> None:
     whole = head_rows(11)
-    on_ranks(3, lambda seat: save_on(seat, tmp_path, 1, whole))
+    on_ranks(3, lambda rank: save_on(rank, tmp_path, 1, whole))
 
-    def broken(seat: Seat) -> Path:
-        if seat.rank == 1:
-            return save_on(seat, tmp_path, 2, {**whole, "centers": whole["centers"].to(torch.complex64)})
-        return save_on(seat, tmp_path, 2, whole)
+    def broken(rank: ThreadRank) -> Path:
+        if rank.rank == 1:
+            return save_on(rank, tmp_path, 2, {**whole, "centers": whole["centers"].to(torch.complex64)})
+        return save_on(rank, tmp_path, 2, whole)
 
     outcomes = on_ranks(3, broken)
     assert [type(outcome) for outcome in outcomes] == [CheckpointNotWritten] * 3
@@ -181,8 +178,8 @@ def test_a_failure_on_one_rank_is_the_same_error_on_all(tmp_path: Path) -> None:
 def test_ranks_that_disagree_about_the_rows_are_refused(tmp_path: Path) -> None:
     whole = head_rows(11)
 
-    def save_some(seat: Seat) -> Path:
-        return save_on(seat, tmp_path, 2, whole if seat.rank else {"centers": whole["centers"]})
+    def save_some(rank: ThreadRank) -> Path:
+        return save_on(rank, tmp_path, 2, whole if rank.rank else {"centers": whole["centers"]})
 
     outcomes = on_ranks(2, save_some)
     assert all("do not agree on the row tensors" in str(outcome) for outcome in outcomes)
@@ -192,7 +189,7 @@ def test_ranks_that_disagree_about_the_rows_are_refused(tmp_path: Path) -> None:
 def test_storage_that_the_ranks_do_not_share_is_refused(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    outcomes = on_ranks(2, lambda seat: save_on(seat, tmp_path / str(seat.rank), 2, head_rows(11)))
+    outcomes = on_ranks(2, lambda rank: save_on(rank, tmp_path / str(rank.rank), 2, head_rows(11)))
     assert all("head-00001-of-00002.safetensors cannot be read" in str(outcome) for outcome in outcomes)
 
 

@@ -13,8 +13,8 @@ from small_runs import small_config, tiny_config, write_images
 from partialfc import cli
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import InputError
-from partialfc.training.checkpoint.read import steps_in
-from partialfc.training.checkpoint.write import Checkpoint, DamagedCheckpoint
+from partialfc.training.checkpoint.format import DamagedCheckpoint
+from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.loop import train
 
 

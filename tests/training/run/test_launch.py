@@ -13,6 +13,7 @@ from small_runs import small_config, write_images
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import InputError
 from partialfc.training.loop import train
+from partialfc.training.run import folder as run_folder
 from partialfc.training.run.launch import first_difference
 
 
@@ -79,7 +80,7 @@ def every_mistake(rank: int, folder: Path) -> None:
     (folder / "options").mkdir(exist_ok=True)
     try_to_train(rank, folder / "options", with_rate(0.5 + 0.25 * rank), folder / "run")
     assert not (folder / "run").exists()
-    folder._SECONDS_TO_SEE = 0.5
+    run_folder._SECONDS_TO_SEE = 0.5
     (folder / "folders").mkdir(exist_ok=True)
     try_to_train(rank, folder / "folders", config, folder / f"run-{rank}")
     (folder / "data").mkdir(exist_ok=True)

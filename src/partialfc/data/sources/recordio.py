@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from partialfc.core.errors import InputError
+from partialfc.core.files import atomic_file, output_errors
 from partialfc.data.images import UnreadableImage, decode_image
 from partialfc.data.sources.record_index import (
     CHUNK_HEAD,
@@ -233,9 +235,9 @@ def build_record(payload: bytes) -> bytes:
 class RecordWriter:
     """Writes a `.rec` with its `.idx` and `property`; a context manager.
 
-    The files are written under temporary names and get their own at a clean end, the `.rec` last; an exception leaves
-    nothing behind. With `header` the images of an identity must follow each other: keys 1, 2, ... are images, then come
-    the identity records, and key 0 tells where those are. Without, the layout is im2rec's: keys from 0 and images only.
+    The files appear at a clean end, the `.rec` last; an exception leaves nothing behind. With `header` the images of an
+    identity must follow each other: keys 1, 2, ... are images, then come the identity records, and key 0 tells where
+    those are. Without, the layout is im2rec's: keys from 0 and images only.
 
     Args:
         path: the `.rec` file to write.
@@ -254,14 +256,13 @@ class RecordWriter:
         self._header = header
         self._num_classes = num_classes
         self._shape = (size, size) if size is not None else None
-        self._targets = [self.path.with_name("property"), self.path.with_suffix(".idx"), self.path]
-        for target in self._targets:
+        targets = [self.path, self.path.with_suffix(".idx"), self.path.with_name("property")]
+        for target in targets:
             if target.exists():
                 raise InputError(f"{target} exists already: remove it, or write somewhere else.")
-        try:
-            self._file = _temporary(self.path).open("wb")
-        except OSError as error:
-            raise InputError(f"Cannot write {self.path}: {error.strerror}.") from error
+        with output_errors(self.path), ExitStack() as stack:
+            self._file, *self._others = [stack.enter_context(atomic_file(target)) for target in targets]
+            self._stack = stack.pop_all()
         self._index: dict[int, int] = {}
         self._images_of: dict[int, tuple[int, int]] = {}  # label -> first and last + 1 image key
         self._labels_end = 0
@@ -306,13 +307,11 @@ class RecordWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._file.close()
-            for target in self._targets:
-                _temporary(target).unlink(missing_ok=True)
+        if kind is not None:
+            self._stack.__exit__(kind, error, traceback)
+            return
+        with self._stack:
+            self._finish()
 
     def _append(self, key: int, payload: bytes) -> None:
         self._index[key] = self._file.tell()
@@ -329,13 +328,10 @@ class RecordWriter:
             self._file.write(build_record(build_payload((float(first), float(first + num_classes)), 0, b"")))
         height, width = self._shape or (0, 0)
         lines = "".join(f"{key}\t{offset}\n" for key, offset in sorted(self._index.items()))
-        _temporary(self._targets[0]).write_text(f"{num_classes},{height},{width}\n")
-        _temporary(self._targets[1]).write_text(lines)
-        self._file.close()
-        for target in self._targets:
-            with _temporary(target).open("rb") as file:
-                os.fsync(file.fileno())
-            _temporary(target).rename(target)
+        for file, text in zip(self._others, (lines, f"{num_classes},{height},{width}\n"), strict=True):
+            file.write(text.encode())
+            file.flush()  # a full disk must be noticed before any of the files appears
+        self._file.flush()
 
 
 def _image_shape(encoded: bytes) -> tuple[int, int] | None:
@@ -344,7 +340,3 @@ def _image_shape(encoded: bytes) -> tuple[int, int] | None:
     except UnreadableImage:
         return None
     return height, width
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")

@@ -1,18 +1,14 @@
-"""Files of tensors that are hashed as they are written and verified as they are read, block by block.
+"""What the files of a checkpoint hold: the dtypes and headers of safetensors, and the manifest. No tensor is read here.
 
-The files are plain safetensors (8 bytes of header length, a JSON header, the raw little-endian data), and any reader
-of that format opens them. They are written here and not by the safetensors library because this way the SHA-256 of
-each block is taken of the bytes in memory, in the same pass that writes them, and a tensor on a GPU passes through
-the host in pieces instead of as a whole.
+docs/checkpoint-format.md describes the format.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,11 +17,10 @@ import torch
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.activity import progress
-from partialfc.distributed.collectives import split_evenly
 
-BLOCK_BYTES = 16 * 2**20
-"""The unit of verification: a reader hashes whole blocks, so that this is also the least that it reads."""
+MANIFEST = "manifest.json"
+FORMAT = "partialfc-checkpoint"
+VERSION = 1
 
 _CODES = {
     torch.float64: "F64",
@@ -46,17 +41,12 @@ class DamagedCheckpoint(InputError):
     """A checkpoint does not hold what its manifest says."""
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """What a manifest says of a file: its size in bytes, and the SHA-256 (hexadecimal) of each of its blocks."""
-
-    size: int
-    sha256: list[str]
+# -- safetensors -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Where a safetensors file holds a tensor: bytes [start, stop) of the file."""
+    """The position of a tensor in a safetensors file: bytes [start, stop) of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -80,208 +70,32 @@ def dtype_of(code: str) -> torch.dtype:
     return _DTYPES[code]
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview], block_bytes: int = BLOCK_BYTES) -> FileRecord:
-    """Write `pieces` one after another into a new file, hash its blocks on the way, and flush it to the disk."""
-    digests = []
-    block, room, size = hashlib.sha256(), block_bytes, 0
-    with path.open("xb") as file:
-        for piece in pieces:
-            rest = memoryview(piece)
-            while len(rest):
-                part, rest = rest[:room], rest[room:]
-                block.update(part)
-                file.write(part)
-                size += len(part)
-                room -= len(part)
-                if room == 0:
-                    progress()
-                    digests.append(block.hexdigest())
-                    block, room = hashlib.sha256(), block_bytes
-        if room < block_bytes:
-            digests.append(block.hexdigest())
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(size, digests)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` (files created, renamed, removed) survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file that holds `tensors` (any device, strides and shapes), piece by piece."""
-    # The widest elements first, then every tensor starts at a multiple of its element size, as the format asks for.
+def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[Tensor]]:
+    """The first bytes of a safetensors file (length and JSON header), and the tensors in the order of their data."""
+    # The widest elements come first, so that every tensor starts at a multiple of its element size, as required.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, tensor in ordered:
         stop = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": dtype_code(tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, stop],
-        }
+        header[name] = {"dtype": dtype_code(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [offset, stop]}
         offset = stop
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    yield len(encoded).to_bytes(8, "little") + encoded
-    for _, tensor in ordered:
-        yield from _data_pieces(tensor)
+    return len(encoded).to_bytes(8, "little") + encoded, [tensor for _, tensor in ordered]
 
 
-def _data_pieces(tensor: Tensor) -> Iterator[memoryview]:
-    flat = tensor.detach().reshape(-1)
-    for piece in flat.split(max(1, BLOCK_BYTES // tensor.element_size())):
-        if len(piece):
-            yield _bytes_of(piece.cpu())
+def parse_header(encoded: bytes, origin: int, size: int) -> dict[str, TensorLayout]:
+    """The tensors that a JSON header names, in the order of their data.
 
+    Args:
+        encoded: the header without its length.
+        origin: the byte of the file at which the data begin.
+        size: bytes of the whole file.
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, to read or to fill."""
-    # view(-1) would keep the stride of a tensor of one element, which may be anything.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
-
-
-class VerifiedFiles:
-    """Reads byte ranges and tensors of the files of one folder, and vouches for every byte it hands out.
-
-    The last block read is kept, since neighbouring tensors share blocks; nothing else is, and no file stays open.
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is no safetensors header of such a file.
     """
-
-    def __init__(self, folder: Path, records: Mapping[str, FileRecord], block_bytes: int) -> None:
-        self.folder = folder
-        self.records = records
-        self.block_bytes = block_bytes
-        self._last: tuple[str, int, bytes] | None = None
-        self._layouts: dict[str, dict[str, TensorLayout]] = {}
-
-    def check_sizes(self) -> None:
-        """Raise DamagedCheckpoint if a file is missing or has another size than its record says."""
-        for name, record in self.records.items():
-            try:
-                size = (self.folder / name).stat().st_size
-            except OSError as error:
-                raise self._damaged(name, f"cannot be read ({error.strerror})") from error
-            if size != record.size:
-                raise self._damaged(name, f"has {size:,} bytes where {record.size:,} were written")
-
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read and check every block of every file, or those of one of `parts` even parts of all blocks."""
-        self.check_sizes()
-        blocks = [(name, number) for name, record in self.records.items() for number in range(len(record.sha256))]
-        start, stop = split_evenly(len(blocks), parts, part)
-        for name, number in blocks[start:stop]:
-            self._block(name, number)
-
-    def read(self, name: str, start: int, target: memoryview) -> None:
-        """Fill `target` with the bytes of file `name` from `start` on.
-
-        Reads and checks the blocks that cover them, and no others.
-
-        Raises:
-            DamagedCheckpoint: a block differs from what was written, or cannot be read.
-        """
-        position, stop = start, start + len(target)
-        while position < stop:
-            number, offset = divmod(position, self.block_bytes)
-            part = memoryview(self._block(name, number))[offset : offset + stop - position]
-            target[position - start : position - start + len(part)] = part
-            position += len(part)
-
-    def content(self, name: str) -> bytes:
-        """All of file `name`."""
-        return self._bytes(name, 0, self.records[name].size)
-
-    def layout(self, name: str) -> dict[str, TensorLayout]:
-        """The tensors of safetensors file `name`, in the order in which it holds them."""
-        if name not in self._layouts:
-            length = int.from_bytes(self._bytes(name, 0, 8), "little")
-            header = self._bytes(name, 8, 8 + length)
-            try:
-                self._layouts[name] = _parse_header(header, 8 + length, self.records[name].size)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise self._damaged(name, f"has a header that is no safetensors header ({error})") from error
-        return self._layouts[name]
-
-    def tensor(self, name: str, key: str) -> Tensor:
-        """Tensor `key` of safetensors file `name`."""
-        layout = self._find(name, key)
-        result = torch.empty(layout.shape, dtype=layout.dtype)
-        self.read(name, layout.start, _bytes_of(result))
-        return result
-
-    def read_rows(self, name: str, key: str, first: int, target: Tensor) -> None:
-        """Fill `target`, on any device, with the rows of tensor `key` of file `name` from row `first` on."""
-        layout = self._find(name, key)
-        if (layout.dtype, layout.shape[1:]) != (target.dtype, target.shape[1:]) or first + len(target) > layout.shape[
-            0
-        ]:
-            raise self._damaged(name, f"holds {key} as {layout.dtype} {layout.shape}, against its manifest")
-        row_bytes = prod(layout.shape[1:]) * layout.dtype.itemsize
-        position = layout.start + first * row_bytes
-        if target.device.type == "cpu" and target.is_contiguous():
-            self.read(name, position, _bytes_of(target))
-            return
-        for piece in target.split(max(1, BLOCK_BYTES // max(1, row_bytes))):
-            staged = torch.empty(piece.shape, dtype=piece.dtype)
-            self.read(name, position, _bytes_of(staged))
-            piece.copy_(staged)
-            position += staged.nbytes
-
-    def _find(self, name: str, key: str) -> TensorLayout:
-        layouts = self.layout(name)
-        if key not in layouts:
-            raise self._damaged(name, f"holds no tensor {key}")
-        return layouts[key]
-
-    def _bytes(self, name: str, start: int, stop: int) -> bytes:
-        if stop > self.records[name].size:
-            raise self._damaged(name, f"is too short for bytes {start:,} to {stop:,}")
-        result = bytearray(stop - start)
-        self.read(name, start, memoryview(result))
-        return bytes(result)
-
-    def _block(self, name: str, number: int) -> bytes:
-        if self._last is not None and self._last[:2] == (name, number):
-            return self._last[2]
-        record = self.records[name]
-        start = number * self.block_bytes
-        stop = min(start + self.block_bytes, record.size)
-        try:
-            with (self.folder / name).open("rb", buffering=0) as file:
-                block = _read_at(file.fileno(), start, stop)
-        except OSError as error:
-            raise self._damaged(name, f"cannot be read at bytes {start:,} to {stop:,} ({error.strerror})") from error
-        if hashlib.sha256(block).hexdigest() != record.sha256[number]:
-            raise self._damaged(name, f"differs from what was written in block {number} (bytes {start:,} to {stop:,})")
-        self._last = (name, number, block)
-        progress()
-        return block
-
-    def _damaged(self, name: str, what: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(
-            f"{self.folder / name} {what}: this checkpoint is damaged, use the step before it or restore the file."
-        )
-
-
-def _read_at(descriptor: int, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of an open file, or fewer where it ends earlier (one call may return only some of them)."""
-    parts = []
-    while start < stop:
-        part = os.pread(descriptor, stop - start, start)
-        if not part:
-            break
-        parts.append(part)
-        start += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _parse_header(encoded: bytes, origin: int, size: int) -> dict[str, TensorLayout]:
     layouts = {}
     for key, entry in json.loads(encoded).items():
         if key == "__metadata__":
@@ -294,3 +108,109 @@ def _parse_header(encoded: bytes, origin: int, size: int) -> dict[str, TensorLay
             raise ValueError(f"tensor {key} ends past the file")
         layouts[key] = layout
     return dict(sorted(layouts.items(), key=lambda item: item[1].start))
+
+
+# -- manifest --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file in the manifest: its size in bytes, and the SHA-256 (hexadecimal) of each of its blocks."""
+
+    size: int
+    sha256: list[str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Global rows [start, stop) are in `file`."""
+
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RowTensor:
+    """A tensor whose rows are spread over files: its dtype (as safetensors writes it) and global shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: list[Part]
+
+    def check(self, name: str) -> None:
+        """Raise ValueError unless each row is in exactly one part, in order."""
+        position = 0
+        for part in self.parts:
+            if part.start != position or part.stop <= position:
+                raise ValueError(f"row {position} of {name} is in no file, or in two")
+            position = part.stop
+        if position != self.shape[0]:
+            raise ValueError(f"the files hold {position} rows of {name}, not {self.shape[0]}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json. `block_bytes` is the size of the blocks whose SHA-256 `files` lists."""
+
+    step: int
+    state: Mapping[str, Any]
+    block_bytes: int
+    rows: Mapping[str, RowTensor]
+    files: Mapping[str, FileRecord]
+    format: str = field(default=FORMAT, init=False)
+    version: int = field(default=VERSION, init=False)
+
+    def encode(self) -> bytes:
+        """The bytes of manifest.json."""
+        body = asdict(self)
+        return json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False).encode()
+
+    def digest(self) -> str:
+        """The SHA-256 in manifest.json, which covers every byte of the checkpoint through the hashes of the blocks."""
+        return _digest(asdict(self))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint in `folder`.
+
+    Raises:
+        DamagedCheckpoint: it is missing, unreadable, or not what was written.
+        InputError: it is undamaged, but of another format version.
+    """
+    path = folder / MANIFEST
+    try:
+        body = json.loads(path.read_bytes())
+        if body["format"] != FORMAT or body.pop("sha256") != _digest(body):
+            raise ValueError("its SHA-256 does not match")
+        if body["version"] == VERSION:
+            return _parse_manifest(body)
+    except OSError as error:
+        raise DamagedCheckpoint(
+            f"{path} cannot be read ({error.strerror}): this checkpoint is damaged, use the step before it."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(
+            f"{path} is not what was written ({error}): this checkpoint is damaged, use the step before it."
+        ) from error
+
+    raise InputError(
+        f"{folder} has checkpoint format version {body['version']}, and this partialfc reads version {VERSION}: "
+        "use the partialfc that wrote it."
+    )
+
+
+def _parse_manifest(body: Mapping[str, Any]) -> Manifest:
+    rows = {
+        name: RowTensor(entry["dtype"], tuple(entry["shape"]), [Part(**part) for part in entry["parts"]])
+        for name, entry in body["rows"].items()
+    }
+    for name, tensor in rows.items():
+        tensor.check(name)
+    files = {name: FileRecord(**entry) for name, entry in body["files"].items()}
+    return Manifest(body["step"], body["state"], body["block_bytes"], rows, files)
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    """SHA-256 of `body` as JSON with sorted keys, no spaces, in ASCII: the same in every version of the format."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()

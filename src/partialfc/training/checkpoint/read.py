@@ -1,4 +1,4 @@
-"""Reading checkpoints: one opened folder, and the choice of the newest whole one that all ranks agree on."""
+"""Reading checkpoints: an opened folder, and the choice of the newest whole one that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import Group, gather_json, rank_of
-from partialfc.training.checkpoint.format import DamagedCheckpoint, VerifiedFiles, dtype_code, dtype_of
-from partialfc.training.checkpoint.manifest import read_manifest
+from partialfc.distributed.collectives import gather_json, rank_of
+from partialfc.training.checkpoint.blocks import VerifiedFiles
+from partialfc.training.checkpoint.format import DamagedCheckpoint, dtype_code, dtype_of, read_manifest
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 LEFTOVER = re.compile(r"\.step-(\d{8,})\.[0-9a-f]{8}\.(writing|old)")
@@ -24,21 +24,21 @@ T = TypeVar("T")
 
 
 class Checkpoint:
-    """An opened checkpoint: its manifest is checked, and every byte that it hands out is verified on reading.
+    """An opened checkpoint. Its manifest is checked when it is opened, and every byte when it is read.
 
     Attributes:
         step: optimizer steps done.
         state: what the writer passed as `state`.
         row_shapes: global shape of each row tensor, (total rows, ...).
-        digest: SHA-256 of the manifest, and through it of everything.
+        digest: SHA-256 of the manifest, which covers every byte of the checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         """Read the manifest and the sizes of the files.
 
         Raises:
-            DamagedCheckpoint: no whole checkpoint is there.
-            InputError: it is one of another format version.
+            DamagedCheckpoint: there is no whole checkpoint.
+            InputError: it has another format version.
         """
         self.folder = folder
         manifest = read_manifest(folder)
@@ -47,7 +47,7 @@ class Checkpoint:
         self.digest = manifest.digest()
         self.row_shapes = {name: tensor.shape for name, tensor in manifest.rows.items()}
         self._rows = manifest.rows
-        self._files = VerifiedFiles(folder, manifest.files, manifest.block_bytes)
+        self._files = VerifiedFiles(folder, manifest)
         self._files.check_sizes()
 
     def tensors(self, group: str) -> dict[str, Tensor]:
@@ -78,22 +78,23 @@ class Checkpoint:
             ValueError: `target` has another dtype or row shape, or there are no such rows.
             DamagedCheckpoint: a block differs from what was written; `target` may be filled in part.
         """
-        whole, stop = self._rows[name], start + len(target)
-        if (whole.dtype, whole.shape[1:]) != (dtype_code(target.dtype), target.shape[1:]):
+        stored, stop = self._rows[name], start + len(target)
+        if (stored.dtype, stored.shape[1:]) != (dtype_code(target.dtype), target.shape[1:]):
             raise ValueError(
-                f"{name} is {whole.dtype} {whole.shape}; {target.dtype} {target.shape} cannot hold rows of it"
+                f"{name} is {stored.dtype} {stored.shape}; {target.dtype} {target.shape} cannot hold rows of it"
             )
-        if not 0 <= start <= stop <= whole.shape[0]:
-            raise ValueError(f"rows {start} to {stop} of {name} do not exist: it has {whole.shape[0]}")
-        for part in whole.parts:
+        if not 0 <= start <= stop <= stored.shape[0]:
+            raise ValueError(f"rows {start} to {stop} of {name} do not exist: it has {stored.shape[0]}")
+        for part in stored.parts:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
-                wanted = target.detach()[first - start : last - start]
-                self._files.read_rows(part.file, name, first - part.start, wanted)
+                self._files.read_rows(
+                    part.file, name, first - part.start, target.detach()[first - start : last - start]
+                )
 
     @property
     def extent(self) -> tuple[int, int]:
-        """How many files it has beside its manifest, and how many bytes these have together."""
+        """The number of its files, without the manifest, and of their bytes."""
         records = self._files.records.values()
         return len(records), sum(record.size for record in records)
 
@@ -110,26 +111,24 @@ def load_latest(
     root: Path,
     read: Callable[[Checkpoint], T],
     *,
-    group: Group | None = None,
     warn: Callable[[str], None] = _logger.warning,
 ) -> T | None:
-    """What `read` makes of the newest whole checkpoint, the same one on every rank; None if there is no checkpoint.
+    """The result of `read` for the newest whole checkpoint, the same one on every rank; None if there is no checkpoint.
 
-    `read` takes from the checkpoint what its rank needs. If any rank finds damage in that, all go on to the
-    checkpoint before, so `read` may be called more than once: it may overwrite tensors, but not count on the old ones.
-    Two collectives, and two for each checkpoint tried.
+    `read` takes from the checkpoint what its rank needs. If any rank finds damage in that, all ranks go on to the
+    checkpoint before. So `read` may be called more than once: it may overwrite tensors, but not rely on their old
+    values. Two collectives, and two for each checkpoint tried.
 
     Args:
         root: the folder of checkpoints.
         read: called with the opened checkpoint on every rank; it must not communicate.
-        group: the ranks that load together.
-        warn: told on rank 0 about every checkpoint that is refused.
+        warn: called on rank 0 with a sentence about every checkpoint that is refused.
 
     Raises:
         InputError: there are checkpoints and all are damaged, or one is of another format version, or the ranks see
             different checkpoints.
     """
-    candidates, newest = gather_json(_candidates(root), group=group)[0], ""
+    candidates, newest = gather_json(_candidates(root))[0], ""
     for name in candidates:
         report: dict[str, Any] = {"digest": None, "damage": None}
         try:
@@ -138,14 +137,14 @@ def load_latest(
             report["digest"] = checkpoint.digest
         except DamagedCheckpoint as damage:
             report["damage"] = str(damage)
-        reports = gather_json(report, group=group)
-        damages = {each["damage"] for each in reports} - {None}
+        reports = gather_json(report)
+        damages = {one["damage"] for one in reports} - {None}
         if not damages:
-            if len({each["digest"] for each in reports}) > 1:
+            if len({one["digest"] for one in reports}) > 1:
                 raise InputError(f"The ranks see different checkpoints in {root}: put it on storage that all share.")
             return result
         newest = newest or min(damages)
-        if rank_of(group) == 0:
+        if rank_of() == 0:
             for message in sorted(damages):
                 warn(message)
     if candidates:
@@ -158,7 +157,7 @@ def load_latest(
 
 
 def folder_name(step: int) -> str:
-    """The name of the folder of a step's checkpoint."""
+    """The name of a step's folder."""
     return f"step-{step:08d}"
 
 
@@ -170,16 +169,16 @@ def steps_in(root: Path) -> list[int]:
 def _candidates(root: Path) -> list[str]:
     """Names of the folders that may be checkpoints, the best to resume from first.
 
-    Those set aside for deletion come last among their step: they are needed where a process died between taking the
-    name from a step's old checkpoint and giving it to the new one.
+    A folder renamed for its deletion comes last among those of its step: it is needed if a process died between the two
+    renames that replace a step.
     """
-    found = []
+    candidates = []
     for name in [path.name for path in root.iterdir()] if root.is_dir() else []:
         if match := STEP_FOLDER.fullmatch(name):
-            found.append((int(match[1]), True, name))
+            candidates.append((int(match[1]), True, name))
         elif (match := LEFTOVER.fullmatch(name)) and match[2] == "old":
-            found.append((int(match[1]), False, name))
-    return [name for _, _, name in sorted(found, reverse=True)]
+            candidates.append((int(match[1]), False, name))
+    return [name for _, _, name in sorted(candidates, reverse=True)]
 
 
 def is_whole(folder: Path) -> bool:

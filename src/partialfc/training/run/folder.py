@@ -1,58 +1,33 @@
-"""The folder of a run: who may write there, and what is where."""
+"""Opening the folder of a run: it is new or can be continued, one run at a time is in it, and all ranks see it."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypeVar
 
 from partialfc.config.options import FREE_KEYS, TrainConfig
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import Group, gather_json, rank_of
-from partialfc.training.run.lock import LOCK, FolderLock
+from partialfc.core.files import write_file
+from partialfc.distributed.collectives import gather_json, rank_of
+from partialfc.training.run.read import RunFolder, read_settings
 
-_LISTED = 8  # ranks named in one message
+LOCK = ".lock"
+_RANKS_NAMED = 8  # at most, in one message
 _SECONDS_TO_SEE = 20.0  # a network file system may show a new file late
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `checkpoints/` and `model/{best,last}/` under one root."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    def has_metrics(self) -> bool:
-        """Whether the run has logged anything."""
-        return self.metrics.is_file() and self.metrics.stat().st_size > 0
-
-    def model(self, which: str) -> Path:
-        """The folder of the "best" or "last" model."""
-        return self.root / "model" / which
-
-
-@contextmanager
-def open_run_folder(
-    root: Path, config: TrainConfig, *, resume: bool, group: Group | None = None
-) -> Iterator[RunFolder]:
+@contextlib.contextmanager
+def open_run_folder(root: Path, config: TrainConfig, *, resume: bool) -> Iterator[RunFolder]:
     """Make the folder of a new run, or check that the run in it can be continued; locked until the end.
 
     Eight collectives.
@@ -62,39 +37,78 @@ def open_run_folder(
             another configuration, or another process is at work in it, or not all ranks see it.
     """
     folder = RunFolder(root)
-    with ExitStack() as held:
-        _refuse_together(lambda: _check(folder, config, resume), group)  # every rank looks before rank 0 writes
-        locks: list[FolderLock] = []
-        _refuse_together(lambda: _take(folder, config, held, locks) if rank_of(group) == 0 else None, group)
-        _check_shared(root, root / LOCK, locks[0].content if locks else None)
+    with contextlib.ExitStack() as stack:
+        _on_all_ranks(lambda: _check(folder, config, resume))  # every rank checks before rank 0 writes
+        content = _on_all_ranks(lambda: _claim(folder, config, stack) if rank_of() == 0 else None)
+        _check_shared(root, content)
         yield folder
 
 
-def _refuse_together(work: Callable[[], None], group: Group | None) -> None:
-    """Do `work`; what it refuses on any rank is refused on all. Two collectives."""
-    message = None
+def _on_all_ranks(work: Callable[[], T]) -> T | None:
+    """The result of `work`; an InputError or OSError on any rank is an InputError on all. Two collectives."""
+    result, message = None, None
     try:
-        work()
+        result = work()
     except InputError as error:
         message = str(error)
     except OSError as error:
-        place = error.filename or "The run folder"
-        message = f"{place} cannot be used ({error.strerror}): give another folder with --out."
-    refusals = [each for each in gather_json(message, group=group) if each is not None]
+        path = error.filename or "The run folder"
+        message = f"{path} cannot be used ({error.strerror}): give another folder with --out."
+    refusals = [refusal for refusal in gather_json(message) if refusal is not None]
     if refusals:
         raise InputError(refusals[0])
+    return result
 
 
-def _take(folder: RunFolder, config: TrainConfig, held: ExitStack, locks: list[FolderLock]) -> None:
+def _claim(folder: RunFolder, config: TrainConfig, stack: contextlib.ExitStack) -> str:
+    """Make and lock the folder and write the configuration; the content of the lock file."""
     folder.root.mkdir(parents=True, exist_ok=True)
-    locks.append(held.enter_context(FolderLock(folder.root)))
-    beside = folder.config.with_name(f".{folder.config.name}.writing")
-    try:  # the old one stays until the new one is whole: a full disk must not cost a run its configuration
-        beside.write_text(config.to_yaml(), encoding="utf-8")
-        os.replace(beside, folder.config)
+    content = stack.enter_context(lock_folder(folder.root))
+    try:
+        write_file(folder.config, config.to_yaml())
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise InputError(f"{folder.config} cannot be written ({error.strerror}): make room, or give --out.") from error
+    return content
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[str]:
+    """Lock a folder for this process; yields the content of the lock file, which is never the same twice.
+
+    It is a record lock of the operating system on the file `.lock`, which names host and process: it ends with the
+    process, however that ends. Network file systems keep these locks too, and the processes that read the data, which
+    may live a moment longer, do not inherit them. On storage without locks, nothing is locked: training is not refused
+    there. The process that holds the lock must not open the file a second time: closing that would release the lock.
+
+    Raises:
+        InputError: another process holds the lock; the message names it.
+    """
+    with (folder / LOCK).open("a+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise InputError(
+                f"{folder} is in use by another run ({_describe(file.read())}): wait for it or stop it, or give "
+                "another folder with --out."
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)})
+        file.truncate(0)
+        with contextlib.suppress(OSError):  # on a full disk the lock stays empty, and the next write reports the error
+            os.write(file.fileno(), content.encode())
+            os.fsync(file.fileno())  # other hosts read it
+        yield content
+
+
+def _describe(content: bytes) -> str:
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has not given its name"
 
 
 def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
@@ -105,26 +119,17 @@ def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
         return
     if not folder.config.is_file():
         raise InputError(f"{root} is not empty and holds no run: give another folder with --out.")
-    if not folder.checkpoints.exists() and not folder.has_metrics():
+    has_metrics = folder.metrics.is_file() and folder.metrics.stat().st_size > 0
+    if not folder.checkpoints.exists() and not has_metrics:
         return  # a run that failed before its first step
     if not resume:
         raise InputError(f"{root} holds another run: continue it with --resume, or give another folder with --out.")
-    key = differing_key(with_defaults(_read_config(folder.config)), config.to_dict())
+    key = differing_key(with_defaults(read_settings(folder.config)[1]), config.to_dict())
     if key is not None:
         raise InputError(
             f"{root} holds a run with another {key}: resume with the configuration in {folder.config}, "
             "or give another folder with --out."
         )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable as YAML: restore it, or give another folder with --out.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no configuration: restore it, or give another folder with --out.")
-    return values
 
 
 def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -145,43 +150,41 @@ def differing_key(
         left, right = old.get(key), new.get(key)
         if name in free or left == right:
             continue
-        if isinstance(left, dict) and isinstance(right, dict):
-            inner = differing_key(left, right, name + ".", free=free)
-            if inner is None:
-                continue
+        if not isinstance(left, dict) or not isinstance(right, dict):
+            return name
+        inner = differing_key(left, right, name + ".", free=free)
+        if inner is not None:
             return inner
-        return name
     return None
 
 
-def _check_shared(folder: Path, marker: Path, content: str | None) -> None:
-    """Whether all ranks see the file that rank 0 has written into the folder. Four collectives.
+def _check_shared(folder: Path, content: str | None) -> None:
+    """Check that all ranks see the lock file that rank 0 has written. Four collectives.
 
     Args:
         folder: of the run.
-        marker: the file; rank 0 does not open it, since that would give up the lock on it.
-        content: what is in it, on rank 0.
+        content: of the file, on rank 0, which does not open it, since that would release the lock.
 
     Raises:
         InputError: on all ranks, naming those that do not see it.
     """
-    host, root, written = gather_json([socket.gethostname(), str(folder), content])[0]
-    blind = None if rank_of() == 0 or _sees(marker, written) else socket.gethostname()
+    host, root, expected = gather_json([socket.gethostname(), str(folder), content])[0]
+    blind = None if rank_of() == 0 or _sees(folder / LOCK, expected) else socket.gethostname()
     hosts = {rank: name for rank, name in enumerate(gather_json(blind)) if name is not None}
     if hosts:
-        named = ", ".join(f"rank {rank} on {name}" for rank, name in list(hosts.items())[:_LISTED])
+        named = ", ".join(f"rank {rank} on {name}" for rank, name in list(hosts.items())[:_RANKS_NAMED])
         raise InputError(
             f"{named} cannot see what rank 0 on {host} writes to {root}: give a folder on storage that all hosts "
             "share with --out."
         )
 
 
-def _sees(marker: Path, content: str) -> bool:
+def _sees(path: Path, content: str) -> bool:
     until = time.monotonic() + _SECONDS_TO_SEE
     while True:
-        with suppress(OSError, UnicodeDecodeError):
-            os.listdir(marker.parent)  # which makes a network file system look again
-            if marker.read_text(encoding="utf-8") == content:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            os.listdir(path.parent)  # makes a network file system look again
+            if path.read_text(encoding="utf-8") == content:
                 return True
         if time.monotonic() > until:
             return False

@@ -1,4 +1,4 @@
-"""The start on many processes: what each says of itself, and the one sentence for those that do not fit together."""
+"""The start of several processes: each describes itself, and processes that do not match get one sentence."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import gather_json, local_rank, local_world_size, process_group
 from partialfc.training.build import data_signature
 from partialfc.training.run.folder import differing_key
-from partialfc.training.run.trackers import check_trackers
+from partialfc.training.run.log import check_trackers
 
-# Keys that a host may have of its own: where its copy of the data is, and how it reads it.
+# Keys that may differ between hosts: the path of the data, and the number of processes that read them.
 _KEYS_OF_A_HOST = frozenset({"config.data.path", "config.data.workers"})
 _LaunchInfo = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ def joined(
 
     Raises:
         InputError: on all ranks alike, if any cannot take part, or the ranks differ in what must be the same.
-        JobError: not all processes came.
+        JobError: not all processes arrived.
     """
     device, refusal = torch.device("cpu"), None
     try:
@@ -64,46 +64,44 @@ def joined(
 
 
 def first_difference(infos: Sequence[_LaunchInfo]) -> str | None:
-    """Why processes with these infos, in rank order, cannot train together; None if they can."""
+    """The reason why processes with these infos, in rank order, cannot train together; None if they can."""
     first = infos[0]
-    refusals = {
-        rank: launch_info["refusal"] for rank, launch_info in enumerate(infos) if launch_info["refusal"] is not None
-    }
+    refusals = {rank: info["refusal"] for rank, info in enumerate(infos) if info["refusal"] is not None}
     for rank, refusal in refusals.items():
-        everywhere = len(refusals) == len(infos) and len(set(refusals.values())) == 1
-        return refusal if everywhere else f"rank {rank} on {infos[rank]['host']}: {refusal}"
-    for rank, launch_info in enumerate(infos):
-        pair = f"rank {rank} on {launch_info['host']} has {{}}, but rank 0 on {first['host']} has {{}}"
+        on_all_ranks = len(refusals) == len(infos) and len(set(refusals.values())) == 1
+        return refusal if on_all_ranks else f"rank {rank} on {infos[rank]['host']}: {refusal}"
+    for rank, info in enumerate(infos):
+        pair = f"rank {rank} on {info['host']} has {{}}, but rank 0 on {first['host']} has {{}}"
         for package in ("partialfc", "torch"):
-            if launch_info[package] != first[package]:
-                versions = pair.format(f"{package} {launch_info[package]}", first[package])
+            if info[package] != first[package]:
+                versions = pair.format(f"{package} {info[package]}", first[package])
                 return f"{versions}: install the same on all hosts."
-        key = differing_key(_options(first), _options(launch_info), free=_KEYS_OF_A_HOST)
+        key = differing_key(_options(first), _options(info), free=_KEYS_OF_A_HOST)
         if key is not None:
-            options = pair.format(f"{key.removeprefix('config.')} {_value(launch_info, key)}", _value(first, key))
+            options = pair.format(f"{key.removeprefix('config.')} {_value(info, key)}", _value(first, key))
             return f"{options}: start all processes with the same options, on the same kind of machine."
     return None
 
 
 def check_same_data(loader: Loader) -> None:
-    """Whether all ranks found as much data. Two collectives.
+    """Check that all ranks found the same amount of data. Two collectives.
 
     Raises:
         InputError: on all ranks, naming the first that differs.
     """
     own = {"host": socket.gethostname(), "path": str(loader.source.path), "data": data_signature(loader)}
     first, *others = gather_json(own)
-    for rank, found in enumerate(others, start=1):
+    for rank, other in enumerate(others, start=1):
         for name, value in first["data"].items():
-            if found["data"][name] != value:
+            if other["data"][name] != value:
                 raise InputError(
-                    f"rank {rank} on {found['host']} finds {found['data'][name]:,} as {name} in {found['path']}, but "
+                    f"rank {rank} on {other['host']} finds {other['data'][name]:,} as {name} in {other['path']}, but "
                     f"rank 0 on {first['host']} finds {value:,} in {first['path']}: give all hosts the same data."
                 )
 
 
 def _own_version() -> str:
-    """The version, and a digest of the code, which an editable installation may have changed."""
+    """The version and a digest of the code, which may have changed since an editable installation."""
     root = Path(partialfc.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -115,12 +113,12 @@ def _own_version() -> str:
     return f"{version} (code {digest.hexdigest()[:8]})"
 
 
-def _options(launch_info: _LaunchInfo) -> dict[str, Any]:
-    return {name: launch_info[name] for name in ("config", "eval", "resume", "verify", "device type")}
+def _options(info: _LaunchInfo) -> dict[str, Any]:
+    return {name: info[name] for name in ("config", "eval", "resume", "verify", "device type")}
 
 
-def _value(launch_info: _LaunchInfo, key: str) -> Any:
-    value: Any = launch_info
+def _value(info: _LaunchInfo, key: str) -> Any:
+    value: Any = info
     for name in key.split("."):
         value = value[name]
     return value

@@ -1,27 +1,30 @@
-"""metrics.jsonl: one JSON object a line, for whoever wants to plot or compare runs."""
+"""The metrics of a run: metrics.jsonl with one JSON object a line, and the trackers that receive the same lines."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+from partialfc.config.options import OutputConfig
 from partialfc.core.errors import InputError, JobError
+from partialfc.core.files import write_file
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """Appends lines to a metrics file, each there for others to read when it is written.
+    """Appends lines to a metrics file; each can be read as soon as it is written.
 
-    JSON has no NaN and no infinities, and a log must show them: they are written as the strings "NaN", "Infinity" and
-    "-Infinity", which `read_metrics` turns back into numbers.
+    JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity", which
+    `read_metrics` turns back into numbers.
     """
 
     def __init__(
@@ -33,18 +36,18 @@ class MetricsLog:
         patient: bool = False,
         enabled: bool = True,
     ) -> None:
-        """Open the file, and remove what lies past the checkpoint that the run goes on from.
+        """Open the file, and remove the lines past the checkpoint that the run continues from.
 
         Args:
             path: the file; made if missing, together with its folder.
-            resume_step: optimizer steps done. An interrupted run may have written lines of later steps, which will be
-                written again: those are removed, as is a last line that was cut off.
-            evaluates_again: benchmarks that are run again after `resume_step`: its lines of them are removed too.
+            resume_step: optimizer steps done. Lines of later steps, which an interrupted run may have written, are
+                removed since they will be written again, and so is a last line that was cut off.
+            evaluates_again: benchmarks that are run again after `resume_step`: their lines of this step are removed.
             patient: keep lines that cannot be written, as on a full disk, until they can.
             enabled: False on all ranks but the first, where nothing is read or written.
 
         Raises:
-            InputError: the file holds something else than metrics.
+            InputError: the file holds something other than metrics.
             JobError: it cannot be written.
         """
         self.path, self.patient = path, patient
@@ -59,7 +62,7 @@ class MetricsLog:
                 raise self._unwritten(error) from error
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line. It needs a "step": optimizer steps done. Values are what JSON holds, and any float.
+        """Append one line. It needs a "step": optimizer steps done. Values are those of JSON, and any float.
 
         Raises:
             JobError: it cannot be written, and the log is not patient. No part of the line stays.
@@ -78,10 +81,10 @@ class MetricsLog:
                 self._waiting = b""
 
     def close(self) -> None:
-        """Close the file; nothing can be written any more.
+        """Close the file.
 
         Raises:
-            JobError: lines that wait could not be written.
+            JobError: lines that were kept could not be written.
         """
         if self._file is None:
             return
@@ -133,7 +136,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """The objects of all lines that have an end."""
+    """The objects of all lines that end with a newline."""
     lines = []
     for number, encoded in enumerate(content.split(b"\n")[:-1], start=1):
         try:
@@ -147,7 +150,7 @@ def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
 
 
 def _drop_lines_past(path: Path, step: int, evaluates_again: Collection[str]) -> None:
-    """Rewrite the file without what comes again and without a cut-off last line; not at all if it has neither."""
+    """Rewrite the file without what will be written again and without a cut-off last line, if it has either."""
 
     def stays(line: Mapping[str, Any]) -> bool:
         comes_again = line.get("kind") == "evaluation" and line.get("benchmark") in evaluates_again
@@ -157,29 +160,101 @@ def _drop_lines_past(path: Path, step: int, evaluates_again: Collection[str]) ->
         return
     content = path.read_bytes()
     parsed = _parse(path, content)
-    kept = b"".join(
+    remaining = b"".join(
         encoded + b"\n" for encoded, line in zip(content.split(b"\n")[:-1], parsed, strict=True) if stays(line)
     )
-    if kept != content:
-        beside = path.with_name(f".{path.name}.rewriting")
-        with beside.open("wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+    if remaining != content:
+        write_file(path, remaining)
 
 
 def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {key: _encode(each) for key, each in value.items()}
-    return [_encode(each) for each in value] if isinstance(value, list | tuple) else value
+    return _map_items(_encode, value)
 
 
 def _decode(value: Any) -> Any:
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {key: _decode(each) for key, each in value.items()}
-    return [_decode(each) for each in value] if isinstance(value, list) else value
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else _map_items(_decode, value)
+
+
+def _map_items(convert: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: convert(item) for key, item in value.items()}
+    return [convert(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# -- trackers --------------------------------------------------------------------------------------------------------
+
+
+class Tracker(Protocol):
+    """Receives the lines of metrics."""
+
+    def write(self, line: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker:
+    """Writes event files to `folder`; a resumed run hides the events of the steps that it repeats."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        module = _import("torch.utils.tensorboard", "output.tensorboard", "tensorboard")
+        self._writer = module.SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        for name, value in _scalars(line):
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """Writes a run of Weights & Biases to `folder`/wandb; only the mode "online" uses the network."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], mode: str) -> None:
+        module = _import("wandb", "output.wandb", "wandb")
+        self._run = module.init(
+            project="partialfc", name=folder.name, dir=str(folder), config=dict(config), mode=mode, resume="allow"
+        )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._run.log({**dict(_scalars(line)), "step": line["step"]})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_trackers(output: OutputConfig, folder: Path, config: Mapping[str, Any], resume_step: int) -> list[Tracker]:
+    """The trackers that the configuration asks for; called on the main process only."""
+    trackers: list[Tracker] = []
+    if output.tensorboard:
+        trackers.append(TensorBoardTracker(folder / "tensorboard", resume_step))
+    if output.wandb != "off":
+        trackers.append(WandbTracker(folder, config, output.wandb))
+    return trackers
+
+
+def check_trackers(output: OutputConfig) -> None:
+    """Raise an InputError that says what to install, if a package that the trackers need is missing."""
+    if output.tensorboard:
+        _import("torch.utils.tensorboard", "output.tensorboard", "tensorboard")
+    if output.wandb != "off":
+        _import("wandb", "output.wandb", "wandb")
+
+
+def _import(module: str, option: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{option} needs the package {extra}, which is not installed: pip install 'partialfc[{extra}]', or leave "
+            "the option out."
+        ) from error
+
+
+def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a line, under "train/" or the name of their benchmark."""
+    prefix = line.get("benchmark") or line.get("kind", "train")
+    for name, value in line.items():
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}/{name}", float(value)

@@ -1,4 +1,4 @@
-"""The parts of a report about the training itself: what was trained, and the curves of how it went."""
+"""The sections of a report about the training: what was trained, and the curves of the log."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from html import escape
 from partialfc.config.options import HeadConfig
 from partialfc.pages.axes import value_format
 from partialfc.pages.plots import Line, line_chart
-from partialfc.report.facts import RunFacts, as_number
+from partialfc.training.run.read import RunData, as_number
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """A figure of the training lines that gets a plot."""
+    """A plot of one figure of the training lines."""
 
     key: str
     name: str
@@ -44,39 +44,38 @@ _CURVES = (
 )
 
 
-def trained_section(facts: RunFacts) -> str:
-    """Everything about the run that is one line: network, data, head, length and speed."""
-    known = [(term, value) for term, value in _trained_facts(facts) if value]
-    items = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in known)
+def trained_section(run: RunData) -> str:
+    """The facts of one line each: network, data, head, length and speed."""
+    items = "".join(
+        f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in _facts(run) if value
+    )
     return f'<h2>What was trained</h2><div class="card"><dl>{items}</dl></div>' if items else ""
 
 
-def _trained_facts(facts: RunFacts) -> list[tuple[str, str]]:
-    images, classes = facts.images, as_number(facts.counts.get("classes"))
-    batch, epochs = as_number(facts.setting("data.global_batch_size")), as_number(facts.setting("schedule.epochs"))
-    rate, seconds = as_number(facts.setting("head.sample_rate")), facts.seconds
-    seen = facts.steps * batch if batch else None
-    peak = facts.last("peak_bytes")
-    side = facts.model.image_size if facts.model else as_number(facts.counts.get("image_size"))
-    backbone = _words(
-        facts.setting("backbone.name"), _labelled("embedding of", facts.setting("backbone.embedding_dim"))
-    )
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    images, classes = run.images, as_number(run.counts.get("classes"))
+    batch, epochs = run.batch, run.number("schedule.epochs")
+    rate, seconds = run.number("head.sample_rate"), run.seconds
+    seen = run.steps * batch if batch else None
+    peak = run.last("peak_bytes")
+    side = run.model.image_size if run.model else as_number(run.counts.get("image_size"))
+    backbone = _words(run.setting("backbone.name"), _labelled("embedding of", run.setting("backbone.embedding_dim")))
     return [
         ("Backbone", backbone),
         ("Input", f"{side:.0f} × {side:.0f} pixels" if side else ""),
         ("Training images", _count(images)),
         ("Identities", _count(classes)),
-        ("Head", _words(_margin(facts), _labelled("scale", facts.setting("head.scale")))),
-        ("Sample rate", _sampling(rate, facts.last("sampled_classes"))),
-        ("Conflict threshold", _words(facts.setting("head.conflict_threshold") or "none")),
-        ("Optimizer", _words(facts.setting("optimizer.name"), facts.setting("schedule.kind"))),
-        ("Steps", _count(facts.steps) + (f" × {batch:,.0f} images" if batch and facts.steps else "")),
+        ("Head", _words(_margin(run), _labelled("scale", run.setting("head.scale")))),
+        ("Sample rate", _sampling(rate, run.last("sampled_classes"))),
+        ("Conflict threshold", _words(run.setting("head.conflict_threshold") or "none")),
+        ("Optimizer", _words(run.setting("optimizer.name"), run.setting("schedule.kind"))),
+        ("Steps", _count(run.steps) + (f" × {batch:,.0f} images" if batch and run.steps else "")),
         ("Images seen", _words(_count(seen), f"{seen / images:.3g} epochs" if seen and images else None)),
         ("Epochs planned", f"{epochs:g}" if epochs else ""),
         ("Speed", f"{seen / seconds:,.0f} images/s" if seen and seconds else ""),
         ("Time of the steps", _duration(seconds)),
         ("memory of a process, peak", f"{peak / 2**30:.1f} GiB" if peak else ""),
-        ("Seed", _words(facts.setting("seed"))),
+        ("Seed", _words(run.setting("seed"))),
     ]
 
 
@@ -91,9 +90,9 @@ def _labelled(label: str, value: object) -> str | None:
     return f"{label} {value if number is None else f'{number:g}'}"
 
 
-def _margin(facts: RunFacts) -> str:
+def _margin(run: RunData) -> str:
     """The margin by name and size; one that is not set has the size that the head gives it."""
-    name, value = facts.setting("head.margin"), facts.setting("head.margin_value")
+    name, value = run.setting("head.margin"), run.setting("head.margin_value")
     if value is None and name in ("arcface", "cosface"):
         value = getattr(HeadConfig(margin=name).build_margin(), "m", None)
     return " ".join(str(part) for part in (name, value) if part is not None)
@@ -104,7 +103,7 @@ def _count(value: float | None) -> str:
 
 
 def _sampling(rate: float | None, sampled: float | None) -> str:
-    """The sample rate, and what it came to."""
+    """The sample rate, and the number of classes that it gave."""
     words = "" if rate is None else "positives only" if rate == 0 else f"{rate:g}"
     return _words(words, f"{sampled:,.0f} classes a step" if sampled else None)
 
@@ -118,28 +117,28 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def curves_section(facts: RunFacts) -> str:
-    """A plot for each figure that the log has, and for the accuracy on each benchmark."""
-    charts = [chart for curve in _CURVES if (chart := _chart(facts, curve))]
-    charts += [_accuracy_chart(facts, name) for name in facts.benchmarks]
+def curves_section(run: RunData) -> str:
+    """A plot for each figure in the log, and for the accuracy on each benchmark."""
+    charts = [chart for curve in _CURVES if (chart := _chart(run, curve))]
+    charts += [_accuracy_chart(run, name) for name in run.benchmarks]
     return f'<h2>How it went</h2><div class="grid">{"".join(charts)}</div>' if charts else ""
 
 
-def _chart(facts: RunFacts, curve: _Curve) -> str:
-    """The plot of a figure; nothing if the log has no finite value of it, or it is switched off."""
-    points = facts.curve(curve.key)
+def _chart(run: RunData, curve: _Curve) -> str:
+    """The plot of a figure; empty if the log has no finite value of it, or it is switched off."""
+    points = run.curve(curve.key)
     finite = [value for _, value in points if math.isfinite(value)]
-    off = curve.key == "conflict_share" and facts.setting("head.conflict_threshold") is None and not any(finite)
+    off = curve.key == "conflict_share" and run.setting("head.conflict_threshold") is None and not any(finite)
     if not finite or off:
         return ""
     lines = [Line(curve.name.lower(), points)]
-    head = facts.curve("lr_head")
+    head = run.curve("lr_head")
     if curve.key == "lr" and head != points and any(math.isfinite(value) for _, value in head):
         lines.append(Line("of the head", head))
     svg = line_chart(
         lines,
         name=curve.name,
-        last_step=facts.steps,
+        last_step=run.steps,
         percent=curve.percent,
         from_zero=curve.from_zero,
         may_log=curve.may_log,
@@ -147,12 +146,12 @@ def _chart(facts: RunFacts, curve: _Curve) -> str:
     return _figure(curve.name, f"{finite[-1]:.2%}" if curve.percent else value_format(finite[-1]), svg, curve.hint)
 
 
-def _accuracy_chart(facts: RunFacts, benchmark: str) -> str:
-    course = [each for each in facts.evaluations if each.benchmark == benchmark]
-    points = [(float(each.step), each["accuracy"] or 0.0) for each in course]
-    spread = [each["accuracy_std"] or 0.0 for each in course]
+def _accuracy_chart(run: RunData, benchmark: str) -> str:
+    evaluations = [evaluation for evaluation in run.evaluations if evaluation.benchmark == benchmark]
+    points = [(float(evaluation.step), evaluation["accuracy"] or 0.0) for evaluation in evaluations]
+    spread = [evaluation["accuracy_std"] or 0.0 for evaluation in evaluations]
     name = f"Accuracy on {benchmark}"
-    svg = line_chart([Line("accuracy", points)], name=name, last_step=facts.steps, percent=True, spread=spread)
+    svg = line_chart([Line("accuracy", points)], name=name, last_step=run.steps, percent=True, spread=spread)
     return _figure(name, f"{points[-1][1]:.2%}", svg, "Mean of ten folds; the band is their standard deviation.")
 
 

@@ -1,12 +1,13 @@
-"""What the folder of a run says: its settings, its course, and how far it came. Whatever is missing is None or empty.
+"""Reading the folder of a run: its configuration, metrics, data and model. No trainer is needed.
 
-A run that still goes on, or was cut off, has a report too, and no value that a file holds is trusted to be a number.
+A run that is still going or was cut off can be read too. A missing file gives None or something empty, and no value in
+a file is trusted to be a number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,34 @@ from partialfc.core.errors import InputError
 from partialfc.model.config import ModelConfig, read_config
 from partialfc.model.files import find_model
 from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
-from partialfc.training.run.folder import RunFolder
 from partialfc.training.run.log import read_metrics
 
-# Numbers outside these sizes are as good as infinite or zero, and would leave the range of floats in an axis.
-_MOST, _LEAST = 1e100, 1e-100
+# Numbers outside this range count as infinite or zero: in an axis they would leave the range of floats.
+_LARGEST, _SMALLEST = 1e100, 1e-100
+_LAST_STEP = 1 << 53  # to which floats represent every step
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, `checkpoints/` and `model/{best,last}/` under one root."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def model(self, which: str) -> Path:
+        """The folder of the "best" or "last" model."""
+        return self.root / "model" / which
 
 
 @dataclass(frozen=True)
@@ -37,12 +61,12 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """A run as its folder tells it.
+class RunData:
+    """The content of a run folder.
 
     Attributes:
         name: of the folder.
-        settings: the nested configuration, {} if there is none; `settings_text` is the file as it stands.
+        settings: the nested configuration, {} if there is none; `settings_text` is the text of the file.
         lines: the training lines of metrics.jsonl, by ascending step.
         evaluations: the last one of each benchmark and step, by ascending step.
         counts: "images", "classes" and "image_size" as the newest readable checkpoint has them.
@@ -64,10 +88,14 @@ class RunFacts:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    def number(self, key: str) -> float | None:
+        """The value of a dotted key if it is a number."""
+        return as_number(self.setting(key))
+
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a figure of the training lines; values that are no finite number are NaN."""
-        known = [(float(line["step"]), as_number(line[name])) for line in self.lines if name in line]
-        return [(step, math.nan if value is None else value) for step, value in known]
+        values = [(float(line["step"]), as_number(line[name])) for line in self.lines if name in line]
+        return [(step, math.nan if value is None else value) for step, value in values]
 
     def last(self, name: str) -> float | None:
         """The newest value of a figure of the training lines."""
@@ -75,28 +103,31 @@ class RunFacts:
 
     @property
     def benchmarks(self) -> list[str]:
-        """Names of all benchmarks that were run on the way."""
+        """Names of all benchmarks that the run evaluated."""
         return list(dict.fromkeys(evaluation.benchmark for evaluation in self.evaluations))
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that the log knows of."""
+        """The last optimizer step in the log."""
         return max([line["step"] for line in self.lines] + [each.step for each in self.evaluations], default=0)
 
     @property
     def images(self) -> float | None:
-        """Images of the training set: as counted, or from the epoch that a step belongs to."""
-        counted, batch = as_number(self.counts.get("images")), as_number(self.setting("data.global_batch_size"))
-        epoch = self.last("epoch")
+        """Images of the training set: as counted, or computed from the epoch of a step."""
+        counted, batch, epoch = as_number(self.counts.get("images")), self.batch, self.last("epoch")
         if counted is None and batch is not None and epoch:
             return float(round(self.lines[-1]["step"] * batch / epoch))
         return counted
 
     @property
+    def batch(self) -> float | None:
+        """Images of an optimizer step."""
+        return self.number("data.global_batch_size")
+
+    @property
     def total_steps(self) -> int | None:
-        """Steps that the run was planned for, by the rule of the training loop."""
-        images, batch = self.images, as_number(self.setting("data.global_batch_size"))
-        epochs = as_number(self.setting("schedule.epochs"))
+        """Planned optimizer steps, by the rule of the training loop."""
+        images, batch, epochs = self.images, self.batch, self.number("schedule.epochs")
         if not images or not batch or not epochs:
             return None
         return max(1, round(epochs * (images / batch)))
@@ -104,12 +135,12 @@ class RunFacts:
     @property
     def seconds(self) -> float | None:
         """Time of the training steps alone, from the images and the images/s of each line."""
-        batch, before, seconds = as_number(self.setting("data.global_batch_size")), 0, 0.0
+        before, seconds = 0, 0.0
         for line in self.lines:
             speed = as_number(line.get("images_per_second"))
-            if batch is None or not speed or speed < 0:
+            if self.batch is None or not speed or speed < 0:
                 return None
-            seconds += (line["step"] - before) * batch / speed
+            seconds += (line["step"] - before) * self.batch / speed
             before = line["step"]
         return seconds if self.lines else None
 
@@ -122,7 +153,7 @@ class RunFacts:
         return max(scores, key=lambda step: sum(scores[step]) / len(scores[step])) if scores else None
 
 
-def read_run(root: Path) -> RunFacts:
+def read_run(root: Path) -> RunData:
     """Read the folder of a run.
 
     Raises:
@@ -133,15 +164,16 @@ def read_run(root: Path) -> RunFacts:
         inner = root / "run"
         hint = f"did you mean {inner}?" if (inner / "config.yaml").is_file() else "give the folder of a training run."
         raise InputError(f"{root} holds no run, neither config.yaml nor metrics.jsonl: {hint}")
-    text, settings = _read_settings(folder.config)
+    text, settings = read_settings(folder.config) if folder.config.is_file() else ("", {})
     lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
-    lines = [line for line in lines if 0 <= line["step"] < 1 << 53]
-    return RunFacts(
+    lines = [line for line in lines if 0 <= line["step"] < _LAST_STEP]
+    trained = {line["step"]: line for line in lines if line.get("kind") == "train"}
+    return RunData(
         name=root.resolve().name,
         settings=settings,
         settings_text=text,
-        lines=_by_step((line["step"], line) for line in lines if line.get("kind") == "train"),
-        evaluations=_read_evaluations(lines),
+        lines=[trained[step] for step in sorted(trained)],
+        evaluations=_evaluations(lines),
         counts=_read_counts(folder.checkpoints),
         model=_read_model(root),
     )
@@ -149,48 +181,48 @@ def read_run(root: Path) -> RunFacts:
 
 def as_number(value: Any) -> float | None:
     """A finite number of reasonable size, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -_MOST < value < _MOST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
         return None
-    return float(value) if abs(value) > _LEAST else 0.0
+    return float(value) if abs(value) > _SMALLEST else 0.0
 
 
-def _by_step(lines: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Ascending, the last line of each step."""
-    return [line for _, line in sorted(dict(lines).items())]
+def read_settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a config.yaml, and the nested configuration in it.
 
-
-def _read_settings(path: Path) -> tuple[str, dict[str, Any]]:
-    if not path.is_file():
-        return "", {}
+    Raises:
+        InputError: it cannot be read, or holds no configuration.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable as YAML: restore it from a copy.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give another folder.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable as YAML: restore it from a copy, or give another folder.") from error
     if not isinstance(settings, dict):
-        raise InputError(f"{path} holds no configuration: restore it from a copy.")
+        raise InputError(f"{path} holds no configuration: restore it from a copy, or give another folder.")
     return text, settings
 
 
-def _read_evaluations(lines: list[dict[str, Any]]) -> list[Evaluation]:
-    """A run that is resumed when it is done evaluates once more: the last line of a step counts."""
-    found: dict[tuple[int, str], Evaluation] = {}
+def _evaluations(lines: list[dict[str, Any]]) -> list[Evaluation]:
+    """A finished run that is resumed evaluates once more: the last line of a step counts."""
+    latest: dict[tuple[int, str], Evaluation] = {}
     for line in lines:
         if line.get("kind") == "evaluation" and as_number(line.get("accuracy")) is not None:
             name = str(line.get("benchmark", "benchmark"))
-            found[line["step"], name] = Evaluation(name, line["step"], line)
-    return sorted(found.values(), key=lambda evaluation: evaluation.step)
+            latest[line["step"], name] = Evaluation(name, line["step"], line)
+    return sorted(latest.values(), key=lambda evaluation: evaluation.step)
 
 
 def _read_counts(checkpoints: Path) -> dict[str, Any]:
-    """What the newest readable checkpoint says of the data; a run at work may delete one under our eyes."""
+    """The size of the training set by the newest readable checkpoint; a run may delete one while it is read."""
     for step in reversed(steps_in(checkpoints)) if checkpoints.is_dir() else []:
         try:
-            facts = Checkpoint(checkpoints / folder_name(step)).state.get("data")
+            data = Checkpoint(checkpoints / folder_name(step)).state.get("data")
         except (InputError, OSError):
             continue
-        if isinstance(facts, dict):
-            return facts
+        if isinstance(data, dict):
+            return data
     return {}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
-from partialfc.pages.template import standalone_svg
-from partialfc.report.timeline import Row, timeline
+from timeline import Row, standalone_svg, timeline
 
 
 def bars(svg: str) -> list[tuple[float, float]]:

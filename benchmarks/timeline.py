@@ -1,4 +1,4 @@
-"""A timeline as inline SVG: what went on at the same time, one row a kind."""
+"""A timeline as SVG, and plots as files of their own for docs/images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 
 from partialfc.pages.axes import linear_axis, number_format
+from partialfc.pages.plots import horizontal_axis
+from partialfc.pages.template import LIGHT, RULES
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 560.0, 118.0, 548.0, 8.0, 20.0
 
@@ -15,7 +17,7 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of thing, and when it went on: (start, stop) in milliseconds, in any order."""
+    """One kind of activity, and its intervals: (start, stop) in milliseconds, in any order."""
 
     name: str
     spans: Sequence[Span]
@@ -26,12 +28,11 @@ def timeline(rows: Sequence[Row], *, name: str, stop: float) -> str:
 
     Args:
         rows: at least one, from the top.
-        name: what is shown.
-        stop: where the scale ends; bars are cut there.
+        name: of the plot.
+        stop: the end of the scale; bars are cut there.
     """
     bottom = _TOP + _ROW * len(rows)
     x = linear_axis(0.0, stop, _LEFT, _RIGHT, ticks=6, snug=True)
-    label = number_format(x.ticks[1] - x.ticks[0])
     parts = []
     for number, row in enumerate(rows):
         top = _TOP + number * _ROW
@@ -43,22 +44,20 @@ def timeline(rows: Sequence[Row], *, name: str, stop: float) -> str:
                 f'<rect x="{left:.2f}" y="{top + 3:.2f}" width="{max(right - left, 0.5):.2f}" height="{_ROW - 6:g}" '
                 f'fill="var(--{color})"><title>{escape(row.name)}: {start:.1f} to {end:.1f} ms</title></rect>'
             )
-    for value in x.ticks:
-        at = x.place(value)
-        parts.append(
-            f'<line class="tick" x1="{at:.2f}" x2="{at:.2f}" y1="{bottom:g}" y2="{bottom + 4:g}"/>'
-            f'<text class="x-tick" x="{at:.2f}" y="{bottom + 16:g}">{label(value)}</text>'
-        )
-    parts.append(
-        f'<line class="axis" x1="{_LEFT:g}" x2="{_RIGHT:g}" y1="{bottom:g}" y2="{bottom:g}"/>'
-        f'<text class="axis-name" x="{(_LEFT + _RIGHT) / 2:g}" y="{bottom + 32:g}">milliseconds</text>'
-    )
+    parts.append(horizontal_axis(x, bottom, number_format(x.ticks[1] - x.ticks[0]), "milliseconds"))
     view = f"0 0 {_WIDTH:g} {bottom + 38:g}"
     return f'<svg viewBox="{view}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
 
 
+def standalone_svg(svg: str) -> str:
+    """A plot of `partialfc.pages` or a timeline as a file of its own, in light colours on white."""
+    opening, rest = svg.split(">", 1)
+    style = f"svg {{ {LIGHT} background: #ffffff; font-family: sans-serif; }} {RULES}"
+    return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
+
+
 def _drawn(spans: Sequence[Span], least_gap: float) -> list[Span]:
-    """The spans in order, those that a gap of less than a pixel parts as one."""
+    """The spans in order, those with a gap of less than a pixel merged."""
     result: list[Span] = []
     for start, stop in sorted(spans):
         if result and start < result[-1][1] + least_gap:

@@ -31,7 +31,7 @@ PICTURE = "images/compression.svg"
 
 
 def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainConfig:
-    base = RECIPES["demo"]()
+    base = RECIPES["demo"]
     epochs = steps * BATCH / (IDENTITIES * SHOTS)
     return replace(
         base,

@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for count in (OLD, ALL):
         write_training_set(options.out / f"{count}", identities=range(count), shots=SHOTS, size=SIZE, layout="folder")
-    base = RECIPES["demo"]()
+    base = RECIPES["demo"]
     base = replace(
         base,
         data=replace(base.data, path=str(options.out / f"{OLD}"), global_batch_size=64, micro_batch_size=64),

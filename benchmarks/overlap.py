@@ -62,7 +62,7 @@ def write_noise(folder: Path) -> Path:
 
 
 def configuration(name: str, backbone: Any, data: Path) -> TrainConfig:
-    base = RECIPES["demo"]()
+    base = RECIPES["demo"]
     steps = STOP + 1
     return replace(
         base,

@@ -19,7 +19,7 @@ WORLD = FaceWorld(identities=12, shots=3, pairs=20, pair_identities=8, image_siz
 
 
 def small_recipe() -> TrainConfig:
-    recipe = RECIPES["demo"]()
+    recipe = RECIPES["demo"]
     data = replace(recipe.data, global_batch_size=12, micro_batch_size=12, workers=0)
     return replace(recipe, data=data, head=replace(recipe.head, sample_rate=0.5))
 

@@ -15,15 +15,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
 from partialfc.bench.head import bench_head
-from partialfc.config.options import TrainConfig
-from partialfc.config.recipes import RECIPES, describe, recipe_config, recipe_plan_request
+from partialfc.config.options import TrainConfig, flatten
+from partialfc.config.recipes import RECIPES, data_set, describe, recipe_config
 from partialfc.core.console import Progress
-from partialfc.core.device import choose_device, compute_dtype, dtype_name
+from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.data.inspect import inspect
 from partialfc.demo import demo
@@ -32,10 +32,10 @@ from partialfc.evaluation.pairs import evaluate_pair_set
 from partialfc.evaluation.run import evaluate_benchmarks, read_benchmarks, table, write_results
 from partialfc.faces.world import FaceWorld
 from partialfc.model.files import load_model
-from partialfc.plan.planning import make_plan
-from partialfc.plan.request import PlanRequest
+from partialfc.plan.planning import make_plan, recipe_memory
 from partialfc.plan.text import plan_text
 from partialfc.report.page import write_report
+from partialfc.training.build import check_config
 from partialfc.training.loop import train
 
 
@@ -159,8 +159,7 @@ def _demo_parser() -> ArgumentParser:
 
 def _train_parser(recipe: str | None = None) -> ArgumentParser:
     parser = _Parser(description="Train a model; start with torchrun for several processes.")
-    parser.add_argument("--recipe", help="a complete configuration to start from; `partialfc recipes` lists them")
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    _add_configuration(parser, recipe)
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder of the run")
     parser.add_argument(
         "--eval", nargs="+", default=[], metavar="NAME=PATH", help="verification .bin files to evaluate on the way"
@@ -170,18 +169,24 @@ def _train_parser(recipe: str | None = None) -> ArgumentParser:
         "--verify", action="store_true", help="with --resume: read and compare every byte of the checkpoint first"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_class_arguments(TrainConfig)
-    if recipe is not None:
-        parser.set_defaults(_flatten(recipe_config(recipe).to_dict()))
     return _with_json(parser)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _add_configuration(parser: ArgumentParser, recipe: str | None, skip: str | None = None) -> None:
+    """The options of a training, all but one of them, with a recipe's values as defaults."""
+    parser.add_argument("--recipe", help="a complete configuration to start from; `partialfc recipes` lists them")
+    parser.add_argument("--config", action="config", help="YAML file with options of the training")
+    parser.add_class_arguments(TrainConfig, skip={skip} if skip else set())
+    if recipe is not None:
+        defaults = flatten(recipe_config(recipe).to_dict())
+        parser.set_defaults({key: value for key, value in defaults.items() if key != skip})
+
+
+def _configuration(parser: ArgumentParser, options: Namespace) -> TrainConfig:
+    """The training that the options of `_add_configuration` describe."""
+    values = parser.instantiate(options)
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    return TrainConfig(**{name: values[name] for name in names if name in values})
 
 
 def _recipes_parser() -> ArgumentParser:
@@ -191,14 +196,25 @@ def _recipes_parser() -> ArgumentParser:
 
 
 def _plan_parser(recipe: str | None = None) -> ArgumentParser:
-    parser = _Parser(description="Predict memory a GPU and time a step of a training, and which sample rate fits.")
-    parser.add_argument("--recipe", help="start from a recipe, its data and its number of GPUs")
-    defaults = PlanRequest() if recipe is None else recipe_plan_request(recipe)
-    types = get_type_hints(PlanRequest)
-    for field in dataclasses.fields(PlanRequest):
-        name, default = "--" + field.name.replace("_", "-"), getattr(defaults, field.name)
-        parser.add_argument(name, type=types[field.name], default=default, help=field.metadata["help"])
+    parser = _Parser(description="Predict memory per GPU and time per step of a training, and the largest sample rate.")
+    parser.add_argument("--classes", type=int, default=_known_classes(recipe), help="identities of the data")
+    parser.add_argument("--gpus", type=int, default=None, help="by default as many as hold the global batch at once")
+    parser.add_argument(
+        "--device",
+        type=Literal["auto", "v100", "a100", "h100", "h200", "cpu", "cuda"],
+        default="auto",
+        help="kind of GPU, from its data sheet; auto is h100, and cpu or cuda times some steps on this machine",
+    )
+    parser.add_argument("--image-size", type=int, default=112, help="side of the images in pixels")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine; the network joins more")
+    parser.add_argument("--gpu-memory", type=float, default=None, help="GiB of a GPU; by default what the device has")
+    _add_configuration(parser, recipe, skip="device")
     return _with_json(parser)
+
+
+def _known_classes(recipe: str | None) -> int | None:
+    data = None if recipe is None else data_set(recipe)
+    return None if data is None else data[1]
 
 
 def _evaluate_parser() -> ArgumentParser:
@@ -260,9 +276,8 @@ def _run_demo(options: Namespace) -> None:
 
 
 def _run_train(options: Namespace) -> None:
-    instantiated = _train_parser().instantiate(options)
-    config = TrainConfig(**{field.name: instantiated[field.name] for field in dataclasses.fields(TrainConfig)})
-    config.check()
+    config = _configuration(_train_parser(), options)
+    check_config(config)
     if options.print_config:
         print(config.to_yaml(), end="")
         return
@@ -280,22 +295,32 @@ def _run_train(options: Namespace) -> None:
 
 def _run_recipes(options: Namespace) -> None:
     if options.name is not None:
-        facts = describe(options.name)
+        facts = describe(options.name) | {"memory": recipe_memory(options.name)}
         parts = (facts["memory"] or {}).items()
         memory = ", ".join(f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in parts)
         shown = facts | {"memory": f"GiB a GPU: {memory}" if memory else "fits any machine"}
         _show(options.json, facts, "\n".join(f"{key.replace('_', ' '):>13}  {value}" for key, value in shown.items()))
         return
-    every = [describe(name) for name in RECIPES]
+    every = [describe(name) | {"memory": recipe_memory(name)} for name in RECIPES]
     lines = [f"{'recipe':<32} {'data':<62} expected score"]
     lines += [f"{facts['name']:<32} {facts['data']:<62} {facts['score']}" for facts in every]
     _show(options.json, every, "\n".join(lines))
 
 
 def _run_plan(options: Namespace) -> None:
-    request = PlanRequest(**{field.name: options[field.name] for field in dataclasses.fields(PlanRequest)})
-    here = choose_device(request.device if request.device in ("cpu", "cuda") else "cpu")
-    plan = make_plan(request, auto_precision=dtype_name(compute_dtype("auto", here)))
+    config = _configuration(_plan_parser(), options)
+    classes = options.classes or config.data.num_classes
+    if classes is None:
+        raise InputError("--classes is missing: give the number of identities, or a recipe of known data.")
+    plan = make_plan(
+        config,
+        classes=classes,
+        gpus=options.gpus,
+        device="h100" if options.device == "auto" else options.device,
+        image_size=options.image_size,
+        gpus_per_node=options.gpus_per_node,
+        gpu_memory=options.gpu_memory,
+    )
     _show(options.json, plan.to_dict(), plan_text(plan))
 
 

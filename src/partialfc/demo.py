@@ -106,7 +106,7 @@ def demo(
         pairs = read_pairs(data / "pairs.bin")
         pixels, colors = _baseline(pairs, pixel_embeddings), _baseline(pairs, color_embeddings)
     with stages.stage("training"):
-        config = recipe or RECIPES["demo"]()
+        config = recipe or RECIPES["demo"]
         config = replace(config, seed=seed, data=replace(config.data, path=str(data / "train")))
         result = train(config, out / "run", benchmarks={"pairs": data / "pairs.bin"}, resume=True, quiet=quiet)
     with stages.stage("report"):

@@ -36,20 +36,20 @@ def test_figures_of_one_plan() -> None:
 
 
 def test_published_settings() -> None:
-    flip = RECIPES["wf12m-flip40-r50-pfcstar0.1"]()
+    flip = RECIPES["wf12m-flip40-r50-pfcstar0.1"]
     assert (flip.head.sample_rate, flip.head.conflict_threshold, flip.schedule.warmup_epochs) == (0.1, 0.4, 2)
-    large = RECIPES["wf42m-vit_l"]()
+    large = RECIPES["wf42m-vit_l"]
     assert (large.data.global_batch_size, large.backbone.mask_ratio, large.backbone.checkpointing) == (24576, 0.1, True)
-    huge = RECIPES["wf42m-vit_h"]()
+    huge = RECIPES["wf42m-vit_h"]
     assert (huge.data.micro_batch_size, huge.head.sample_rate, huge.schedule.epochs) == (768, 0.5, 16)
-    assert RECIPES["ms1mv2-mbf"]().schedule.epochs == 40
-    assert RECIPES["ms1mv2-mbf"]().optimizer.weight_decay == 1e-4
+    assert RECIPES["ms1mv2-mbf"].schedule.epochs == 40
+    assert RECIPES["ms1mv2-mbf"].optimizer.weight_decay == 1e-4
 
 
 def test_published_batches_and_what_is_our_choice() -> None:
     rows = {}
     for name in PUBLISHED:
-        config = RECIPES[name]()
+        config = RECIPES[name]
         if "batch" in name:
             rows[name] = (config.data.global_batch_size, config.peak_lr(), config.schedule.warmup_epochs)
     assert rows == {
@@ -79,7 +79,7 @@ def test_published_batches_and_what_is_our_choice() -> None:
 def test_scaled_down_its_loss_falls(recipe: str, backbone: BackboneConfig, tmp_path: Path) -> None:
     """The recipe's margin, scale, sampling, optimizer and schedule, on a small network of its family and few faces."""
     data = write_images(tmp_path / "data", [f"person {k}" for k in range(24)], shots=4, size=32)
-    whole = RECIPES[recipe]()
+    whole = RECIPES[recipe]
     # A batch of 16 takes the learning rate of a batch of 16.
     share = 16 / whole.data.global_batch_size if whole.optimizer.name == "sgd" else 0.3
     config = replace(

@@ -138,7 +138,7 @@ def test_text_and_values_agree() -> None:
 def test_every_recipe_plans(name: str) -> None:
     request = recipe_plan_request(name)
     request.check()
-    assert request.gathered * request.micro_steps == RECIPES[name]().data.global_batch_size
+    assert request.gathered * request.micro_steps == RECIPES[name].data.global_batch_size
     assert weights_memory(request)["centers"] == 2048 * request.local_classes  # passes: test_every_backbone_is_counted
 
 

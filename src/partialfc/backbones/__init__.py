@@ -6,7 +6,6 @@ from which its random parts draw; each returns embeddings (B, embedding_dim), no
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from partialfc.backbones import iresnet, mini, mobilefacenet, timm_adapter, vit
-from partialfc.core.errors import InputError
+from partialfc.core.errors import InputError, did_you_mean
 from partialfc.core.keyed_random import derive_key
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -28,11 +27,10 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 
 
 def check_backbone(name: str) -> None:
-    """Raise an InputError that lists the choices, the nearest first, unless `name` is a backbone."""
+    """Raise an InputError that lists the choices and offers the nearest, unless `name` is a backbone."""
     if name in BACKBONES or name.startswith(timm_adapter.PREFIX):
         return
-    nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    hint = did_you_mean(name, BACKBONES)
     raise InputError(f"There is no backbone {name!r}: choose one of {', '.join(BACKBONES)}.{hint}")
 
 

@@ -27,6 +27,7 @@ from partialfc.data.sources.base import Source, check_label, read_image
 from partialfc.distributed.collectives import split_evenly
 
 ColorOrder = Literal["rgb", "bgr"]
+PREFETCH = 2  # micro-batches that each worker reads ahead
 _MAX_ATTEMPTS = 1000  # replacements tried for one position
 
 
@@ -206,7 +207,7 @@ class Loader:
         num_classes: int | None = None,
         color_order: ColorOrder = "rgb",
         image_size: int | None = None,
-        prefetch: int = 2,
+        prefetch: int = PREFETCH,
         micro_steps: int | None = None,
     ) -> None:
         for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):

@@ -23,8 +23,9 @@ from partialfc.head.loss import RowVisitor, SGDRule
 from partialfc.head.row_storage import Rows, StateStorage, rounding_keys
 from partialfc.head.rows import CenterState, center_state_of
 
-_NUMBERS_IN_CACHE = 1 << 18  # of a sparse gradient at once: their temporaries stay in a core's cache
-_NUMBERS_ON_GPU = 1 << 26
+# Elements of a sparse gradient that are updated at once; on a CPU their temporaries stay in a core's cache.
+CPU_UPDATE_ELEMENTS = 1 << 18
+GPU_UPDATE_ELEMENTS = 1 << 26
 
 Unsampled = Literal["freeze", "lazy_dense"]
 
@@ -181,7 +182,7 @@ def _visit_sparse(parameter: Tensor, visit: RowVisitor) -> None:
         gradient = gradient.coalesce()
         rows, values = gradient.indices()[0], gradient.values()
     on_cpu = parameter.device.type == "cpu"
-    size = max(1, (_NUMBERS_IN_CACHE if on_cpu else _NUMBERS_ON_GPU) // max(1, parameter.shape[1]))
+    size = max(1, (CPU_UPDATE_ELEMENTS if on_cpu else GPU_UPDATE_ELEMENTS) // max(1, parameter.shape[1]))
     tiles = zip(rows.split(size), values.split(size), strict=True)
     if on_cpu:
         run_parallel(lambda tile: visit(*tile), tiles)

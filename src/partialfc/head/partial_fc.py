@@ -17,6 +17,7 @@ from partialfc.head import inputs
 from partialfc.head import loss as softmax
 from partialfc.head.backends.select import select_backend
 from partialfc.head.backends.threads import single_threaded_if
+from partialfc.head.backends.tile_sizes import SCRATCH_BYTES
 from partialfc.head.global_batch import GlobalLabels, gather_labels, raise_bad_input
 from partialfc.head.initial_centers import initial_centers
 from partialfc.head.input_flag import InputFlag
@@ -88,7 +89,7 @@ class PartialFC(nn.Module):
         update: Update = "sparse",
         operand_dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        scratch_bytes: int = 256 << 20,
+        scratch_bytes: int = SCRATCH_BYTES,
         group: Group | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,

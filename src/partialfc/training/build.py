@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from partialfc.backbones import create_backbone
-from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
+from partialfc.config.build import build_backbone, build_head, build_optimizers
 from partialfc.config.options import TrainConfig
 from partialfc.core.device import compute_dtype
 from partialfc.core.errors import InputError
@@ -16,8 +13,6 @@ from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.distributed.collectives import rank_of, world_size_of
-from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
-from partialfc.head.partial_fc import PartialFC
 from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import shard_over_processes
 from partialfc.training.state import TrainState
@@ -47,29 +42,26 @@ def data_signature(loader: Loader) -> dict[str, int]:
     return {"images": len(loader), "classes": loader.num_classes, "image_size": loader.image_size}
 
 
+def check_config(config: TrainConfig) -> None:
+    """Check a configuration before any data is opened.
+
+    Backbone and head refuse their own options as they are built: here on the meta device, and for a single class.
+
+    Raises:
+        InputError: for values that no run can have, naming the key.
+    """
+    config.check()
+    if not config.data.path:
+        raise InputError("data.path is missing: give the training images with --data.path.")
+    freeze(build_backbone(config, 112, device=torch.device("meta")), config.backbone.freeze)
+    build_head(config, 1, device=torch.device("cpu"))
+
+
 def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> TrainState:
     """Networks and optimizers at step 0: functions of the configuration, the data's classes and its image size."""
     backbone = build_backbone(config, loader.image_size, device=device)
     freeze(backbone, config.backbone.freeze)
-    for parameter in backbone.parameters():
-        if parameter.ndim == 4 and config.backbone.channels_last:
-            # contiguous() leaves the strides of a 1 × 1 kernel as they are, and DDP then copies its gradients.
-            values = torch.empty_like(parameter.data, memory_format=torch.channels_last)
-            parameter.data = values.copy_(parameter.data)
-    head = PartialFC(
-        loader.num_classes,
-        config.backbone.embedding_dim,
-        config.head.sample_rate,
-        config.head.build_margin(),
-        config.head.scale,
-        config.head.conflict_threshold,
-        conflict_as_zero_logit=config.head.conflict_as_zero_logit,
-        update=config.head.update,
-        operand_dtype=getattr(torch, config.head.operand_dtype),
-        seed=config.seed,
-        device=device,
-        dtype=torch.float64 if config.precision == "float64" else getattr(torch, config.head.dtype),
-    )
+    head = build_head(config, loader.num_classes, device=device)
     average = averaged_copy(backbone) if config.optimizer.ema_decay else None
     skeleton = None
     if config.processes.backbone == "fsdp" and world_size_of() > 1:
@@ -91,22 +83,6 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
     )
 
 
-def build_backbone(config: TrainConfig, image_size: int, *, device: torch.device) -> nn.Module:
-    """The network of the configuration with fresh weights; InputError for an option that it does not take."""
-    chosen = config.backbone
-    with torch.device("meta" if device.type == "meta" else "cpu"):  # weights are drawn on the CPU everywhere
-        backbone = create_backbone(
-            chosen.name,
-            embedding_dim=chosen.embedding_dim,
-            image_size=image_size,
-            seed=config.seed,
-            **chosen.options(),
-        )
-    if chosen.sync_batch_norm:
-        synchronise_batch_norm(backbone)
-    return backbone.to(device, torch.float64 if config.precision == "float64" else None)
-
-
 def check_batch(config: TrainConfig, loader: Loader) -> None:
     """Check that every process has enough images of each micro-batch for the network's batch statistics.
 
@@ -123,22 +99,3 @@ def check_batch(config: TrainConfig, loader: Loader) -> None:
             f"{world_size_of()} processes leaves one of them {fewest} images at a time, but BatchNorm needs 2: take a "
             "larger batch, fewer micro-steps or processes, or backbone.sync_batch_norm true."
         )
-
-
-def build_optimizers(
-    config: TrainConfig, backbone: nn.Module, head: PartialFC
-) -> tuple[torch.optim.Optimizer, RowwiseSGD | RowwiseAdamW]:
-    """The same rule for backbone and head, row-wise for the head."""
-    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    chosen, kept = config.optimizer, config.head
-    fused = chosen.fused or None  # None leaves the choice to PyTorch
-    state_dtype = None if kept.state_dtype is None else getattr(torch, kept.state_dtype)
-    storage: dict[str, Any] = {"state_dtype": state_dtype, "state_on_host": kept.state_on_host}
-    rates: dict[str, Any] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
-    if chosen.name == "adamw":
-        dense = torch.optim.AdamW(parameters, **rates, fused=fused)
-        return dense, RowwiseAdamW(head.parameters(), **rates, **storage)
-    return (
-        torch.optim.SGD(parameters, **rates, momentum=chosen.momentum, fused=fused),
-        RowwiseSGD(head.parameters(), **rates, momentum=chosen.momentum, unsampled=kept.unsampled, **storage),
-    )

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from partialfc.head.backends import cpu_kernels
 from partialfc.head.backends.threads import run_parallel
+from partialfc.head.backends.tile_sizes import CPU_PARTS, cpu_kept_classes, cpu_tile_classes
 from partialfc.head.loss import CenterGradient, NegativeSums, ScratchView, SGDRule, ShardBatch, tile_bounds
 
-_TILE_BYTES = 3 << 20
-_PARTS = 16
 T = TypeVar("T")
 _NO_THRESHOLD = 2.0  # no cosine is above it
 
@@ -34,16 +33,14 @@ class CPUBackend:
     uses_thread_pool: ClassVar[bool] = True
 
     def tile_classes(self, batch: ShardBatch) -> int:
-        samples, width = batch.embeddings.shape
-        tile_bytes = min(_TILE_BYTES, batch.scratch_bytes // 4)
-        return max(1, tile_bytes // (6 * (samples + width)))
+        return cpu_tile_classes(*batch.embeddings.shape, batch.scratch_bytes)
 
     def sum_negatives(self, centers: Tensor, batch: ShardBatch, *, keep: bool) -> NegativeSums:
         bounds = list(tile_bounds(self, batch))
         if not bounds:
             return NegativeSums.zeros(batch.embeddings)
         kept = _lend_weights(batch) if keep else None
-        parts = [bounds[len(bounds) * k // _PARTS : len(bounds) * (k + 1) // _PARTS] for k in range(_PARTS)]
+        parts = [bounds[len(bounds) * k // CPU_PARTS : len(bounds) * (k + 1) // CPU_PARTS] for k in range(CPU_PARTS)]
         results = run_parallel(lambda part: _sum_part(centers, batch, part, kept), [part for part in parts if part])
         total = NegativeSums.zeros(batch.embeddings)
         for result in results:
@@ -88,7 +85,8 @@ class CPUBackend:
 def _lend_weights(batch: ShardBatch) -> ScratchView | None:
     """Room for the weights of as many classes as the scratch budget holds, (n, G) in the operands' dtype."""
     samples = len(batch.embeddings)
-    count = min(len(batch.classes), batch.scratch_bytes // (samples * batch.operand_dtype.itemsize))
+    kept = cpu_kept_classes(samples, batch.operand_dtype.itemsize, batch.scratch_bytes)
+    count = min(len(batch.classes), kept)
     return batch.scratch.acquire((count, samples), batch.operand_dtype, batch.embeddings.device)
 
 

@@ -18,11 +18,11 @@ import triton
 from torch import Tensor
 
 from partialfc.head.backends.gpu_kernels import finish_kernel, unit_kernel, weights_kernel
+from partialfc.head.backends.tile_sizes import gpu_tile_classes
 from partialfc.head.loss import CenterGradient, NegativeSums, SGDRule, ShardBatch, tile_bounds
 
 T = TypeVar("T")
 _NO_THRESHOLD = 2.0  # no cosine is above it
-_TILE_BYTES = 64 << 20  # of all arrays of a tile; the weights are less than half of it, and a large GPU caches 50 MB
 _ELEMENTS = 4096  # of the rows that one program of the memory-bound kernels takes
 # Samples, classes and columns of a block of the product, warps, and stages of the pipeline, the best first: the first
 # whose operands fit a block's shared memory is taken (docs/decisions.md has what the compiler says of them).
@@ -36,10 +36,7 @@ class GPUBackend:
     supports_padding: ClassVar[bool] = True
 
     def tile_classes(self, batch: ShardBatch) -> int:
-        samples, width = batch.embeddings.shape
-        per_class = (samples + width) * batch.operand_dtype.itemsize + 4 * width
-        size = min(_TILE_BYTES, batch.scratch_bytes) // per_class
-        return size // 256 * 256 if size >= 256 else max(16, size)
+        return gpu_tile_classes(*batch.embeddings.shape, batch.operand_dtype.itemsize, batch.scratch_bytes)
 
     def spread(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         for item in items:

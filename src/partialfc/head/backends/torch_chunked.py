@@ -10,11 +10,11 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from partialfc.head.backends.tile_sizes import CHUNKED_CPU_SCRATCH_BYTES, chunked_tile_classes
 from partialfc.head.loss import CenterGradient, NegativeSums, SGDRule, ShardBatch, tile_bounds
 from partialfc.head.targets import normalise_rows
 
 T = TypeVar("T")
-_CPU_SCRATCH = 32 << 20  # fresh pages cost a CPU more than computing a tile again (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,11 @@ def _reweighted(cosine: Tensor, batch: ShardBatch) -> tuple[Tensor, Tensor]:
 
 def _scratch_bytes(batch: ShardBatch) -> int:
     """The bytes that tiles at work may take, and kept ones again."""
-    return min(batch.scratch_bytes, _CPU_SCRATCH) if batch.embeddings.device.type == "cpu" else batch.scratch_bytes
+    return (
+        min(batch.scratch_bytes, CHUNKED_CPU_SCRATCH_BYTES)
+        if batch.embeddings.device.type == "cpu"
+        else batch.scratch_bytes
+    )
 
 
 class ChunkedBackend:
@@ -88,10 +92,8 @@ class ChunkedBackend:
     uses_thread_pool: ClassVar[bool] = False
 
     def tile_classes(self, batch: ShardBatch) -> int:
-        """About four arrays of (G, tile) and three of (tile, D) live at once."""
-        numbers = 4 * len(batch.embeddings) + 3 * batch.embeddings.shape[1]
-        per_class = numbers * batch.margin.sub_centers * batch.embeddings.element_size()
-        return max(1, _scratch_bytes(batch) // per_class)
+        class_bytes = batch.margin.sub_centers * batch.embeddings.element_size()
+        return chunked_tile_classes(*batch.embeddings.shape, class_bytes, _scratch_bytes(batch))
 
     def sum_negatives(self, centers: Tensor, batch: ShardBatch, *, keep: bool) -> NegativeSums:
         result = NegativeSums.zeros(batch.embeddings)

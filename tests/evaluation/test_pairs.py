@@ -13,7 +13,7 @@ from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet
 from partialfc.evaluation import pairs
-from partialfc.evaluation.pairs import PairResult, evaluate_pair_set, evaluate_pairs
+from partialfc.evaluation.pairs import PairResult, embed_share, evaluate_pair_set, evaluate_pairs
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model
@@ -121,21 +121,20 @@ def test_result_is_identical_at_any_world_size(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.load(tmp_path / f"scores-3-{rank}.npy"), alone.scores)
 
 
-@pytest.mark.parametrize(("images", "world_size", "calls"), [(40, 1, 5), (40, 2, 3), (40, 3, 2), (8, 3, 1)])
-def test_all_ranks_are_called_between_batches_equally_often(
-    images: int, world_size: int, calls: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("images", "world_size", "batches"), [(40, 1, 5), (40, 2, 3), (40, 3, 2), (8, 3, 1), (9, 2, 1)]
+)
+def test_all_ranks_embed_equally_many_batches(
+    images: int, world_size: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank with fewer batches of eight images is called after its last one too: what is called may communicate."""
-    model = Model(create_backbone("mini", embedding_dim=8, image_size=16), ModelConfig("mini", 8, 16))
-    pixels = np.zeros((images, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(pairs, "world_size_of", lambda group: world_size)
-    monkeypatch.setattr(pairs, "all_gather_rows", lambda own, counts, group: own)
-    counts = []
+    """A rank with fewer batches of eight images yields empty ones at the end: between batches, ranks may communicate."""
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
+    model = small_model()
+    monkeypatch.setattr(pairs, "world_size_of", lambda: world_size)
+    shares = []
     for rank in range(world_size):
-        monkeypatch.setattr(pairs, "rank_of", lambda group, rank=rank: rank)
-        seen: list[None] = []
-        pairs.embed_across_ranks(
-            model, pixels, flip=False, batch_size=8, group=None, between=lambda seen=seen: seen.append(None)
-        )
-        counts.append(len(seen))
-    assert counts == [calls] * world_size
+        monkeypatch.setattr(pairs, "rank_of", lambda rank=rank: rank)
+        shares.append(list(embed_share(model, pixels, batch_size=8)))
+    assert [len(share) for share in shares] == [batches] * world_size
+    together = torch.cat([batch for share in shares for batch in share])
+    assert torch.equal(together, embed(model, pixels, batch_size=8))

@@ -49,6 +49,12 @@ def small_config(**changes: Any) -> TrainConfig:
     return replace(base, **changes)
 
 
+def config_without_saves(**output: Any) -> TrainConfig:
+    """`small_config` in float32 without checkpoints and evaluations before the end; `output` are other options."""
+    base = small_config(precision="float32")
+    return replace(base, output=replace(base.output, checkpoint_every=1000, evaluate_every=1000, **output))
+
+
 def final_tensors(root: Path) -> dict[str, torch.Tensor]:
     """Everything that the last checkpoint holds."""
     checkpoint = Checkpoint(root / "checkpoints" / f"step-{steps_in(root / 'checkpoints')[-1]:08d}")

@@ -127,7 +127,7 @@ def test_result_is_identical_at_any_world_size(tmp_path: Path) -> None:
 def test_all_ranks_embed_equally_many_batches(
     images: int, world_size: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank with fewer batches of eight images yields empty ones at the end: between batches, ranks may communicate."""
+    """A rank with fewer batches of eight images yields empty ones at the end, so that all may communicate between."""
     pixels = np.random.default_rng(0).integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
     model = small_model()
     monkeypatch.setattr(pairs, "world_size_of", lambda: world_size)

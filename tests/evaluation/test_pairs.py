@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from distributed_workers import run_ranks
 
 from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
@@ -97,17 +96,12 @@ def test_images_of_another_size_are_refused() -> None:
         evaluate_pair_set(small_model(), small_pairs(32))
 
 
-def evaluate_on_rank(rank: int, world_size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder / f'store{world_size}'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    try:
-        result = evaluate_pair_set(small_model(), small_pairs(), batch_size=10)
-        np.save(folder / f"scores-{world_size}-{rank}.npy", result.scores)
-    finally:
-        dist.destroy_process_group()
+def evaluate_on_rank(rank: int, folder: Path) -> None:
+    result = evaluate_pair_set(small_model(), small_pairs(), batch_size=10)
+    np.save(folder / f"scores-{rank}.npy", result.scores)
 
 
+@pytest.mark.multiprocess
 def test_result_is_identical_at_any_world_size(tmp_path: Path) -> None:
     """46 images in 5 batches over 3 ranks, the last batch incomplete: bit for bit what one process computes."""
     threads = torch.get_num_threads()
@@ -116,9 +110,9 @@ def test_result_is_identical_at_any_world_size(tmp_path: Path) -> None:
         alone: PairResult = evaluate_pair_set(small_model(), small_pairs(), batch_size=10)
     finally:
         torch.set_num_threads(threads)
-    mp.spawn(evaluate_on_rank, args=(3, tmp_path), nprocs=3)
+    run_ranks(3, evaluate_on_rank, tmp_path)
     for rank in range(3):
-        np.testing.assert_array_equal(np.load(tmp_path / f"scores-3-{rank}.npy"), alone.scores)
+        np.testing.assert_array_equal(np.load(tmp_path / f"scores-{rank}.npy"), alone.scores)
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,10 @@ def test_a_layer_stands_for_all_below_it_and_for_nothing_else() -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_fused_updates_and_other_memory_orders_take_the_same_step(images: Path, tmp_path: Path, optimizer: Any) -> None:
-    """One step: the steps after it would magnify its rounding."""
+    """One step of one batch of all images: further steps, and statistics of few images, would magnify its rounding."""
     plain = float32(images, optimizer=replace(SGD, name=optimizer))
-    plain = replace(plain, schedule=replace(plain.schedule, epochs=10 / 32, warmup_epochs=0))
+    plain = replace(plain, schedule=replace(plain.schedule, epochs=1, warmup_epochs=0))
+    plain = replace(plain, data=replace(plain.data, global_batch_size=32, micro_batch_size=32))
     variants = {
         "plain": plain,
         "fused": replace(plain, optimizer=replace(plain.optimizer, fused=True)),
@@ -115,7 +116,7 @@ def test_fused_updates_and_other_memory_orders_take_the_same_step(images: Path, 
     expected = final_tensors(tmp_path / "plain")["backbone/fc.weight"] - before
     for name in ("fused", "channels"):
         update = final_tensors(tmp_path / name)["backbone/fc.weight"] - before
-        assert float((update - expected).norm()) < 1e-5 * float(expected.norm()), name
+        assert float((update - expected).norm()) < 2e-5 * float(expected.norm()), name
     train(variants["fused"], tmp_path / "fused", resume=True, quiet=True)
 
 
@@ -178,7 +179,6 @@ def test_other_architectures_to_start_from_are_named(images: Path, plain: Path, 
     ("changes", "sentence"),
     [
         ({"backbone": replace(MINI, freeze=["stem"])}, "backbone.freeze keeps layers as they start"),
-        ({"backbone": replace(MINI, freeze=["stm"])}, "backbone.freeze names 'stm'"),
         ({"head": HeadConfig(conflict_as_zero_logit=True)}, "needs head.conflict_threshold"),
         ({"head": HeadConfig(margin_gradient="straight_through")}, "is for the margin arcface"),
         ({"head": HeadConfig(margin="none", margin_value=0.1)}, "head.margin is none"),
@@ -188,6 +188,12 @@ def test_other_architectures_to_start_from_are_named(images: Path, plain: Path, 
 def test_impossible_combinations_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         tiny_config(tmp_path, **changes).check()
+
+
+def test_a_layer_that_the_network_has_not_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "nowhere", backbone=replace(MINI, freeze=["stm"], init="somewhere"))
+    with pytest.raises(InputError, match=r"backbone\.freeze names 'stm'"):
+        train(config, tmp_path / "run", quiet=True)
 
 
 def test_min_images_and_num_classes_contradict_each_other(tmp_path: Path) -> None:

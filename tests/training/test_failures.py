@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import small_runs
 from distributed_workers import run_apart, run_ranks
 from small_runs import config_without_saves, interrupt_at, tiny_config, write_images
 
@@ -73,9 +72,8 @@ except JobError as error:
 @pytest.mark.parametrize("what", ["checkpoint", "step"])
 def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> None:
     """An error that lives to the end of the process, or that nobody catches, does not keep the readers alive."""
-    search = os.pathsep.join([str(Path(small_runs.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", FAILING, what, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": search}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1
     assert "nothing works" in done.stdout + done.stderr

@@ -105,7 +105,7 @@ def row(option: str, world_size: int, ranks: list[Held]) -> str:
     """The rank that holds most: shards differ in size where rows do not divide evenly."""
     most = max(ranks, key=lambda held: held.parameters)
     counted = (most.parameters, most.gradients, most.optimizer, most.parameters + most.gradients + most.optimizer)
-    cells = [f"{each / 2**20:,.0f}" for each in (*counted, max(held.peak for held in ranks))]
+    cells = [f"{count / 2**20:,.0f}" for count in (*counted, max(held.peak for held in ranks))]
     return f"| {option} | {world_size} | {' | '.join(cells)} | {most.loss:.6f} |"
 
 

@@ -16,7 +16,7 @@ from partialfc.config.options import TrainConfig
 from partialfc.data.loader import Batch
 from partialfc.training.build import open_loader
 from partialfc.training.loop import train
-from partialfc.training.nonfinite import MOST_NAMED, Skip, describe_skip, locate
+from partialfc.training.nonfinite import MOST_NAMED, describe_skip, locate
 from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
 
@@ -53,7 +53,7 @@ def test_a_rank_finds_the_rows_that_are_not_finite(
     outputs = [
         (torch.arange(10 + 2 * number, 12 + 2 * number), output(*rows)) for number, rows in enumerate(micro_steps)
     ]
-    assert locate(outputs) == Skip(where, positions)  # type: ignore[arg-type]
+    assert locate(outputs) == (where, positions)
 
 
 def test_the_names_are_those_of_the_sample_stream_and_not_too_many(config: TrainConfig) -> None:
@@ -62,7 +62,7 @@ def test_the_names_are_those_of_the_sample_stream_and_not_too_many(config: Train
     for batch in loader.batches(0, 6):
         for place, label in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True):
             seen[place] = f"person {label}"
-    line, sentence = describe_skip(Skip("embeddings", list(range(60))), 7, loader, None)
+    line, sentence = describe_skip("embeddings", list(range(60)), 7, loader, None)
     assert line["images"] == 60
     assert line["positions"] == list(range(MOST_NAMED))
     assert [Path(name).parent.name for name in line["samples"]] == [seen[place] for place in range(MOST_NAMED)]

@@ -23,13 +23,13 @@ FARS = (1e-3, 1e-2, 1e-1)
 
 @dataclass(frozen=True)
 class PairResult:
-    """How well embeddings tell pairs of one person from pairs of two.
+    """The result of the verification protocol.
 
     Args:
         accuracy, accuracy_std: mean and population standard deviation over the 10 test folds.
         thresholds: (10,) squared distances below which the folds called a pair "same".
         auc: area under the ROC.
-        equal_error_rate: where false accepts and false rejects are equally frequent.
+        equal_error_rate: the rate at which false accepts and false rejects are equally frequent.
         tar_at_far: from each rate of `FARS` to the highest TAR whose FAR does not exceed it.
         scores: float64 (P,), the cosine of each pair.
         is_same: bool (P,), the truth.
@@ -50,7 +50,7 @@ class PairResult:
         return 1.0 - float(self.thresholds.mean()) / 2.0
 
     def summary(self) -> dict[str, Any]:
-        """The result without its scores, as JSON can hold it."""
+        """The result without its scores, in plain values that JSON can hold."""
         return {
             "pairs": len(self.is_same),
             "accuracy": self.accuracy,

@@ -357,7 +357,7 @@ class _Trainer:
     def _report_skip(self) -> None:
         """Log a skipped step with the images behind it; JobError if there were too many in a row."""
         if self.stepper.skip is not None:
-            line, sentence = describe_skip(self.stepper.skip, self.state.done, self.loader, self.control_group)
+            line, sentence = describe_skip(*self.stepper.skip, self.state.done, self.loader, self.control_group)
             self.log.write(line)
             self.log.say(sentence)
             self.stepper.check_skips()

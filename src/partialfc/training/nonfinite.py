@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import Group, gather_json
 
 MOST_NAMED = 24  # images that a rank names
+Where = Literal["embeddings", "gradient of the embeddings", "gradient"]
 _GROWTH_INTERVAL = 2000
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 2.0**24
 
@@ -59,32 +60,23 @@ class _ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-@dataclass(frozen=True)
-class Skip:
-    """What one rank knows of a skipped step.
-
-    Attributes:
-        where: what was not finite here; "gradient" if only its sum over the ranks shows it.
-        positions: in the sample stream, of the images whose rows were not finite, or of all images of this rank.
-    """
-
-    where: Literal["embeddings", "gradient of the embeddings", "gradient"]
-    positions: list[int]
-
-
-def locate(outputs: list[tuple[Tensor, Tensor]]) -> Skip:
+def locate(outputs: list[tuple[Tensor, Tensor]]) -> tuple[Where, list[int]]:
     """Look for what is not finite in this rank's part of a step.
 
     Args:
         outputs: (positions (B,), output of the backbone (B, D) with its gradient retained) of each micro-step done.
+
+    Returns:
+        What was not finite here, "gradient" if only its sum over the ranks shows it; and the positions in the sample
+        stream of the images whose rows were not finite, or of all images of this rank.
     """
     values = [(positions, output.detach()) for positions, output in outputs]
     gradients = [(positions, output.grad) for positions, output in outputs if output.grad is not None]
     if positions := _not_finite(values):
-        return Skip("embeddings", positions)
+        return "embeddings", positions
     if positions := _not_finite(gradients):
-        return Skip("gradient of the embeddings", positions)
-    return Skip("gradient", [position for positions, _ in outputs for position in positions.tolist()])
+        return "gradient of the embeddings", positions
+    return "gradient", [position for positions, _ in outputs for position in positions.tolist()]
 
 
 def _not_finite(parts: list[tuple[Tensor, Tensor]]) -> list[int]:
@@ -93,20 +85,22 @@ def _not_finite(parts: list[tuple[Tensor, Tensor]]) -> list[int]:
     return [position for positions, mask in masks for position in positions[mask].tolist()]
 
 
-def describe_skip(skip: Skip, step: int, loader: Loader, group: Group | None) -> tuple[dict[str, Any], str]:
+def describe_skip(
+    where: Where, positions: list[int], step: int, loader: Loader, group: Group | None
+) -> tuple[dict[str, Any], str]:
     """The line of metrics about a skipped step, and a sentence, from all ranks. Two collectives.
 
     The ranks on which something was not finite name their images, at most `MOST_NAMED` each. A gradient of weights is
     checked only after its sum over the ranks: if no rank finds the cause in its embeddings, all ranks name theirs.
 
     Args:
-        skip: of this rank.
+        where, positions: of this rank.
         step: optimizer steps done, the skipped one included.
         loader: knows the names of the images.
         group: all ranks.
     """
-    named = skip.positions[:MOST_NAMED]
-    own = {**asdict(skip), "positions": named, "images": len(skip.positions), "samples": loader.names(named)}
+    named = positions[:MOST_NAMED]
+    own = {"where": where, "positions": named, "images": len(positions), "samples": loader.names(named)}
     reports = gather_json(own, group=group)
     ranks = [rank for rank, report in enumerate(reports) if report["where"] != "gradient"]
     reports = [reports[rank] for rank in ranks] or reports

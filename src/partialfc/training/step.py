@@ -18,7 +18,7 @@ from partialfc.data.loader import Batch, Loader
 from partialfc.distributed.activity import doing
 from partialfc.distributed.collectives import full_tensor, local_shard, rank_of, split_evenly, start_gather_rows
 from partialfc.head.global_batch import GlobalLabels, NonFiniteEmbeddings
-from partialfc.training.nonfinite import Skip, locate, scale_gradient
+from partialfc.training.nonfinite import Where, locate, scale_gradient
 from partialfc.training.replicas import replicated, uses_fsdp, warm_up_ddp_buckets, without_synchronisation
 from partialfc.training.schedule import learning_rate
 from partialfc.training.state import TrainState
@@ -40,7 +40,7 @@ class Stepper:
         compute_dtype: the backbone's arithmetic: float32, bfloat16, float16 or float64.
         total_steps: of the whole run.
         lr, lr_head: learning rates of the last step.
-        skip: what this rank knows of the last step if that was skipped, else None.
+        skip: what was not finite in the last step and behind which images, as `locate` returns it; None if it was taken.
     """
 
     def __init__(self, config: TrainConfig, state: TrainState, loader: Loader, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Stepper:
         self.compute_dtype = compute_dtype(config.precision, device)
         self.total_steps = max(1, round(config.schedule.epochs * loader.steps_per_epoch))
         self.lr = self.lr_head = 0.0
-        self.skip: Skip | None = None
+        self.skip: tuple[Where, list[int]] | None = None
         self._skipped_in_a_row = 0
         self._outputs: list[tuple[Tensor, Tensor]] = []
         self._labels = _StepLabels(loader, device)
@@ -242,9 +242,6 @@ class _StepLabels:
     def of_micro_step(self, number: int) -> GlobalLabels:
         """The labels of one micro-step on all ranks, in rank order."""
         self.of_step()
-        counts, first, labels = self._counts[number], 0, []
-        for rank, total in enumerate(self._totals):
-            start = first + sum(earlier[rank] for earlier in self._counts[:number])
-            labels.append(self._all[start : start + counts[rank]])
-            first += total
-        return GlobalLabels(counts, torch.cat(labels))
+        of_ranks, counts = self._all.split(self._totals), zip(*self._counts, strict=True)
+        labels = [rank.split(list(parts))[number] for rank, parts in zip(of_ranks, counts, strict=True)]
+        return GlobalLabels(self._counts[number], torch.cat(labels))

@@ -40,7 +40,7 @@ class Stepper:
         compute_dtype: the backbone's arithmetic: float32, bfloat16, float16 or float64.
         total_steps: of the whole run.
         lr, lr_head: learning rates of the last step.
-        skip: what was not finite in the last step and behind which images, as `locate` returns it; None if it was taken.
+        skip: why the last step was skipped and for which images, as `locate` returns it; None if it was not skipped.
     """
 
     def __init__(self, config: TrainConfig, state: TrainState, loader: Loader, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from documents import DOCS, write_between
 from partialfc.bench.machine import describe
 from partialfc.config.options import ProcessesConfig, TrainConfig
 from partialfc.config.recipes import RECIPES
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld
 from partialfc.pages.plots import Line, line_chart
 from partialfc.training.loop import train
 from processes import run_processes
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="another number writes neither table nor plot")
     options = parser.parse_args()
     world = FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=2000, pair_identities=500, image_size=SIZE)
-    world.write(options.out / "data", take_over=True)
+    world.write(options.out / "data", resume=True)
     results: dict[tuple[str, ...], list[SeedRun]] = {}
     for gradients in GRADIENTS:
         for seed in SEEDS:

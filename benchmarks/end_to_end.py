@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from partialfc.backbones import create_backbone
-from partialfc.bench.head_variants import DenseHead, HeadConfiguration
+from partialfc.bench.head_variants import DenseHead, HeadCase
 from partialfc.config.options import BackboneConfig, DataConfig, HeadConfig, OutputConfig, ScheduleConfig, TrainConfig
 from partialfc.core.device import choose_device
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import read_image
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 
@@ -89,8 +89,8 @@ def usual(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     backbone: nn.Module = create_backbone(arguments.backbone, embedding_dim=EMBEDDING_DIM, image_size=112).to(device)
     network = DistributedDataParallel(backbone, find_unused_parameters=True)
-    sizes = HeadConfiguration(arguments.classes, EMBEDDING_DIM, arguments.batch, arguments.sample_rate, str(device))
-    head = DenseHead(sizes)
+    case = HeadCase(arguments.classes, EMBEDDING_DIM, arguments.batch, arguments.sample_rate, str(device))
+    head = DenseHead(case)
     parameters = [*(p for p in network.parameters() if p.requires_grad), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
@@ -148,7 +148,7 @@ def main() -> int:
         run = ours if arguments.variant == "partialfc" else usual
         print(json.dumps(run(arguments, arguments.data / "train")))
         return 0
-    world.write(arguments.data, take_over=True)
+    world.write(arguments.data, resume=True)
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(arguments.rounds):
         for variant in VARIANTS:

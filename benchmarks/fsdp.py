@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from documents import write_between
 from partialfc.backbones import create_backbone
-from partialfc.bench.machine import describe, peak_resident_bytes
+from partialfc.bench.machine import describe
 from partialfc.core import keyed_random
+from partialfc.core.device import peak_bytes
 from partialfc.distributed import collectives
 from partialfc.distributed.collectives import local_shard
 from partialfc.training.replicas import replicated, shard_over_processes
@@ -85,7 +86,7 @@ def measure(name: str, option: str) -> Held:
     averages = [value for state in optimizer.state.values() for value in state.values() if value.dim() > 0]
     mean = float(collectives.all_reduce(loss.detach().double())) / collectives.world_size_of()
     parameters = size(list(network.parameters()))
-    return Held(parameters, gradients, size(averages), peak_resident_bytes() - before, mean)
+    return Held(parameters, gradients, size(averages), peak_bytes(torch.device("cpu")) - before, mean)
 
 
 def work(rank: int, name: str, option: str, out: str) -> None:

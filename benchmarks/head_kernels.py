@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 
-from partialfc.bench.head_variants import HeadConfiguration
+from partialfc.bench.head_step import make_head, synthetic_batch
 from partialfc.bench.machine import describe
+from partialfc.config.options import HeadConfig
 from partialfc.head.backends import gpu
-from partialfc.head.margins.base import CosFace
-from partialfc.head.optim import RowwiseSGD
-from partialfc.head.partial_fc import PartialFC
 
 WIDTH = 512
 TILES = tuple(size << 20 for size in (16, 32, 64, 128, 256))
@@ -66,21 +64,11 @@ class Step:
     """One head and its steps, which read nothing back."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        dtype = getattr(torch, options.dtype)
-        self.head = PartialFC(
-            options.classes,
-            WIDTH,
-            options.sample_rate,
-            CosFace(0.4),
-            update="deferred",
-            operand_dtype=torch.bfloat16,
-            device="cuda",
-            dtype=dtype,
-        )
-        self.optimizer = RowwiseSGD(self.head.parameters(), lr=0.1)
-        sizes = HeadConfiguration(options.classes, WIDTH, options.batch, options.sample_rate, "cuda")
-        self.batches = [sizes.batch(step) for step in range(4)]
-        self.embeddings, self.labels = sizes.batch(5)
+        config = HeadConfig(options.sample_rate, update="deferred", operand_dtype="bfloat16", dtype=options.dtype)
+        self.head, self.optimizer = make_head(options.classes, WIDTH, config, "cuda")
+        sizes = {"num_classes": options.classes, "embedding_dim": WIDTH, "batch_size": options.batch}
+        self.batches = [synthetic_batch(step, **sizes, device="cuda") for step in range(4)]
+        self.embeddings, self.labels = synthetic_batch(5, **sizes, device="cuda")
         self.number = 0
 
     def whole(self) -> None:

@@ -36,7 +36,7 @@ def write_images(path: Path, images: int, size: int) -> None:
 
 def measure(source: Source, batch: int, workers: int) -> dict[str, float | int | str]:
     """One epoch; the time to the first batch, in which workers start, is reported apart."""
-    loader = Loader(source, global_batch_size=batch, micro_batch_size=batch, seed=0, workers=workers, prefetch=4)
+    loader = Loader(source, global_batch_size=batch, micro_batch_size=batch, seed=0, workers=workers)
     steps = max(2, len(source) // batch)
     batches = loader.batches(0, steps)
     start = time.perf_counter()

@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of partialfc train")
     arguments = parser.parse_args()
     data, run = arguments.out / "data", arguments.out / "run"
-    WORLD.write(data, take_over=True)
+    WORLD.write(data, resume=True)
     command = [sys.executable, "-m", "partialfc", "train", "--recipe", arguments.recipe, "--resume"]
     command += ["--data.path", str(data / "train"), "--eval", f"pairs={data / 'pairs.bin'}", "--out", str(run)]
     command += ["--output.checkpoint_every", "250", *arguments.options]

@@ -19,7 +19,7 @@ from documents import write_between
 from partialfc.bench.machine import describe
 from partialfc.config.options import OptimizerConfig, TrainConfig
 from partialfc.config.recipes import RECIPES
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld
 from partialfc.training.loop import train
 from seeds import SeedRun, seed_table
 
@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     world = FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=6000, pair_identities=2000, image_size=64)
-    world.write(options.out / "data", take_over=True)
+    world.write(options.out / "data", resume=True)
     found: dict[tuple[str, ...], list[SeedRun]] = {}
     for seed in range(options.seeds):
         for storage in STORAGES:

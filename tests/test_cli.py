@@ -282,7 +282,7 @@ def test_data_faces_writes_real_formats(capsys: pytest.CaptureFixture[str], tmp_
 
 def test_bench_head_prints_a_line_a_variant(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--classes=500", "--embedding-dim=16", "--batch-size=8", "--sample-rate=0.1", "--steps=2", "--baseline"]
-    assert run("bench", "head", *options, "--operand_dtype=float32") == 0
+    assert run("bench", "head", *options, "--operand-dtype=float32") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 3
     for line in lines:

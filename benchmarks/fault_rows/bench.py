@@ -186,7 +186,7 @@ def killed(run: Run) -> str | None:
     statuses = run.wait(then=signal.SIGKILL)
     if -signal.SIGKILL in statuses and PLANNED in run.said() and "Traceback" not in run.said():
         return None
-    return f"nobody was killed: statuses {statuses}, {last_words(run)}"
+    return f"no rank was killed: statuses {statuses}, {last_words(run)}"
 
 
 def difference(out: Path, reference: Path, ignored: Sequence[str] = ()) -> str | None:

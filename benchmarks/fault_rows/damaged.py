@@ -226,7 +226,7 @@ ROWS = [
     ),
     Row(
         "flipped-verify",
-        "the same in blocks that nobody reads too, with `--verify`",
+        "the same in blocks that a resuming run does not read too, with `--verify`",
         "the same",
         flips(verify=True),
     ),

@@ -30,7 +30,7 @@ from partialfc.demo import demo
 from partialfc.distributed.collectives import launched_rank
 from partialfc.evaluation.pairs import evaluate_pair_set
 from partialfc.evaluation.run import evaluate_benchmarks, read_benchmarks, table, write_results
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld
 from partialfc.model.files import load_model
 from partialfc.plan.planning import make_plan, recipe_memory
 from partialfc.plan.text import plan_text
@@ -351,8 +351,7 @@ def _run_inspect(options: Namespace) -> None:
 
 def _run_faces(options: Namespace) -> None:
     world = FaceWorld(**{field.name: options[field.name] for field in dataclasses.fields(FaceWorld)})
-    with Progress("rendering", quiet=options.json) as progress:
-        facts = world.write(options.out, progress=progress.update)
+    facts = world.write(options.out, quiet=options.json)
     _show(options.json, facts, "\n".join(f"{name:>16}  {value}" for name, value in facts.items()))
 
 

@@ -11,13 +11,11 @@ from typing import Any
 
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
-from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.baselines import color_embeddings, pixel_embeddings
 from partialfc.evaluation.pairs import evaluate_pair_set, evaluate_pairs
-from partialfc.faces.sets import write_contact_sheet
-from partialfc.faces.world import FaceWorld
+from partialfc.faces.sets import FaceWorld, write_contact_sheet
 from partialfc.model.files import load_model
 from partialfc.report.page import write_report
 from partialfc.training.loop import train
@@ -99,8 +97,8 @@ def demo(
     if out.is_dir() and any(out.iterdir()) and not (out / "data").is_dir():
         raise InputError(f"{out} is not empty and holds no demo: give another folder with --out.")
     data, stages = out / "data", _Stages()
-    with stages.stage("faces"), Progress("rendering faces", quiet=quiet) as progress:
-        replace(world, seed=seed).write(data, take_over=True, progress=progress.update)
+    with stages.stage("faces"):
+        replace(world, seed=seed).write(data, resume=True, quiet=quiet)
         write_contact_sheet(out / "faces.png", identities=range(10), shots=8, seed=seed)
     with stages.stage("baselines"):
         pairs = read_pairs(data / "pairs.bin")

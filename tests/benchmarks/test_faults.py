@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import faults
+from fault_rows.bench import Injection, Outcome, Row
 
 PROGRAM = Path(faults.__file__)
 LONG_FORM_ONLY = ("interrupted-3", "disk-model", "disk-never")
@@ -25,7 +26,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     nodes = [
         node for node in request.session.items if isinstance(node, pytest.Function) and node.module is request.module
     ]
-    rows = [node.callspec.params["row"] for node in nodes if "row" in node.fixturenames]
+    rows = [str(node.callspec.params["row"]) for node in nodes if "row" in node.fixturenames]
     out = tmp_path_factory.mktemp("faults")
     command = [sys.executable, "-W", "error", str(PROGRAM), "--short", "--out", str(out), "--rows", *rows]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -52,12 +53,33 @@ def test_the_table_has_all_rows() -> None:
     assert set(keys) > set(LONG_FORM_ONLY)
 
 
+INSTALL_ALL = """
+from fault_rows import killed, patches, stopped
+for moment in [*killed.MOMENTS.values(), *stopped.MOMENTS.values()]:
+    if moment is not patches.terminate:
+        moment()
+for stage in [*patches.COPY_STAGES.values(), *patches.OWN_STAGES.values(), *patches.LEADER_STAGES.values()]:
+    stage(9, patches.die)
+patches.between_renames(9, patches.die)
+for poison in (patches.poison_images, patches.poison_loss, patches.poison_weights_gradient):
+    poison(range(5, 6))
+print("installed")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_every_fault_of_the_long_form_finds_what_it_patches() -> None:
+    done = subprocess.run([sys.executable, "-c", INSTALL_ALL], cwd=PROGRAM.parent, capture_output=True, text=True)
+    assert done.stdout == "installed\n", done.stderr
+
+
 def test_what_ended_otherwise_is_shown_kept_and_tried_again(tmp_path: Path) -> None:
-    outcomes = [faults.Outcome(problem="it went wrong"), faults.Outcome(lost=2), faults.Outcome(lost=5)]
-    row = faults.Row("key", "a fault", "all is well", lambda bench, short: iter(()))
+    outcomes = [Outcome(problem="it went wrong"), Outcome(lost=2), Outcome(lost=5)]
+    row = Row("key", "a fault", "all is well", lambda bench, short: iter(()))
     results, folders = tmp_path / "results.jsonl", [tmp_path / name for name in "abc"]
     for name, outcome, folder in zip("xxy", outcomes, folders, strict=True):
-        faults.run_one(row, faults.Injection(name, lambda folder, outcome=outcome: outcome), folder, results)
+        faults.run_one(row, Injection(name, lambda folder, outcome=outcome: outcome), folder, results)
     assert [folder.exists() for folder in folders] == [True, False, False]
     done = faults.read_results(results)
     assert done == {("key", "x"): outcomes[1], ("key", "y"): outcomes[2]}
@@ -67,6 +89,7 @@ def test_what_ended_otherwise_is_shown_kept_and_tried_again(tmp_path: Path) -> N
 
 
 def test_an_error_in_a_row_is_a_problem_of_that_injection(tmp_path: Path) -> None:
-    row = faults.Row("key", "a fault", "all is well", lambda bench, short: iter(()))
-    outcome = faults.run_one(row, faults.Injection("x", lambda folder: 1 // 0), tmp_path / "a", tmp_path / "r.jsonl")
+    row = Row("key", "a fault", "all is well", lambda bench, short: iter(()))
+    broken = Injection("x", lambda folder: Outcome(lost=1 // 0))
+    outcome = faults.run_one(row, broken, tmp_path / "a", tmp_path / "r.jsonl")
     assert outcome.problem == "ZeroDivisionError: integer division or modulo by zero"

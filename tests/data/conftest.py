@@ -1,4 +1,4 @@
-"""What the tests of the data floor share: files of real writers, and small sets of our own."""
+"""Fixtures of the tests of data: files of real writers, and small generated sets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pair_files() -> list[Path]:
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
-    """Copies a folder of test files to where it may be damaged."""
+    """Copies a folder of test files, so that the copy may be damaged."""
 
     def copy(folder: Path) -> Path:
         target = tmp_path / folder.name
@@ -61,12 +61,12 @@ def unpacked(im2rec: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def numbered(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a `.rec` of numbered PNG images, `each` for an identity; the `broken` ones are no images."""
+    """Writes a `.rec` of numbered PNG images, `each` per identity; the `broken` ones are no images."""
 
     def write(images: int, each: int = 2, broken: tuple[int, ...] = (), size: int = 16) -> Path:
         folder = tmp_path / f"numbered{images}"
         folder.mkdir()
-        with RecordWriter(folder / "train.rec", size=size) as writer:
+        with RecordWriter(folder / "train.rec") as writer:
             for number in range(images):
                 encoded = b"no image" if number in broken else encode_png(picture(number, size))
                 writer.write(encoded, number // each)

@@ -40,8 +40,8 @@ def test_each_image_is_mirrored_or_not() -> None:
 
 def test_it_depends_on_seed_and_position_alone() -> None:
     whole = augment(IMAGES, POSITIONS, seed=1)
-    chosen = torch.tensor([40, 3, 3, 17])
-    assert torch.equal(augment(IMAGES[chosen], POSITIONS[chosen], seed=1), whole[chosen])
+    rows = torch.tensor([40, 3, 3, 17])
+    assert torch.equal(augment(IMAGES[rows], POSITIONS[rows], seed=1), whole[rows])
     assert not torch.equal(augment(IMAGES, POSITIONS, seed=2), whole)
     assert not torch.equal(augment(IMAGES, POSITIONS + 1, seed=1), whole)
 

@@ -288,7 +288,7 @@ class TestWriting:
         """But for the memo marks, which pickletools takes out of both."""
         content = pair_files[0].read_bytes()
         images = [
-            argument.encode("latin1") for opcode, argument, _ in pickletools.genops(content) if opcode.code == "T"
+            str(argument).encode("latin1") for opcode, argument, _ in pickletools.genops(content) if opcode.code == "T"
         ]
         write_pairs(tmp_path / "a.bin", images, [True, False] * 20)
         assert pickletools.optimize((tmp_path / "a.bin").read_bytes()) == pickletools.optimize(content)

@@ -123,7 +123,7 @@ def test_counts_come_from_the_newest_readable_checkpoint(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("images_per_second", "words"), [(40.0, "50 s"), (4.0, "8 min"), (0.1, "5 h 33 min"), (-1.0, None)]
 )
-def test_durations_are_written_for_people(tmp_path: Path, images_per_second: float, words: str | None) -> None:
+def test_durations_are_in_readable_units(tmp_path: Path, images_per_second: float, words: str | None) -> None:
     line = train_line(40, images_per_second=images_per_second)
     assert facts(report(write_run(tmp_path / "run", [line]))).get("Time of the steps") == words
 

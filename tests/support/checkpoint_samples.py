@@ -96,13 +96,21 @@ class ThreadRank:
 
 
 class ThreadShard(Shard):
+    group: Any
+
     @property
     def rank(self) -> int:
-        return self.group.rank
+        return int(self.group.rank)
 
     @property
     def world_size(self) -> int:
-        return self.group.group.size
+        return int(self.group.group.size)
+
+    @staticmethod
+    def on(rank: ThreadRank, total: int) -> ThreadShard:
+        """The even share of a rank."""
+        group: Any = rank
+        return ThreadShard(*split_evenly(total, rank.group.size, rank.rank), total, group)
 
 
 _this_thread = threading.local()
@@ -142,9 +150,8 @@ def on_ranks(world_size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
 
 def save_on(rank: ThreadRank, root: Path, step: int, whole: dict[str, Tensor], **contents: Any) -> Path:
     """Every rank saves its share of the rows of `whole`, and a backbone and state of which only rank 0's may count."""
-    total = len(whole["centers"])
-    start, stop = split_evenly(total, rank.group.size, rank.rank)
-    rows = RowTensors(ThreadShard(start, stop, total, rank), {name: rows[start:stop] for name, rows in whole.items()})
+    shard = ThreadShard.on(rank, len(whole["centers"]))
+    rows = RowTensors(shard, {name: rows[shard.start : shard.stop] for name, rows in whole.items()})
     tensors = {"backbone": {"conv": torch.full((3, 3), float(rank.rank))}}
     usual: dict[str, Any] = {"tensors": tensors, "rows": rows, "state": {"rank": rank.rank}}
     return save_checkpoint(root, Snapshot(step, **{**usual, **contents}), block_bytes=64)

@@ -20,6 +20,7 @@ from partialfc.core.errors import InputError
 from partialfc.data.sources import open_source
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.model.files import load_model
+from partialfc.training.build import check_config
 from partialfc.training.loop import train
 from partialfc.training.weights import averaged_copy, freeze, set_frozen_layers_eval, update_average
 
@@ -179,6 +180,7 @@ def test_other_architectures_to_start_from_are_named(images: Path, plain: Path, 
     ("changes", "sentence"),
     [
         ({"backbone": replace(MINI, freeze=["stem"])}, "backbone.freeze keeps layers as they start"),
+        ({"backbone": replace(MINI, freeze=["stm"], init="run")}, "backbone.freeze names 'stm'"),
         ({"head": HeadConfig(conflict_as_zero_logit=True)}, "needs head.conflict_threshold"),
         ({"head": HeadConfig(margin_gradient="straight_through")}, "is for the margin arcface"),
         ({"head": HeadConfig(margin="none", margin_value=0.1)}, "head.margin is none"),
@@ -187,13 +189,24 @@ def test_other_architectures_to_start_from_are_named(images: Path, plain: Path, 
 )
 def test_impossible_combinations_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        tiny_config(tmp_path, **changes).check()
+        check_config(tiny_config(tmp_path, **changes))
 
 
-def test_a_layer_that_the_network_has_not_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "nowhere", backbone=replace(MINI, freeze=["stm"], init="somewhere"))
-    with pytest.raises(InputError, match=r"backbone\.freeze names 'stm'"):
-        train(config, tmp_path / "run", quiet=True)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"backbone": BackboneConfig("r5O")}, "Did you mean 'r50'"),
+        ({"backbone": replace(MINI, checkpointing=True)}, "does not take the option 'checkpointing'"),
+        ({"head": HeadConfig(sample_rate=1.5)}, "head.sample_rate is 1.5"),
+        ({"head": HeadConfig(scale=-1.0)}, "head.scale is -1.0"),
+        ({"head": HeadConfig(conflict_threshold=2.0)}, "head.conflict_threshold is 2.0"),
+        ({"head": HeadConfig(margin_value=-1.0)}, "margin is -1.0"),
+    ],
+)
+def test_networks_are_refused_before_data_is_opened(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        train(tiny_config(tmp_path / "no data here", **changes), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_min_images_and_num_classes_contradict_each_other(tmp_path: Path) -> None:

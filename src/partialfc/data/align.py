@@ -1,4 +1,4 @@
-"""Alignment: the similarity that puts five landmarks on the template, and the bilinear warp that applies it."""
+"""Alignment: the similarity that maps five landmarks to the template, and the bilinear warp that applies it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scaled_template(size: int) -> Tensor:
 def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     """The least-squares similarity (rotation, one scale, shift; no reflection) from `source` to `target`.
 
-    Umeyama (PAMI 1991), which in the plane needs no singular value decomposition: with centred points as complex
+    Umeyama (PAMI 1991), in the plane, where no singular value decomposition is needed: with centred points as complex
     numbers s and t, the best rotation and scale is sum(conj(s) t) / sum(|s|^2).
 
     Args:
@@ -38,22 +38,22 @@ def similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     if source.ndim != 3 or source.shape[-1] != 2 or source.shape[1] < 2 or target.shape[-2:] != source.shape[-2:]:
         raise ValueError(f"points of shape {tuple(source.shape)} do not fit a target of {tuple(target.shape)}")
     points = source.double()
-    goal = target.to(points).expand_as(points)
-    point_mean, goal_mean = points.mean(1), goal.mean(1)
-    centred, aim = points - point_mean[:, None], goal - goal_mean[:, None]
-    spread = (centred**2).sum((1, 2))
+    targets = target.to(points).expand_as(points)
+    point_mean, target_mean = points.mean(1), targets.mean(1)
+    s, t = points - point_mean[:, None], targets - target_mean[:, None]
+    spread = (s**2).sum((1, 2))
     if bool((spread <= 0).any()):
         raise ValueError("the points of a sample coincide, so that no similarity is determined")
-    cosine = (centred * aim).sum((1, 2)) / spread
-    sine = (centred[..., 0] * aim[..., 1] - centred[..., 1] * aim[..., 0]).sum(1) / spread
-    shift_x = goal_mean[:, 0] - (cosine * point_mean[:, 0] - sine * point_mean[:, 1])
-    shift_y = goal_mean[:, 1] - (sine * point_mean[:, 0] + cosine * point_mean[:, 1])
+    cosine = (s * t).sum((1, 2)) / spread
+    sine = (s[..., 0] * t[..., 1] - s[..., 1] * t[..., 0]).sum(1) / spread
+    shift_x = target_mean[:, 0] - (cosine * point_mean[:, 0] - sine * point_mean[:, 1])
+    shift_y = target_mean[:, 1] - (sine * point_mean[:, 0] + cosine * point_mean[:, 1])
     rows = torch.stack([cosine, -sine, shift_x, sine, cosine, shift_y], dim=1)
     return rows.view(-1, 2, 3).to(source.dtype)
 
 
 def invert_similarity(matrices: Tensor) -> Tensor:
-    """The inverses (B, 2, 3) of affine matrices (B, 2, 3) that are similarities."""
+    """The inverses (B, 2, 3) of similarities (B, 2, 3)."""
     cosine, sine = matrices[:, 0, 0], matrices[:, 1, 0]
     square = cosine**2 + sine**2
     cosine, sine = cosine / square, sine / square
@@ -63,17 +63,17 @@ def invert_similarity(matrices: Tensor) -> Tensor:
 
 
 def transform_points(matrices: Tensor, points: Tensor) -> Tensor:
-    """Points (B, N, 2) moved by affine matrices (B, 2, 3)."""
+    """Points (B, N, 2) transformed by affine matrices (B, 2, 3)."""
     x, y = points[..., 0, None], points[..., 1, None]
     return x * matrices[:, None, :, 0] + y * matrices[:, None, :, 1] + matrices[:, None, :, 2]
 
 
 def warp(images: Tensor, matrices: Tensor, size: int) -> Tensor:
-    """Images moved by similarities into `size` x `size` frames: bilinear, black outside the source.
+    """Images warped by similarities to `size` x `size`: bilinear, black outside the source.
 
     Args:
         images: uint8 (B, H, W, 3).
-        matrices: float (B, 2, 3), from source pixels to output pixels (pixel centres at whole numbers).
+        matrices: float (B, 2, 3), from source pixels to output pixels (pixel centres at integers).
         size: side of the output in pixels.
 
     Returns:
@@ -87,15 +87,15 @@ def warp(images: Tensor, matrices: Tensor, size: int) -> Tensor:
     if matrices.shape != (len(images), 2, 3):
         raise ValueError(f"{len(images)} images need matrices ({len(images)}, 2, 3), not {tuple(matrices.shape)}")
     height, width = images.shape[1:3]
-    back = invert_similarity(matrices.double())
-    steps = torch.arange(size, dtype=torch.float64, device=images.device)
-    pixels = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).view(1, -1, 2)
-    source = transform_points(back, pixels.expand(len(images), -1, -1)).view(-1, size, size, 2)
+    axis = torch.arange(size, dtype=torch.float64, device=images.device)
+    pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(1, -1, 2)
+    inverse = invert_similarity(matrices.double())
+    source = transform_points(inverse, pixels.expand(len(images), -1, -1)).view(-1, size, size, 2)
     extent = torch.tensor([width, height], dtype=torch.float64, device=images.device)
     grid = ((2 * source + 1) / extent - 1).float()
     planes = images.permute(0, 3, 1, 2).float()
-    moved = F.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return moved.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    warped = F.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return warped.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def align_faces(images: Tensor, landmarks: Tensor, size: int = TEMPLATE_SIZE) -> Tensor:

@@ -1,4 +1,4 @@
-"""Encoded images to RGB pixels and back, by Pillow."""
+"""Decoding images to RGB pixels and encoding them, by Pillow."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from PIL import Image, UnidentifiedImageError
 
 # Pillow opens more formats than these; some of them start other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 1 << 26  # 64 megapixels: more is a decompression bomb, not a face
-_TOO_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to 8 bits without a word
+MAX_PIXELS = 1 << 26  # 64 megapixels; a larger image is a decompression bomb, not a face
+_TOO_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to 8 bits silently
 
 
 class UnreadableImage(Exception):
-    """Bytes that are no image, or a damaged one. The message says what is wrong, and with which image if known."""
+    """The bytes are no image or a damaged one. The message says what is wrong, and with which image if known."""
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
     """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image to RGB.
 
-    Grey, palette and CMYK images are converted, transparency is dropped. The EXIF orientation is ignored, since aligned
-    faces are upright as stored.
+    Grey, palette and CMYK images are converted, transparency is dropped. The EXIF orientation is ignored, because
+    aligned faces are stored upright.
 
     Returns:
         uint8 (H, W, 3), red first.
@@ -40,7 +40,7 @@ def decode_image(encoded: bytes) -> np.ndarray:
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except UnreadableImage:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
+    except Exception as error:  # Pillow's plugins raise errors of any type
         reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImage(reason or type(error).__name__) from error
 

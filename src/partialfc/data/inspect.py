@@ -1,4 +1,4 @@
-"""Health and counts of a training set, and a hash of what is in it that no storage format changes."""
+"""Health and counts of a training set, and a hash of its content that is the same in every storage format."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import Source, check_label, read_image
 
-_CHUNK = 1024  # images between two reports of progress
-_NAMED = 20  # unreadable records named in the result
+_CHUNK = 1024  # images between two calls of `progress`
+_NAMED = 20  # unreadable records in the result
 
 
 def inspect(
@@ -27,11 +27,11 @@ def inspect(
     Args:
         path: as `open_source` takes it.
         num_classes: the number of classes; by default what the data says.
-        progress: called now and then with the images done and the images in all.
+        progress: called regularly with (images done, images in all).
 
     Returns:
-        format, images (readable ones), classes, unreadable (their number), min_per_class and max_per_class (classes
-        without an image count 0), sha256_of_decoded, and unreadable_records (what is wrong with the first 20). An
+        format, images (number of readable ones), classes, unreadable (their number), min_per_class and max_per_class
+        (0 for a class without images), sha256_of_decoded, and unreadable_records (the reasons of the first 20). An
         image's SHA-256 covers its label in decimal, a newline, and the RGB pixels, uint8, row by row;
         sha256_of_decoded is that of the images' SHA-256s in hexadecimal, sorted and joined by newlines.
 
@@ -43,16 +43,16 @@ def inspect(
     digests = bytearray()
     unreadable: list[str] = []
     total = len(source)
-    # Pillow and hashlib let other threads run while they work.
+    # Pillow and hashlib release the GIL.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, total, _CHUNK):
             stop = min(start + _CHUNK, total)
-            for found in pool.map(lambda index: _examine(source, index), range(start, stop)):
-                if isinstance(found, str):
-                    unreadable.append(found)
+            for result in pool.map(lambda index: _examine(source, index), range(start, stop)):
+                if isinstance(result, str):
+                    unreadable.append(result)
                 else:
-                    counts[found[0]] += 1
-                    digests += found[1]
+                    counts[result[0]] += 1
+                    digests += result[1]
             if progress is not None:
                 progress(stop, total)
     return {
@@ -68,7 +68,7 @@ def inspect(
 
 
 def _examine(source: Source, index: int) -> tuple[int, bytes] | str:
-    """An image's label and digest, or what is wrong with it."""
+    """An image's label and digest, or why it is unreadable."""
     try:
         sample, image = read_image(source, index)
     except UnreadableImage as error:

@@ -1,7 +1,7 @@
-"""Verification pairs: the `.bin` files of LFW, CFP-FP, AgeDB-30 and their kin.
+"""Verification pairs: the `.bin` files of LFW, CFP-FP, AgeDB-30 and their like.
 
-Such a file is a pickle of (images, is_same), and a pickle is a program. Here it is read by an unpickler that knows the
-harmless instructions and maps the few NumPy names of these files to constructors of our own, so that the worst
+Such a file is a pickle of (images, is_same), and a pickle is a program. It is read by an unpickler that accepts only
+harmless instructions and maps the few NumPy names of these files to constructors of this module, so that a malicious
 file ends in an error message.
 """
 
@@ -33,17 +33,17 @@ _OPCODES = {
     opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes if opcode.name in _OPCODE_NAMES.split()
 }
 _DTYPES = {"u1": "u1", "b1": "?", "i4": "i4", "i8": "i8"}
-# Decoded images may take this many times the bytes of the file, or 1 GiB: a plain PNG reaches some 200.
+# Decoded images may take this many times the bytes of the file, or 1 GiB. A plain PNG reaches about 200.
 _MAX_GROWTH, _ALWAYS_ALLOWED = 1000, 1 << 30
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs of faces: pair i is images 2i and 2i + 1.
+    """Pairs of faces; pair i is images 2i and 2i + 1.
 
     Attributes:
         images: uint8 (2P, H, W, 3), RGB.
-        is_same: bool (P,), whether a pair shows one person.
+        is_same: bool (P,), whether both images of a pair are of one identity.
     """
 
     images: np.ndarray
@@ -51,11 +51,11 @@ class PairSet:
 
 
 class _Refused(Exception):
-    """The pickle asks for something that a verification file has no use for."""
+    """The file is not one of verification pairs; the message says why."""
 
 
 class _Dtype:
-    """Stands in for numpy.dtype while unpickling: u1, b1, i4, i8 and S only."""
+    """Replaces numpy.dtype while unpickling: u1, b1, i4, i8 and S only."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
         text = _text(code).lstrip("|<=>")
@@ -75,10 +75,9 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray while unpickling."""
+    """Replaces numpy.ndarray while unpickling."""
 
-    def __init__(self) -> None:
-        self.value: np.ndarray | None = None
+    value: np.ndarray | None = None
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
@@ -86,7 +85,7 @@ class _Array:
 
 
 def _build_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """The array that `data`, exactly as many bytes as dtype and shape need, holds."""
+    """The array in `data`, which must have exactly the bytes that dtype and shape need."""
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
         raise _Refused("an array without plain data")
     return np.frombuffer(data, dtype.build()).reshape(
@@ -95,24 +94,24 @@ def _build_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    """Stands in for numpy's _reconstruct (protocols 0 to 4): an array whose state follows."""
+    """Replaces numpy's _reconstruct (protocols 0 to 4): an array whose state follows."""
     return _Array()
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    """Stands in for numpy's _frombuffer (protocol 5)."""
+    """Replaces numpy's _frombuffer (protocol 5)."""
     array = _Array()
     array.value = _build_array(data, dtype, shape, _text(order))
     return array
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
-    """Stands in for numpy's scalar: one element."""
-    return _build_array(_as_bytes(data), dtype, (1,), "C")[0]
+    """Replaces numpy's scalar: one element."""
+    return _build_array(data.encode("latin1") if isinstance(data, str) else data, dtype, (1,), "C")[0]
 
 
 def _encode(text: Any, encoding: Any = "latin1", errors: Any = "strict") -> bytes:
-    """Stands in for _codecs.encode, by which protocols 0 to 2 write bytes in Python 3."""
+    """Replaces _codecs.encode, with which protocols 0 to 2 write bytes in Python 3."""
     if _text(encoding) not in ("latin1", "latin-1"):
         raise _Refused(f"the encoding {encoding!r}")
     return _text(text).encode("latin1")
@@ -124,24 +123,15 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else value.decode("latin1")
 
 
-def _as_bytes(value: Any) -> Any:
-    return value.encode("latin1") if isinstance(value, str) else value
-
-
 _CONSTRUCTORS: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
     ("_codecs", "encode"): _encode,
-    **{
-        (f"numpy.{core}.{module}", name): stand_in
-        for core in ("core", "_core")
-        for module, name, stand_in in (
-            ("multiarray", "_reconstruct", _reconstruct),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _from_buffer),
-        )
-    },
 }
+for _core in ("numpy.core", "numpy._core"):
+    _CONSTRUCTORS[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    _CONSTRUCTORS[f"{_core}.multiarray", "scalar"] = _scalar
+    _CONSTRUCTORS[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -155,7 +145,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def _unpickle(content: bytes) -> Any:
     """Read a pickle that consists of lists, tuples, strings, numbers and plain arrays.
 
-    The pass before the reading refuses other instructions and every length that exceeds the file.
+    A first pass refuses other instructions and every length that exceeds the file.
     """
     stream = io.BytesIO(content)
     name = ""
@@ -166,7 +156,7 @@ def _unpickle(content: bytes) -> Any:
         opcode = _OPCODES[code]
         name = opcode.name
         argument: Any = None
-        if name == "STRING":  # pickletools takes it for ASCII, but Python 2 wrote images with it
+        if name == "STRING":  # pickletools expects ASCII, but Python 2 wrote images with it
             stream.readline()
         elif opcode.arg is not None:
             argument = opcode.arg.reader(stream)
@@ -183,8 +173,8 @@ def read_pairs(path: str | Path) -> PairSet:
             Python 2: str), a uint8 vector (both an encoded image), or a uint8 array (H, W, 3) (its pixels).
 
     Raises:
-        InputError: the file cannot be read, is not of that form, asks for anything else to be built (nothing of it is
-            executed), or one of its images is damaged or of another size than the first.
+        InputError: the file cannot be read, has another form, asks for other objects (none of its code is executed),
+            or one of its images is damaged or of another size than the first.
     """
     path = Path(path)
     try:
@@ -192,45 +182,43 @@ def read_pairs(path: str | Path) -> PairSet:
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from error
     try:
-        loaded = _unpickle(content)
+        images, is_same = _parse(content)
     except Exception as error:  # a damaged pickle can fail in any way that parsing can
         reason = str(error) if isinstance(error, _Refused) else "it is damaged or no pickle"
         raise InputError(f"{path} is no file of verification pairs: {reason}.") from error
+    return PairSet(_decode_all(images, path, len(content)), is_same)
+
+
+def _parse(content: bytes) -> tuple[Sequence[Any] | np.ndarray, np.ndarray]:
+    """The images, not decoded yet, and is_same, bool (P,)."""
+    loaded = _unpickle(content)
     if not isinstance(loaded, tuple | list) or len(loaded) != 2:
-        raise InputError(f"{path} is no file of verification pairs: it must hold (images, is_same).")
-    images = _elements(loaded[0], path)
-    is_same = _is_same(_elements(loaded[1], path), path)
-    if len(images) != 2 * len(is_same) or not is_same:
-        raise InputError(
-            f"{path} is no file of verification pairs: it holds {len(images)} images and {len(is_same)} answers, "
-            "but every answer needs two images."
-        )
-    return PairSet(_decode_all(images, path, len(content)), np.array(is_same, bool))
+        raise _Refused("it must hold (images, is_same)")
+    images, answers = _elements(loaded[0]), _elements(loaded[1])
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, bool | int | np.bool_ | np.integer) or answer not in (0, 1):
+            raise _Refused(f"answer {number} is neither true nor false")
+    if len(images) != 2 * len(answers) or not len(answers):
+        raise _Refused(f"it holds {len(images)} images and {len(answers)} answers, but every answer needs two images")
+    return images, np.array([bool(answer) for answer in answers])
 
 
-def _elements(value: Any, path: Path) -> Sequence[Any] | np.ndarray:
+def _elements(value: Any) -> Sequence[Any] | np.ndarray:
     if isinstance(value, _Array) and value.value is not None and value.value.ndim:
         return value.value
     if isinstance(value, list | tuple):
         return value
-    raise InputError(f"{path} is no file of verification pairs: it must hold two lists, images and is_same.")
-
-
-def _is_same(values: Sequence[Any] | np.ndarray, path: Path) -> list[bool]:
-    for number, value in enumerate(values):
-        if not isinstance(value, bool | int | np.bool_ | np.integer) or value not in (0, 1):
-            raise InputError(f"{path} is no file of verification pairs: answer {number} is neither true nor false.")
-    return [bool(value) for value in values]
+    raise _Refused("it must hold two lists, images and is_same")
 
 
 def _decode_all(elements: Sequence[Any] | np.ndarray, path: Path, file_size: int) -> np.ndarray:
-    images: np.ndarray | None = None
+    images: np.ndarray = np.empty(0, np.uint8)
     for number, element in enumerate(elements):
         try:
             image = _pixels(element)
         except UnreadableImage as error:
             raise InputError(f"Image {number} of {path} cannot be read: {error}.") from error
-        if images is None:
+        if number == 0:
             needed = image.size * len(elements)
             if needed > max(_ALWAYS_ALLOWED, _MAX_GROWTH * file_size):
                 raise InputError(f"The images of {path} would take {needed >> 20} MiB: this is no sound file.")
@@ -241,12 +229,11 @@ def _decode_all(elements: Sequence[Any] | np.ndarray, path: Path, file_size: int
                 f"{images.shape[2]} x {images.shape[1]}: align all faces to one size first."
             )
         images[number] = image
-    assert images is not None
     return images
 
 
 def _pixels(element: Any) -> np.ndarray:
-    """The image (H, W, 3) that an element of the list holds."""
+    """The image (H, W, 3) in an element of the list."""
     if isinstance(element, _Array):
         element = element.value
     if isinstance(element, bytes | bytearray):
@@ -263,8 +250,8 @@ def _pixels(element: Any) -> np.ndarray:
 def write_pairs(path: str | Path, encoded_images: Sequence[bytes], is_same: Sequence[bool]) -> None:
     """Write a verification `.bin` file: a protocol 2 pickle with Python 2 strings, as the published ones are.
 
-    It is written instruction by instruction, since Python 3 would wrap the strings into calls. The file appears whole
-    or not at all.
+    It is written instruction by instruction, because Python 3 would encode the strings as calls. The file appears
+    complete or not at all.
 
     Args:
         path: the file to write; an existing one is replaced.

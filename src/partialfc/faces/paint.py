@@ -1,7 +1,7 @@
-"""What is painted on the head: skin, eyes, brows, nose, mouth, lines, moles, beard.
+"""The surface colours of the face: skin, eyes, brows, nose, mouth, lines, moles, beard.
 
-Shapes are signed distances at each pixel's place (a, b), positive inside, turned into coverage over the width of a
-pixel, so that edges are smooth without supersampling. Colours are linear light (reflectances).
+Shapes are signed distances at each pixel's map coordinates (a, b), positive inside, turned into coverage over the width
+of a pixel, so that edges are smooth without supersampling. Colours are reflectances (albedo) in linear light.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.faces.draws import MOLES, Draws
+from partialfc.faces.traits import Named
 
 # Skin from light to dark and hair from fair to black, as square roots of reflectances.
 _SKIN_RAMP = ((0.96, 0.80, 0.70), (0.89, 0.68, 0.55), (0.71, 0.50, 0.375), (0.46, 0.30, 0.22))
@@ -21,21 +21,24 @@ _IRIS_RAMP = ((0.42, 0.55, 0.64), (0.42, 0.50, 0.40), (0.36, 0.25, 0.16), (0.20,
 
 @dataclass(frozen=True)
 class Canvas:
-    """A batch of pictures in the making, with what the brushes need.
+    """The albedo of a batch of images, painted in place, and the inputs of the painting functions.
 
-    Places `a`, `b` and the side of the face `side` (-1 or 1) are (N, H, W); `measure`, `trait` and `jitter` hold one
-    number a sample as (N, 1, 1); `edge` (N, 1, 1) is 1 over the width of a pixel on the map; `skin_noise` (N, 2, H, W)
-    is the skin's own pattern, broad and fine, and `strands` (N, H, W) that of the hair; `skin` and `hair` (N, 3) are
-    reflectances; `albedo` (N, 3, H, W) is painted in place.
+    Attributes:
+        a, b: map coordinates of the pixels, (N, H, W).
+        edge: 1 over the width of a pixel on the map, (N, 1, 1).
+        measure, trait, nuisance: by name, (N, 1, 1).
+        skin_noise: broad and fine pattern of the skin, (N, 2, H, W).
+        strands: pattern of the hair, (N, H, W).
+        skin, hair: reflectances, (N, 3).
+        albedo: reflectances of the pixels, (N, 3, H, W).
     """
 
     a: Tensor
     b: Tensor
-    side: Tensor
     edge: Tensor
-    measure: Draws
-    trait: Draws
-    jitter: Draws
+    measure: Named
+    trait: Named
+    nuisance: Named
     skin_noise: Tensor
     strands: Tensor
     skin: Tensor
@@ -43,46 +46,46 @@ class Canvas:
     albedo: Tensor
 
     def cover(self, distance: Tensor, softness: float = 1.0) -> Tensor:
-        """Coverage of pixels whose signed distance from a shape is `distance` (positive inside), on the map."""
+        """Coverage of the pixels by a shape, from their signed distance on the map (positive inside)."""
         return (distance * (self.edge / softness)).add_(0.5).clamp_(0, 1)
 
     def paint(self, colour: Tensor, cover: Tensor) -> None:
-        """Lay a colour, (N, 3) or (N, 3, H, W), over the picture where `cover` (N, H, W) says."""
-        ink = colour[:, :, None, None] if colour.ndim == 2 else colour
-        torch.lerp(self.albedo, ink, cover[:, None], out=self.albedo)
+        """Blend a colour, (N or 1, 3) or (N, 3, H, W), over the albedo by its coverage (N, H, W)."""
+        colour = colour[:, :, None, None] if colour.ndim == 2 else colour
+        torch.lerp(self.albedo, colour, cover[:, None], out=self.albedo)
 
     def dim(self, cover: Tensor, strength: Tensor | float) -> None:
-        """Darken the picture by up to `strength` where `cover` (N, H, W) says."""
+        """Darken the albedo by `strength` times the coverage (N, H, W)."""
         self.albedo.mul_((1 - cover * strength)[:, None])
 
 
 def ramp(stops: tuple[tuple[float, float, float], ...], position: Tensor) -> Tensor:
-    """Reflectances (N, 3) at positions (N,) in [0, 1] along a ramp of square roots of reflectances."""
+    """Reflectances (N, 3) at positions (N,), clipped to [0, 1], along a ramp of square roots of reflectances."""
     table = torch.tensor(stops, dtype=position.dtype, device=position.device)
-    place = position.clamp(0, 1) * (len(stops) - 1)
-    lower = place.floor().clamp_max(len(stops) - 2)
-    roots = torch.lerp(table[lower.long()], table[lower.long() + 1], (place - lower)[:, None])
+    position = position.clamp(0, 1) * (len(stops) - 1)
+    lower = position.floor().clamp_max(len(stops) - 2)
+    roots = torch.lerp(table[lower.long()], table[lower.long() + 1], (position - lower)[:, None])
     return roots * roots
 
 
-def skin_colour(trait: Draws) -> Tensor:
+def skin_colour(trait: Named) -> Tensor:
     """Reflectance of the bare skin (N, 3) from traits (N,)."""
     colour = ramp(_SKIN_RAMP, 0.46 + 0.20 * trait["skin_tone"])
     warm = 0.055 * trait["skin_warm"]
     return colour * torch.stack([1 + 0.6 * warm, 1 - 0.2 * warm, 1 - warm], dim=1)
 
 
-def hair_colour(trait: Draws, tone_shift: Tensor) -> Tensor:
+def hair_colour(trait: Named, tone_shift: Tensor) -> Tensor:
     """Reflectance of the hair (N, 3): fair to black, red, and greying with age."""
     colour = ramp(_HAIR_RAMP, 0.60 + 0.26 * trait["hair_dark"] + 0.05 * tone_shift)
     red = (0.22 * (trait["hair_red"] - 0.6)).clamp(0, 0.5)
     colour = colour * torch.stack([1 + red, 1 - 0.2 * red, 1 - 0.6 * red], dim=1)
     grey = (0.45 * (trait["age"] - 0.9)).clamp(0, 0.85)[:, None]
-    return torch.lerp(colour, colour.new_tensor([[0.36, 0.35, 0.34]]).expand_as(colour), grey)
+    return torch.lerp(colour, colour.new_tensor([[0.36, 0.35, 0.34]]), grey)
 
 
 def paint_face(canvas: Canvas, moles: Tensor) -> None:
-    """Everything on the face but hair and what is worn; `moles` (N, MOLES, 4) are uniform numbers of the identity."""
+    """Paint the face without hair and accessories; `moles` (N, M, 4) are uniform numbers of the identity."""
     _skin(canvas)
     _moles(canvas, moles)
     _lines(canvas)
@@ -104,10 +107,9 @@ def _skin(canvas: Canvas) -> None:
     broad, fine = canvas.skin_noise.unbind(1)
     width = canvas.a.abs()
     canvas.albedo.copy_(canvas.skin[:, :, None, None] * (1 + 0.07 * broad + 0.02 * fine)[:, None])
-    flush = (0.35 + 0.14 * trait["blush"] + 0.10 * canvas.jitter["blush"]).clamp(0, 0.9)
-    redness = _bell(width - 0.50, canvas.b - 0.27, 0.22, 0.20) + 0.8 * _bell(
-        width, canvas.b - measure["nose_b"], 0.12, 0.12
-    )
+    flush = (0.35 + 0.14 * trait["blush"] + 0.10 * canvas.nuisance["blush"]).clamp(0, 0.9)
+    redness = _bell(width - 0.50, canvas.b - 0.27, 0.22, 0.20)
+    redness = redness + 0.8 * _bell(width, canvas.b - measure["nose_b"], 0.12, 0.12)
     redness = redness * (flush * (1 + 0.3 * broad))
     canvas.albedo[:, 1:].mul_((1 - 0.32 * redness)[:, None])
     around_eye = _bell(width - measure["eye_a"] + 0.06, canvas.b - measure["eye_b"] - 0.02, 0.16, 0.10)
@@ -119,11 +121,10 @@ def _skin(canvas: Canvas) -> None:
 
 
 def _moles(canvas: Canvas, moles: Tensor) -> None:
-    spots = moles[:, :, :, None, None]
     square = (canvas.a * canvas.a).addcmul_(canvas.b, canvas.b)
     dots = torch.zeros_like(square)
-    for number in range(MOLES):
-        a, b, size, strength = spots[:, number].unbind(1)
+    for number in range(moles.shape[1]):
+        a, b, size, strength = moles[:, number, :, None, None].unbind(1)
         a, b = (a - 0.5) * 1.7, b * 1.35 - 0.50
         # A spot smaller than a pixel fades instead of vanishing between pixels.
         radius = 0.012 + 0.012 * size * size
@@ -164,18 +165,16 @@ def _nose(canvas: Canvas) -> None:
 
 
 def _beard(canvas: Canvas) -> None:
-    trait, jitter, measure = canvas.trait, canvas.jitter, canvas.measure
+    trait, nuisance, measure = canvas.trait, canvas.nuisance, canvas.measure
     width, b = canvas.a.abs(), canvas.b
-    amount = (0.55 * (trait["beard"] - 0.45) + 0.25 * jitter["beard"]).clamp(0, 1) * (
-        0.25 + 0.75 * jitter["beard_grown"]
-    )
+    amount = (0.55 * (trait["beard"] - 0.45) + 0.25 * nuisance["beard"]).clamp(0, 1)
+    amount = amount * (0.25 + 0.75 * nuisance["beard_grown"])
     line = 0.55 + 0.035 * trait["beard_low"] - 0.42 * (width - 0.36).clamp_min(0)
     jaw = (b - line) * (1 / 0.16)
     upper_lip = torch.minimum((b - measure["nostril_b"] - 0.075) * 20, (measure["mouth_width"] + 0.03 - width) * 12)
-    free = (
-        torch.sqrt((width / (measure["mouth_width"] + 0.02)) ** 2 + ((b - measure["mouth_b"] - 0.01) / 0.13) ** 2) - 1
-    )
-    region = torch.maximum(jaw.clamp(0, 1) * (free * 4).clamp(0, 1), upper_lip.clamp(0, 1))
+    across, down = width / (measure["mouth_width"] + 0.02), (b - measure["mouth_b"] - 0.01) / 0.13
+    around_mouth = torch.sqrt(across**2 + down**2) - 1
+    region = torch.maximum(jaw.clamp(0, 1) * (around_mouth * 4).clamp(0, 1), upper_lip.clamp(0, 1))
     strands = 1 + 0.15 * canvas.skin_noise[:, 1] + 0.08 * canvas.strands
     canvas.paint(canvas.hair * 0.8, region * (amount * strands).clamp(0, 0.95))
 
@@ -196,38 +195,34 @@ def _mouth(canvas: Canvas) -> None:
     canvas.paint(colour, lips * 0.88)
     canvas.dim(lips * (0.5 - y * 14).clamp_(0, 1), 0.20)  # the upper lip faces down
     inside = canvas.cover(torch.minimum(y + 0.35 * gap, gap - y), 1.0) * (gap * 60).clamp_(0, 1)
-    canvas.paint(canvas.skin.new_tensor([[0.075, 0.022, 0.020]]).expand(len(u), 3), inside)
+    canvas.paint(canvas.skin.new_tensor([[0.075, 0.022, 0.020]]), inside)
     teeth = inside * canvas.cover(0.034 - (y + 0.35 * gap), 1.2)
-    canvas.paint(
-        canvas.skin.new_tensor([[0.66, 0.62, 0.54]]).expand(len(u), 3), teeth * (1 - 0.5 * square).clamp_(0, 1)
-    )
+    canvas.paint(canvas.skin.new_tensor([[0.66, 0.62, 0.54]]), teeth * (1 - 0.5 * square).clamp_(0, 1))
     line = canvas.cover(0.009 - y.abs(), 1.3) * canvas.cover(measure["mouth_width"] * 1.04 - canvas.a.abs(), 1.5)
     canvas.dim(line * (1 - inside), 0.62)
 
 
 def _eyes(canvas: Canvas) -> None:
-    trait, measure, jitter = canvas.trait, canvas.measure, canvas.jitter
+    trait, measure, nuisance = canvas.trait, canvas.measure, canvas.nuisance
     x = canvas.a.abs() - measure["eye_a"]
     flat = canvas.b + measure["skew"] * canvas.a - measure["eye_b"]
     y = flat + measure["eye_tilt"] * x
-    u = (x / measure["eye_width"]).clamp_(-1.3, 1.3)  # further out the lids' parabolas mean nothing
+    u = (x / measure["eye_width"]).clamp_(-1.3, 1.3)  # the lids' parabolas end there
     belly = 1 - u * u
     upper = y + measure["eye_upper"].clamp_min(0.014) * belly * (1 + measure["eye_skew"].clamp(-0.7, 0.7) * u)
     lower = measure["eye_lower"].clamp_min(0.012) * belly - y
     opening = canvas.cover(torch.minimum(upper, lower))
     iris = measure["iris"]
     # Gaze turns both eyes the same way, although the eyes are mirror images.
-    look = x * canvas.side - 0.016 * trait["gaze_a"]
+    look = x * torch.sign(canvas.a) - 0.016 * trait["gaze_a"]
     rise = flat - 0.008 * trait["gaze_b"] + 0.010
     radius = torch.sqrt(look * look + rise * rise)
-    white = canvas.skin.new_tensor([[0.60, 0.565, 0.545]]).expand(len(x), 3)
-    ball = torch.lerp(
-        white[:, :, None, None], _iris_colour(trait)[:, :, None, None], canvas.cover(iris - radius)[:, None]
-    )
+    white = canvas.skin.new_tensor([[0.60, 0.565, 0.545]])[:, :, None, None]
+    ball = torch.lerp(white, _iris_colour(trait)[:, :, None, None], canvas.cover(iris - radius)[:, None])
     dark = canvas.cover(0.42 * iris - radius) * 0.9 + canvas.cover(0.010 - (radius - iris).abs(), 1.5) * 0.45
     shade = (upper * 11 + 0.40).clamp_(0.35, 1) * (1 - dark.clamp_(0, 0.92))
     canvas.paint(ball * shade[:, None], opening)
-    glint = torch.sqrt((look - 0.018 * jitter["light_side"]) ** 2 + (rise + 0.026) ** 2)
+    glint = torch.sqrt((look - 0.018 * nuisance["light_side"]) ** 2 + (rise + 0.026) ** 2)
     canvas.paint(white * 1.6, canvas.cover(0.013 - glint) * opening * 0.85)
     inside = canvas.cover((1.08 - u.abs()) * 0.16, 1.2)
     lash = canvas.cover(0.013 - (upper - 0.004).abs(), 1.1) * inside
@@ -236,12 +231,11 @@ def _eyes(canvas: Canvas) -> None:
     crease = (upper + measure["crease"]).abs()
     canvas.dim(canvas.cover(0.007 - crease, 1.3) * inside, (0.34 + 0.06 * trait["lid_crease"]).clamp(0.1, 0.5))
     bag = (lower + 0.055 + 0.012 * u).abs()
-    canvas.dim(
-        canvas.cover(0.008 - bag, 2.5) * inside, (0.10 + 0.05 * trait["eye_bag"] + 0.05 * trait["age"]).clamp(0, 0.3)
-    )
+    strength = (0.10 + 0.05 * trait["eye_bag"] + 0.05 * trait["age"]).clamp(0, 0.3)
+    canvas.dim(canvas.cover(0.008 - bag, 2.5) * inside, strength)
 
 
-def _iris_colour(trait: Draws) -> Tensor:
+def _iris_colour(trait: Named) -> Tensor:
     tone = trait["iris_tone"] * 0.24 + 0.20 * trait["hair_dark"] + 0.55
     colour = ramp(_IRIS_RAMP, tone[:, 0, 0])
     hue = 0.10 * trait["iris_hue"][:, 0]

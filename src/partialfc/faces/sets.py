@@ -1,17 +1,17 @@
-"""Procedural sets in the real benchmarks' file formats, so that everything else treats them like real data."""
+"""Data sets of procedural faces, in the file formats of real training sets and benchmarks."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,21 +19,82 @@ from PIL import Image
 from torch import Tensor
 
 from partialfc.core import keyed_random
+from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, atomic_folder, output_errors
 from partialfc.core.keyed_random import derive_key
 from partialfc.data.images import encode_jpeg
 from partialfc.data.pair_files import write_pairs
 from partialfc.data.sources.recordio import RecordWriter
-from partialfc.faces.render import GROUPS, FaceSettings, jpeg_quality, render_faces
+from partialfc.faces.parameters import GROUPS, group_of, jpeg_quality
+from partialfc.faces.render import render_faces
+from partialfc.faces.settings import FaceSettings
 
 Layout = Literal["recordio", "folder"]
-Progress = Callable[[int, int], None]
 
 FOLDS = 10
-# Images that a worker renders for one request, and below which starting workers costs more than it gains.
-_REQUEST = 128
-_WORTH_WORKERS = 1024
+FIRST_HELD_OUT = 1_000_000
+_IMAGES_PER_TASK = 128
+_WORTH_WORKERS = 1024  # images; starting workers for fewer costs more than it gains
+
+
+@dataclass(frozen=True)
+class FaceWorld:
+    """A training set, and verification pairs of identities that are not in it; all of it a function of the seed.
+
+    Args:
+        identities, shots: identities of the training set, and images of each.
+        pairs: test pairs, half of them genuine, a multiple of 20; impostors are of one group.
+        pair_identities: further identities for the pairs, numbered from `FIRST_HELD_OUT`.
+        image_size: side of the images in pixels.
+        layout: format of the training set.
+
+    Raises:
+        InputError: a number makes no set, or the identities of the training set would reach those of the pairs.
+    """
+
+    identities: int = 1_000
+    shots: int = 8
+    pairs: int = 6_000
+    pair_identities: int = 1_000
+    image_size: int = 112
+    seed: int = 0
+    layout: Layout = "recordio"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.identities <= FIRST_HELD_OUT:
+            raise InputError(f"identities is {self.identities}; it lies between 1 and {FIRST_HELD_OUT:,}.")
+        _check_training_set(range(self.identities), self.shots, self.image_size, self.layout)
+        _check_pair_set(self._held_out(), self.pairs, self.image_size)
+
+    def _held_out(self) -> range:
+        return range(FIRST_HELD_OUT, FIRST_HELD_OUT + self.pair_identities)
+
+    def write(self, folder: Path, *, resume: bool = False, quiet: bool = True) -> dict[str, Any]:
+        """Write `folder/train` and `folder/pairs.bin`.
+
+        Args:
+            folder: the folder to make.
+            resume: keep what an interrupted call has finished in the folder, rather than refuse it.
+            quiet: show no progress.
+
+        Returns:
+            What was written, as JSON can hold it.
+
+        Raises:
+            InputError: the folder exists and `resume` is False, or it cannot be written.
+        """
+        train, pairs = folder / "train", folder / "pairs.bin"
+        if folder.exists() and not resume:
+            raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
+        folder.mkdir(parents=True, exist_ok=True)
+        common: dict[str, Any] = {"size": self.image_size, "seed": self.seed, "quiet": quiet}
+        if not train.exists():
+            identities = range(self.identities)
+            write_training_set(train, identities=identities, shots=self.shots, layout=self.layout, **common)
+        if not pairs.exists():
+            write_pair_set(pairs, identities=self._held_out(), pairs=self.pairs, **common)
+        return {"train": str(train), "images": self.identities * self.shots, "pairs_file": str(pairs), **asdict(self)}
 
 
 def write_training_set(
@@ -46,48 +107,45 @@ def write_training_set(
     layout: Layout = "recordio",
     settings: FaceSettings | None = None,
     workers: int | None = None,
-    progress: Progress | None = None,
+    quiet: bool = True,
 ) -> None:
-    """Write aligned procedural faces as a training set, with `faces.json` saying what they are.
+    """Write aligned procedural faces as a training set, described by its `faces.json`.
 
-    The class of an identity is its place in `identities`. The files are written beside the target and renamed when
-    whole; what they hold depends on neither `workers` nor the machine's load.
+    Class i is the i-th of `identities`. The folder appears whole or not at all; its content depends on neither
+    `workers` nor the machine's load.
 
     Args:
         folder: the folder to make.
         identities: numbers of the identities.
         shots: images of each.
         size: side of the images in pixels.
-        seed: the world from which identities and shots are drawn.
+        seed: another seed gives other identities and images.
         layout: "recordio" (train.rec with header, train.idx, property) or "folder" (`<identity>/<shot>.jpg`).
         settings: strengths of the nuisances.
         workers: processes that render; by default one for each core, none for small sets. Scripts that start
             processes need the usual `if __name__ == "__main__":`.
-        progress: called with (images done, images in all).
+        quiet: show no progress.
 
     Raises:
-        InputError: the folder exists, cannot be written, or the numbers make no set.
+        InputError: the folder exists, cannot be written, or a number makes no set.
     """
-    _check_numbers(identities, size)
-    if shots < 1:
-        raise InputError(f"A training set needs at least 1 shot of each identity, not {shots}.")
-    if layout not in ("recordio", "folder"):
-        raise InputError(f'Unknown layout "{layout}": choose recordio or folder.')
+    folder = Path(folder)
+    _check_training_set(identities, shots, size, layout)
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
     settings = settings or FaceSettings()
-    people = torch.tensor(identities, dtype=torch.int64).repeat_interleave(shots)
-    takes = torch.arange(shots).repeat(len(identities))
-    images = _encoded_images(seed, people, takes, size, settings, workers, progress)
-    with _new_folder(Path(folder)) as partial:
+    images = _encoded_images(seed, *_grid(identities, shots), size, settings, workers, quiet)
+    with output_errors(folder), atomic_folder(folder) as partial, closing(images):
         if layout == "recordio":
-            with RecordWriter(partial / "train.rec", num_classes=len(identities), size=size) as writer:
+            with RecordWriter(partial / "train.rec", num_classes=len(identities)) as writer:
                 for number, image in enumerate(images):
                     writer.write(image, number // shots)
         else:
             digits = len(str(max(identities)))
             for number, image in enumerate(images):
-                home = partial / f"{identities[number // shots]:0{digits}d}"
-                home.mkdir(exist_ok=True)
-                (home / f"{number % shots:0{len(str(shots - 1))}d}.jpg").write_bytes(image)
+                target = partial / f"{identities[number // shots]:0{digits}d}"
+                target.mkdir(exist_ok=True)
+                (target / f"{number % shots:0{len(str(shots - 1))}d}.jpg").write_bytes(image)
         about = _about(seed, identities, size, settings) | {"shots": shots, "layout": layout}
         (partial / "faces.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -101,38 +159,34 @@ def write_pair_set(
     seed: int = 0,
     settings: FaceSettings | None = None,
     workers: int | None = None,
-    progress: Progress | None = None,
+    quiet: bool = True,
 ) -> None:
-    """Write aligned procedural pairs as a verification `.bin`, with a `.json` of the same stem saying what they are.
+    """Write aligned procedural pairs as a verification `.bin`, described by a `.json` of the same stem.
 
-    The order is LFW's: ten folds, in each first the genuine, then as many impostor pairs. Impostors belong to the same
-    group, so that a group's looks do not tell them apart. No shot appears twice.
+    The order is LFW's: ten folds, in each first the genuine, then as many impostor pairs. Both images of an impostor
+    pair are of one group, so that the look of a group does not give them away. No image appears twice.
 
     Args:
         path: the `.bin` file to make.
-        identities: numbers of the identities; keep them apart from those trained on.
+        identities: numbers of the identities, disjoint from those trained on.
         pairs: a multiple of 20.
-        size, seed, settings, workers, progress: as for `write_training_set`.
+        size, seed, settings, workers, quiet: as for `write_training_set`.
 
     Raises:
-        InputError: the file exists, cannot be written, or the numbers make no set.
+        InputError: the file exists, cannot be written, or a number makes no set.
     """
     path = Path(path)
     about_path = path.with_suffix(".json")
-    _check_numbers(identities, size)
-    if pairs < 1 or pairs % (2 * FOLDS):
-        raise InputError(f"{pairs} pairs do not make {FOLDS} balanced folds: take a multiple of {2 * FOLDS}.")
-    if len(identities) < 2 * GROUPS:
-        raise InputError(f"{len(identities)} identities give no impostors in each group: take at least {2 * GROUPS}.")
+    _check_pair_set(identities, pairs, size)
     for target in (path, about_path):
         if target.exists():
             raise InputError(f"{target} exists already: remove it, or write somewhere else.")
     if not path.parent.is_dir():
         raise InputError(f"Cannot write {path}: there is no folder {path.parent}.")
     settings = settings or FaceSettings()
-    people, is_same = draw_pairs(seed, identities, pairs)
-    takes = torch.arange(2 * pairs)
-    encoded = list(_encoded_images(seed, people.flatten(), takes, size, settings, workers, progress))
+    members, is_same = draw_pairs(seed, identities, pairs)
+    shots = torch.arange(2 * pairs)
+    encoded = list(_encoded_images(seed, members.flatten(), shots, size, settings, workers, quiet))
     about = _about(seed, identities, size, settings) | {"pairs": pairs, "folds": FOLDS}
     with output_errors(path), atomic_file(about_path) as file:
         file.write((json.dumps(about, indent=2) + "\n").encode())
@@ -140,10 +194,13 @@ def write_pair_set(
 
 
 def draw_pairs(seed: int, identities: range, pairs: int) -> tuple[Tensor, Tensor]:
-    """Who stands in which pair: identities int64 (pairs, 2) and whether they are the same, bool (pairs,).
+    """The identities of each pair, int64 (pairs, 2), and whether they are the same, bool (pairs,).
 
-    Genuine pairs go round all identities in a keyed order, so that each appears as often as the others (give or take
-    one). Impostor pairs take the groups in turn.
+    Genuine pairs cycle through all identities in a keyed order, so that their counts differ by at most one. Impostor
+    pairs cycle through the groups.
+
+    Raises:
+        InputError: a group has fewer than two of the identities.
     """
     numbers = torch.tensor(identities, dtype=torch.int64)
     half = torch.arange(pairs // 2)
@@ -151,16 +208,16 @@ def draw_pairs(seed: int, identities: range, pairs: int) -> tuple[Tensor, Tensor
     genuine = numbers[order][:, None].expand(-1, 2)
     impostor = torch.empty_like(genuine)
     for group in range(GROUPS):
-        members = numbers[numbers % GROUPS == group]
-        mine = half[half % GROUPS == group]
-        if len(members) < 2:
+        candidates = numbers[group_of(numbers) == group]
+        rows = half[half % GROUPS == group]
+        if len(candidates) < 2:
             raise InputError(f"Group {group} has fewer than two of the identities {identities}: take more of them.")
-        first = (keyed_random.uniform(derive_key(seed, "first impostor"), mine) * len(members)).long()
-        step = 1 + (keyed_random.uniform(derive_key(seed, "second impostor"), mine) * (len(members) - 1)).long()
-        impostor[mine] = torch.stack([members[first], members[(first + step) % len(members)]], dim=1)
-    people = torch.cat([genuine.view(FOLDS, -1, 2), impostor.view(FOLDS, -1, 2)], dim=1).view(-1, 2)
+        first = (keyed_random.uniform(derive_key(seed, "first impostor"), rows) * len(candidates)).long()
+        step = 1 + (keyed_random.uniform(derive_key(seed, "second impostor"), rows) * (len(candidates) - 1)).long()
+        impostor[rows] = torch.stack([candidates[first], candidates[(first + step) % len(candidates)]], dim=1)
+    members = torch.cat([genuine.view(FOLDS, -1, 2), impostor.view(FOLDS, -1, 2)], dim=1).view(-1, 2)
     is_same = torch.arange(pairs) % (pairs // FOLDS) < pairs // (2 * FOLDS)
-    return people, is_same
+    return members, is_same
 
 
 def write_contact_sheet(
@@ -173,17 +230,13 @@ def write_contact_sheet(
     aligned: bool = True,
     settings: FaceSettings | None = None,
 ) -> None:
-    """Write one picture with a row for each identity and a column for each shot; the suffix decides JPEG or PNG.
+    """Write one image with a row for each identity and a column for each shot, as JPEG or PNG by its suffix.
 
     Raises:
-        InputError: the file cannot be written, or the numbers make no sheet.
+        InputError: the file cannot be written, or a number makes no sheet.
     """
-    _check_numbers(identities, size)
-    if shots < 1:
-        raise InputError(f"A contact sheet needs at least 1 shot of each identity, not {shots}.")
-    people = torch.tensor(identities, dtype=torch.int64).repeat_interleave(shots)
-    takes = torch.arange(shots).repeat(len(identities))
-    faces = render_faces(seed, people, takes, size=size, aligned=aligned, settings=settings)
+    _check_images(identities, shots, size)
+    faces = render_faces(seed, *_grid(identities, shots), size=size, aligned=aligned, settings=settings)
     rows = faces.images.view(len(identities), shots, size, size, 3).permute(0, 2, 1, 3, 4)
     sheet = rows.reshape(len(identities) * size, shots * size, 3).numpy()
     try:
@@ -192,11 +245,33 @@ def write_contact_sheet(
         raise InputError(f"Cannot write a contact sheet to {path}: {error}.") from error
 
 
-def _check_numbers(identities: range, size: int) -> None:
+def _check_training_set(identities: range, shots: int, size: int, layout: str) -> None:
+    _check_images(identities, shots, size)
+    if layout not in get_args(Layout):
+        raise InputError(f'Unknown layout "{layout}": choose recordio or folder.')
+
+
+def _check_pair_set(identities: range, pairs: int, size: int) -> None:
+    _check_images(identities, 1, size)
+    if pairs < 1 or pairs % (2 * FOLDS):
+        raise InputError(f"{pairs} pairs do not make {FOLDS} balanced folds: take a multiple of {2 * FOLDS}.")
+    if len(identities) < 2 * GROUPS:
+        raise InputError(f"{len(identities)} identities give no impostors in each group: take at least {2 * GROUPS}.")
+
+
+def _check_images(identities: range, shots: int, size: int) -> None:
     if not identities or min(identities) < 0:
         raise InputError(f"{identities} is no range of identities: give at least one, counting from 0.")
+    if shots < 1:
+        raise InputError(f"shots is {shots}: an identity has at least 1 image.")
     if size < 16:
         raise InputError(f"A face needs at least 16 pixels a side, not {size}.")
+
+
+def _grid(identities: range, shots: int) -> tuple[Tensor, Tensor]:
+    """Identity and shot of every image, identity by identity: int64 (len(identities) * shots,) each."""
+    numbers = torch.tensor(identities, dtype=torch.int64)
+    return numbers.repeat_interleave(shots), torch.arange(shots).repeat(len(identities))
 
 
 def _about(seed: int, identities: range, size: int, settings: FaceSettings) -> dict[str, object]:
@@ -209,67 +284,49 @@ def _about(seed: int, identities: range, size: int, settings: FaceSettings) -> d
     }
 
 
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` at a clean end and is removed otherwise."""
-    if folder.exists() or folder.is_symlink():
-        raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
-    with output_errors(folder), atomic_folder(folder) as temporary:
-        yield temporary
-
-
-def _encode_some(seed: int, people: np.ndarray, takes: np.ndarray, size: int, settings: FaceSettings) -> list[bytes]:
-    """Render and encode one request: what a worker does."""
-    identities, shots = torch.from_numpy(people), torch.from_numpy(takes)
-    images = render_faces(seed, identities, shots, size=size, settings=settings).images.numpy()
-    qualities = jpeg_quality(seed, identities, shots, settings).tolist()
-    return [encode_jpeg(image, quality) for image, quality in zip(images, qualities, strict=True)]
-
-
 def _encoded_images(
     seed: int,
-    people: Tensor,
-    takes: Tensor,
+    identities: Tensor,
+    shots: Tensor,
     size: int,
     settings: FaceSettings,
     workers: int | None,
-    progress: Progress | None,
-) -> Iterator[bytes]:
-    """JPEG files of the shots, in order, rendered by `workers` processes (0: in this one)."""
-    total = len(people)
+    quiet: bool,
+) -> Generator[bytes, None, None]:
+    """The images as JPEG files, in order, rendered by `workers` processes (0: in this one)."""
+    total, done = len(identities), 0
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if total >= _WORTH_WORKERS else 0
-    requests = (
-        (seed, people[start : start + _REQUEST].numpy(), takes[start : start + _REQUEST].numpy(), size, settings)
-        for start in range(0, total, _REQUEST)
+    tasks = (
+        (seed, identities[rows].numpy(), shots[rows].numpy(), size, settings)
+        for rows in (slice(start, start + _IMAGES_PER_TASK) for start in range(0, total, _IMAGES_PER_TASK))
     )
-    done = 0
-    for images in _answers(requests, workers):
-        yield from images
-        done += len(images)
-        if progress is not None:
-            progress(done, total)
+    with Progress("rendering", total, quiet=quiet) as progress:
+        for images in _run(tasks, workers) if workers > 0 else (_encode(*task) for task in tasks):
+            yield from images
+            done += len(images)
+            progress.update(done)
 
 
-_Request = tuple[int, np.ndarray, np.ndarray, int, FaceSettings]
+def _encode(seed: int, identities: np.ndarray, shots: np.ndarray, size: int, settings: FaceSettings) -> list[bytes]:
+    """Render and encode the images of one task."""
+    keys = torch.from_numpy(identities), torch.from_numpy(shots)
+    images = render_faces(seed, *keys, size=size, settings=settings).images.numpy()
+    qualities = jpeg_quality(seed, *keys, settings).tolist()
+    return [encode_jpeg(image, quality) for image, quality in zip(images, qualities, strict=True)]
 
 
-def _answers(requests: Iterator[_Request], workers: int) -> Iterator[list[bytes]]:
-    """Answers in the order of the requests, a few of which are under way at a time."""
-    if workers <= 0:
-        for request in requests:
-            yield _encode_some(*request)
-        return
-    # Spawned, not forked: a fork of a process whose torch has running threads can hang.
+def _run(tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[list[bytes]]:
+    """`_encode` of each task, in order, with a few tasks for each worker in flight."""
+    # Spawned, not forked: a fork of a process with running threads of torch can hang.
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        under_way: deque[Future[list[bytes]]] = deque()
+        pending: deque[Future[list[bytes]]] = deque()
         try:
-            for request in requests:
-                under_way.append(pool.submit(_encode_some, *request))
-                if len(under_way) > 3 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+            for task in tasks:
+                pending.append(pool.submit(_encode, *task))
+                if len(pending) > 3 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in under_way:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""How strongly each nuisance disturbs a procedural face, and how far identities differ: the difficulty of the task."""
+"""The difficulty of the procedural faces: how strong each nuisance is, and how far identities differ."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FaceSettings:
-    """Strengths of what tells two shots of one person apart, and of what tells two people apart.
+    """Strengths of the differences between images of one identity, and of those between identities.
 
     The defaults are those of every figure in the documentation. 0 switches a nuisance off.
     """
 
     identity_spread: float = 1.0
-    """Factor on every identity trait: smaller makes all people more alike."""
+    """Factor on every identity trait: smaller makes all identities more alike."""
     group_shift: float = 0.55
-    """Standard deviation, in units of the trait, of the means of the four groups."""
+    """Standard deviation of the trait means of the four groups, in units of the trait."""
     yaw: float = 20.0
     """Standard deviation of the turn of the head in degrees, cut off at twice that."""
     pitch: float = 9.0
@@ -25,11 +25,11 @@ class FaceSettings:
     expression: float = 1.0
     """Factor on smile, open mouth, brows and lids."""
     age: float = 1.0
-    """Factor on the drift of age between shots: wrinkles, sagging, grey hair."""
+    """Factor on the drift of age between images of an identity: wrinkles, sagging, grey hair."""
     hairstyle: float = 1.0
-    """Factor on how hairline, fringe and volume vary between shots of one person."""
+    """Factor on how hairline, fringe and volume vary between images of an identity."""
     lighting: float = 1.0
-    """Factor on how directional, how coloured and how dim the light gets."""
+    """Factor on how directional, coloured and dim the light gets."""
     white_balance: float = 0.14
     """Standard deviation of the logarithm of the gain of the red and of the blue channel."""
     exposure: float = 0.30
@@ -39,12 +39,12 @@ class FaceSettings:
     detector: float = 0.028
     """Standard deviation of the detector's error at each landmark, in distances between the eyes."""
     blur: float = 1.0
-    """Factor on the blur of the camera."""
+    """Factor on the blur of the lens."""
     noise: float = 0.016
     """Typical standard deviation of the sensor noise; 1 is the range from black to white."""
     glasses: float = 0.16
-    """Share of shots with glasses."""
+    """Share of images with glasses."""
     mask: float = 0.04
-    """Share of shots with a medical mask."""
+    """Share of images with a medical mask."""
     jpeg_quality: tuple[int, int] = (75, 95)
     """Lowest and highest JPEG quality with which a set is written."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 Format = Callable[[float], str]
 
-# Below this part of its size, the spread of values is rounding, and they are drawn as a constant.
+# A relative spread below this is rounding, and the values are drawn as a constant.
 _FLAT = 1e-9
 
 
@@ -48,7 +48,7 @@ def linear_axis(
     Args:
         low, high: the smallest and the largest value, which may be equal.
         snug: end at these values; otherwise at the ticks around them.
-        least_step: the smallest distance of two ticks that means something.
+        least_step: the smallest meaningful distance of two ticks.
     """
     if high - low <= _FLAT * max(abs(low), abs(high)):
         low, high = (0.0, 1.0) if low == 0 else (min(0.0, 2 * low), max(0.0, 2 * low))
@@ -71,13 +71,13 @@ def log_axis(low: float, high: float, start: float, stop: float, *, ticks: int =
 
 
 def _round_step(wanted: float) -> float:
-    """The one of 1, 2 and 5 times a power of ten that is closest to `wanted`, by its ratio."""
+    """The number among 1, 2 and 5 times a power of ten that is closest to `wanted` by ratio."""
     power = 10.0 ** math.floor(math.log10(wanted))
     return min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / wanted)))
 
 
 def number_format(step: float) -> Format:
-    """How to write values that are `step` apart: 0.25, 1,500, 2.5M, 3e-6."""
+    """The format of values that are `step` apart: 0.25, 1,500, 2.5M, 3e-6."""
     if step < 1e-4 or step >= 1e10:
         return lambda value: _short_exponent(f"{value:.3g}") if value else "0"
     if step >= 1e5:
@@ -86,7 +86,7 @@ def number_format(step: float) -> Format:
 
 
 def percent_format(step: float) -> Format:
-    """How to write shares that are `step` apart as percentages."""
+    """The format of shares that are `step` apart, as percentages."""
     decimals = min(_decimals(100 * step), 4)
     return lambda value: f"{100 * value:.{decimals}f}%"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
 MARKER = '<meta name="generator" content="partialfc report">'
@@ -105,6 +106,12 @@ footer { margin-top: 2.5rem; font-size: 0.82rem; }
     .grid { grid-template-columns: 1fr 1fr; }
 }
 """
+
+
+def definition_list(entries: Iterable[tuple[str, str]]) -> str:
+    """Terms and their values as a <dl>; both are escaped here."""
+    items = [f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in entries]
+    return f"<dl>{''.join(items)}</dl>"
 
 
 def render_page(title: str, subtitle: str, body: str, footer: str) -> str:

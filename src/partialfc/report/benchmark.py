@@ -16,6 +16,7 @@ from partialfc.evaluation.metrics import roc
 from partialfc.evaluation.pairs import PairResult
 from partialfc.pages.axes import value_format
 from partialfc.pages.plots import histogram, roc_chart
+from partialfc.pages.template import definition_list
 
 SHOWN_PAIRS = 6
 PICTURE_SIZE = 112
@@ -79,8 +80,7 @@ def _figures(result: PairResult, genuine: NDArray[np.float64], impostor: NDArray
         ("Impostors accepted", f"{admitted:,} of {len(impostor):,}"),
         ("Threshold (cosine)", f"{threshold:.3f}"),
     ]
-    items = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in facts)
-    return f'<div class="card figures"><dl>{items}</dl></div>'
+    return f'<div class="card figures">{definition_list(facts)}</div>'
 
 
 def _hardest_pairs(result: PairResult, pairs: PairSet) -> str:

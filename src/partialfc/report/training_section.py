@@ -9,6 +9,7 @@ from html import escape
 from partialfc.config.options import HeadConfig
 from partialfc.pages.axes import value_format
 from partialfc.pages.plots import Line, line_chart
+from partialfc.pages.template import definition_list
 from partialfc.training.run.read import RunData, as_number
 
 
@@ -46,10 +47,8 @@ _CURVES = (
 
 def trained_section(run: RunData) -> str:
     """The facts of one line each: network, data, head, length and speed."""
-    items = "".join(
-        f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in _facts(run) if value
-    )
-    return f'<h2>What was trained</h2><div class="card"><dl>{items}</dl></div>' if items else ""
+    facts = [(term, value) for term, value in _facts(run) if value]
+    return f'<h2>What was trained</h2><div class="card">{definition_list(facts)}</div>' if facts else ""
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 from copy import copy as copy_as_pickle_does
@@ -42,13 +43,11 @@ def write_raw(path: Path, payloads: list[bytes]) -> list[int]:
 
 def readable(reader: RecordReader) -> dict[int, bytes]:
     """Key and body of all records that can be read."""
-    found = {}
-    for place, key in enumerate(reader.keys):
-        try:
-            found[int(key)] = reader.read(place).body
-        except UnreadableRecord:
-            continue
-    return found
+    bodies = {}
+    for row, key in enumerate(reader.keys):
+        with contextlib.suppress(UnreadableRecord):
+            bodies[int(key)] = reader.read(row).body
+    return bodies
 
 
 class TestRealFiles:
@@ -82,8 +81,8 @@ class TestRealFiles:
     def test_our_writer_writes_the_header_layout_byte_for_byte(self, with_header: Path, tmp_path: Path) -> None:
         reader = RecordReader(with_header / "train.rec")
         with RecordWriter(tmp_path / "train.rec") as writer:
-            for place in range(1, 49):
-                record = reader.read(place)
+            for row in range(1, 49):
+                record = reader.read(row)
                 writer.write(record.body, int(record.labels[0]))
         for name in ("train.rec", "train.idx", "property"):
             assert (tmp_path / name).read_bytes() == (with_header / name).read_bytes(), name
@@ -91,8 +90,8 @@ class TestRealFiles:
     def test_our_writer_writes_the_im2rec_layout_byte_for_byte(self, im2rec: Path, tmp_path: Path) -> None:
         reader = RecordReader(im2rec / "train.rec")
         with RecordWriter(tmp_path / "train.rec", header=False) as writer:
-            for place in range(len(reader)):
-                record = reader.read(place)
+            for row in range(len(reader)):
+                record = reader.read(row)
                 writer.write(record.body, int(record.labels[0]))
         for name in ("train.rec", "train.idx"):
             assert (tmp_path / name).read_bytes() == (im2rec / name).read_bytes(), name
@@ -102,12 +101,14 @@ class TestRealFiles:
 class TestRecords:
     @given(st.lists(bodies, min_size=1, max_size=5))
     @settings(max_examples=150, deadline=None)
-    def test_any_bytes_come_back_through_a_scan(self, tmp_path_factory: pytest.TempPathFactory, given: list) -> None:
+    def test_any_bytes_come_back_through_a_scan(
+        self, tmp_path_factory: pytest.TempPathFactory, given: list[bytes]
+    ) -> None:
         path = tmp_path_factory.mktemp("any") / "a.rec"
         offsets = write_raw(path, [build_payload(float(n), n, body) for n, body in enumerate(given)])
         reader = RecordReader(path)
         assert reader.offsets.tolist() == offsets
-        assert [reader.read(place).body for place in range(len(reader))] == given
+        assert [reader.read(row).body for row in range(len(reader))] == given
         assert reader.first_labels(0, len(reader)).tolist() == list(range(len(given)))
 
     @given(bodies)
@@ -115,7 +116,7 @@ class TestRecords:
     def test_no_aligned_magic_is_left_inside_a_chunk(self, body: bytes) -> None:
         record = build_record(body)
         assert len(record) % 4 == 0
-        cuts = sum(body[place : place + 4] == MAGIC_BYTES for place in range(0, len(body) - 3, 4))
+        cuts = sum(body[p : p + 4] == MAGIC_BYTES for p in range(0, len(body) - 3, 4))
         assert sum(record[p : p + 4] == MAGIC_BYTES for p in range(0, len(record), 4)) == cuts + 1
 
     def test_an_array_label_gives_its_first_element(self) -> None:
@@ -194,7 +195,7 @@ class TestIndex:
 
 
 class TestDamage:
-    """Five records of 10, 11, 12, 13 and 14 bytes behind the head; what is lost is what was hit."""
+    """Five records of 10, 11, 12, 13 and 14 bytes behind the head; only the damaged ones are lost."""
 
     @pytest.fixture
     def damaged(self, tmp_path: Path) -> Callable[[Callable[[bytearray, list[int]], object]], RecordReader]:
@@ -230,14 +231,14 @@ class TestDamage:
         assert list(readable(reader).values()) == [bytes([n]) * (n + 10) for n in range(5)]
         assert len(reader) == 6
 
-    @pytest.mark.parametrize("kept", range(2, 6))
-    def test_truncation(self, damaged: Callable, kept: int) -> None:
+    @pytest.mark.parametrize("records", range(2, 6))
+    def test_truncation(self, damaged: Callable, records: int) -> None:
         def cut(content: bytearray, at: list[int]) -> None:
-            del content[(*at, len(content))[kept] - 5 :]
+            del content[(*at, len(content))[records] - 5 :]
 
         reader = damaged(cut)
-        assert sorted(readable(reader)) == list(range(kept - 1))
-        assert len(reader) == kept
+        assert sorted(readable(reader)) == list(range(records - 1))
+        assert len(reader) == records
 
     def test_a_lost_middle_part(self, tmp_path: Path) -> None:
         body = b"".join((b"abcd", MAGIC_BYTES, b"efgh", MAGIC_BYTES, b"ijkl"))
@@ -268,10 +269,10 @@ class TestDamage:
         content = bytearray(path.read_bytes())
         content[start : start + len(damage)] = damage
         path.write_bytes(content)
-        found = list(readable(RecordReader(path)).values())
+        bodies = list(readable(RecordReader(path)).values())
         stops = [*offsets[1:], size]
         spared = [n for n in range(12) if stops[n] <= start or offsets[n] >= start + len(damage)]
-        assert [body for body in found if body in [given[n] for n in spared]] == [given[n] for n in spared]
+        assert [body for body in bodies if body in [given[n] for n in spared]] == [given[n] for n in spared]
 
     def test_parts_shorter_than_a_head(self, tmp_path: Path) -> None:
         """The magic may stand in the record's own head, as its id."""
@@ -279,7 +280,7 @@ class TestDamage:
         write_raw(tmp_path / "a.rec", [build_payload(float(n), magic, b"body") for n in range(3)])
         reader = RecordReader(tmp_path / "a.rec")
         assert list(reader.keys) == [0, 1, 2]
-        assert [reader.read(place).identifier for place in range(3)] == [magic] * 3
+        assert [reader.read(row).identifier for row in range(3)] == [magic] * 3
         assert reader.first_labels(1, 3).tolist() == [1, 2]
 
     def test_a_magic_that_begins_no_record_is_passed_over(self, damaged: Callable) -> None:
@@ -316,7 +317,7 @@ class TestDamage:
         write_raw(tmp_path / "a.rec", [build_payload(0.0, identifier, b"x") for identifier in (2, 5, 9)])
         reader = RecordReader(tmp_path / "a.rec")
         assert list(reader.keys) == [2, 5, 9]
-        assert [reader.place_of(key) for key in (0, 2, 3, 9, 10)] == [0, 0, 1, 2, 3]
+        assert [reader.row_of(key) for key in (0, 2, 3, 9, 10)] == [0, 0, 1, 2, 3]
 
 
 class TestReader:
@@ -345,33 +346,20 @@ class TestWriter:
             writer.write(jpeg, 1)
         reader = RecordReader(tmp_path / "a.rec")
         assert reader.read(0).labels.tolist() == [4, 9]
-        ranges = [reader.read(place).labels.tolist() for place in range(4, 9)]
+        ranges = [reader.read(row).labels.tolist() for row in range(4, 9)]
         assert ranges == [[4, 4], [3, 4], [4, 4], [1, 3], [4, 4]]
         assert (tmp_path / "property").read_text() == "5,24,24\n"
 
-    def test_keys_of_ones_own(self, tmp_path: Path, jpeg: bytes) -> None:
-        with RecordWriter(tmp_path / "a.rec", header=False) as writer:
-            writer.write(jpeg, 0, key=7)
-            writer.write(jpeg, 1, key=3)
-            with pytest.raises(InputError, match="key 7: that key is taken"):
-                writer.write(jpeg, 1, key=7)
-        assert list(RecordReader(tmp_path / "a.rec").keys) == [3, 7]
-
     @pytest.mark.parametrize(
-        ("label", "key", "reason"),
-        [
-            (-1, None, "class ids begin at 0"),
-            (LABEL_LIMIT, None, "16777216"),
-            (2, 1, "consecutive"),
-            (0, None, "sort them by label"),
-        ],
+        ("label", "reason"),
+        [(-1, "class ids begin at 0"), (LABEL_LIMIT, "16777216"), (0, "sort them by label")],
     )
-    def test_what_cannot_be_stored(self, tmp_path: Path, jpeg: bytes, label: int, key: int | None, reason: str) -> None:
+    def test_what_cannot_be_stored(self, tmp_path: Path, jpeg: bytes, label: int, reason: str) -> None:
         with RecordWriter(tmp_path / "a.rec") as writer:
             writer.write(jpeg, 0)
             writer.write(jpeg, 1)
             with pytest.raises(InputError, match=reason):
-                writer.write(jpeg, label, key)
+                writer.write(jpeg, label)
         assert len(RecordReader(tmp_path / "a.rec")) == 5
 
     def test_labels_stay_below_the_number_given(self, tmp_path: Path, jpeg: bytes) -> None:

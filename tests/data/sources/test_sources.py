@@ -12,7 +12,6 @@ from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import check_label, read_image
-from partialfc.data.sources.folder import FolderSource
 from partialfc.data.sources.recordio import RecordWriter, build_payload, build_record
 
 Copy = Callable[[Path], Path]
@@ -44,7 +43,7 @@ class TestRecordSource:
         source = open_source(folder / "train.rec" if target == "file" else folder)
         assert (len(source), source.num_classes, source.identities) == (48, 8, None)
         assert source.format == ("recordio-header" if layout == "with_header" else "recordio")
-        labels = [source.read(place).label for place in range(48)]
+        labels = [source.read(index).label for index in range(48)]
         assert np.bincount(labels).tolist() == [6] * 8
         assert source.labels().tolist() == labels
         sample, image = read_image(source, 0)
@@ -54,7 +53,7 @@ class TestRecordSource:
     def test_labels_without_the_images(self, unpacked: Path, numbered: Callable[..., Path]) -> None:
         """Of a folder from its names, of a file from the heads of its records: no image is decoded."""
         for source in (open_source(unpacked), open_source(numbered(9, broken=(3,)))):
-            assert source.labels().tolist() == [source.read(place).label for place in range(len(source))]
+            assert source.labels().tolist() == [source.read(index).label for index in range(len(source))]
             assert source.labels().dtype == np.int64
 
     def test_a_label_that_is_no_class_is_refused(self, numbered: Callable[..., Path]) -> None:
@@ -96,7 +95,7 @@ class TestRecordSource:
         """As in WebFace42M, whose header lies beyond what float32 can count."""
         write_header_layout(tmp_path / "train.rec", 40, (41.0 + rounding, 48.0), 7)
         monkeypatch.setattr("numpy.spacing", lambda value: np.float32(4))
-        monkeypatch.setattr("partialfc.data.sources.base.LABEL_LIMIT", 40)
+        monkeypatch.setattr("partialfc.data.sources.record_source.LABEL_LIMIT", 40)
         source = open_source(tmp_path)
         assert len(source) == 40
         assert source.read(39).encoded == b"image 40"
@@ -230,7 +229,7 @@ class TestFolderSource:
 
         monkeypatch.setattr("os.listdir", refuse)
         with pytest.raises(InputError, match=r"0000000: Permission denied"):
-            FolderSource(unpacked)
+            open_source(unpacked)
 
 
 class TestNoSource:

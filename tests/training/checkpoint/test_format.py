@@ -10,7 +10,6 @@ from checkpoint_samples import ThreadRank, ThreadShard, names, on_ranks
 from small_runs import FIXTURES
 from torch import Tensor
 
-from partialfc.distributed.collectives import split_evenly
 from partialfc.training.checkpoint.read import Checkpoint
 from partialfc.training.checkpoint.write import RowTensors, Snapshot, save_checkpoint
 
@@ -54,9 +53,8 @@ def test_a_stored_checkpoint_is_read() -> None:
 
 def test_the_same_state_is_written_byte_for_byte(tmp_path: Path) -> None:
     def save(rank: ThreadRank) -> None:
-        start, stop = split_evenly(7, 2, rank.rank)
-        own = {name: rows[start:stop] for name, rows in ROWS.items()}
-        rows = RowTensors(ThreadShard(start, stop, 7, rank), own)
+        shard = ThreadShard.on(rank, 7)
+        rows = RowTensors(shard, {name: rows[shard.start : shard.stop] for name, rows in ROWS.items()})
         save_checkpoint(tmp_path, Snapshot(5, TENSORS, rows, STATE, {"identities": NAMES}), block_bytes=64)
 
     assert on_ranks(2, save) == [None, None]

@@ -148,6 +148,7 @@ def test_a_full_disk_at_any_moment_is_reported_and_leaves_a_whole_checkpoint(
         done = faults.countdown > 0
         faults.countdown = 0
         opened = newest(root)
+        assert opened is not None
         assert_holds(opened, steps[0] if failed and opened.step == steps[0] else steps[1])
         assert not [name for name in names(root) if name.endswith(".writing")]
         if done:

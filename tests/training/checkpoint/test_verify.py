@@ -37,7 +37,7 @@ def test_it_says_what_it_read(config: TrainConfig, tmp_path: Path, capsys: pytes
     assert said in capsys.readouterr().err
 
 
-def test_it_finds_damage_that_nobody_needs(
+def test_it_finds_damage_in_blocks_that_no_rank_reads(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"

@@ -75,7 +75,7 @@ def try_to_train(rank: int, folder: Path, config: TrainConfig, out: Path) -> Non
 
 
 def every_mistake(rank: int, folder: Path) -> None:
-    """Other options, data and folders on rank 1, one after the other."""
+    """On rank 1 first other options, then another folder, then other data."""
     config = small_config(device="cpu")
     (folder / "options").mkdir(exist_ok=True)
     try_to_train(rank, folder / "options", with_rate(0.5 + 0.25 * rank), folder / "run")
@@ -88,6 +88,8 @@ def every_mistake(rank: int, folder: Path) -> None:
     try_to_train(rank, folder / "data", local, folder / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_hosts_that_differ(tmp_path: Path) -> None:
     for rank in range(2):
         write_images(tmp_path / f"images-{rank}", [f"person {number}" for number in range(3 + rank)])

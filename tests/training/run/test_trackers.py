@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from small_runs import PAIRS, small_config, tiny_config, write_images
 
-from partialfc.config.options import OutputConfig, parse_steps
+from partialfc.config.options import OutputConfig
 from partialfc.core.errors import InputError
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
@@ -62,6 +62,7 @@ class RecordingWandb(ModuleType):
         self.finished += 1
 
 
+@pytest.mark.slow
 def test_both_get_every_figure_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     board, wandb = RecordingTensorBoard(), RecordingWandb()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
@@ -100,6 +101,7 @@ def test_a_missing_package_is_named_before_anything_is_opened(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.multiprocess
 def test_neither_is_imported_unless_asked_for() -> None:
     code = (
         "import sys, partialfc.training.loop; "
@@ -122,14 +124,7 @@ def test_a_trace_of_the_steps_asked_for(tmp_path: Path, steps: str, name: str) -
     assert recorded == [f"step {first}", f"step {first + 1}"]
 
 
-def test_no_range_of_steps_is_refused() -> None:
-    assert parse_steps(None) == range(0)
-    assert parse_steps("10:15") == range(10, 15)
-    for text in ("10", "5:5", "a:b", ":3"):
-        with pytest.raises(InputError, match="as in 10:15"):
-            parse_steps(text)
-
-
+@pytest.mark.multiprocess
 def test_memory_is_counted_in_bytes_and_grows_with_what_is_touched() -> None:
     code = (
         "import torch; from partialfc.core.device import peak_bytes; cpu = torch.device('cpu'); "

@@ -1,21 +1,27 @@
-"""Training sets in every format that people have, opened by what is found at a path.
+"""Training sets in every storage format, behind one protocol.
 
-`base` holds the protocol and knows no format; each format has a file of its own; `subset` stands on top of any.
+`base` holds the protocol, `Source`, and knows no format. Each format has a file of its own with a function that opens
+a path or returns None for a path of another format; `open_source` tries them in order. `subset` stands on any source.
+
+RecordIO, the largest format, takes three files: `record_index` finds where in a `.rec` the records are, `recordio`
+reads and writes single records, and `record_source` interprets them as a training set (header, class ids, class count).
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from partialfc.core.errors import InputError
 from partialfc.data.sources.base import Source
-from partialfc.data.sources.folder import FolderSource
-from partialfc.data.sources.record_source import RecordSource
+from partialfc.data.sources.folder import open_folder
+from partialfc.data.sources.record_source import open_recordio
+
+# The first that recognises a path opens it.
+_FORMATS = (open_recordio, open_folder)
 
 
 def open_source(path: str | Path, *, num_classes: int | None = None) -> Source:
-    """Open a training set, deciding by what is there: a `.rec` file, a folder with one, or identity folders.
+    """Open a training set of any format: a `.rec` file, a folder with one, or a folder of identity folders.
 
     Args:
         path: the file or folder.
@@ -29,15 +35,10 @@ def open_source(path: str | Path, *, num_classes: int | None = None) -> Source:
         raise InputError(f"num_classes is {num_classes}, but a training set has at least one class.")
     if not path.exists():
         raise InputError(f"{path} does not exist: give a .rec file, a folder that holds one, or an image folder.")
-    if path.is_file():
-        return RecordSource(path, num_classes)
     try:
-        with os.scandir(path) as entries:
-            records = sorted(entry.name for entry in entries if entry.name.endswith(".rec"))
+        for open_format in _FORMATS:
+            if (source := open_format(path, num_classes)) is not None:
+                return source
     except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-    if not records:
-        return FolderSource(path, num_classes)
-    if len(records) > 1 and "train.rec" not in records:
-        raise InputError(f"{path} holds several .rec files ({', '.join(records[:5])}): give the path of one of them.")
-    return RecordSource(path / ("train.rec" if "train.rec" in records else records[0]), num_classes)
+        raise InputError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
+    raise InputError(f"No .rec and no identity folders with images in {path}: give the folder that holds them.")

@@ -1,4 +1,4 @@
-"""Training sets as a numbered row of encoded images with labels, whatever they are stored in."""
+"""The protocol of a training set: numbered samples, each an encoded image with a label, in any storage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from partialfc.data.images import UnreadableImage, decode_image
 
 @dataclass(frozen=True)
 class Sample:
-    """An encoded image, its class id, and what messages call it."""
+    """An encoded image, its class id, and its name in messages."""
 
     encoded: bytes
     label: int
@@ -22,21 +22,24 @@ class Sample:
 
 
 class Source(Protocol):
-    """A training set. `identities` are the names of the classes, where the storage has names."""
+    """A training set.
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def identities(self) -> list[str] | None: ...
+    Attributes:
+        path: the file or folder.
+        format: name of the storage format.
+        num_classes: the number of classes.
+        identities: the names of the classes, None where the storage has none.
+    """
+
+    path: Path
+    format: str
+    num_classes: int
+    identities: list[str] | None
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call the sample at `index`."""
+        """The name of the sample at `index` in messages."""
         ...
 
     def labels(self) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Where the records of a `.rec` file stand: read from its `.idx`, or found by walking through the file.
+"""Where the records of a `.rec` file begin: read from its `.idx`, or found by a scan of the file.
 
 A record is one or more chunks, a chunk is `u32 magic, u32 lrec, data, zero padding to 4 bytes` (little-endian) with
 cflag = lrec >> 29 and length = lrec & 0x1FFFFFFF. cflag 0 is a whole record; 1, 2 and 3 are a record's first, middle
-and last part. The magic never stands at a 4-aligned place inside the data, so the walk through a damaged file goes on
-at the next aligned magic that begins a record.
+and last part. The magic never stands at a multiple of 4 bytes inside the data, so that the scan of a damaged file
+continues at the next aligned magic that begins a record.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def padded(length: int) -> int:
 
 
 def find_aligned_magic(data: bytes | mmap.mmap, start: int, stop: int | None = None) -> int:
-    """The first place in [start, stop) where the magic stands at a multiple of 4 in `data`, -1 if there is none."""
+    """The first multiple of 4 in [start, stop) at which the magic stands in `data`, -1 if there is none."""
     stop = len(data) if stop is None else stop
-    place = data.find(MAGIC_BYTES, start, stop)
-    while place >= 0 and place % 4:
-        place = data.find(MAGIC_BYTES, place + 1, stop)
-    return place
+    offset = data.find(MAGIC_BYTES, start, stop)
+    while offset >= 0 and offset % 4:
+        offset = data.find(MAGIC_BYTES, offset + 1, stop)
+    return offset
 
 
 def read_index(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
-    """Read an `.idx`: text lines `key TAB offset`, in any order; of lines with the same key the last holds.
+    """Read an `.idx`: text lines `key TAB offset`, in any order; the last line of a key wins.
 
-    Takes 8 bytes a record where the keys are 0, 1, 2, ... as the usual packers write them, 16 otherwise (and 40 for a
-    moment while sorting), so that an index of 42 million records stays below 1 GiB in the usual case.
+    Takes 8 bytes a record where the keys are 0, 1, 2, ... as the usual packers write them, otherwise 16 (and 40 while
+    sorting), so that an index of 42 million records usually stays below 1 GiB.
 
     Returns:
         The keys in increasing order, a range or int64 (N,), and their offsets in bytes, int64 (N,).
@@ -90,19 +90,19 @@ def _index_blocks(path: Path) -> Iterator[np.ndarray]:
 def _parse_lines(text: bytes, path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # older numpy only warns of text that it cannot parse
+            warnings.simplefilter("error")  # older NumPy only warns of text that it cannot parse
             numbers = np.fromstring(text, np.int64, sep=" ")
         return numbers.reshape(text.count(b"\n") + 1, 2)
     except (ValueError, DeprecationWarning) as error:
         start = text[:40].decode(errors="replace")
         raise InputError(
-            f"{path} is no index of lines 'key TAB offset' (look behind {start!r}): remove it, and the records are "
+            f"{path} is no index of lines 'key TAB offset' (look after {start!r}): remove it, and the records are "
             "found by a scan."
         ) from error
 
 
 def scan_records(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
-    """Find the records of a `.rec` that has no `.idx`, by walking from head to head.
+    """Find the records of a `.rec` without `.idx`, by walking from head to head.
 
     A damaged record, or a gap between records, stays in the result as one entry that cannot be read. Keys are the
     records' own ids if those increase through the file, as the usual packers write them, otherwise 0, 1, 2, ...
@@ -112,27 +112,27 @@ def scan_records(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
     """
     starts, ids = array("q"), array("q")
     size = path.stat().st_size
-    sound = False
+    any_record = False
     if not size:
         return range(0), np.zeros(0, np.int64)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        place = 0
-        while place < size:
-            identifier, stop = _record_at(data, place, size)
+        offset = 0
+        while offset < size:
+            identifier, stop = _record_at(data, offset)
             if stop:
-                sound = True
-                starts.append(place)
+                any_record = True
+                starts.append(offset)
                 ids.append(identifier)
-                place = stop
+                offset = stop
                 continue
-            begins = _begins_record(data, place)
-            # If not even a head stands here, the length of the record before may have led past the next one.
-            resume = _next_start(data, 4 + (place if begins or not starts else starts[-1]))
-            if begins or resume > place:
+            begins = _begins_record(data, offset)
+            # Without even a head here, the length of the previous record may have skipped the next one.
+            resume = _next_start(data, 4 + (offset if begins or not starts else starts[-1]))
+            if begins or resume > offset:
                 ids.append(ids[-1] + 1 if ids else 0)
-                starts.append(place)
-            place = resume
-    if not sound:
+                starts.append(offset)
+            offset = resume
+    if not any_record:
         return range(0), np.zeros(0, np.int64)
     keys = np.frombuffer(ids, np.int64)
     increasing = bool((keys[1:] > keys[:-1]).all()) and int(keys[0]) >= 0
@@ -140,40 +140,40 @@ def scan_records(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
     return range(len(keys)) if contiguous else keys, np.frombuffer(starts, np.int64)
 
 
-def _begins_record(data: mmap.mmap, place: int) -> bool:
-    if place + CHUNK_HEAD.size > len(data):
+def _begins_record(data: mmap.mmap, offset: int) -> bool:
+    if offset + CHUNK_HEAD.size > len(data):
         return False
-    magic, lrec = CHUNK_HEAD.unpack_from(data, place)
+    magic, lrec = CHUNK_HEAD.unpack_from(data, offset)
     return magic == MAGIC and lrec >> 29 in (WHOLE, FIRST)
 
 
-def _record_at(data: mmap.mmap, place: int, size: int) -> tuple[int, int]:
-    """The id of the record at `place`, -1 if not to be had, and where it ends, 0 if no whole record stands there."""
+def _record_at(data: mmap.mmap, offset: int) -> tuple[int, int]:
+    """The id of the record at `offset`, -1 if unknown, and its end; the end is 0 if no whole record begins there."""
     identifier = -1
-    if place + _CHUNK_AND_RECORD_HEAD.size <= size:
-        _, lrec, _, _, found = _CHUNK_AND_RECORD_HEAD.unpack_from(data, place)
-        if lrec & MAX_LENGTH >= 16 and found < _ID_LIMIT:
-            identifier = found
+    if offset + _CHUNK_AND_RECORD_HEAD.size <= len(data):
+        _, lrec, _, _, stored_id = _CHUNK_AND_RECORD_HEAD.unpack_from(data, offset)
+        if lrec & MAX_LENGTH >= 16 and stored_id < _ID_LIMIT:
+            identifier = stored_id
     expected = (WHOLE, FIRST)
-    while place + CHUNK_HEAD.size <= size:
-        magic, lrec = CHUNK_HEAD.unpack_from(data, place)
+    while offset + CHUNK_HEAD.size <= len(data):
+        magic, lrec = CHUNK_HEAD.unpack_from(data, offset)
         flag = lrec >> 29
         if magic != MAGIC or flag not in expected:
             break
-        start = place + CHUNK_HEAD.size
-        place = start + padded(lrec & MAX_LENGTH)
-        # A length that is wrong can lead exactly to a later record: the ones that it leaps over show it.
-        if place > size or find_aligned_magic(data, start, place) >= 0:
+        start = offset + CHUNK_HEAD.size
+        offset = start + padded(lrec & MAX_LENGTH)
+        # A wrong length can lead exactly to a later record; the magics of the skipped ones reveal it.
+        if offset > len(data) or find_aligned_magic(data, start, offset) >= 0:
             break
         if flag in (WHOLE, LAST):
-            return identifier, place
+            return identifier, offset
         expected = (MIDDLE, LAST)
     return -1, 0
 
 
 def _next_start(data: mmap.mmap, start: int) -> int:
-    """The first place from `start` on where a record begins, the file's length if there is none."""
-    place = find_aligned_magic(data, start)
-    while place >= 0 and not _begins_record(data, place):
-        place = find_aligned_magic(data, place + 4)
-    return place if place >= 0 else len(data)
+    """The first offset from `start` on at which a record begins, the file's length if there is none."""
+    offset = find_aligned_magic(data, start)
+    while offset >= 0 and not _begins_record(data, offset):
+        offset = find_aligned_magic(data, offset + 4)
+    return offset if offset >= 0 else len(data)

@@ -1,8 +1,9 @@
-"""The images of a `.rec` file as a training set."""
+"""RecordIO as a training set: the images of a `.rec` file, its header record, class ids and class count."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +12,43 @@ from partialfc.core.errors import InputError
 from partialfc.data.sources.base import Sample
 from partialfc.data.sources.recordio import LABEL_LIMIT, Record, RecordReader, UnreadableRecord, class_of
 
-_PROBED = 16  # records tried, to tell a damaged file from one that does not fit its index
+_PROBES = 16  # records tried to tell a damaged file from one that does not fit its index
+
+
+def open_recordio(path: Path, num_classes: int | None) -> RecordSource | None:
+    """The `.rec` file at `path`, or the one in the folder `path`; None for a folder without.
+
+    Raises:
+        InputError: the folder holds several and no train.rec, or the file is damaged or no RecordIO.
+        OSError: the folder cannot be listed.
+    """
+    if path.is_dir():
+        with os.scandir(path) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.endswith(".rec"))
+        if not names:
+            return None
+        if len(names) > 1 and "train.rec" not in names:
+            raise InputError(f"{path} holds several .rec files ({', '.join(names[:5])}): give the path of one of them.")
+        path = path / ("train.rec" if "train.rec" in names else names[0])
+    return RecordSource(path, num_classes)
 
 
 class RecordSource:
     """The images of a `.rec` file, in the order of their keys."""
 
-    identities: list[str] | None = None
-
     def __init__(self, path: Path, num_classes: int | None = None) -> None:
         self.path = path
+        self.identities: list[str] | None = None
         self._reader = RecordReader(path)
         self._check_fit()
         header = self._read_header()
-        if header is None:
-            self.format = "recordio"
-            self._start, self._stop = 0, len(self._reader)
-        else:
-            self.format = "recordio-header"
-            self._start, self._stop = self._reader.place_of(1), self._identity_start(int(header.labels[0]))
+        self.format = "recordio" if header is None else "recordio-header"
+        self._start, self._stop = 0, len(self._reader)
+        if header is not None:
+            self._start, self._stop = self._reader.row_of(1), self._first_identity_row(int(header.labels[0]))
         if self._stop <= self._start:
             raise InputError(f"{path} holds no image.")
-        self.num_classes = num_classes or self._read_property() or self._count_classes(header)
+        self.num_classes: int = num_classes or self._read_property() or self._count_classes(header)
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -58,9 +74,9 @@ class RecordSource:
 
     def _check_fit(self) -> None:
         """Refuse a file of another format, and an index that belongs to another file."""
-        for place in np.linspace(0, len(self._reader) - 1, _PROBED, dtype=np.int64).tolist():
+        for row in np.linspace(0, len(self._reader) - 1, _PROBES, dtype=np.int64).tolist():
             with contextlib.suppress(UnreadableRecord):
-                self._reader.read(place)
+                self._reader.read(row)
                 return
         raise InputError(
             f"No record tried in {self.path} can be read: either it is no RecordIO file, or the .idx beside it "
@@ -83,21 +99,19 @@ class RecordSource:
             raise InputError(f"The header record of {self.path} is damaged: get a fresh copy of the file.")
         return first
 
-    def _is_bookkeeping(self, place: int) -> bool:
+    def _is_bookkeeping(self, row: int) -> bool:
         try:
-            return self._reader.read(place).is_bookkeeping
+            return self._reader.read(row).is_bookkeeping
         except UnreadableRecord:
             return False
 
-    def _identity_start(self, hint: int) -> int:
-        """The place of the first identity record. The header names its key in float32, so it may be a few off."""
-        slack = int(np.spacing(np.float32(hint)))
-        low = max(1, self._reader.place_of(hint - slack))
-        high = min(len(self._reader), self._reader.place_of(hint + slack) + 1)
-        for place in range(low, high):
-            if self._is_bookkeeping(place):
-                return place
-        return min(self._reader.place_of(hint), len(self._reader))
+    def _first_identity_row(self, key: int) -> int:
+        """The row of the first identity record, whose key the header gives in float32, so that it may be a few off."""
+        slack = int(np.spacing(np.float32(key)))
+        low = max(1, self._reader.row_of(key - slack))
+        high = min(len(self._reader), self._reader.row_of(key + slack) + 1)
+        rows = (row for row in range(low, high) if self._is_bookkeeping(row))
+        return next(rows, min(self._reader.row_of(key), len(self._reader)))
 
     def _read_property(self) -> int | None:
         """The class count in the `property` file beside the data, None without that file."""
@@ -114,6 +128,4 @@ class RecordSource:
         if header is None:
             return int(self.labels().max(initial=0)) + 1
         first, stop = float(header.labels[0]), float(header.labels[1])
-        if stop < LABEL_LIMIT:
-            return int(stop - first)
-        return len(self._reader) - self._stop
+        return int(stop - first) if stop < LABEL_LIMIT else len(self._reader) - self._stop

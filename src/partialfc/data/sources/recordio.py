@@ -1,15 +1,14 @@
 """RecordIO, the `.rec` files in which most face training sets are published: reader and writer.
 
 A record's payload is `<IfQQ` (flag, label, id, id2), then `flag` float32 labels if flag > 0, then the encoded image.
-How payloads are cut into chunks is told in record_index.py, the two layouts of a file in docs/data-formats.md.
+`record_index` describes the chunks of a payload, docs/data-formats.md the two layouts of a file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +34,7 @@ from partialfc.data.sources.record_index import (
     scan_records,
 )
 
-# Labels are float32, which holds every whole number only up to here.
+# Labels are float32, which represents every whole number only up to here.
 LABEL_LIMIT = 1 << 24
 _RECORD_HEAD = struct.Struct("<IfQQ")
 _HEAD_WORDS = 9
@@ -48,7 +47,7 @@ class UnreadableRecord(UnreadableImage):
 
 @dataclass(frozen=True)
 class Record:
-    """A payload taken apart. `labels` is float32: the label array, or the one label of a record without array."""
+    """A parsed payload. `labels` is float32: the label array, or the one label of a record without array."""
 
     flag: int
     labels: np.ndarray
@@ -62,12 +61,12 @@ class Record:
 
 
 class RecordReader:
-    """Reads single records of a `.rec` file; safe to share with forked processes and to send to spawned ones.
+    """Reads single records of a `.rec` file; safe in forked processes, and picklable for spawned ones.
 
     Attributes:
         path: the `.rec` file.
         keys: the keys in increasing order, a range or int64 (N,).
-        offsets: where the record of each key begins, in bytes: int64 (N,).
+        offsets: where the record of each key begins, in bytes, int64 (N,). A record's row is its index in both.
 
     Raises:
         InputError: the file cannot be read, its `.idx` is no index, or it holds no record.
@@ -101,27 +100,27 @@ class RecordReader:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def name(self, place: int) -> str:
-        """What messages call the record at `place` in the order of the keys."""
-        return f"record {self.keys[place]} of {self.path}"
+    def name(self, row: int) -> str:
+        """The name of a record in messages."""
+        return f"record {self.keys[row]} of {self.path}"
 
-    def place_of(self, key: int) -> int:
-        """The place in `keys` of `key`, or where it would have to be inserted."""
+    def row_of(self, key: int) -> int:
+        """The row of `key`, or the one at which it would have to be inserted."""
         return int(np.searchsorted(self.keys, key)) if isinstance(self.keys, np.ndarray) else key - self.keys.start
 
-    def read(self, place: int) -> Record:
-        """Read the record at `place` in the order of the keys.
+    def read(self, row: int) -> Record:
+        """Read the record in `row`.
 
         Raises:
-            UnreadableRecord: no whole record stands where the index says.
+            UnreadableRecord: no whole record begins at its offset.
         """
         try:
-            return parse_payload(self._read_payload(int(self.offsets[place])))
-        except (UnreadableRecord, OSError) as error:  # OSError: a disk that fails
-            raise UnreadableRecord(f"{self.name(place)}: {error}") from None
+            return parse_payload(self._read_payload(int(self.offsets[row])))
+        except (UnreadableRecord, OSError) as error:  # OSError: a failing disk
+            raise UnreadableRecord(f"{self.name(row)}: {error}") from None
 
     def first_labels(self, start: int, stop: int) -> np.ndarray:
-        """The first label of the records at places [start, stop), from their heads alone.
+        """The first label of the records in rows [start, stop), from their heads alone.
 
         Returns:
             float32 (stop - start,), NaN where a record is damaged.
@@ -129,17 +128,17 @@ class RecordReader:
         labels = np.full(stop - start, np.nan, np.float32)
         words = np.memmap(self.path, "<u4", "r", shape=(self.size // 4,))
         for begin in range(start, stop, _HEADS_AT_ONCE):
-            places = np.arange(begin, min(begin + _HEADS_AT_ONCE, stop))
-            offsets = self.offsets[places]
+            rows = np.arange(begin, min(begin + _HEADS_AT_ONCE, stop))
+            offsets = self.offsets[rows]
             sound = (offsets >= 0) & (offsets % 4 == 0) & (offsets // 4 + _HEAD_WORDS <= len(words))
             # Words of a record: 0 magic, 1 lrec, 2 flag, 3 label, 4-7 ids, 8 the array's first label, if there is one.
             heads = words[(offsets[sound] // 4)[:, None] + np.arange(_HEAD_WORDS)]
             whole = (heads[:, 0] == MAGIC) & (heads[:, 1] >> 29 == WHOLE) & (heads[:, 1] >= _RECORD_HEAD.size + 4)
-            found = np.where(heads[:, 2] > 0, heads[:, 8], heads[:, 3]).astype("<u4").view("<f4")
-            labels[places[sound][whole] - start] = found[whole]
-            for place in (*places[~sound], *places[sound][~whole]):  # cut in parts, or damaged
-                with contextlib.suppress(UnreadableRecord):
-                    labels[place - start] = self.read(int(place)).labels[0]
+            values = np.where(heads[:, 2] > 0, heads[:, 8], heads[:, 3]).astype("<u4").view("<f4")
+            labels[rows[sound][whole] - start] = values[whole]
+            for row in (*rows[~sound], *rows[sound][~whole]):  # cut into parts, or damaged
+                with suppress(UnreadableRecord):
+                    labels[row - start] = self.read(int(row)).labels[0]
         return labels
 
     def _open(self) -> int:
@@ -158,7 +157,7 @@ class RecordReader:
             flag, length = lrec >> 29, lrec & MAX_LENGTH
             if magic != MAGIC or flag not in ((MIDDLE, LAST) if parts else (WHOLE, FIRST)):
                 raise UnreadableRecord(f"no {'next part of it' if parts else 'record'} begins at byte {offset}")
-            fits = offset + CHUNK_HEAD.size + length <= self.size  # else, do not even make room for it
+            fits = offset + CHUNK_HEAD.size + length <= self.size  # otherwise not even the memory is allocated
             data = os.pread(descriptor, length, offset + CHUNK_HEAD.size) if fits else b""
             if len(data) < length:
                 raise UnreadableRecord("it runs past the end of the file")
@@ -171,7 +170,7 @@ class RecordReader:
 
 
 def parse_payload(payload: bytes) -> Record:
-    """Take a payload apart.
+    """Parse a payload.
 
     Raises:
         UnreadableRecord: it is shorter than its own head promises.
@@ -187,7 +186,7 @@ def parse_payload(payload: bytes) -> Record:
 
 
 def class_of(labels: np.ndarray, name: str) -> int:
-    """The class id that a record's labels give: their first element.
+    """The class id of a record: the first of its labels.
 
     Raises:
         InputError: it is no whole number, or at or past 2^24.
@@ -211,16 +210,16 @@ def build_payload(label: float | tuple[float, ...], identifier: int, body: bytes
 
 
 def build_record(payload: bytes) -> bytes:
-    """Cut a payload into chunks wherever the magic stands 4-aligned in it, with heads and padding.
+    """The chunks of a payload, cut wherever the magic stands 4-aligned in it, with heads and padding.
 
     Raises:
         InputError: a part does not fit into the 29 bits of its length.
     """
     parts: list[bytes] = []
     start = 0
-    while (place := find_aligned_magic(payload, start)) >= 0:
-        parts.append(payload[start:place])
-        start = place + len(MAGIC_BYTES)
+    while (offset := find_aligned_magic(payload, start)) >= 0:
+        parts.append(payload[start:offset])
+        start = offset + len(MAGIC_BYTES)
     parts.append(payload[start:])
     pieces: list[bytes] = []
     for number, part in enumerate(parts):
@@ -235,27 +234,24 @@ def build_record(payload: bytes) -> bytes:
 class RecordWriter:
     """Writes a `.rec` with its `.idx` and `property`; a context manager.
 
-    The files appear at a clean end, the `.rec` last; an exception leaves nothing behind. With `header` the images of an
-    identity must follow each other: keys 1, 2, ... are images, then come the identity records, and key 0 tells where
-    those are. Without, the layout is im2rec's: keys from 0 and images only.
+    The files appear complete at a clean end, the `.rec` last; an exception leaves nothing behind. With `header` the
+    images of an identity must be consecutive: keys 1, 2, ... are images, then come the identity records, whose keys
+    the header record 0 holds. Without, the layout is im2rec's: keys from 0 and images only.
 
     Args:
         path: the `.rec` file to write.
         header: write the layout with header and identity records.
         num_classes: for `property` and the identity records; by default the largest label + 1.
-        size: height and width of the images for `property`; by default those of the first image.
 
     Raises:
         InputError: one of the files is there already, or the folder is not.
     """
 
-    def __init__(
-        self, path: str | Path, *, header: bool = True, num_classes: int | None = None, size: int | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, *, header: bool = True, num_classes: int | None = None) -> None:
         self.path = Path(path)
         self._header = header
         self._num_classes = num_classes
-        self._shape = (size, size) if size is not None else None
+        self._shape: tuple[int, ...] = ()  # height and width of the first readable image, for `property`
         targets = [self.path, self.path.with_suffix(".idx"), self.path.with_name("property")]
         for target in targets:
             if target.exists():
@@ -263,43 +259,39 @@ class RecordWriter:
         with output_errors(self.path), ExitStack() as stack:
             self._file, *self._others = [stack.enter_context(atomic_file(target)) for target in targets]
             self._stack = stack.pop_all()
-        self._index: dict[int, int] = {}
+        self._offsets: list[int] = []  # by key
         self._images_of: dict[int, tuple[int, int]] = {}  # label -> first and last + 1 image key
         self._labels_end = 0
         if header:
-            self._append(0, build_payload((0.0, 0.0), 0, b""))
+            self._append((0.0, 0.0))
 
-    def write(self, image: bytes, label: int, key: int | None = None) -> None:
+    def write(self, image: bytes, label: int) -> None:
         """Append an encoded image.
 
         Args:
             image: the bytes of a JPEG or PNG file.
             label: its class id, below 2^24.
-            key: its key in the layout without header; by default its number.
 
         Raises:
-            InputError: the label or key cannot be stored, or the identity's images do not follow each other.
+            InputError: the label cannot be stored, or the images of an identity are not consecutive.
         """
-        name = f"image {len(self._index)} for {self.path}"
+        key = len(self._offsets)
+        name = f"image {key} for {self.path}"
         if label < 0:
             raise InputError(f"The label of {name} is {label}: class ids begin at 0.")
         if self._num_classes is not None and label >= self._num_classes:
             raise InputError(f"The label of {name} is {label}, outside the range [0, {self._num_classes}).")
         class_of(np.array([label], np.float64), name)
-        if key is None:
-            key = len(self._index)
-        elif self._header or key in self._index:
-            reason = "keys are consecutive in the layout with header" if self._header else "that key is taken"
-            raise InputError(f"Cannot write {name} under key {key}: {reason}.")
         if self._header:
             first, stop = self._images_of.get(label, (key, key))
             if stop != key:
                 raise InputError(f"{name} belongs to label {label}, whose images ended before: sort them by label.")
             self._images_of[label] = (first, key + 1)
-        if self._shape is None:
-            self._shape = _image_shape(image)
+        if not self._shape:
+            with suppress(UnreadableImage):
+                self._shape = decode_image(image).shape[:2]
         self._labels_end = max(self._labels_end, label + 1)
-        self._append(key, build_payload(float(label), key, image))
+        self._append(float(label), image)
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -313,30 +305,22 @@ class RecordWriter:
         with self._stack:
             self._finish()
 
-    def _append(self, key: int, payload: bytes) -> None:
-        self._index[key] = self._file.tell()
-        self._file.write(build_record(payload))
+    def _append(self, label: float | tuple[float, ...], body: bytes = b"") -> None:
+        key = len(self._offsets)
+        self._offsets.append(self._file.tell())
+        self._file.write(build_record(build_payload(label, key, body)))
 
     def _finish(self) -> None:
         num_classes = self._labels_end if self._num_classes is None else self._num_classes
         if self._header:
-            first = len(self._index)
+            first = len(self._offsets)
             for label in range(num_classes):
-                start, stop = self._images_of.get(label, (first, first))
-                self._append(first + label, build_payload((float(start), float(stop)), first + label, b""))
+                self._append(self._images_of.get(label, (first, first)))
             self._file.seek(0)
             self._file.write(build_record(build_payload((float(first), float(first + num_classes)), 0, b"")))
         height, width = self._shape or (0, 0)
-        lines = "".join(f"{key}\t{offset}\n" for key, offset in sorted(self._index.items()))
+        lines = "".join(f"{key}\t{offset}\n" for key, offset in enumerate(self._offsets))
         for file, text in zip(self._others, (lines, f"{num_classes},{height},{width}\n"), strict=True):
             file.write(text.encode())
             file.flush()  # a full disk must be noticed before any of the files appears
         self._file.flush()
-
-
-def _image_shape(encoded: bytes) -> tuple[int, int] | None:
-    try:
-        height, width, _ = decode_image(encoded).shape
-    except UnreadableImage:
-        return None
-    return height, width

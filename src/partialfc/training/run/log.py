@@ -9,9 +9,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from partialfc.config.options import OutputConfig
 from partialfc.core.errors import InputError, JobError
@@ -132,11 +133,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): is this the folder of a run?") from error
-    return [_decode(line) for line in _parse(path, content)]
+    return [_decode(line) for _, line in _parse(path, content)]
 
 
-def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """The objects of all lines that end with a newline."""
+def _parse(path: Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines that end with a newline, each with its object."""
     lines = []
     for number, encoded in enumerate(content.split(b"\n")[:-1], start=1):
         try:
@@ -145,7 +146,7 @@ def _parse(path: Path, content: bytes) -> list[dict[str, Any]]:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             raise InputError(f"{path}, line {number}, is no line of metrics: remove it, or restore the file.")
-        lines.append(line)
+        lines.append((encoded, line))
     return lines
 
 
@@ -159,10 +160,7 @@ def _drop_lines_past(path: Path, step: int, evaluates_again: Collection[str]) ->
     if not path.exists():
         return
     content = path.read_bytes()
-    parsed = _parse(path, content)
-    remaining = b"".join(
-        encoded + b"\n" for encoded, line in zip(content.split(b"\n")[:-1], parsed, strict=True) if stays(line)
-    )
+    remaining = b"".join(encoded + b"\n" for encoded, line in _parse(path, content) if stays(line))
     if remaining != content:
         write_file(path, remaining)
 
@@ -186,51 +184,40 @@ def _map_items(convert: Callable[[Any], Any], value: Any) -> Any:
 # -- trackers --------------------------------------------------------------------------------------------------------
 
 
-class Tracker(Protocol):
-    """Receives the lines of metrics."""
+@dataclass(frozen=True)
+class Tracker:
+    """Receives the same lines as metrics.jsonl."""
 
-    def write(self, line: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
-
-
-class TensorBoardTracker:
-    """Writes event files to `folder`; a resumed run hides the events of the steps that it repeats."""
-
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        module = _import("torch.utils.tensorboard", "output.tensorboard", "tensorboard")
-        self._writer = module.SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        for name, value in _scalars(line):
-            self._writer.add_scalar(name, value, line["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbTracker:
-    """Writes a run of Weights & Biases to `folder`/wandb; only the mode "online" uses the network."""
-
-    def __init__(self, folder: Path, config: Mapping[str, Any], mode: str) -> None:
-        module = _import("wandb", "output.wandb", "wandb")
-        self._run = module.init(
-            project="partialfc", name=folder.name, dir=str(folder), config=dict(config), mode=mode, resume="allow"
-        )
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        self._run.log({**dict(_scalars(line)), "step": line["step"]})
-
-    def close(self) -> None:
-        self._run.finish()
+    write: Callable[[Mapping[str, Any]], None]
+    close: Callable[[], None]
 
 
 def open_trackers(output: OutputConfig, folder: Path, config: Mapping[str, Any], resume_step: int) -> list[Tracker]:
-    """The trackers that the configuration asks for; called on the main process only."""
-    trackers: list[Tracker] = []
+    """The trackers that the configuration asks for, which write into `folder`; called on the main process only.
+
+    In TensorBoard, a resumed run hides the events of the steps that it repeats. Weights & Biases uses the network in
+    the mode "online" only.
+    """
+    trackers = []
     if output.tensorboard:
-        trackers.append(TensorBoardTracker(folder / "tensorboard", resume_step))
+        module = _import("torch.utils.tensorboard", "output.tensorboard", "tensorboard")
+        board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+
+        def write(line: Mapping[str, Any]) -> None:
+            for name, value in _scalars(line):
+                board.add_scalar(name, value, line["step"])
+
+        trackers.append(Tracker(write, board.close))
     if output.wandb != "off":
-        trackers.append(WandbTracker(folder, config, output.wandb))
+        run = _import("wandb", "output.wandb", "wandb").init(
+            project="partialfc",
+            name=folder.name,
+            dir=str(folder),
+            config=dict(config),
+            mode=output.wandb,
+            resume="allow",
+        )
+        trackers.append(Tracker(lambda line: run.log({**dict(_scalars(line)), "step": line["step"]}), run.finish))
     return trackers
 
 

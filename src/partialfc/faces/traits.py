@@ -1,16 +1,23 @@
-"""The generative model of a procedural person: traits and moods, and the linear map from them to measures.
+"""The generative model of a procedural face: traits and expressions, and the linear map from them to the drawing.
 
-A person is a vector of independent standard normal traits. A shot adds moods (expression, age drift). Every measure
-of the drawing (where the eyes are, how full a lip is) and every bump of the head's surface is a mean plus a weighted
-sum of traits and moods, so that the two tables below are the whole model and each trait can be seen at work.
+An identity is a vector of independent standard normal traits. An image adds expressions (and a drift of age). Every
+measure of the drawing (where the eyes are, how full a lip is) and every bump of the head's surface is a mean plus a
+weighted sum of traits and expressions: the tables MEASURES and BUMPS are the whole model.
 
-Places on the head are (a, b), the azimuthal equal-area map of directions from the centre of the head: (0, 0) looks
+Points on the head are (a, b), the azimuthal equal-area map of directions from the centre of the head: (0, 0) looks
 straight ahead at eye level, a grows to the image's right, b grows downwards, and |(a, b)| = 1.41 is 90 degrees away.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# One number a sample for each name, (N, 1, 1) or (N,).
+Named = dict[str, Tensor]
 
 TRAITS: tuple[str, ...] = (
     "head_width", "head_height", "head_depth", "forehead", "temple", "cheekbone", "cheekbone_place", "cheek",
@@ -27,18 +34,17 @@ TRAITS: tuple[str, ...] = (
     "beard", "beard_low", "skew",
 )  # fmt: skip
 
-MOODS: tuple[str, ...] = (
+EXPRESSIONS: tuple[str, ...] = (
     "smile", "mouth_open", "brow_raise", "frown", "squint", "pucker", "gaze_a", "gaze_b", "ageing",
 )  # fmt: skip
 
-Weights = dict[str, float]
-
-MEASURES: dict[str, tuple[float, Weights]] = {
+# Mean, and the weights of traits and expressions.
+MEASURES: dict[str, tuple[float, dict[str, float]]] = {
     # The ellipsoid behind the head: half width, height, depth (1 is 11 cm).
     "radius_x": (0.715, {"head_width": 0.026}),
     "radius_y": (1.05, {"head_height": 0.028}),
     "radius_z": (0.90, {"head_depth": 0.025}),
-    # Eyes: place, half width, height of the upper and depth of the lower lid, tilt (rise of the outer corner).
+    # Eyes: position, half width, height of the upper and depth of the lower lid, tilt (rise of the outer corner).
     "eye_a": (0.405, {"eye_distance": 0.030}),
     "eye_b": (-0.02, {"eye_height": 0.022}),
     "eye_width": (0.162, {"eye_size": 0.019}),
@@ -55,7 +61,7 @@ MEASURES: dict[str, tuple[float, Weights]] = {
     "brow_out": (0.655, {"brow_length": 0.042, "eye_distance": 0.022}),
     "brow_arch": (0.060, {"brow_arch": 0.028}),
     "brow_tilt": (-0.015, {"brow_tilt": 0.050, "frown": 0.05, "brow_raise": -0.02}),
-    # Nose: height of the tip, place of the wings and nostrils.
+    # Nose: height of the tip, position of the wings and nostrils.
     "nose_b": (0.245, {"nose_length": 0.032}),
     "nostril_a": (0.078, {"nose_wing": 0.013}),
     "nostril_b": (0.325, {"nose_length": 0.032, "nose_tip_up": -0.012}),
@@ -79,7 +85,7 @@ MEASURES: dict[str, tuple[float, Weights]] = {
 
 
 class Bump(NamedTuple):
-    """One Gaussian hill (or hollow) of the head's radius; the means and, by trait, what is added to each."""
+    """One Gaussian hill (or hollow) of the head's radius: mean centre, widths and height, and each trait's weights."""
 
     a: float
     b: float
@@ -90,7 +96,7 @@ class Bump(NamedTuple):
 
 
 BUMPS: dict[str, Bump] = {
-    # The large forms: the mask of the face stands out from the skull, the throat falls back under the chin.
+    # The large forms: the face stands out from the skull, the throat recedes under the chin.
     "lower face": Bump(0.0, 0.80, 0.62, 0.30, 0.115, {
         "chin_width": (0, 0, 0.030, 0, 0), "chin_forward": (0, 0, 0, 0, 0.014), "head_depth": (0, 0, 0, 0, 0.004)}),
     "throat": Bump(0.0, 1.42, 0.60, 0.22, -0.20, {"chin_length": (0, 0.02, 0, 0, 0)}),
@@ -106,7 +112,7 @@ BUMPS: dict[str, Bump] = {
     "temple": Bump(0.95, -0.36, 0.20, 0.26, -0.035, {"temple": (0, 0, 0, 0, 0.024), "age": (0, 0, 0, 0, -0.006)}),
     "forehead": Bump(0.0, -0.52, 0.55, 0.22, 0.020, {"forehead": (0, 0, 0, 0, 0.020)}),
     "front": Bump(0.0, 0.10, 0.55, 0.45, -0.010, {"face_flat": (0, 0, 0, 0, -0.020)}),
-    # The eyes' sockets and what lies in them.
+    # The eye sockets and the eyeballs in them.
     "socket": Bump(0.385, -0.05, 0.15, 0.085, -0.062, {
         "eye_depth": (0, 0, 0, 0, -0.020), "eye_distance": (0.03, 0, 0, 0, 0), "eye_height": (0, 0.022, 0, 0, 0)}),
     "inner corner": Bump(0.20, -0.01, 0.065, 0.075, -0.030, {
@@ -158,3 +164,38 @@ BUMPS: dict[str, Bump] = {
     "ear lobe": Bump(1.45, 0.30, 0.06, 0.06, 0.05, {
         "ear_size": (0, 0.03, 0, 0, 0.012), "ear_height": (0, 0.035, 0, 0, 0)}),
 }  # fmt: skip
+
+
+def by_name(values: Tensor, names: tuple[str, ...]) -> Named:
+    """The columns of `values` (N, K), each as (N, 1, 1) to broadcast over pixels."""
+    return dict(zip(names, values[:, :, None, None].unbind(1), strict=True))
+
+
+def flat(named: Named) -> Named:
+    """The same numbers as (N,)."""
+    return {name: values[:, 0, 0] for name, values in named.items()}
+
+
+def shape_of(traits: Tensor) -> tuple[Named, Tensor]:
+    """Measures by name, (N, 1, 1), and bumps (N, K, 5) of traits and expressions, float64 (N, traits + expressions)."""
+    # In double precision, so that the order of a sum, which may depend on the batch, does not show in float32.
+    means, weights = (table.to(traits.device) for table in _linear_map())
+    values = (means + traits @ weights).float()
+    return by_name(values[:, : len(MEASURES)], tuple(MEASURES)), values[:, len(MEASURES) :].view(len(values), -1, 5)
+
+
+@lru_cache(maxsize=1)
+def _linear_map() -> tuple[Tensor, Tensor]:
+    """Means (M,) and weights (traits + expressions, M) of all measures and the five numbers of every bump, float64."""
+    rows = {name: row for row, name in enumerate((*TRAITS, *EXPRESSIONS))}
+    means = [mean for mean, _ in MEASURES.values()]
+    weights = torch.zeros(len(rows), len(MEASURES) + 5 * len(BUMPS), dtype=torch.float64)
+    for column, (_, terms) in enumerate(MEASURES.values()):
+        for name, weight in terms.items():
+            weights[rows[name], column] = weight
+    for number, bump in enumerate(BUMPS.values()):
+        means.extend(bump[:5])
+        start = len(MEASURES) + 5 * number
+        for name, bump_terms in bump.by.items():
+            weights[rows[name], start : start + 5] = torch.tensor(bump_terms, dtype=torch.float64)
+    return torch.tensor(means, dtype=torch.float64), weights

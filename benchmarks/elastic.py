@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from documents import write_between
 from partialfc.bench.machine import describe
+from partialfc.checkpoint.read import Checkpoint, steps_in
 from partialfc.config.options import (
     BackboneConfig,
     DataConfig,
@@ -37,7 +38,6 @@ from partialfc.data.images import encode_png
 from partialfc.distributed import collectives
 from partialfc.head import partial_fc
 from partialfc.training import step as training_step
-from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.loop import train
 from partialfc.training.replicas import replicated
 from partialfc.training.run.log import read_metrics

@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from partialfc.checkpoint import write as checkpoint
+from partialfc.checkpoint.format import MANIFEST
+from partialfc.checkpoint.write import Snapshot
 from partialfc.data.loader import Batch
 from partialfc.training import loop
-from partialfc.training.checkpoint import write as checkpoint
-from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.format import MANIFEST
-from partialfc.training.checkpoint.write import Snapshot
-from partialfc.training.checkpoint.writer import HostCopies
+from partialfc.training import saver as writer
+from partialfc.training.saver import HostCopies
 from partialfc.training.step import Stepper
 
 Act = Callable[[], object]

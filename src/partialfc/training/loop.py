@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partialfc.checkpoint.read import Checkpoint, load_latest
 from partialfc.config.options import TrainConfig, parse_steps
 from partialfc.core.console import Progress
 from partialfc.core.device import dtype_name, peak_bytes
@@ -34,13 +35,12 @@ from partialfc.evaluation.run import read_benchmarks
 from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model, save_model
 from partialfc.training.build import build_state, check_batch, open_loader
-from partialfc.training.checkpoint.read import Checkpoint, load_latest
-from partialfc.training.checkpoint.writer import Saver
 from partialfc.training.initialize import fill_with_class_means, initialize, is_resumable, write_identities
 from partialfc.training.nonfinite import describe_skip
 from partialfc.training.run.folder import open_run_folder
 from partialfc.training.run.launch import check_same_data, joined
 from partialfc.training.run.log import MetricsLog, Tracker, open_trackers
+from partialfc.training.saver import Saver
 from partialfc.training.step import Stepper
 from partialfc.training.timing import StepClock, StepProfiler, TrainResult
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from partialfc.checkpoint.read import Checkpoint
+from partialfc.checkpoint.write import RowTensors, Snapshot
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Shard
 from partialfc.distributed.sharded import shard_like
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint.read import Checkpoint
-from partialfc.training.checkpoint.write import RowTensors, Snapshot
 from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import load_weights, whole_network
 

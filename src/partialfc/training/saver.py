@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.checkpoint.write import CheckpointNotWritten, RowTensors, Snapshot, save_checkpoint
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import JobError
 from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import Group, gather_json, rank_of
 from partialfc.distributed.sharded import full_tensor
-from partialfc.training.checkpoint.write import CheckpointNotWritten, RowTensors, Snapshot, save_checkpoint
 from partialfc.training.run.read import RunFolder
 from partialfc.training.state import TrainState
 

@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from partialfc.checkpoint.blocks import BLOCK_BYTES, VerifiedFiles, safetensors_pieces, write_hashed
+from partialfc.checkpoint.format import MANIFEST, FileRecord, Manifest, Part, RowTensor, dtype_code
+from partialfc.checkpoint.read import LEFTOVER, folder_name, is_whole, steps_in
 from partialfc.core.errors import JobError
 from partialfc.core.files import fsync
 from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import Group, Shard, gather_json
-from partialfc.training.checkpoint.blocks import BLOCK_BYTES, VerifiedFiles, safetensors_pieces, write_hashed
-from partialfc.training.checkpoint.format import MANIFEST, FileRecord, Manifest, Part, RowTensor, dtype_code
-from partialfc.training.checkpoint.read import LEFTOVER, folder_name, is_whole, steps_in
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _logger = logging.getLogger(__name__)

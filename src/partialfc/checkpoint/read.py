@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from partialfc.checkpoint.blocks import VerifiedFiles
+from partialfc.checkpoint.format import DamagedCheckpoint, dtype_code, dtype_of, read_manifest
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import gather_json, rank_of
-from partialfc.training.checkpoint.blocks import VerifiedFiles
-from partialfc.training.checkpoint.format import DamagedCheckpoint, dtype_code, dtype_of, read_manifest
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 LEFTOVER = re.compile(r"\.step-(\d{8,})\.[0-9a-f]{8}\.(writing|old)")

@@ -18,7 +18,7 @@ from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import gather_json, rank_of
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-LEFTOVER = re.compile(r"\.step-(\d{8,})\.[0-9a-f]{8}\.(writing|old)")
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(writing|old)")
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -161,6 +161,21 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def leftovers(folder: Path, suffix: str) -> list[Path]:
+    """What interrupted writes of `folder` left beside it, or those of all steps in its root if it is that of a step.
+
+    Args:
+        suffix: "writing" for unfinished folders, "old" for replaced ones.
+    """
+    is_step = STEP_FOLDER.fullmatch(folder.name)
+    return [
+        path
+        for path in folder.parent.iterdir()
+        if (match := _LEFTOVER.fullmatch(path.name)) and match[2] == suffix
+        if match[1] == folder.name or (is_step and STEP_FOLDER.fullmatch(match[1]))
+    ]
+
+
 def steps_in(root: Path) -> list[int]:
     """The steps that have a folder in `root`, ascending."""
     return sorted(int(match[1]) for path in root.iterdir() if (match := STEP_FOLDER.fullmatch(path.name)))
@@ -176,8 +191,8 @@ def _candidates(root: Path) -> list[str]:
     for name in [path.name for path in root.iterdir()] if root.is_dir() else []:
         if match := STEP_FOLDER.fullmatch(name):
             candidates.append((int(match[1]), True, name))
-        elif (match := LEFTOVER.fullmatch(name)) and match[2] == "old":
-            candidates.append((int(match[1]), False, name))
+        elif (match := _LEFTOVER.fullmatch(name)) and match[2] == "old" and (step := STEP_FOLDER.fullmatch(match[1])):
+            candidates.append((int(step[1]), False, name))
     return [name for _, _, name in sorted(candidates, reverse=True)]
 
 

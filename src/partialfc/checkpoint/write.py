@@ -22,7 +22,7 @@ from torch import Tensor
 
 from partialfc.checkpoint.blocks import BLOCK_BYTES, VerifiedFiles, safetensors_pieces, write_hashed
 from partialfc.checkpoint.format import MANIFEST, FileRecord, Manifest, Part, RowTensor, dtype_code
-from partialfc.checkpoint.read import LEFTOVER, folder_name, is_whole, steps_in
+from partialfc.checkpoint.read import folder_name, is_whole, leftovers, steps_in
 from partialfc.core.errors import JobError
 from partialfc.core.files import fsync
 from partialfc.distributed.activity import activity
@@ -79,30 +79,48 @@ class Snapshot:
 
 
 def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int = 3, block_bytes: int = BLOCK_BYTES) -> Path:
-    """Write a checkpoint, which appears under the name of its step only when all of it is on the storage.
-
-    Every rank of `snapshot.rows.shard.group` calls this, and returns when the checkpoint is in place. A checkpoint of
-    the same step is replaced. Six collectives of a few kilobytes; the tensors travel to the storage only.
+    """`save_folder` under the name of the snapshot's step in `root`, which deletes older checkpoints there.
 
     Args:
         root: the folder of checkpoints, on storage that all ranks share; made if missing.
-        snapshot: what to write; no tensor in it is sharded by PyTorch.
-        keep: how many whole checkpoints up to this step stay, at least 1; older ones are deleted.
-        block_bytes: the unit of verification.
-
-    Raises:
-        CheckpointNotWritten: on all ranks alike, if any rank could not write (a full disk, say). Nothing of this step
-            is left, and the checkpoints before it are untouched.
+        keep: how many whole checkpoints up to this step stay, at least 1.
     """
     if keep < 1:
         raise ValueError("keep must be at least 1: the checkpoint just written is never deleted")
+    folder = root / folder_name(snapshot.step)
+    save_folder(folder, snapshot, keep=keep, block_bytes=block_bytes)
+    return folder
+
+
+def save_folder(folder: Path, snapshot: Snapshot, *, keep: int | None = None, block_bytes: int = BLOCK_BYTES) -> None:
+    """Write a checkpoint, which appears as `folder` only when all of it is on the storage.
+
+    Every rank of `snapshot.rows.shard.group` calls this, and returns when the checkpoint is in place. An existing
+    folder is replaced. Six collectives of a few kilobytes; the tensors travel to the storage only.
+
+    Args:
+        folder: on storage that all ranks share; its parent is made if missing.
+        snapshot: what to write; no tensor in it is sharded by PyTorch.
+        keep: for the folder of a step, how many whole ones up to this step stay beside it; None for all.
+        block_bytes: the unit of verification.
+
+    Raises:
+        CheckpointNotWritten: on all ranks alike, if any rank could not write (a full disk, say). Nothing new is left,
+            and an existing folder is untouched.
+    """
     group, is_leader = snapshot.rows.shard.group, snapshot.rows.shard.rank == 0
-    token = _together("prepare", lambda: _prepare(root, snapshot), group)[0]
-    writing = root / f".{folder_name(snapshot.step)}.{token}.writing"
+    token = _together("prepare", lambda: _prepare(folder, snapshot), group)[0]
+    writing = folder.with_name(f".{folder.name}.{token}.writing")
 
     def complete() -> None:
         if is_leader:
-            _commit(root, writing, _manifest(snapshot, block_bytes, reports), keep)
+            _commit(folder, writing, _manifest(snapshot, block_bytes, reports))
+            try:
+                _retire(folder, snapshot.step, keep)
+            except OSError as error:
+                _logger.warning(
+                    "old checkpoints beside %s could not be deleted (%s); this fills the disk", folder, error
+                )
 
     try:
         with activity(f"writing {writing}"):
@@ -112,7 +130,6 @@ def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int = 3, block_byte
         if is_leader:
             shutil.rmtree(writing, ignore_errors=True)
         raise
-    return root / folder_name(snapshot.step)
 
 
 def _check_json(value: Any, name: str) -> None:
@@ -145,14 +162,14 @@ def _together(purpose: str, work: Callable[[], T], group: Group | None) -> list[
     return [one["result"] for one in outcomes]
 
 
-def _prepare(root: Path, snapshot: Snapshot) -> str:
+def _prepare(folder: Path, snapshot: Snapshot) -> str:
     """Check the snapshot; on rank 0 remove the unfinished folders of dead runs, and choose a name none of them uses."""
     snapshot.check()
     if snapshot.rows.shard.rank != 0:
         return ""
-    root.mkdir(parents=True, exist_ok=True)
-    fsync(root.parent)
-    _remove(root, ".writing")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fsync(folder.parent.parent)
+    _remove_leftovers(folder, "writing")
     return secrets.token_hex(4)
 
 
@@ -187,20 +204,15 @@ def _manifest(snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]
     return Manifest(snapshot.step, snapshot.state, block_bytes, _merge_rows(reports), files)
 
 
-def _commit(root: Path, writing: Path, manifest: Manifest, keep: int) -> None:
-    """Write the manifest last, flush and rename the folder, and delete the oldest checkpoints."""
+def _commit(folder: Path, writing: Path, manifest: Manifest) -> None:
+    """Write the manifest last, flush and rename the folder."""
     VerifiedFiles(writing, manifest).check_sizes()  # fails if a rank wrote to a disk of its own
     write_hashed(writing / MANIFEST, [manifest.encode()])
     fsync(writing)
-    final = root / folder_name(manifest.step)
-    if final.exists():
-        os.rename(final, _old_name(final))
-    os.rename(writing, final)
-    fsync(root)
-    try:
-        _retire(root, manifest.step, keep)
-    except OSError as error:
-        _logger.warning("old checkpoints in %s could not be deleted (%s); this fills the disk", root, error)
+    if folder.exists():
+        os.rename(folder, _old_name(folder))
+    os.rename(writing, folder)
+    fsync(folder.parent)
 
 
 def _merge_rows(reports: list[dict[str, Any]]) -> dict[str, RowTensor]:
@@ -215,24 +227,24 @@ def _merge_rows(reports: list[dict[str, Any]]) -> dict[str, RowTensor]:
     return merged
 
 
-def _retire(root: Path, step: int, keep: int) -> None:
-    """Delete what is older than the last `keep` whole checkpoints up to `step`. Later steps stay.
+def _retire(folder: Path, step: int, keep: int | None) -> None:
+    """Delete what `folder` replaced and, unless `keep` is None, what is older than the last `keep` whole checkpoints.
 
-    A checkpoint is renamed first, so that a half-deleted one does not bear the name of a step.
+    Later steps stay. A checkpoint is renamed first, so that a half-deleted one does not bear the name of a step.
     """
-    steps = [earlier for earlier in steps_in(root) if earlier <= step]
-    whole = [earlier for earlier in steps if is_whole(root / folder_name(earlier))]
-    for earlier in steps:
-        if len(whole) > keep and earlier < whole[-keep]:
-            folder = root / folder_name(earlier)
-            os.rename(folder, _old_name(folder))
-    _remove(root, ".old")
+    if keep is not None:
+        root = folder.parent
+        steps = [earlier for earlier in steps_in(root) if earlier <= step]
+        whole = [earlier for earlier in steps if is_whole(root / folder_name(earlier))]
+        for earlier in steps:
+            if len(whole) > keep and earlier < whole[-keep]:
+                os.rename(root / folder_name(earlier), _old_name(root / folder_name(earlier)))
+    _remove_leftovers(folder, "old")
 
 
-def _remove(root: Path, suffix: str) -> None:
-    for path in root.iterdir():
-        if LEFTOVER.fullmatch(path.name) and path.suffix == suffix:
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_leftovers(folder: Path, suffix: str) -> None:
+    for path in leftovers(folder, suffix):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _old_name(folder: Path) -> Path:

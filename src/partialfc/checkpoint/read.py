@@ -30,6 +30,7 @@ class Checkpoint:
         step: optimizer steps done.
         state: what the writer passed as `state`.
         row_shapes: global shape of each row tensor, (total rows, ...).
+        row_dtypes: the dtype of each.
         digest: SHA-256 of the manifest, which covers every byte of the checkpoint.
     """
 
@@ -46,6 +47,7 @@ class Checkpoint:
         self.state = dict(manifest.state)
         self.digest = manifest.digest()
         self.row_shapes = {name: tensor.shape for name, tensor in manifest.rows.items()}
+        self.row_dtypes = {name: dtype_of(tensor.dtype) for name, tensor in manifest.rows.items()}
         self._rows = manifest.rows
         self._files = VerifiedFiles(folder, manifest)
         self._files.check_sizes()
@@ -64,7 +66,7 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Global rows [start, stop) of a row tensor: (stop - start, ...) on the CPU. See `read_rows`."""
-        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=dtype_of(self._rows[name].dtype))
+        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=self.row_dtypes[name])
         self.read_rows(name, start, result)
         return result
 

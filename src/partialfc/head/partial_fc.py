@@ -28,8 +28,10 @@ from partialfc.head.loss import (
     target_terms,
 )
 from partialfc.head.margins import CosFace, Margin, MarginBatch
+from partialfc.head.predict import Prediction
 from partialfc.head.rows import CenterState
 from partialfc.head.sampling import initial_centers, sample_classes, sample_padded, sampling_keys
+from partialfc.head.state_dict import ShardStateDict
 
 Update = Literal["sparse", "deferred"]
 
@@ -49,7 +51,7 @@ class HeadFigures:
     sampled: Tensor
 
 
-class PartialFC(nn.Module):
+class PartialFC(Prediction, ShardStateDict):
     """Margin-based softmax over sampled classes, sharded by class over the ranks (An et al., CVPR 2022, 2203.15565).
 
     Never wrap it, or a module that holds it, in DistributedDataParallel or FSDP: each rank owns different rows. Give
@@ -86,7 +88,7 @@ class PartialFC(nn.Module):
         self,
         num_classes: int,
         embedding_dim: int,
-        sample_rate: float = 1.0,
+        sample_rate: float = 0.1,
         margin: Margin | None = None,
         scale: float = 64.0,
         conflict_threshold: float | None = None,
@@ -158,6 +160,9 @@ class PartialFC(nn.Module):
         It takes five collectives, three with `global_labels`, and backward one. At world size W the gradient of the
         embeddings is W times that of the mean loss, because DDP and FSDP average the backbone's gradients over ranks.
 
+        In eval mode it is the loss over all classes, whatever the sample rate and the step, and the margin's running
+        figures stay as they are; bad input raises at once.
+
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
             labels: (B,) int64 class numbers in [0, C).
@@ -188,7 +193,10 @@ class PartialFC(nn.Module):
             # Parameters lose attributes when a module is copied or moved to another storage.
             self.centers.center_state = self.center_state  # type: ignore[attr-defined]
             arguments = step_labels, first_sample, global_labels
-            return _SampledSoftmax.apply(embeddings, self.centers, labels, self, *arguments)
+            loss: Tensor = _SampledSoftmax.apply(embeddings, self.centers, labels, self, *arguments)
+        if not self.training:
+            self.check()
+        return loss
 
     def check(self) -> None:
         """Raise for any bad batch since the last check where validation is deferred: a host read.
@@ -331,7 +339,7 @@ def _sample(
 ) -> tuple[Tensor, Tensor | None]:
     """The classes of the step on this rank, (S,) int64, and () their count on the device if they are padded."""
     positives = labels if step_labels is None else torch.cat([labels, step_labels])
-    shard: dict[str, Any] = {"num_classes": head.num_classes, "sample_rate": head.sample_rate}
+    shard: dict[str, Any] = {"num_classes": head.num_classes, "sample_rate": head.sample_rate if head.training else 1.0}
     shard |= {"start": head.shard.start, "stop": head.shard.stop}
     if not on_device:
         return sample_classes(positives, seed=head.seed, step=head.step, **shard), None

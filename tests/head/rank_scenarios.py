@@ -104,8 +104,8 @@ def _wrapped(group: Group | None) -> dict[str, str]:
         return {}
     count = 12 * world_size_of(group)
     batch = torch.ones(1, 4), torch.tensor([1])
-    head = DistributedDataParallel(PartialFC(count, 4, group=group), process_group=group)
-    both = DistributedDataParallel(BackboneAndHead(PartialFC(count, 4, group=group)), process_group=group)
+    head = DistributedDataParallel(PartialFC(count, 4, 1.0, group=group), process_group=group)
+    both = DistributedDataParallel(BackboneAndHead(PartialFC(count, 4, 1.0, group=group)), process_group=group)
     return {"head": _message(head, *batch), "module": _message(both, *batch)}
 
 

@@ -79,7 +79,7 @@ def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_raised(
 
 def head_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> tuple[PartialFC, RowwiseSGD]:
     monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
-    head = PartialFC(40, 4, update="deferred")
+    head = PartialFC(40, 4, 1.0, update="deferred")
     return head, RowwiseSGD(head.parameters(), lr=0.1)
 
 
@@ -216,7 +216,7 @@ def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeyp
     results = []
     for lr in (0.25, rate):
         monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
-        head = PartialFC(40, 4, update="deferred", dtype=dtype)
+        head = PartialFC(40, 4, 1.0, update="deferred", dtype=dtype)
         optimizer = RowwiseSGD(head.parameters(), lr=lr)
         head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()
         optimizer.step()
@@ -228,4 +228,4 @@ def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeyp
 def test_counts_that_do_not_agree_with_the_batch_are_refused(counts: list[int]) -> None:
     labels = torch.tensor([1, 2])
     with pytest.raises(InputError, match="2 for process 0"):
-        PartialFC(40, 4)(torch.ones(2, 4), labels, global_labels=GlobalLabels(counts, labels))
+        PartialFC(40, 4, 1.0)(torch.ones(2, 4), labels, global_labels=GlobalLabels(counts, labels))

@@ -70,7 +70,7 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: st
 def test_bad_batches_are_refused_and_nothing_is_touched(
     batch: tuple[Tensor, Tensor], message: str, update: Any
 ) -> None:
-    head = PartialFC(5, 8, margin=Curricular(), scale=32.0, update=update)
+    head = PartialFC(5, 8, 1.0, margin=Curricular(), scale=32.0, update=update)
     optimizer = RowwiseSGD(head.parameters())
     before = {name: value.clone() for name, value in head.state_dict().items()}
     with pytest.raises(InputError, match=message):
@@ -82,16 +82,16 @@ def test_bad_batches_are_refused_and_nothing_is_touched(
 
 
 def test_non_finite_embeddings_have_an_error_of_their_own() -> None:
-    head = PartialFC(5, 8)
+    head = PartialFC(5, 8, 1.0)
     head.step = 12
     with pytest.raises(NonFiniteEmbeddings, match="embeddings of step 12"):
         head(torch.full((3, 8), math.nan), LABELS)
 
 
 def test_a_replica_and_a_resharded_parameter_are_refused() -> None:
-    replica = PartialFC(5, 8)
+    replica = PartialFC(5, 8, 1.0)
     replica._is_replica = True
-    resharded = PartialFC(5, 8)
+    resharded = PartialFC(5, 8, 1.0)
     resharded.centers = nn.Parameter(resharded.centers[:3].detach())
     for head in (replica, resharded):
         with pytest.raises(InputError, match="stands inside a parallel wrapper"):
@@ -99,18 +99,22 @@ def test_a_replica_and_a_resharded_parameter_are_refused() -> None:
 
 
 def test_initial_centers_are_a_function_of_the_seed() -> None:
-    first, again, other = PartialFC(700, 64, seed=1), PartialFC(700, 64, seed=1), PartialFC(700, 64, seed=2)
+    first, again, other = (
+        PartialFC(700, 64, 1.0, seed=1),
+        PartialFC(700, 64, 1.0, seed=1),
+        PartialFC(700, 64, 1.0, seed=2),
+    )
     assert torch.equal(first.centers, again.centers)
     assert not torch.equal(first.centers, other.centers)
     assert float(first.centers.detach().std()) == pytest.approx(0.01, rel=0.02)
     # A head of more classes begins with the same ones.
-    assert torch.equal(PartialFC(900, 64, seed=1).centers[:700], first.centers)
+    assert torch.equal(PartialFC(900, 64, 1.0, seed=1).centers[:700], first.centers)
 
 
 def test_initial_centers_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = PartialFC(700, 64).centers
+    whole = PartialFC(700, 64, 1.0).centers
     monkeypatch.setattr("partialfc.head.sampling._ELEMENTS_AT_ONCE", 1000)
-    assert torch.equal(PartialFC(700, 64).centers, whole)
+    assert torch.equal(PartialFC(700, 64, 1.0).centers, whole)
 
 
 def test_global_generators_are_left_alone() -> None:
@@ -123,7 +127,7 @@ def test_global_generators_are_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtypes_of_loss_and_gradients(dtype: torch.dtype) -> None:
-    head = PartialFC(5, 8)
+    head = PartialFC(5, 8, 1.0)
     batch = embeddings(dtype).requires_grad_()
     loss = head(batch, LABELS)
     loss.backward()
@@ -141,7 +145,7 @@ def test_autocast_changes_nothing(update: Any, loops: bool, monkeypatch: pytest.
         monkeypatch.setattr(select, "numba_kernels", lambda: None)
     results = []
     for enabled in (False, True):
-        head = PartialFC(50, 8, update=update)
+        head = PartialFC(50, 8, 1.0, update=update)
         batch = embeddings().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = head(batch, LABELS)
@@ -176,7 +180,7 @@ def test_without_gradients_it_is_a_metric() -> None:
 @pytest.mark.parametrize("margin", [CosFace(), Curricular()])
 def test_it_trains_after_inference_mode(margin: Margin, operand_dtype: torch.dtype, update: Any) -> None:
     """The first batch of all, whose form no other test has, allocates what later ones reuse."""
-    head = PartialFC(50, 8, margin=margin, scale=32.0, operand_dtype=operand_dtype, update=update)
+    head = PartialFC(50, 8, 1.0, margin=margin, scale=32.0, operand_dtype=operand_dtype, update=update)
     optimizer = RowwiseSGD(head.parameters())
     batch, labels = torch.randn(13, 8), torch.arange(13)
     with torch.inference_mode():
@@ -194,7 +198,7 @@ def test_it_trains_after_inference_mode(margin: Margin, operand_dtype: torch.dty
 
 
 def test_running_figures_move_in_training_only() -> None:
-    head = PartialFC(50, 8, margin=Curricular(), scale=32.0).eval()
+    head = PartialFC(50, 8, 1.0, margin=Curricular(), scale=32.0).eval()
     head(embeddings(), LABELS)
     assert float(head.margin_state()["t"]) == pytest.approx(0.3)
     head.train()
@@ -218,7 +222,7 @@ def test_scaled_loss_scales_the_gradients() -> None:
 
 
 def test_it_can_be_moved_to_another_dtype() -> None:
-    head = PartialFC(20, 8, margin=CosFace(), update="deferred")
+    head = PartialFC(20, 8, 1.0, margin=CosFace(), update="deferred")
     optimizer = RowwiseSGD(head.parameters())
     head(embeddings(), LABELS).backward()
     optimizer.step()

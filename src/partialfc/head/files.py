@@ -84,7 +84,7 @@ def load_head(
             the rows may have changed. On all ranks alike.
     """
 
-    def load() -> PartialFC:
+    def prepare() -> tuple[Checkpoint, PartialFC, RowwiseOptimizer | None]:
         path = Path(folder)
         if not path.exists():
             replaced = leftovers(path, "old") if path.parent.is_dir() else []  # by a process that died before the end
@@ -93,10 +93,14 @@ def load_head(
             path = replaced[0]
         checkpoint = Checkpoint(path)
         loaded = head if head is not None else _build(checkpoint, group, device)
-        restore_head(checkpoint, loaded, _unwrap(loaded, optimizer), options=True)
-        return loaded
+        rowwise = _unwrap(loaded, optimizer)
+        _check_matches(checkpoint, loaded, rowwise)
+        return checkpoint, loaded, rowwise
 
-    return _on_all_ranks(load, group if head is None else head.shard.group)
+    group = group if head is None else head.shard.group
+    checkpoint, loaded, rowwise = _on_all_ranks(prepare, group)
+    _on_all_ranks(lambda: restore_head(checkpoint, loaded, rowwise, options=True), group)
+    return loaded
 
 
 def head_rows(head: PartialFC, optimizer: RowwiseOptimizer | None) -> RowTensors:
@@ -151,14 +155,8 @@ def restore_head(
         InputError: the head or the optimizer does not match; nothing has changed.
         DamagedCheckpoint: the rows may have changed in part.
     """
+    _check_matches(checkpoint, head, optimizer)
     saved = _saved_state(checkpoint)
-    for name, value in head_state(head, optimizer)["identity"].items():
-        if (there := saved["identity"].get(name)) != value:
-            raise InputError(f"{checkpoint.folder} holds {name} {there}, not {value}: build what was saved.")
-    for name, tensor in head_rows(head, optimizer).tensors.items():
-        if (dtype := checkpoint.row_dtypes.get(name)) != tensor.dtype:
-            there, here = (dtype_name(dtype) if dtype else "none", dtype_name(tensor.dtype))
-            raise InputError(f"{checkpoint.folder} holds {name} of dtype {there}, not {here}: build what was saved.")
     if optimizer is not None and options:
         group = _parameter_group(head, optimizer)
         for name, value in saved["optimizer_options"].items():
@@ -173,6 +171,18 @@ def restore_head(
         buffer = head.get_buffer(f"margin_{name}")
         buffer.copy_(torch.tensor(value, dtype=buffer.dtype))
     head.step = saved["step"]
+
+
+def _check_matches(checkpoint: Checkpoint, head: PartialFC, optimizer: RowwiseOptimizer | None) -> None:
+    """Raise InputError unless the checkpoint holds this head and optimizer."""
+    saved = _saved_state(checkpoint)
+    for name, value in head_state(head, optimizer)["identity"].items():
+        if (there := saved["identity"].get(name)) != value:
+            raise InputError(f"{checkpoint.folder} holds {name} {there}, not {value}: build it as it was saved.")
+    for name, tensor in head_rows(head, optimizer).tensors.items():
+        if (dtype := checkpoint.row_dtypes.get(name)) != tensor.dtype:
+            there, here = (dtype_name(dtype) if dtype else "none", dtype_name(tensor.dtype))
+            raise InputError(f"{checkpoint.folder} holds {name} of dtype {there}, not {here}: build it as it was saved.")
 
 
 def _saved_state(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from partialfc.distributed.heartbeat import HeartbeatMonitor
 from partialfc.distributed.signals import StopSignals
 from partialfc.evaluation.pairs import embed_share, evaluate_pairs, gather_shares
 from partialfc.evaluation.run import read_benchmarks
+from partialfc.head.files import head_rows
 from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model, save_model
 from partialfc.training.build import build_state, check_batch, open_loader
@@ -134,7 +135,7 @@ class _Trainer:
         # Writing a checkpoint may take hours as long as it makes progress, which `HeartbeatMonitor` watches.
         timeout = _CHECKPOINT_TIMEOUT_SECONDS if has_store() else _collective_timeout(config)
         self.saver = Saver(config, self.folder, host_group(timeout), self._report_unsaved)
-        self.saver.writer.preallocate(self.state.row_tensors().tensors)
+        self.saver.writer.preallocate(head_rows(self.state.head, self.state.head_optimizer).tensors)
         self.control_group = host_group(_collective_timeout(config))
         self.stepper = Stepper(config, self.state, self.loader, device)
         self.total_steps = self.stepper.total_steps

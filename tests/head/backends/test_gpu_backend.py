@@ -78,7 +78,7 @@ def test_the_same_as_the_chunked_backend(
     for backend in (GPUBackend(), ChunkedBackend()):
         use(monkeypatch, backend)
         width = sizes.get("width", WIDTH)
-        head = PartialFC(CLASSES, width, update=update, device=DEVICE, **options)
+        head = PartialFC(CLASSES, width, update=update, device=DEVICE, **({"sample_rate": 1.0} | options))
         optimizer = RowwiseSGD(head.parameters(), lr=0.01, weight_decay=0.1)
         results.append(train(head, optimizer, micro_steps, **sizes))
     for kernels, chunked in zip(*results, strict=True):

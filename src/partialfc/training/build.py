@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: device, data, networks, optimizers, benchmarks."""
+"""Build the parts of a run from its configuration: data, networks, optimizers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.distributed.collectives import rank_of, world_size_of
-from partialfc.training.freezing import freeze, set_frozen_layers_eval
-from partialfc.training.replicas import split_over_processes
-from partialfc.training.scaling import LossScale
+from partialfc.training.nonfinite import LossScale
+from partialfc.training.replicas import shard_over_processes
 from partialfc.training.state import TrainState
-from partialfc.training.weights import averaged_copy
+from partialfc.training.weights import averaged_copy, freeze, set_frozen_layers_eval
 
 
 def open_loader(config: TrainConfig) -> Loader:
-    """The training data, with this rank's share of it."""
+    """The training data; the loader reads this rank's share of every batch."""
     data = config.data
     source = open_source(data.path, num_classes=data.num_classes)
     return Loader(
@@ -38,18 +37,18 @@ def open_loader(config: TrainConfig) -> Loader:
     )
 
 
-def facts_of(loader: Loader) -> dict[str, int]:
-    """What must be the same of the data when a run goes on."""
+def data_signature(loader: Loader) -> dict[str, int]:
+    """What must be the same on all ranks, and when a run is resumed."""
     return {"images": len(loader), "classes": loader.num_classes, "image_size": loader.image_size}
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse, before any data is opened, what no run can have.
+    """Check a configuration before any data is opened.
 
-    The networks are built for it: the backbone without values at the usual image size, the head for a single class.
+    Backbone and head refuse their own options as they are built: here on the meta device, and for a single class.
 
     Raises:
-        InputError: naming the key.
+        InputError: for values that no run can have, naming the key.
     """
     config.check()
     if not config.data.path:
@@ -59,7 +58,7 @@ def check_config(config: TrainConfig) -> None:
 
 
 def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> TrainState:
-    """Networks and optimizers at step 0: functions of the configuration and of what the data says of itself."""
+    """Networks and optimizers at step 0: functions of the configuration, the data's classes and its image size."""
     backbone = build_backbone(config, loader.image_size, device=device)
     freeze(backbone, config.backbone.freeze)
     head = build_head(config, loader.num_classes, device=device)
@@ -69,14 +68,14 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         skeleton = build_backbone(config, loader.image_size, device=torch.device("meta"))
         for network in (backbone, average):
             if network is not None:
-                split_over_processes(network, device, getattr(torch, config.processes.gradients))
+                shard_over_processes(network, device, getattr(torch, config.processes.gradients))
     optimizers = build_optimizers(config, backbone, head)
     scaled = compute_dtype(config.precision, device) == torch.float16
     return TrainState(
         backbone,
         head,
         *optimizers,
-        facts_of(loader),
+        data_signature(loader),
         identities=loader.source.identities,
         loss_scale=LossScale() if scaled else None,
         average=average,
@@ -84,17 +83,17 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
     )
 
 
-def check_shares(config: TrainConfig, loader: Loader) -> None:
-    """Refuse a batch of which some process gets too few images for the network's statistics, on all ranks alike.
+def check_batch(config: TrainConfig, loader: Loader) -> None:
+    """Check that every process has enough images of each micro-batch for the network's batch statistics.
 
     Raises:
-        InputError: the network does not suit the configuration or the size of the images, or that is so.
+        InputError: on all ranks alike, if one has not, or if the network does not take its options or the image size.
     """
     network = build_backbone(config, loader.image_size, device=torch.device("meta")).train()
     set_frozen_layers_eval(network, config.backbone.freeze)
     fewest = min(count for number in range(loader.micro_steps) for count in loader.counts(number))
-    # One value a channel has no variance. Other layers have many of one image.
-    if fewest < 2 and any(isinstance(each, nn.BatchNorm1d) and each.training for each in network.modules()):
+    # A single value a channel has no variance; BatchNorm2d has many values of one image.
+    if fewest < 2 and any(isinstance(layer, nn.BatchNorm1d) and layer.training for layer in network.modules()):
         raise InputError(
             f"data.global_batch_size {config.data.global_batch_size} in {loader.micro_steps} micro-steps on "
             f"{world_size_of()} processes leaves one of them {fewest} images at a time, but BatchNorm needs 2: take a "

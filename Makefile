@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests of one file run in one process, so that what a file prepares is prepared once.
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: help install demo check test lint types faults bench-check clean
+.PHONY: help install demo check test lint types docs faults bench-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,5 +44,12 @@ faults: .venv/core  ## inject every fault into real training processes; writes t
 bench-check: .venv/core  ## compare the speed of head, sampler and loader with BASE (the parent commit); fails at +10 %
 	$(BIN)/python benchmarks/check.py $(if $(BASE),--base $(BASE)) $(ARGS)
 
-clean:  ## remove the environment and the runs
-	rm -rf .venv runs
+.venv/docs: .venv/core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs  ## build the site of the documentation in docs/_build/html
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
+clean:  ## remove the environment, the runs and the site
+	rm -rf .venv runs docs/_build

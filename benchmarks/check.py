@@ -1,4 +1,4 @@
-"""Whether head, sampler and loader are still as fast as they were: the working tree beside an earlier commit.
+"""Whether head, sampler and loader are as fast as they were: the working tree compared with an earlier commit.
 
     python benchmarks/check.py [--base COMMIT] [--pairs 5] [--only head-100k head-1m sampler loader]
 
@@ -140,8 +140,8 @@ def compare(name: str, base: Path, images: Path, pairs: int, turns: int) -> tupl
     before: list[float] = []
     now: list[float] = []
     with side(name, base, images) as old, side(name, ROOT, images) as new:
-        for each in (old, new):
-            each.median_seconds(2)  # loads libraries and compiles kernels
+        for process in (old, new):
+            process.median_seconds(2)  # loads libraries and compiles kernels
         for pair in range(pairs):
             order = [(old, before), (new, now)]
             for measured, seconds in order if pair % 2 == 0 else reversed(order):

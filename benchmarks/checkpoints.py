@@ -22,7 +22,7 @@ from documents import write_between
 from partialfc.bench.machine import describe
 from partialfc.core import keyed_random
 from partialfc.distributed import collectives
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.checkpoint.write import RowTensors, Snapshot

@@ -3,7 +3,7 @@
     python benchmarks/compression.py --out /tmp/compression
 
 300 steps of 64 procedural faces with the small network in float32, tested on pairs of other identities. Writes a table
-into docs/training.md and a plot beside it. Runs in the folder are resumed.
+into docs/results/training.md and a plot beside it. Runs in the folder are resumed.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def main() -> None:
         *seed_table(["gradients"], results),
         "",
     ]
-    lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed]({PICTURE})")
+    lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed](../{PICTURE})")
     print("\n".join(lines))
     if options.steps == STEPS:
         (DOCS / PICTURE).write_text(picture(results, options.steps))
-        write_between("training.md", "benchmarks/compression.py", lines)
+        write_between("results/training.md", "benchmarks/compression.py", lines)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 IResNet (r18) with synchronised batch statistics and ViT (vit_t) on small images of identities that are patterns, in
 float64 and in float32, with a step cut into two micro-steps. Each process writes the classes that it sampled in every
 step. In float32 one more run of one process starts from weights that differ in the last place: it shows how far
-rounding alone moves this training. Writes its table into docs/training.md. The processes are gloo's, on this machine;
-complete runs in the folder are reused.
+rounding alone moves this training. Writes its table into docs/results/training.md. The processes are gloo's, on this
+machine; complete runs in the folder are reused.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def main() -> None:
                 print(row, flush=True)
                 lines.append(row)
     if options.steps == STEPS and options.backbones == list(SIZES):
-        write_between("training.md", "benchmarks/elastic.py", lines)
+        write_between("results/training.md", "benchmarks/elastic.py", lines)
 
 
 if __name__ == "__main__":

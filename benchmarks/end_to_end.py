@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from partialfc.backbones import create_backbone
-from partialfc.bench.head_variants import DenseHead, HeadCase
+from partialfc.bench.head_step import HeadCase
+from partialfc.bench.head_variants import DenseHead
 from partialfc.config.options import BackboneConfig, DataConfig, HeadConfig, OutputConfig, ScheduleConfig, TrainConfig
 from partialfc.core.device import choose_device
 from partialfc.data.sources import open_source

@@ -2,8 +2,9 @@
 
     python benchmarks/extending.py --out /tmp/extending
 
-Prints a table: the share of test images whose nearest center is their own, among all centers of the head, for the old
-and the new identities; and whether the old centers were bit-identical at the start.
+The table, which goes into docs/results/training.md, has the share of test images whose nearest center is their own,
+among all centers of the head, for the old and the new identities, and whether the old centers were bit-identical at
+the start.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from documents import write_between
+from partialfc.bench.machine import describe
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
 from partialfc.faces.render import render_faces
@@ -49,8 +52,9 @@ def main() -> None:
         schedule=replace(base.schedule, epochs=options.epochs, warmup_epochs=1.0),
     )
     train(base, options.out / "old", quiet=True)
-    print("| state | old identities | new identities |\n|---|---|---|", flush=True)
-    show("trained on 200", restored(base, options.out / "old"))
+    lines = [f"{describe('cpu')['cpu']}, one thread, torch {torch.__version__}.", ""]
+    lines += ["| state | old identities | new identities |", "|---|---|---|"]
+    lines.append(row(f"trained on {OLD}, {options.epochs:g} epochs", restored(base, options.out / "old")))
     for new_centers in ("mean", "random"):
         config = replace(
             base,
@@ -61,9 +65,12 @@ def main() -> None:
         )
         state = started(config)
         same = torch.equal(state.head.centers[:OLD], restored(base, options.out / "old").head.centers)
-        show(f"250, new centers {new_centers}, at the start (old ones bit-identical: {same})", state)
+        kept = "" if same else ", old ones CHANGED"
+        lines.append(row(f"{ALL}, new centers `{new_centers}`, at the start{kept}", state))
         train(config, options.out / new_centers, quiet=True)
-        show(f"250, new centers {new_centers}, {options.further:g} epochs", restored(config, options.out / new_centers))
+        trained = restored(config, options.out / new_centers)
+        lines.append(row(f"{ALL}, new centers `{new_centers}`, after {options.further:g} epochs", trained))
+    write_between("results/training.md", "benchmarks/extending.py", lines)
 
 
 def started(config: TrainConfig) -> TrainState:
@@ -83,11 +90,13 @@ def restored(config: TrainConfig, run: Path) -> TrainState:
     return state
 
 
-def show(name: str, state: TrainState) -> None:
-    """Print one line of the table."""
+def row(name: str, state: TrainState) -> str:
+    """One line of the table, which is also printed."""
     classes = state.head.num_classes
     old = f"{accuracy(state, range(OLD)):.1%}"
-    print(f"| {name} | {old} | {f'{accuracy(state, range(OLD, ALL)):.1%}' if classes == ALL else '–'} |", flush=True)
+    line = f"| {name} | {old} | {f'{accuracy(state, range(OLD, ALL)):.1%}' if classes == ALL else '–'} |"
+    print(line, flush=True)
+    return line
 
 
 @torch.no_grad()

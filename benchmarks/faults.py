@@ -3,8 +3,8 @@
     python benchmarks/faults.py --out runs/faults
 
 Results are kept in the folder, and a second call repeats only what is missing or failed. When all rows are done, the
-table is written between the markers in docs/reliability.md. The exit status is 1 if any injection ended otherwise than
-its row says.
+table is written between the markers in docs/results/reliability.md. The exit status is 1 if any injection ended
+otherwise than its row says.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rows is None and not options.short:
         machine = describe("cpu")
         words = f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}."
-        write_between("reliability.md", "benchmarks/faults.py", [*lines, "", words])
+        write_between("results/reliability.md", "benchmarks/faults.py", [*lines, "", words])
     return int(any(outcome.problem is not None for outcome in done.values()))
 
 

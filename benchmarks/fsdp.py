@@ -4,7 +4,7 @@
 
 Parameters, gradients and AdamW's averages are counted byte by byte; the peak is that of the process's resident memory
 during three steps with recomputed activations, beyond what it held before the network was built. Writes a table into
-docs/training.md if all three sizes are run. vit_l takes 20 GB with four replicas.
+docs/results/training.md if all three sizes are run. vit_l takes 20 GB with four replicas.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from partialfc.bench.machine import describe
 from partialfc.core import keyed_random
 from partialfc.core.device import peak_bytes
 from partialfc.distributed import collectives
-from partialfc.distributed.collectives import local_shard
+from partialfc.distributed.sharded import local_shard
 from partialfc.training.replicas import replicated, shard_over_processes
 from processes import run_processes
 
@@ -127,7 +127,7 @@ def main() -> None:
     lines = [f"{head} {facts['cpu']}, torch {facts['torch']}, gloo.", "", *lines]
     print("\n".join(lines))
     if tuple(options.world_sizes) == WORLD_SIZES:
-        write_between("training.md", "benchmarks/fsdp.py", lines)
+        write_between("results/training.md", "benchmarks/fsdp.py", lines)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python benchmarks/gpu_backlog.py NAME ...   run these, if they are pending
     python benchmarks/gpu_backlog.py --again    run even what is done
     python benchmarks/gpu_backlog.py --list     say what is done and what is pending
+    python benchmarks/gpu_backlog.py --tables   write what is pending into README.md and docs/performance.md
 
 Each measurement is a process of its own that ends within nine minutes; its result is docs/gpu/NAME.json, with the
 hardware, the versions, the date, the command and the figures. A result that is there is not measured again, so an
@@ -32,12 +33,23 @@ from typing import Any
 
 import torch
 
+from documents import write_between
 from partialfc.core.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "gpu"
 CONTINUE = 75  # EX_TEMPFAIL of sysexits.h
 LINES_KEPT = 20
+# What the items are about, by the first word of their names.
+SUBJECTS = {
+    "gpu": "the tests that need a CUDA device",
+    "head": "step time, memory and kernels of the head",
+    "identities": "29 and 100 million identities on one GPU",
+    "end": "images a second of whole trainings",
+    "step": "options of the backbone's step",
+    "plan": "predictions of `partialfc plan`",
+    "long": "a longer training on the procedural faces",
+}
 
 
 @dataclass(frozen=True)
@@ -238,17 +250,22 @@ def main(argv: Sequence[str] | None = None, items: Sequence[Item] = tuple(ITEMS)
     parser.add_argument("names", nargs="*", metavar="NAME", help="which measurements; all if none is named")
     parser.add_argument("--list", action="store_true", help="say what is done and what is pending")
     parser.add_argument("--again", action="store_true", help="measure again what is done")
+    parser.add_argument("--tables", action="store_true", help="write what is pending into README.md and the docs")
     options = parser.parse_args(argv)
     unknown = set(options.names) - {item.name for item in items}
     if unknown:
         parser.error(f"no measurement is called {', '.join(sorted(unknown))}; --list shows their names")
+    if options.tables:
+        write_between("../README.md", "benchmarks/gpu_backlog.py", short_table(items, results))
+        write_between("performance.md", "benchmarks/gpu_backlog.py", table(items, results))
+        return 0
     chosen = [item for item in items if not options.names or item.name in options.names]
     if options.list:
         for item in chosen:
-            state = "done   " if (results / f"{item.name}.json").exists() else "pending"
+            state = "done   " if is_done(item, results) else "pending"
             print(f"{state}  {item.issue}  {item.name}: {item.question}")
         return 0
-    pending = [item for item in chosen if options.again or not (results / f"{item.name}.json").exists()]
+    pending = [item for item in chosen if options.again or not is_done(item, results)]
     if not pending:
         print("Nothing is pending.")
         return 0
@@ -257,6 +274,28 @@ def main(argv: Sequence[str] | None = None, items: Sequence[Item] = tuple(ITEMS)
         print(f"This machine has no CUDA device, which {len(pending)} pending measurements need.", file=sys.stderr)
         return 2
     return run_all(pending, results, machine)
+
+
+def is_done(item: Item, results: Path) -> bool:
+    """Whether the item's result is there."""
+    return (results / f"{item.name}.json").exists()
+
+
+def short_table(items: Sequence[Item], results: Path) -> list[str]:
+    """A line a subject with pending items, for the README."""
+    lines = ["| not yet run on a GPU | measurements |", "|---|---|"]
+    for subject, words in SUBJECTS.items():
+        pending = [is_done(item, results) for item in items if item.name.split("-")[0] == subject].count(False)
+        if pending:
+            lines.append(f"| {words} | {pending} |")
+    return lines if len(lines) > 2 else ["Everything in the list of measurements has been run on a GPU."]
+
+
+def table(items: Sequence[Item], results: Path) -> list[str]:
+    """A line a pending item."""
+    lines = ["| measurement | question |", "|---|---|"]
+    lines += [f"| {item.name} | {item.question} |" for item in items if not is_done(item, results)]
+    return lines if len(lines) > 2 else ["Everything in the list has been run on a GPU."]
 
 
 def run_all(items: Sequence[Item], results: Path, machine: dict[str, Any]) -> int:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from partialfc.bench.head_step import make_head, synthetic_batch
+from partialfc.bench.head_step import HeadCase
 from partialfc.bench.machine import describe
-from partialfc.config.options import HeadConfig
-from partialfc.head.backends import gpu
+from partialfc.head.backends import gpu, tile_sizes
 
 WIDTH = 512
 TILES = tuple(size << 20 for size in (16, 32, 64, 128, 256))
@@ -64,11 +64,10 @@ class Step:
     """One head and its steps, which read nothing back."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        config = HeadConfig(options.sample_rate, update="deferred", operand_dtype="bfloat16", dtype=options.dtype)
-        self.head, self.optimizer = make_head(options.classes, WIDTH, config, "cuda")
-        sizes = {"num_classes": options.classes, "embedding_dim": WIDTH, "batch_size": options.batch}
-        self.batches = [synthetic_batch(step, **sizes, device="cuda") for step in range(4)]
-        self.embeddings, self.labels = synthetic_batch(5, **sizes, device="cuda")
+        case = HeadCase(options.classes, WIDTH, options.batch, options.sample_rate, "cuda")
+        self.head, self.optimizer = case.build(update="deferred", operand_dtype="bfloat16", dtype=options.dtype)
+        self.batches = [case.batch(step) for step in range(4)]
+        self.embeddings, self.labels = case.batch(5)
         self.number = 0
 
     def whole(self) -> None:
@@ -129,12 +128,17 @@ def main() -> None:
     report({"hardware": describe("cuda"), "options": vars(options), "sampled": rows} | rates | roofline)
     report({"variant": "as it is", "step_ms": milliseconds(step.whole), "kernels_ms": step.by_kernel()})
     report({"variant": "CUDA graph", "step_ms": milliseconds(step.graph())})
-    for name, values in (("_TILE_BYTES", TILES), ("_BLOCKS", BLOCKS), ("_ELEMENTS", ROW_ELEMENTS)):
-        before = getattr(gpu, name)
+    variants: list[tuple[ModuleType, str, Sequence[Any]]] = [
+        (tile_sizes, "GPU_TILE_BYTES", TILES),
+        (gpu, "PRODUCT_BLOCKS", [(block,) for block in BLOCKS]),
+        (gpu, "ROW_ELEMENTS", ROW_ELEMENTS),
+    ]
+    for module, name, values in variants:
+        before = getattr(module, name)
         for value in values:
-            setattr(gpu, name, (value,) if name == "_BLOCKS" else value)
+            setattr(module, name, value)
             report({"variant": f"{name} = {value}", "step_ms": milliseconds(step.whole)})
-        setattr(gpu, name, before)
+        setattr(module, name, before)
     step.head.check()
     report({"peak_bytes": torch.cuda.max_memory_allocated()})
 

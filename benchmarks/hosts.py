@@ -3,9 +3,8 @@
     sudo python benchmarks/hosts.py --out runs/hosts
 
 The hosts are network namespaces of this machine (benchmarks/namespaces.py), each with a `torchrun -m partialfc train`
-of its own. A scenario injects one fault into a running training and sees what the processes do and what they say.
-Prints a
-table, and writes it into docs/reliability.md when all scenarios have run.
+of its own. A scenario injects one fault into a running training and records what the processes do and print. Prints a
+table, and writes it into docs/results/reliability.md when all scenarios have run.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from documents import write_between
+from documents import items, write_between
 from elastic import write_patterns
 from host_runs import SECONDS_OF_A_RUN, Run
 from namespaces import Host, network, why_not
 from partialfc.bench.machine import describe
 
 SIZE = 16  # pixels of benchmarks/elastic.py's patterns
-SECONDS_TO_NOTICE = 60.0  # for a lost process or host: heartbeat_timeout_seconds, a grace, and a busy machine
+SECONDS_TO_NOTICE = 60.0  # a lost process or host: heartbeat_timeout_seconds, time to end, and a busy machine
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Outcome:
         fault: in words.
         as_written: whether it is what docs/reliability.md says.
         said: what happened, in a sentence.
-        lost_steps: optimizer steps that had to be done again; None where no run went on.
+        messages: the error that the processes of a host ended with, by host, where they ended with one.
+        lost_steps: optimizer steps that were repeated; None where no run resumed.
         seconds: from the fault to the end of the processes, or to the first new step; None without a fault.
     """
 
@@ -50,6 +50,7 @@ class Outcome:
     said: str
     lost_steps: int | None = None
     seconds: float | None = None
+    messages: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Stage:
     Attributes:
         steps: of each run.
         fault_step: the step after which the fault comes.
-        silence: processes.heartbeat_timeout_seconds of each run.
+        heartbeat_timeout: processes.heartbeat_timeout_seconds of each run.
         hosts: two.
     """
 
@@ -67,12 +68,12 @@ class Stage:
     data: Path
     steps: int
     fault_step: int
-    silence: int
+    heartbeat_timeout: int
     hosts: list[Host]
 
     def run(self, name: str, **options: object) -> Run:
         """A new run of that name."""
-        return Run(self.folder / name, self.data, self.steps, silence=self.silence, **options)  # type: ignore[arg-type]
+        return Run(self.folder / name, self.data, self.steps, heartbeat_timeout=self.heartbeat_timeout, **options)  # type: ignore[arg-type]
 
     def straight(self, nodes: int, per_host: int) -> Run:
         """The uninterrupted run on so many hosts, made once."""
@@ -92,7 +93,7 @@ def two_hosts(stage: Stage) -> Outcome:
 
 
 def killed_rank(stage: Stage) -> Outcome:
-    """SIGKILL to a rank under torchrun with --max-restarts, on one host: the run goes on by itself."""
+    """SIGKILL to a rank under torchrun with --max-restarts, on one host: torchrun restarts the run."""
     host = stage.hosts[0]
     run = stage.run("killed-rank", nodes="1", per_host=2, restarts=3)
     run.start(host)
@@ -106,7 +107,7 @@ def killed_rank(stage: Stage) -> Outcome:
 
 
 def sigterm(stage: Stage) -> Outcome:
-    """SIGTERM to torchrun on both hosts, as a scheduler sends it; a new start goes on."""
+    """SIGTERM to torchrun on both hosts, as a scheduler sends it; a new start resumes."""
     run = stage.run("sigterm", nodes="2", restarts=3)
     run.start(*stage.hosts)
     run.wait_for_step(stage.fault_step)
@@ -149,11 +150,12 @@ def cut_off(stage: Stage, leaving: int) -> Outcome:
     said = {host.name: _last_sentence(run.log(host)) for host in stage.hosts}
     named = leaves.name in said[stays.name] and "partialfc: error" in said[leaves.name]
     outcome = (
-        f"the processes of both ended; of the other: “{said[stays.name]}”, torchrun's status {status}; of the one "
+        f"the processes of both ended and named what they lost; torchrun's status {status}; those of the host cut off "
+        f"ended after {ended[leaves.name]:.0f} s"
     )
-    outcome += f"cut off after {ended[leaves.name]:.0f} s: “{said[leaves.name]}”"
     which = "the first" if leaving == 0 else "the second"
-    return Outcome(f"a host cut off, {which} of two", status == 1 and named, outcome, None, ended[stays.name])
+    fault = f"a host cut off, {which} of two"
+    return Outcome(fault, status == 1 and named, outcome, None, ended[stays.name], said)
 
 
 def _last_sentence(log: str) -> str:
@@ -257,14 +259,16 @@ SCENARIOS: dict[str, Callable[[Stage], Outcome]] = {
 
 
 @contextmanager
-def opened_stage(folder: Path, steps: int, fault_step: int | None = None, silence: int = 30) -> Iterator[Stage]:
+def opened_stage(
+    folder: Path, steps: int, fault_step: int | None = None, heartbeat_timeout: int = 30
+) -> Iterator[Stage]:
     """Data and two hosts in a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "images"
     if not data.exists():
         write_patterns(data, SIZE)
     with network(["host-a", "host-b"], folder) as hosts:
-        yield Stage(folder, data, steps, fault_step or steps // 2, silence, hosts)
+        yield Stage(folder, data, steps, fault_step or steps // 2, heartbeat_timeout, hosts)
 
 
 def main() -> int:
@@ -280,6 +284,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are removed on the way out
     lines = ["| fault | outcome | steps done again | seconds |", "|---|---|---|---|"]
     print("\n".join(lines), flush=True)
+    messages: list[str] = []
     failed = False
     for name in options.scenarios:
         with opened_stage(options.out.resolve(), options.steps) as stage:
@@ -289,12 +294,17 @@ def main() -> int:
         said = outcome.said if outcome.as_written else f"**not as written**: {outcome.said}"
         lines.append(f"| {outcome.fault} | {said} | {lost} | {seconds} |")
         print(lines[-1], flush=True)
+        messages += [f"{outcome.fault}, {host}: `{message}`" for host, message in outcome.messages.items()]
         failed |= not outcome.as_written
     if not failed and options.scenarios == list(SCENARIOS):
         machine = describe("cpu")
         place = f"{machine['cores']} cores of {machine['cpu']}, torch {torch.__version__}"
         note = f"{options.steps} steps, once each; {place}."
-        write_between("reliability.md", "benchmarks/hosts.py", [*lines, "", note])
+        write_between(
+            "results/reliability.md",
+            "benchmarks/hosts.py",
+            [*lines, "", note, "", "What the processes ended with:", "", *items(messages)],
+        )
     return int(failed)
 
 

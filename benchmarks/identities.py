@@ -11,9 +11,8 @@ import time
 
 import torch
 
-from partialfc.bench.head_step import make_head, synthetic_batch, wait_for
+from partialfc.bench.head_step import HeadCase, wait_for
 from partialfc.bench.machine import describe
-from partialfc.config.options import HeadConfig
 from partialfc.core.device import peak_bytes
 
 WIDTH = 512
@@ -30,18 +29,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device = torch.device(options.device)
-    config = HeadConfig(
-        options.sample_rate,
-        update="deferred",
-        operand_dtype="bfloat16",
-        dtype=options.dtype,
-        state_on_host=options.state_on_host,
+    case = HeadCase(options.classes, WIDTH, options.batch, options.sample_rate, options.device)
+    head, optimizer = case.build(
+        update="deferred", operand_dtype="bfloat16", dtype=options.dtype, state_on_host=options.state_on_host
     )
-    head, optimizer = make_head(options.classes, WIDTH, config, device)
-    sizes = {"num_classes": options.classes, "embedding_dim": WIDTH, "batch_size": options.batch}
     seconds, losses = [], []
     for step in range(options.steps + 2):
-        embeddings, labels = synthetic_batch(step, **sizes, device=device)
+        embeddings, labels = case.batch(step)
         wait_for(device)
         start = time.perf_counter()
         loss = head(embeddings, labels)

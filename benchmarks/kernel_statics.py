@@ -39,7 +39,7 @@ BLOCKS = (
 )
 ROWS = (2, 4, 8, 16)
 TYPES = {
-    "embeddings": "*bf16", "unit": "*bf16", "weights": "*bf16", "target_places": "*i64", "classes": "*i64",
+    "embeddings": "*bf16", "unit": "*bf16", "weights": "*bf16", "target_positions": "*i64", "classes": "*i64",
     "count": "*i64", "keys": "*i64", "skip": "*i64", "slots": "*i32",
     "first": "i32", "last": "i32", "G": "i32", "N": "i32", "D": "i32", "first_row": "i32",
     "scale": "fp32", "shift": "fp32", "threshold": "fp32", "zero_logit": "fp32",

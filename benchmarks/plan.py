@@ -7,7 +7,7 @@ On a GPU, `--device cuda` prints the same comparison as lines of JSON, and fails
 
 Each configuration runs in a fresh process: its peak memory beyond imports, the median of its steps and, for whole
 trainings, the step that the planner puts together from backbone and head, each timed alone. The table goes to
-docs/scaling.md. Exit status 1 if memory is off by more than 15 % in any of them; times are shown and not judged.
+docs/results/plan.md. Exit status 1 if memory is off by more than 15 % in any of them; times are shown and not judged.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from documents import write_between
-from partialfc.bench.head_step import median_seconds, synthetic_batch
+from documents import paragraph, write_between
+from partialfc.bench.head_step import HeadCase, median_seconds
 from partialfc.bench.machine import describe
 from partialfc.config.build import build_head, build_head_optimizer
 from partialfc.config.options import (
@@ -136,18 +136,14 @@ def in_fresh_process(work: Callable[[], T]) -> T:
 
 def head_step(workload: Workload) -> Callable[[], None]:
     """A training step of the head alone."""
-    device = torch.device(workload.device)
-    head = build_head(workload.config, workload.classes, device=device)
-    optimizer = build_head_optimizer(workload.config, head)
+    config = workload.config
+    width, rate = config.backbone.embedding_dim, config.head.sample_rate
+    case = HeadCase(workload.classes, width, workload.gathered, rate, workload.device)
+    head = build_head(config, workload.classes, device=torch.device(workload.device))
+    optimizer = build_head_optimizer(config, head)
 
     def step() -> None:
-        embeddings, labels = synthetic_batch(
-            head.step,
-            num_classes=workload.classes,
-            embedding_dim=workload.config.backbone.embedding_dim,
-            batch_size=workload.gathered,
-            device=device,
-        )
+        embeddings, labels = case.batch(head.step)
         head(embeddings, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -278,7 +274,7 @@ def main() -> int:
     parser.add_argument("--tables", action="store_true", help="write the tables of plans instead")
     arguments = parser.parse_args()
     if arguments.tables:
-        write_between("scaling.md", "benchmarks/plan.py plans", plans_table())
+        write_between("results/plan.md", "benchmarks/plan.py plans", plans_table())
         return 0
     on_cpu = arguments.device == "cpu"
     names = arguments.only or [*HEADS, *(TRAININGS if on_cpu else GPU_TRAININGS)]
@@ -289,16 +285,19 @@ def main() -> int:
             rows.append(check(name, Path(folder), arguments.device))
     missed = [row.name for row in rows if not row.holds]
     if on_cpu and not arguments.only:
-        write_between("scaling.md", "benchmarks/plan.py checked", checked_table(rows))
+        write_between("results/plan.md", "benchmarks/plan.py checked", checked_table(rows))
     print(f"off by more than allowed: {', '.join(missed) or 'none'}", file=sys.stderr)
     return 1 if missed and on_cpu else 0
 
 
 def checked_table(rows: list[Checked]) -> list[str]:
     hardware = describe("cpu")
-    return [
+    caption = (
         f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads, torch {hardware['torch']}; "
-        "D = 512. Memory beyond imports in MiB, median step in ms, prediction (error).",
+        "D = 512. Memory beyond imports in MiB, median step in ms, prediction (error)."
+    )
+    return [
+        *paragraph(caption),
         "",
         "| | classes | rate | batch | head | memory | predicted | step | predicted |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -51,7 +51,7 @@ def row_rates() -> tuple[float, float]:
     numbers = np.float32(0.1), np.float32(0.9), np.float32(0.0)
 
     def gather(tile: int) -> None:
-        cpu_kernels.gather_unit_rows(centers.numpy(), tiles[tile].numpy(), unit.numpy())
+        cpu_kernels.gather_unit_rows(centers.numpy(), tiles[tile].numpy(), unit.numpy(), None)
 
     def update(tile: int) -> None:
         arrays = centers.numpy(), momentum.numpy(), tiles[tile].numpy(), gradient.numpy()

@@ -3,7 +3,8 @@
     python benchmarks/storage.py --out /tmp/storage
 
 Every run is 2,000 steps of 32 images (2,000 identities, 8 images each, rate 0.1), tested on 6,000 pairs of
-other identities. Writes its table into docs/head.md. Runs that are there are taken over, so an interrupted one goes on.
+other identities. Writes its table into docs/results/head.md. Runs that are there are taken over, so that an
+interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
     hardware = describe("cpu")
     lines = [f"{hardware['cpu']}, torch {hardware['torch']}.", "", *lines]
     print("\n".join(lines))
-    write_between("head.md", "benchmarks/storage.py", lines)
+    write_between("results/head.md", "benchmarks/storage.py", lines)
 
 
 def trained(centers: DType, momentum: DType, seed: int, out: Path) -> SeedRun:

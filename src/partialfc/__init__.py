@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+from partialfc.core.errors import InputError
 
 if TYPE_CHECKING:
     from partialfc.backbones import create_backbone
-    from partialfc.head.margins.base import ArcFace, CosFace
+    from partialfc.head.margins import ArcFace, CosFace, Margin
     from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
     from partialfc.head.partial_fc import PartialFC
+    from partialfc.model.embed import embed
     from partialfc.model.files import load_model
 
-__all__ = ["ArcFace", "CosFace", "PartialFC", "RowwiseAdamW", "RowwiseSGD", "create_backbone", "load_model"]
+    __version__: str
+
+__all__ = [
+    "ArcFace",
+    "CosFace",
+    "InputError",
+    "Margin",
+    "PartialFC",
+    "RowwiseAdamW",
+    "RowwiseSGD",
+    "__version__",
+    "create_backbone",
+    "embed",
+    "load_model",
+]
 
 _MODULES = {
-    "ArcFace": "head.margins.base",
-    "CosFace": "head.margins.base",
+    "ArcFace": "head.margins",
+    "CosFace": "head.margins",
+    "Margin": "head.margins",
     "PartialFC": "head.partial_fc",
     "RowwiseAdamW": "head.optim",
     "RowwiseSGD": "head.optim",
     "create_backbone": "backbones",
+    "embed": "model.embed",
     "load_model": "model.files",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: the command must hear signals before torch, which takes seconds, is imported."""
+    """Import a public name on first use: the command must handle signals before the slow import of torch."""
+    if name == "__version__":
+        return metadata.version("partialfc")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"partialfc.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,7 +12,7 @@ from distributed_workers import run_ranks
 from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
-from partialfc.backbones.recompute import recomputed
+from partialfc.backbones.layers import recomputed
 from partialfc.backbones.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from partialfc.core.errors import InputError
 
@@ -127,5 +127,5 @@ def test_keys_and_tensors_of_a_network_stay(name: str) -> None:
 def test_networks_without_it_or_with_another_kind_are_refused() -> None:
     with pytest.raises(InputError, match="no batch normalisation"):
         synchronise_batch_norm(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(InputError, match="cannot take over 1, a BatchNorm3d"):
+    with pytest.raises(InputError, match="cannot replace 1, a BatchNorm3d"):
         synchronise_batch_norm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm3d(2)))

@@ -277,8 +277,8 @@ def test_recomputing_changes_neither_gradients_nor_statistics(build: Any, size: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask_ratio": 1.0}, "mask_ratio 1.0 is no share"),
-        ({"drop_path": -0.1}, "drop_path -0.1 is no share"),
+        ({"mask_ratio": 1.0}, "mask_ratio 1.0 is not a share"),
+        ({"drop_path": -0.1}, "drop_path -0.1 is not a share"),
         ({"mask_ratio": 0.999}, "leaves none of the 144 tokens"),
         ({"image_size": 8}, "image_size 8 does not suit a ViT"),
         ({"dropout": 0.1}, "vit_t does not take the option 'dropout': its options are mask_ratio, drop_path"),

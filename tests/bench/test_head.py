@@ -12,10 +12,11 @@ import torch
 from reference import cosface, dense_loss, relative_error
 
 from partialfc.bench import head as bench
-from partialfc.bench import head_step, machine
+from partialfc.bench import machine
 from partialfc.bench.head import bench_head
-from partialfc.bench.head_variants import DenseHead, HeadCase, Phases, dense_step, our_steps
-from partialfc.config.options import HeadConfig, OptimizerConfig
+from partialfc.bench.head_step import HeadCase
+from partialfc.bench.head_variants import DenseHead, Phases, dense_step, our_steps
+from partialfc.config.options import OptimizerConfig
 from partialfc.core.errors import InputError, JobError
 
 SMALL = HeadCase(num_classes=300, embedding_dim=16, batch_size=8, sample_rate=0.1, device="cpu")
@@ -154,8 +155,8 @@ def test_facts_of_the_machine_are_plausible(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_head_is_built_as_training_builds_it(optimizer: Any) -> None:
-    options = HeadConfig(0.25, margin="arcface", update="deferred", dtype="bfloat16", state_dtype="float32")
-    head, rowwise = head_step.make_head(20, 4, options, "cpu", OptimizerConfig(optimizer, lr=0.3))
+    options: dict[str, Any] = {"margin": "arcface", "update": "deferred", "dtype": "bfloat16", "state_dtype": "float32"}
+    head, rowwise = HeadCase(20, 4, 8, 0.25, "cpu").build(OptimizerConfig(optimizer, lr=0.3), **options)
     assert (head.num_classes, head.embedding_dim, head.sample_rate, head.update) == (20, 4, 0.25, "deferred")
     assert (type(head.margin).__name__, head.centers.dtype) == ("ArcFace", torch.bfloat16)
     assert type(rowwise).__name__.lower() == f"rowwise{optimizer}"

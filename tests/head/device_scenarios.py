@@ -12,11 +12,11 @@ from torch import Tensor
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
 from partialfc.head import partial_fc
+from partialfc.head.backends.base import Backend
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.backends.torch_chunked import ChunkedBackend
-from partialfc.head.global_batch import GlobalLabels
-from partialfc.head.loss import Path as HeadPath
-from partialfc.head.margins.base import CosFace
+from partialfc.head.inputs import GlobalLabels
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -55,7 +55,9 @@ def play(group: Group | None = None) -> dict[str, Any]:
     """What one rank found."""
     found: dict[str, Any] = {"flags": {}}
     for name in RATES:
-        found[name] = {type(path).__name__: train(name, path, group) for path in (GPUBackend(), ChunkedBackend())}
+        found[name] = {
+            type(backend).__name__: train(name, backend, group) for backend in (GPUBackend(), ChunkedBackend())
+        }
     partial_fc.select_backend = lambda *arguments: GPUBackend()
     for name, (label, value) in (BAD if world_size_of(group) == 1 else SHARED).items():
         found["flags"][name] = bad_step(group, label, value)
@@ -69,23 +71,23 @@ def local_batch(classes: int, step: int, group: Group | None) -> tuple[Tensor, T
     labels = torch.randint(min(classes, 9), (BATCH,), generator=generator) * (classes // min(classes, 9))
     parts = [split_evenly(BATCH, world_size_of(group), rank) for rank in range(world_size_of(group))]
     own = slice(*parts[rank_of(group)])
-    everyone = GlobalLabels([stop - start for start, stop in parts], labels)
-    return embeddings[own].requires_grad_(), labels[own].clone(), everyone
+    global_labels = GlobalLabels([stop - start for start, stop in parts], labels)
+    return embeddings[own].requires_grad_(), labels[own].clone(), global_labels
 
 
-def train(name: str, path: HeadPath, group: Group | None) -> list[Tensor]:
+def train(name: str, backend: Backend, group: Group | None) -> list[Tensor]:
     """Three steps: losses, embedding gradients, numbers of classes; then centers and momentum."""
-    partial_fc.select_backend = lambda *arguments: path
+    partial_fc.select_backend = lambda *arguments: backend
     rate, classes = RATES[name]
     head = PartialFC(classes, WIDTH, rate, scale=16.0, update="deferred", seed=4, group=group)
     optimizer = RowwiseSGD(head.parameters(), lr=0.1)
     seen = []
     for step in range(3):
-        embeddings, labels, everyone = local_batch(classes, step, group)
-        loss = head(embeddings, labels, global_labels=everyone if step else None)
+        embeddings, labels, global_labels = local_batch(classes, step, group)
+        loss = head(embeddings, labels, global_labels=global_labels if step else None)
         loss.backward()
         (gradient,) = head.center_state.deferred
-        assert (gradient.batch.count is not None) == isinstance(path, GPUBackend)
+        assert (gradient.batch.count is not None) == isinstance(backend, GPUBackend)
         optimizer.step()
         seen += [loss.detach(), embeddings.grad, head.figures.sampled, head.figures.conflict_share]
     return [*seen, head.centers.detach(), optimizer.row_state(head.centers)["momentum_buffer"]]

@@ -11,7 +11,7 @@ from reference import arcface, arcface_logit
 from torch import Tensor
 
 from partialfc.core import keyed_random
-from partialfc.head.margins.base import ArcFace, Margin, MarginBatch
+from partialfc.head.margins import ArcFace, Margin, MarginBatch
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from example_margins import Curricular, Magnitude, Noisy, ThreeCenters
 from torch import Tensor
 
 from partialfc.core import keyed_random
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
-from partialfc.head.margins.base import ArcFace, CosFace, Margin
+from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC, Update
 
@@ -159,7 +160,7 @@ def make_head(case: Case, group: Group | None = None) -> tuple[PartialFC, Rowwis
     head.step = STEP
     optimizer = RowwiseSGD([head.centers], **SGD) if case.optimizer == "sgd" else RowwiseAdamW([head.centers], **ADAMW)
     state = optimizer.row_state(head.centers)
-    first = head.shard.start * head.margin.sub_centers
+    first = head.shard.start * head.loss_config.margin.sub_centers
     for name, value in state.items():
         if name == "step":
             value.fill_(3)
@@ -197,7 +198,7 @@ def run_case(case: Case, group: Group | None = None) -> dict[str, Tensor]:
     return result | {
         "losses": torch.stack(losses),
         "embeddings_gradient": torch.cat(gradients),
-        "rows": rows + head.shard.start * head.margin.sub_centers,
+        "rows": rows + head.shard.start * head.loss_config.margin.sub_centers,
         "values": values,
         "centers after": head.centers.detach().clone(),
         "target_cosine": head.figures.target_cosine,
@@ -220,6 +221,14 @@ def pending_gradient(head: PartialFC) -> tuple[Tensor, Tensor]:
     rows, values = (torch.cat(parts) for parts in zip(*seen, strict=True))
     order = rows.argsort()
     return rows[order], values[order].detach()
+
+
+def work(rank: int, folder: Path) -> None:
+    """All cases at the world sizes 2, 3 and 4, in subgroups of four processes."""
+    for world_size in (2, 3, 4):
+        group = dist.new_group(list(range(world_size))) if world_size < 4 else None
+        if rank < world_size:
+            run_cases(folder, group)
 
 
 def run_cases(folder: Path, group: Group | None = None) -> None:

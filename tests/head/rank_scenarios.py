@@ -1,4 +1,4 @@
-"""Short stories that every rank of a group plays alike; the tests in the parent process look at what they leave."""
+"""Short runs that are alike on every rank of a group; the tests in the parent process check their results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import head_cases
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc.core.errors import InputError
 from partialfc.distributed import collectives
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
-from partialfc.head.global_batch import GlobalLabels
-from partialfc.head.margins.base import ArcFace
+from partialfc.head.inputs import GlobalLabels
+from partialfc.head.margins import ArcFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -25,17 +24,16 @@ CLASSES, INPUTS, DIM, BATCH = 203, 7, 12, 13
 
 
 def work(rank: int, folder: Path) -> None:
-    """Everything at the world sizes 2, 3 and 4, in subgroups of four processes."""
+    """All scenarios at the world sizes 2, 3 and 4, in subgroups of four processes."""
     for world_size in (2, 3, 4):
         group = dist.new_group(list(range(world_size))) if world_size < 4 else None
         if rank < world_size:
-            head_cases.run_cases(folder, group)
             run_scenarios(folder, group)
 
 
 def run_scenarios(folder: Path, group: Group | None = None) -> None:
-    """Play all scenarios; the results go to a file of the rank."""
-    results = {name: play(group) for name, play in SCENARIOS.items()}
+    """Run all scenarios; the results go to a file of the rank."""
+    results = {name: run(group) for name, run in SCENARIOS.items()}
     torch.save(results, folder / f"scenarios-{world_size_of(group)}-{rank_of(group)}.pt")
 
 
@@ -77,7 +75,7 @@ def _training(group: Group | None) -> dict[str, Tensor]:
 
 
 def _errors(group: Group | None) -> dict[str, str]:
-    """Bad input on the last rank alone, then nobody's input; "untouched" if the head then works as if nothing was."""
+    """Bad input on the last rank alone, then an empty batch; "untouched" if none of it changed the head."""
     rank, world_size = rank_of(group), world_size_of(group)
     found = {}
     head = PartialFC(50, 4, 0.5, update="deferred", group=group)
@@ -93,7 +91,7 @@ def _errors(group: Group | None) -> dict[str, str]:
     }
     for name, batch in bad.items():
         found[name] = _message(head, *(batch if is_last else good))
-    found["nobody's"] = _message(head, torch.ones(0, 4), torch.zeros(0, dtype=torch.int64))
+    found["empty"] = _message(head, torch.ones(0, 4), torch.zeros(0, dtype=torch.int64))
     optimizer.step()
     found["untouched"] = str(torch.equal(before, head.centers) and head.step == 0 and not head.center_state.deferred)
     found["afterwards"] = _message(head, *good)
@@ -123,21 +121,21 @@ class BackboneAndHead(nn.Module):
         return self.head(self.backbone(images), labels)
 
 
-def _everyone(group: Group | None) -> dict[str, Any]:
-    """The same step without and with the numbers and labels of all ranks, and the collectives that each takes."""
+def _global_labels(group: Group | None) -> dict[str, Any]:
+    """The same step without and with the sample counts and labels of all ranks, and the collectives of each."""
     world_size, rank = world_size_of(group), rank_of(group)
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(BATCH, DIM, generator=generator, dtype=torch.float64)
     labels = torch.randint(CLASSES, (BATCH,), generator=generator)
-    shares = [split_evenly(BATCH, world_size, each) for each in range(world_size)]
+    shares = [split_evenly(BATCH, world_size, part) for part in range(world_size)]
     start, stop = shares[rank]
     known = GlobalLabels([last - first for first, last in shares], labels)
     results: dict[str, Any] = {}
-    for name, everyone in (("asked", None), ("known", known)):
+    for name, global_labels in (("exchanged", None), ("known", known)):
         head = PartialFC(CLASSES, DIM, 0.1, ArcFace(0.5), 16.0, seed=3, dtype=torch.float64, group=group)
         embeddings = images[start:stop].clone().requires_grad_()
         with counted_collectives() as forward:
-            loss = head(embeddings, labels[start:stop], global_labels=everyone)
+            loss = head(embeddings, labels[start:stop], global_labels=global_labels)
         with counted_collectives() as backward:
             loss.backward()
         results[name] = [loss.detach(), embeddings.grad, head.centers.grad.to_dense()]
@@ -181,5 +179,5 @@ SCENARIOS: dict[str, Callable[[Group | None], Any]] = {
     "training": _training,
     "errors": _errors,
     "wrapped": _wrapped,
-    "everyone": _everyone,
+    "global labels": _global_labels,
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import example_margins
+import head_cases
 import pytest
 import reference
 import torch
+from distributed_workers import run_ranks
 from head_cases import ADAMW, MARGINS, SGD, STEP, Case, build, cases
 from torch import Tensor
 
@@ -17,10 +20,34 @@ from partialfc.head.sampling import sample_classes
 CASES = cases()
 Results = dict[str, dict[str, Tensor]]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
-# Gradients are handed back in the dtype of the embeddings.
+# Gradients have the dtype of the embeddings.
 EMBEDDING_TOLERANCE = TOLERANCE | {torch.bfloat16: 4e-3, torch.float16: 1e-3}
-everywhere = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+SEVERAL = [pytest.param(size, marks=[pytest.mark.slow, pytest.mark.multiprocess]) for size in (2, 3, 4)]
+everywhere = pytest.mark.parametrize("world_size", [1, *SEVERAL])
 each_case = pytest.mark.parametrize("name", list(CASES))
+
+
+@pytest.fixture(scope="module")
+def merged_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+    """The merged results of every case at a world size; four processes serve the sizes 2, 3 and 4."""
+    folder = tmp_path_factory.mktemp("cases")
+
+    @cache
+    def run(alone: bool) -> None:
+        if alone:
+            head_cases.run_cases(folder)
+        else:
+            run_ranks(4, head_cases.work, folder)
+
+    @cache
+    def results(world_size: int) -> Results:
+        run(world_size == 1)
+        by_rank = [
+            torch.load(folder / f"cases-{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)
+        ]
+        return {name: head_cases.merge(case, [rank[name] for rank in by_rank]) for name, case in CASES.items()}
+
+    return results
 
 
 def oracle_options(case: Case, t: float) -> dict[str, Any]:
@@ -146,7 +173,7 @@ def test_step_moves_the_sampled_rows_and_no_other(
 
 
 @each_case
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", SEVERAL)
 def test_same_at_every_world_size(name: str, world_size: int, merged_results: Callable[[int], Results]) -> None:
     case, result, alone = CASES[name], merged_results(world_size)[name], merged_results(1)[name]
     assert torch.equal(result["rows"], alone["rows"])

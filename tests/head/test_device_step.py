@@ -19,7 +19,7 @@ from distributed_workers import run_ranks
 from partialfc.core.errors import InputError
 from partialfc.head import partial_fc
 from partialfc.head.backends.gpu import GPUBackend
-from partialfc.head.global_batch import GlobalLabels
+from partialfc.head.inputs import GlobalLabels
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -29,7 +29,7 @@ WORLD_SIZES = [1, 2, 3]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What every rank found at every world size."""
+    """The results of every rank at every world size."""
     folder = tmp_path_factory.mktemp("device")
     run_ranks(3, device_scenarios.work, folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -41,6 +41,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     }
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("name", list(RATES))
 def test_padded_classes_give_what_exact_ones_give(
@@ -52,11 +54,13 @@ def test_padded_classes_give_what_exact_ones_give(
             torch.testing.assert_close(padded, exact, rtol=1e-4, atol=2e-5 * largest)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("world_size", "bad"), [(1, bad) for bad in BAD] + [(n, bad) for n in (2, 3) for bad in SHARED]
 )
 @pytest.mark.parametrize("way", ["check", "next forward"])
-def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_told(
+def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_raised(
     bad: str, way: str, world_size: int, found: dict[int, list[dict[str, Any]]]
 ) -> None:
     for rank in found[world_size]:
@@ -124,7 +128,7 @@ class LateEvent:
     def synchronize(self) -> None: ...
 
 
-def test_a_host_that_is_always_ahead_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_always_ahead_raises_too(monkeypatch: pytest.MonkeyPatch) -> None:
     head, _ = head_and_optimizer(monkeypatch)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
@@ -133,23 +137,23 @@ def test_a_host_that_is_always_ahead_is_told_too(monkeypatch: pytest.MonkeyPatch
     head(torch.ones(1, 4), torch.tensor([1]))
     assert head._flag is not None
     head._flag._on_cuda = True
-    told = []
+    errors = []
     for label in [1, 41, *[1] * 8]:
         try:
             head(torch.ones(1, 4), torch.tensor([label]))
-            told.append("")
+            errors.append("")
         except InputError as error:
-            told.append(str(error))
-    assert told[:3] == [""] * 3
-    assert "label 41" in told[3]  # its copy had arrived by then
-    assert told[4:] == [""] * 6
+            errors.append(str(error))
+    assert errors[:3] == [""] * 3
+    assert "label 41" in errors[3]  # its copy had arrived by then
+    assert errors[4:] == [""] * 6
 
 
 def test_a_copy_of_the_head_has_a_flag_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     head, _ = head_and_optimizer(monkeypatch)
     head(torch.ones(1, 4), torch.tensor([41]))
     assert head._flag is not None
-    head._flag._on_their_way.append((torch.zeros(3), threading.Lock()))  # cannot be copied, as a GPU's event
+    head._flag._pending_copies.append((torch.zeros(3), threading.Lock()))  # cannot be copied, as a GPU's event
     copied = copy.deepcopy(head)
     with pytest.raises(InputError, match="label 41"):
         head.check()
@@ -223,5 +227,5 @@ def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeyp
 @pytest.mark.parametrize("counts", [[3], [2, 0], []])
 def test_counts_that_do_not_agree_with_the_batch_are_refused(counts: list[int]) -> None:
     labels = torch.tensor([1, 2])
-    with pytest.raises(InputError, match="brings 2"):
+    with pytest.raises(InputError, match="2 for process 0"):
         PartialFC(40, 4)(torch.ones(2, 4), labels, global_labels=GlobalLabels(counts, labels))

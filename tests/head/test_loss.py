@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partialfc.head.margins.base import ArcFace, CosFace, Margin
+from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.head.partial_fc import PartialFC
 
 

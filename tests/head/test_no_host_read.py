@@ -1,7 +1,7 @@
 """A step on a GPU reads nothing back: shown on the device "meta", whose tensors have a shape but no values.
 
 There nothing works that wants a value, or has a shape that depends on one: `item`, `bool`, `nonzero`, `unique`, a
-boolean index, a copy to the host. The kernels are left out; test_softmax_triton.py runs them.
+boolean index, a copy to the host. The kernels are left out; backends/test_gpu_backend.py runs them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from partialfc.head import partial_fc
+from partialfc.head import optim, partial_fc
 from partialfc.head.backends import gpu
 from partialfc.head.backends.gpu import GPUBackend
-from partialfc.head.input_flag import InputFlag
-from partialfc.head.margins.base import ArcFace
+from partialfc.head.inputs import InputFlag
+from partialfc.head.margins import ArcFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.head.row_storage import StateStorage
 
 CLASSES, WIDTH, BATCH = 20_000, 32, 16
 
 
-class PresentDevice:
+class CurrentDevice:
     """In place of `torch.cuda.device_of`: remembers what it was entered for."""
 
     entered: ClassVar[list[torch.device]] = []
@@ -44,12 +43,12 @@ class PresentDevice:
 
 
 class NoKernel:
-    """In place of a Triton kernel: launched on anything, it does nothing, but it must be told on which device."""
+    """In place of a Triton kernel: it runs on any tensors and does nothing, but records the current device."""
 
     launched: ClassVar[list[tuple[torch.device, tuple[Any, ...]]]] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *arguments, **options: self.launched.append((PresentDevice.entered[-1], arguments))
+        return lambda *arguments, **options: self.launched.append((CurrentDevice.entered[-1], arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +57,9 @@ def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("unit_kernel", "weights_kernel", "finish_kernel"):
         monkeypatch.setattr(gpu, kernel, NoKernel())
     monkeypatch.setattr(NoKernel, "launched", [])
-    monkeypatch.setattr(torch.cuda, "device_of", PresentDevice)
-    # The copy that nobody waits for needs page-locked memory and events: test_on_a_gpu.py has both.
-    monkeypatch.setattr(InputFlag, "_send", lambda flag: None)
+    monkeypatch.setattr(torch.cuda, "device_of", CurrentDevice)
+    # The asynchronous copy needs page-locked memory and events: test_on_a_gpu.py has both.
+    monkeypatch.setattr(InputFlag, "_copy_to_host", lambda flag: None)
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # it does not know the device
 
 
@@ -91,7 +90,7 @@ def test_a_step_of_sgd_reads_nothing(rate: float, operand_dtype: torch.dtype, sc
 
 
 def test_every_kernel_is_launched_on_the_device_of_the_centers() -> None:
-    """Triton takes the present device, whatever its tensors' is: a head on cuda:1 must make that the present one."""
+    """Triton takes the current device, whatever its tensors' is: a head on cuda:1 must make that the current one."""
     take_step(*head_and_optimizer())
     assert NoKernel.launched
     assert {device.type for device, _ in NoKernel.launched} == {"meta"}
@@ -108,17 +107,17 @@ def test_a_rate_in_a_tensor_on_the_host_goes_to_the_kernel_as_a_number() -> None
 
 @pytest.mark.parametrize("make", [RowwiseSGD, RowwiseAdamW])
 def test_state_on_the_host_is_waited_for_before_it_is_read(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU writes it some time after the step; what copies it on the host would not notice."""
+    """A GPU writes it some time after the step; a copy on the host would be of old values."""
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    monkeypatch.setattr(StateStorage, "zeros_like", lambda storage, parameter: torch.zeros(parameter.shape))
+    monkeypatch.setattr(optim, "zero_state", lambda parameter, *options: torch.zeros(parameter.shape))
     head, optimizer = head_and_optimizer(make)
     optimizer.row_state(head.centers)
     if make is RowwiseSGD:
         take_step(head, optimizer)
     assert not waited
     state = optimizer.state_dict()
-    for read in (optimizer.settle, optimizer.state_dict, lambda: optimizer.load_state_dict(state)):
+    for read in (optimizer.flush, optimizer.state_dict, lambda: optimizer.load_state_dict(state)):
         waited.clear()
         read()
         assert waited
@@ -146,9 +145,7 @@ def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any], sca
         lambda labels: labels[(labels >= 0).nonzero()[:, 0]],
     ],
 )
-def test_a_read_that_somebody_puts_back_is_found(
-    read: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_that_comes_back_is_found(read: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     original = partial_fc.sample_padded
     monkeypatch.setattr(partial_fc, "sample_padded", lambda labels, **rest: original(read(labels), **rest))
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):

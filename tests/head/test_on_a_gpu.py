@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.head.global_batch import NonFiniteEmbeddings
+from partialfc.head.inputs import NonFiniteEmbeddings
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from partialfc.core.errors import InputError
-from partialfc.head.backends import compiled
-from partialfc.head.margins.base import CosFace
+from partialfc.head.backends import select
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -212,7 +212,7 @@ def test_a_scale_that_overflows_poisons_nothing(
 ) -> None:
     """A scale that is never too large for the backbone grows until it is too large for float32."""
     if not loops:
-        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+        monkeypatch.setattr(select, "numba_kernels", lambda: None)
     head, net = PartialFC(CLASSES, DIM, update=update), nn.Linear(DIM, DIM)
     optimizers = make(head.parameters(), lr=1e-3), torch.optim.SGD(net.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=float(torch.finfo(torch.float32).max), backoff_factor=2.0**-20)

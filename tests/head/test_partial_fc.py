@@ -12,9 +12,9 @@ from head_cases import pending_gradient
 from torch import Tensor, nn
 
 from partialfc.core.errors import InputError
-from partialfc.head.backends import compiled
-from partialfc.head.global_batch import NonFiniteEmbeddings
-from partialfc.head.margins.base import ArcFace, CosFace, Margin
+from partialfc.head.backends import select
+from partialfc.head.inputs import NonFiniteEmbeddings
+from partialfc.head.margins import ArcFace, CosFace, Margin
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -109,7 +109,7 @@ def test_initial_centers_are_a_function_of_the_seed() -> None:
 
 def test_initial_centers_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = PartialFC(700, 64).centers
-    monkeypatch.setattr("partialfc.head.initial_centers._CHUNK", 1000)
+    monkeypatch.setattr("partialfc.head.sampling._ELEMENTS_AT_ONCE", 1000)
     assert torch.equal(PartialFC(700, 64).centers, whole)
 
 
@@ -138,7 +138,7 @@ def test_dtypes_of_loss_and_gradients(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
 def test_autocast_changes_nothing(update: Any, loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not loops:
-        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+        monkeypatch.setattr(select, "numba_kernels", lambda: None)
     results = []
     for enabled in (False, True):
         head = PartialFC(50, 8, update=update)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.head.row_storage import Rows, round_stochastically
+from partialfc.head.rows import Rows, round_stochastically
 
 
 def test_rounding_takes_a_neighbour_and_is_right_on_average() -> None:
@@ -58,7 +58,7 @@ def test_a_bfloat16_table_is_rounded_stochastically_whatever_computes(dtype: tor
     assert float(table.double().mean()) == pytest.approx(1.0 + 2.0**-9, abs=3e-4)
 
 
-def pull(head: PartialFC, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+def repeat_one_batch(head: PartialFC, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
     losses = []
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.randn(16, 12, generator=generator)
@@ -72,14 +72,12 @@ def pull(head: PartialFC, optimizer: torch.optim.Optimizer, steps: int) -> list[
     return losses
 
 
-@pytest.mark.parametrize("update", ["sparse", "deferred"])
-@pytest.mark.parametrize("optimizer", [RowwiseSGD, RowwiseAdamW])
-def test_bfloat16_centers_learn_what_float32_centers_learn(update: str, optimizer: type) -> None:
+def test_bfloat16_centers_learn_what_float32_centers_learn() -> None:
     """Steps far below half a unit in the last place, which rounding to nearest would lose altogether."""
     gains = []
     for dtype in (torch.float32, torch.bfloat16):
-        head = PartialFC(200, 12, 0.3, CosFace(0.1), 8.0, dtype=dtype, update=update)  # type: ignore[arg-type]
-        losses = pull(head, optimizer(head.parameters(), lr=2e-6, weight_decay=0.0), 400)
+        head = PartialFC(200, 12, 0.3, CosFace(0.1), 8.0, dtype=dtype)
+        losses = repeat_one_batch(head, RowwiseAdamW(head.parameters(), lr=2e-6, weight_decay=0.0), 100)
         gains.append(losses[0] - losses[-1])
     assert gains[0] > 1e-3
     assert abs(gains[1] - gains[0]) < 0.25 * gains[0]
@@ -92,7 +90,7 @@ def test_state_of_its_own_dtype_survives_saving(optimizer: type) -> None:
         return head, optimizer(head.parameters(), lr=0.01, state_dtype=torch.bfloat16, state_on_host=True)
 
     head, trained = build()
-    pull(head, trained, 5)
+    repeat_one_batch(head, trained, 5)
     other, loaded = build()
     other.load_state_dict(head.state_dict())
     other.step = head.step
@@ -100,7 +98,7 @@ def test_state_of_its_own_dtype_survives_saving(optimizer: type) -> None:
     for name, value in loaded.row_state(other.centers).items():
         assert value.dtype == (torch.int32 if name == "step" else torch.bfloat16)
         assert torch.equal(value, trained.row_state(head.centers)[name])
-    assert pull(head, trained, 3) == pull(other, loaded, 3)
+    assert repeat_one_batch(head, trained, 3) == repeat_one_batch(other, loaded, 3)
 
 
 def test_rounding_does_not_depend_on_the_shard() -> None:

@@ -146,17 +146,16 @@ def test_padded_form_has_the_same_classes_and_a_shape_that_no_label_changes(
     for part in range(parts):
         start, stop = split_evenly(num_classes, parts, part)
         options = {"num_classes": num_classes, "sample_rate": rate, "start": start, "stop": stop}
-        found = sample_padded(labels, keys=keys, **options)
-        count = int(found.count)
+        padded, count = sample_padded(labels, keys=keys, **options)
         own = expected[(expected >= start) & (expected < stop)]
-        assert torch.equal(found.padded[:count], own)
-        assert bool((found.padded[count:] == stop).all())
-        assert len(found.padded) <= min(stop - start, own.numel() + 2 * BLOCK + len(labels))
-        others = torch.zeros_like(labels)
-        assert sample_padded(others, keys=keys, **options).padded.shape == found.padded.shape
-        mixed = sample_padded(torch.cat([labels, bad, labels]), keys=keys, **options)
-        assert torch.equal(mixed.padded[:count], own)
-        assert int(mixed.count) == count
+        assert torch.equal(padded[: int(count)], own)
+        assert bool((padded[int(count) :] == stop).all())
+        assert len(padded) <= min(stop - start, own.numel() + 2 * BLOCK + len(labels))
+        others, _ = sample_padded(torch.zeros_like(labels), keys=keys, **options)
+        assert others.shape == padded.shape
+        mixed, mixed_count = sample_padded(torch.cat([labels, bad, labels]), keys=keys, **options)
+        assert torch.equal(mixed[: int(count)], own)
+        assert mixed_count == count
 
 
 def test_padding_is_little() -> None:
@@ -165,7 +164,7 @@ def test_padding_is_little() -> None:
     for rate, parts in ((0.1, 1), (0.1, 8), (0.01, 3)):
         for part in range(parts):
             start, stop = split_evenly(1_000_000, parts, part)
-            found = sample_padded(
+            padded, count = sample_padded(
                 labels,
                 num_classes=1_000_000,
                 sample_rate=rate,
@@ -173,4 +172,4 @@ def test_padding_is_little() -> None:
                 start=start,
                 stop=stop,
             )
-            assert len(found.padded) - int(found.count) <= 512 + 2 * math.ceil(rate * BLOCK)
+            assert len(padded) - int(count) <= 512 + 2 * math.ceil(rate * BLOCK)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from workloads import changed, workload
 
-from partialfc.bench.head_step import synthetic_batch
+from partialfc.bench.head_step import HeadCase
 from partialfc.config.build import build_backbone, build_head, build_head_optimizer, build_optimizers
 from partialfc.head import optim
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
-from partialfc.head.row_storage import Rows
+from partialfc.head.rows import Rows
 from partialfc.head.sampling import sample_classes
 from partialfc.plan.memory import CLASS_BYTES, GATHERED_BYTES, UPDATE_BYTES, plan_memory, weights_memory
 from partialfc.plan.network import LiveBytes, network_size
@@ -44,7 +44,7 @@ def test_weights_of_a_head_are_those_that_its_step_leaves(optimizer: str, dtype:
     asked = changed(SMALL, device="cpu", head__sample_rate=0.25, **options)
     head = build_head(asked.config, asked.classes, device=CPU)
     rowwise = build_head_optimizer(asked.config, head)
-    embeddings, labels = synthetic_batch(0, num_classes=asked.classes, embedding_dim=64, batch_size=8, device=CPU)
+    embeddings, labels = HeadCase(asked.classes, 64, 8, 0.25, "cpu").batch(0)
     head(embeddings, labels).backward()
     rowwise.step()
     exact = weights_memory(asked)
@@ -142,7 +142,7 @@ def test_bytes_of_the_batch_are_counted_on_the_head() -> None:
     peaks = []
     for images in (8192, 16384):
         head = build_head(asked.config, 64, device=CPU)
-        embeddings, labels = synthetic_batch(0, num_classes=64, embedding_dim=64, batch_size=images, device=CPU)
+        embeddings, labels = HeadCase(64, 64, images, 0.0, "cpu").batch(0)
         with LiveBytes(head) as live:
             head(embeddings, labels).backward()
         peaks.append(live.peak)

@@ -1,7 +1,8 @@
 """Backbones: networks from aligned face images to embeddings, by name.
 
-Each takes images (B, 3, S, S), normalised to [-1, 1], and optionally `keys`, int64 (B,), one random number a sample
-from which its random parts draw; each returns embeddings (B, embedding_dim), not normalised.
+Each takes images (B, 3, S, S), normalised to [-1, 1], and optionally `keys`, int64 (B,), one random number per sample
+that seeds its random parts; each returns embeddings (B, embedding_dim), not normalised. One file per family, on top of
+`layers`; `sync_batch_norm` replaces the normalisation of any of them.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def create_backbone(
         name: a key of BACKBONES, or `timm:` and the name of one of timm's networks.
         embedding_dim: D, the width of the output.
         image_size: S, the side of the square input.
-        seed: the weights are a pure function of it; the global generator is left as it was.
-        options: what this backbone takes besides, for instance `dropout=0.4` for an IResNet.
+        seed: the weights are a pure function of it; the global generator is left unchanged.
+        options: further options of this backbone, for instance `dropout=0.4` for an IResNet.
 
     Raises:
-        InputError: unknown name, unknown option, or a value that this backbone cannot take.
+        InputError: unknown name, unknown option, or a value that this backbone does not accept.
     """
     check_backbone(name)
     if name.startswith(timm_adapter.PREFIX):
@@ -56,15 +57,15 @@ def create_backbone(
         builder = BACKBONES[name]
         _check_options(name, builder, options)
     if embedding_dim < 1:
-        raise InputError(f"embedding_dim {embedding_dim} is no width: choose a positive number.")
-    # torch's layers draw their first weights from the global generator, so it is lent to them and put back.
+        raise InputError(f"embedding_dim {embedding_dim} is not a width: choose a positive number.")
+    # torch's layers draw initial weights from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_key(seed, "backbone", name))
         return builder(embedding_dim=embedding_dim, image_size=image_size, **options)
 
 
 def _check_options(name: str, builder: Callable[..., nn.Module], options: dict[str, Any]) -> None:
-    """Raise an InputError that lists the options of this backbone for one that it does not have."""
+    """Raise an InputError that lists the options of this backbone if one is unknown."""
     accepted = [option for option in inspect.signature(builder).parameters if option not in _COMMON]
     for option in options:
         if option not in accepted:

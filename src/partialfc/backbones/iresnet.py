@@ -1,9 +1,9 @@
 """IResNet 18 to 200: the convolutional backbones of ArcFace and Partial FC.
 
 Pre-activation residual blocks (He et al. 2016, arXiv 1603.05027; Han et al. 2017, arXiv 1610.02915; Duta et al. 2020,
-arXiv 2004.04989) without an early pooling: the input keeps its full size until the first stage, every stage halves it,
-and a linear layer over the flattened last map gives the embedding, because in an aligned face the position matters.
-Names of parameters and buffers are those of the published checkpoints.
+arXiv 2004.04989) without early pooling: the input keeps its full size until the first stage, every stage halves it, and
+a linear layer over the flattened last map gives the embedding, because positions matter in an aligned face. Parameters
+and buffers are named as in the published checkpoints.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from partialfc.backbones.precision import full_precision
-from partialfc.backbones.recompute import recomputed
+from partialfc.backbones.layers import check_image_size, full_precision, recomputed
 from partialfc.core.errors import InputError
 from partialfc.core.keyed_random import bits, derive_key, uniform
 
@@ -30,8 +29,8 @@ def keyed_dropout(x: Tensor, rate: float, keys: Tensor | None) -> Tensor:
     """Zero each entry of x (B, F) with probability `rate` and scale the rest by 1 / (1 - rate).
 
     Args:
-        keys: int64 (B,), one random number a sample. What is dropped is a pure function of it, so that a sample meets
-            the same mask on any rank and after a resume.
+        keys: int64 (B,), one random number per sample. The mask is a pure function of it, so that a sample has the same
+            mask on any rank and after a resume.
 
     Raises:
         ValueError: `keys` is missing.
@@ -39,17 +38,17 @@ def keyed_dropout(x: Tensor, rate: float, keys: Tensor | None) -> Tensor:
     if keys is None:
         raise ValueError("dropout in training mode draws from `keys`: call the backbone with one int64 per image")
     counters = bits(derive_key("dropout"), keys)[:, None] + torch.arange(x.shape[1], device=x.device)
-    kept = uniform(derive_key("dropout mask"), counters) >= rate
-    return x * kept / (1.0 - rate)
+    mask = uniform(derive_key("dropout mask"), counters) >= rate
+    return x * mask / (1.0 - rate)
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3 × 3 convolution without bias that keeps the size at stride 1."""
+    """A 3 × 3 convolution without bias, which keeps the size at stride 1."""
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
 
 class Block(nn.Module):
-    """x ↦ shortcut(x) + BN(conv(PReLU(BN(conv(BN(x)))))); the second convolution carries the stride.
+    """x ↦ shortcut(x) + BN(conv(PReLU(BN(conv(BN(x)))))); the second convolution has the stride.
 
     The shortcut is the identity, or a strided 1 × 1 convolution with BN where the block changes size or width.
     """
@@ -75,7 +74,7 @@ class Block(nn.Module):
 
 
 def stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
-    """`blocks` blocks, of which the first halves the size."""
+    """`blocks` blocks; the first halves the size."""
     first = Block(in_channels, channels, stride=2)
     return nn.Sequential(first, *(Block(channels, channels, stride=1) for _ in range(blocks - 1)))
 
@@ -88,10 +87,10 @@ class IResNet(nn.Module):
         embedding_dim: D, the width of the output.
         image_size: S, a multiple of 16.
         dropout: share of the flattened features that is dropped in training.
-        checkpointing: compute each block again in the backward pass.
+        checkpointing: recompute each block in the backward pass.
 
     Raises:
-        InputError: `image_size` is no positive multiple of 16, or `dropout` is outside [0, 1).
+        InputError: `image_size` is not a positive multiple of 16, or `dropout` is outside [0, 1).
     """
 
     def __init__(
@@ -104,10 +103,9 @@ class IResNet(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if image_size < 16 or image_size % 16:
-            raise InputError(f"image_size {image_size} does not suit an IResNet: choose a multiple of 16.")
+        check_image_size(image_size, "an IResNet")
         if not 0.0 <= dropout < 1.0:
-            raise InputError(f"dropout {dropout} is no share: choose a number in [0, 1).")
+            raise InputError(f"dropout {dropout} is not a share: choose a number in [0, 1).")
         self.dropout, self.checkpointing = dropout, checkpointing
         self.conv1 = conv3x3(3, WIDTHS[0])
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
@@ -119,19 +117,19 @@ class IResNet(nn.Module):
         self.bn2 = nn.BatchNorm2d(WIDTHS[3])
         self.fc = nn.Linear(WIDTHS[3] * (image_size // 16) ** 2, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim)
-        self.features.weight.requires_grad_(False)  # the embedding's scale is lost in the cosine, so it stays 1
+        self.features.weight.requires_grad_(False)  # the cosine ignores the embedding's scale, so it stays 1
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.1)
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Embeddings (B, D) of images (B, 3, S, S); `keys`, int64 (B,), is needed only by dropout in training."""
+        """Embeddings (B, D) of images (B, 3, S, S); only dropout in training needs `keys`, int64 (B,)."""
         x = self.prelu(self.bn1(self.conv1(images)))
         for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in blocks:
                 x = recomputed(block, x) if self.checkpointing and self.training else block(x)
         x = self.bn2(x).flatten(1)
-        # A sum over up to 25,088 features loses too much in 16 bits, so the last two layers leave autocast.
+        # A sum over up to 25,088 features loses too much in 16 bits, so the last two layers run without autocast.
         with full_precision(x.device):
             x = x.to(self.fc.weight.dtype)
             if self.training and self.dropout > 0.0:

@@ -1,7 +1,7 @@
 """Mini: a small residual network for training on a CPU in minutes.
 
-It keeps what an aligned face asks for (an embedding from the flattened last map) and spends its operations where a CPU
-is quick: plain 3 × 3 convolutions on small maps, after a stem that folds each 4 × 4 patch into channels.
+As an aligned face suggests, its embedding comes from the flattened last map. Its operations are those that a CPU does
+fast: plain 3 × 3 convolutions on small maps, after a stem that folds each 4 × 4 patch into channels.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from partialfc.backbones.precision import full_precision
-from partialfc.core.errors import InputError
+from partialfc.backbones.layers import check_image_size, full_precision
 
 
 class Block(nn.Module):
-    """x ↦ ReLU(shortcut(x) + BN(conv(ReLU(BN(conv(x)))))); the first convolution carries the stride.
+    """x ↦ ReLU(shortcut(x) + BN(conv(ReLU(BN(conv(x)))))); the first convolution has the stride.
 
-    ReLU rather than IResNet's PReLU, whose backward pass alone takes 14 % of a training step on a CPU.
+    It has ReLU rather than IResNet's PReLU, whose backward pass alone takes 14 % of a training step on a CPU.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -45,13 +44,12 @@ class Mini(nn.Module):
         image_size: S, a multiple of 16.
 
     Raises:
-        InputError: `image_size` is no positive multiple of 16.
+        InputError: `image_size` is not a positive multiple of 16.
     """
 
     def __init__(self, *, embedding_dim: int = 512, image_size: int = 112) -> None:
         super().__init__()
-        if image_size < 16 or image_size % 16:
-            raise InputError(f"image_size {image_size} does not suit the mini network: choose a multiple of 16.")
+        check_image_size(image_size, "the mini network")
         self.stem = nn.Conv2d(3, 48, 4, stride=4, bias=False)
         self.bn = nn.BatchNorm2d(48)
         self.layer1 = Block(48, 48, stride=1)
@@ -59,10 +57,10 @@ class Mini(nn.Module):
         self.layer3 = Block(96, 192, stride=2)
         self.fc = nn.Linear(192 * (image_size // 16) ** 2, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim)
-        self.features.weight.requires_grad_(False)  # the embedding's scale is lost in the cosine, so it stays 1
+        self.features.weight.requires_grad_(False)  # the cosine ignores the embedding's scale, so it stays 1
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Embeddings (B, D) of images (B, 3, S, S); `keys` is accepted as by every backbone, and not needed."""
+        """Embeddings (B, D) of images (B, 3, S, S); `keys`, which every backbone accepts, is not used."""
         x = F.relu(self.bn(self.stem(images)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         x = x.flatten(1)

@@ -1,15 +1,14 @@
 """MobileFaceNet and its large form (Chen et al. 2018, arXiv 1804.07573), as wide as in the Partial FC experiments.
 
-Inverted bottlenecks of depth-wise convolutions, and in place of pooling one over the whole last map.
-Names of parameters and buffers are those of the published checkpoints.
+Inverted bottlenecks of depth-wise convolutions; a depth-wise convolution over the whole last map replaces pooling.
+Parameters and buffers are named as in the published checkpoints.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from partialfc.backbones.precision import full_precision
-from partialfc.core.errors import InputError
+from partialfc.backbones.layers import check_image_size, full_precision
 
 # Blocks of the four stages, and the factor on the width of the maps between bottlenecks.
 BLOCKS_AND_SCALE = {
@@ -20,7 +19,7 @@ LAST = 512
 
 
 class Convolution(nn.Module):
-    """Convolution without bias, BN and, unless `linear`, PReLU; a kernel above 1 is padded unless `whole`."""
+    """Convolution without bias, BN and, unless `linear`, PReLU; padded to keep the size unless `whole`."""
 
     def __init__(
         self,
@@ -75,7 +74,7 @@ class Stage(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A weight for each place and channel of the last map, then a linear layer and BN."""
+    """A weight for each position and channel of the last map, then a linear layer and BN."""
 
     def __init__(self, side: int, embedding_dim: int) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class MobileFaceNet(nn.Module):
         image_size: S, a multiple of 16.
 
     Raises:
-        InputError: `image_size` is no positive multiple of 16.
+        InputError: `image_size` is not a positive multiple of 16.
     """
 
     def __init__(
@@ -110,11 +109,10 @@ class MobileFaceNet(nn.Module):
         image_size: int = 112,
     ) -> None:
         super().__init__()
-        if image_size < 16 or image_size % 16:
-            raise InputError(f"image_size {image_size} does not suit a MobileFaceNet: choose a multiple of 16.")
+        check_image_size(image_size, "a MobileFaceNet")
         blocks, scale = blocks_and_scale
         narrow, wide = 64 * scale, 128 * scale
-        # The small network begins with one grouped convolution (64 groups) where the large one has a stage.
+        # The small network starts with one grouped convolution (64 groups), the large one with a stage.
         first = Convolution(narrow, narrow, 3, groups=64) if blocks[0] == 1 else Stage(narrow, 128, blocks[0])
         self.layers = nn.ModuleList(
             [
@@ -135,7 +133,7 @@ class MobileFaceNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Embeddings (B, D) of images (B, 3, S, S); `keys` is accepted as by every backbone, and not needed."""
+        """Embeddings (B, D) of images (B, 3, S, S); `keys`, which every backbone accepts, is not used."""
         x = images
         for layer in self.layers:
             x = layer(x)

@@ -1,7 +1,7 @@
-"""Batch normalisation whose statistics are those of all ranks' images, on the CPU too (torch's own refuses it).
+"""Batch normalisation with the statistics of all ranks' images, on a CPU too (torch's own needs a GPU).
 
 Ioffe and Szegedy 2015, arXiv 1502.03167. A rank computes mean and variance of its own images; one all-reduce of counts
-and moments in float64 makes them those of all images, however unevenly these are spread. So a network gives the same
+and moments in float64 yields those of all images, however unevenly they are distributed. So a network gives the same
 embeddings and gradients at any world size, for the same set of images in one pass.
 """
 
@@ -20,8 +20,8 @@ from partialfc.distributed.collectives import all_reduce
 class SyncBatchNorm(_BatchNorm):
     """nn.BatchNorm1d or 2d, for (N, C) or (N, C, H, W), with statistics over the images of all ranks in training.
 
-    In training a pass takes one collective forwards and one backwards; a rank may bring no image, but calls it like the
-    others. Gradients of weight and bias are this rank's part, as DistributedDataParallel expects them.
+    In training the forward pass takes one collective and the backward pass another; a rank without images must call it
+    too. Gradients of weight and bias are this rank's part, as DistributedDataParallel expects.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -40,7 +40,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics towards the batch's, the variance unbiased, as torch's BatchNorm does."""
+        """Update the running statistics, with the unbiased variance, as torch's BatchNorm does."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -53,7 +53,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values a channel (), mean (C,) and biased variance (C,) over all ranks, float64. One collective."""
+    """Values per channel (), mean (C,) and biased variance (C,) over all ranks, float64. One collective."""
     axes, channels = _axes(x), x.shape[1]
     count = x.numel() // channels
     moments = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
@@ -103,12 +103,12 @@ class _Normalise(torch.autograd.Function):
         bias_gradient, weight_gradient = sums.clone().split(len(mean))
         offset, slope = (all_reduce(sums) / count).to(dtype).split(len(mean))
         scale = inverse.to(dtype) if weight is None else inverse.to(dtype) * weight.to(dtype)
-        # Eq. of section 3 of the paper, with the two means over all ranks.
+        # Section 3 of the paper, with the two means over all ranks.
         result = gradient - _as_channels(offset, x) - normalised * _as_channels(slope, x)
         result = (result * _as_channels(scale, x)).to(x.dtype)
         if weight is None:
-            return result, None, None, None, None, None, None
-        return result, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), None, None, None, None
+            return result, *[None] * 6
+        return result, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), *[None] * 4
 
 
 def _axes(x: Tensor) -> list[int]:
@@ -126,26 +126,22 @@ def _as_channels(values: Tensor, x: Tensor) -> Tensor:
 
 
 def synchronise_batch_norm(network: nn.Module) -> None:
-    """Put a `SyncBatchNorm` with the same parameters and buffers in the place of each BatchNorm1d and 2d; keys stay.
+    """Replace each BatchNorm1d and 2d by a `SyncBatchNorm` with the same parameters and buffers; their keys stay.
 
     Raises:
-        InputError: the network has none, or has one of another kind.
+        InputError: the network has no batch normalisation, or one of another kind.
     """
-    found = [(name, module) for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
-    if not found:
+    norms = [(name, module) for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
+    if not norms:
         raise InputError("backbone.sync_batch_norm is set, but the network has no batch normalisation: leave it out.")
-    for name, module in found:
+    for name, module in norms:
         if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             raise InputError(
-                f"backbone.sync_batch_norm cannot take over {name}, a {type(module).__name__}: leave it out."
+                f"backbone.sync_batch_norm cannot replace {name}, a {type(module).__name__}: leave it out."
             )
         parent = network.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], _taken_over(module))
-
-
-def _taken_over(norm: _BatchNorm) -> SyncBatchNorm:
-    """A `SyncBatchNorm` that holds the parameters and buffers of `norm`."""
-    result = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    result._parameters, result._buffers = norm._parameters, norm._buffers
-    result.training = norm.training
-    return result
+        norm = SyncBatchNorm(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+        )
+        norm._parameters, norm._buffers, norm.training = module._parameters, module._buffers, module.training
+        setattr(parent, name.rpartition(".")[2], norm)

@@ -1,4 +1,4 @@
-"""Backbones of timm by name, as `timm:NAME`; timm is an extra and is imported here only, when one is asked for."""
+"""Backbones of timm by name, as `timm:NAME`; timm is an extra, imported when such a backbone is created."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIX = "timm:"
 
 
 class TimmBackbone(nn.Module):
-    """The network `name` of timm with fresh weights and a linear layer to `embedding_dim`; its own sizes hold.
+    """The network `name` of timm with fresh weights and a linear layer to `embedding_dim`, for timm's own image size.
 
     Raises:
         InputError: timm is missing, or does not know `name` or one of the options.
@@ -33,6 +33,6 @@ class TimmBackbone(nn.Module):
             raise InputError(f"timm cannot make the backbone {name!r}: {error}.") from error
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Embeddings (B, D) of images (B, 3, S, S); `keys` are not used: timm draws from torch's generator."""
+        """Embeddings (B, D) of images (B, 3, S, S); `keys` are ignored: timm draws from torch's generator."""
         embeddings: Tensor = self.network(images)
         return embeddings

@@ -1,9 +1,9 @@
 """ViT T to H: the vision transformers of Partial FC (An et al. 2022, arXiv 2203.15565).
 
-Patches of 9 × 9 pixels, no class token: like the IResNets, a linear layer over all tokens in their places gives the
+Patches of 9 × 9 pixels, no class token: as in the IResNets, a linear layer over all tokens at their positions gives the
 embedding. Pre-norm blocks (Dosovitskiy et al. 2021, arXiv 2010.11929) with 8 heads, no bias on queries, keys and
-values, and ReLU6. In training, a share of the tokens may be dropped (token mask) and residual branches left out for
-some images (drop path; Huang et al. 2016, arXiv 1603.09382). Parameter names are those of the published checkpoints.
+values, and ReLU6. Training may drop a share of the tokens (token mask) and residual branches of some images (drop path;
+Huang et al. 2016, arXiv 1603.09382). Parameters are named as in the published checkpoints.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from partialfc.backbones.precision import full_precision
-from partialfc.backbones.recompute import recomputed
+from partialfc.backbones.layers import full_precision, recomputed
 from partialfc.core.errors import InputError
 from partialfc.core.keyed_random import bits, derive_key, uniform
 
@@ -29,31 +28,31 @@ WIDTHS_AND_DEPTHS = {
 
 
 def kept_tokens(tokens: int, mask_ratio: float, keys: Tensor) -> Tensor:
-    """The places of the tokens that stay: int64 (B, floor(tokens × (1 - mask_ratio))), ascending in each row.
+    """Positions of the tokens that are kept: int64 (B, floor(tokens × (1 - mask_ratio))), ascending in each row.
 
     A row is a pure function of its key, so that a sample loses the same tokens on any rank.
     """
     count = int(tokens * (1.0 - mask_ratio))
-    places = torch.arange(tokens, device=keys.device)
-    counters = bits(derive_key("masked tokens"), keys)[:, None] + places
+    positions = torch.arange(tokens, device=keys.device)
+    counters = bits(derive_key("masked tokens"), keys)[:, None] + positions
     order = uniform(derive_key("token mask"), counters).argsort(dim=1)
     return order[:, :count].sort(dim=1).values
 
 
 def drop_branch(branch: Tensor, rate: float, keys: Tensor | None, name: str) -> Tensor:
-    """`branch` (B, T, D) with probability `rate` set to 0 for a whole image, else divided by 1 - rate.
+    """`branch` (B, T, D), set to 0 for a whole image with probability `rate`, else divided by 1 - rate.
 
     Args:
-        keys: int64 (B,); whether an image is dropped is a pure function of its key and of the branch's `name`.
+        keys: int64 (B,); whether an image is dropped is a pure function of its key and the branch's `name`.
     """
     if rate == 0.0 or keys is None:
         return branch
-    kept = uniform(derive_key("drop path", name), keys) >= rate
-    return branch * (kept.to(branch.dtype) / (1.0 - rate))[:, None, None]
+    mask = uniform(derive_key("drop path", name), keys) >= rate
+    return branch * (mask.to(branch.dtype) / (1.0 - rate))[:, None, None]
 
 
 class PatchEmbedding(nn.Module):
-    """Images (B, 3, S, S) to tokens (B, T, D), T = (S // 9)²; the last S % 9 pixels of each side are not seen."""
+    """Images (B, 3, S, S) to tokens (B, T, D), T = (S // 9)²; the last S % 9 pixels of each side are ignored."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -74,12 +73,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(2, (3, HEADS, -1))  # (B, T, 3, heads, d)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    """Two linear maps with four times the width and ReLU6 between."""
+    """Two linear maps with four times the width and ReLU6 in between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -103,7 +102,7 @@ class Block(nn.Module):
         self.number = number
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """`keys` only where branches are to be dropped."""
+        """`keys` are given only where branches are to be dropped."""
         x = x + drop_branch(self.attn(self.norm1(x)), self.drop_path, keys, f"{self.number} attention")
         return x + drop_branch(self.mlp(self.norm2(x)), self.drop_path, keys, f"{self.number} mlp")
 
@@ -115,9 +114,10 @@ class ViT(nn.Module):
         width_and_depth: width of a token, a multiple of 8, and number of blocks.
         embedding_dim: width of the output.
         image_size: S, at least 9.
-        mask_ratio: share of the tokens that is left out in training. Their places get `mask_token` at the end.
-        drop_path: rate at which the last block's branches are left out in training; it rises linearly from 0.
-        checkpointing: compute each block again in the backward pass.
+        mask_ratio: share of the tokens that is dropped in training. `mask_token` replaces them at the end.
+        drop_path: rate at which the last block's branches are dropped in training; over the blocks it rises linearly
+            from 0.
+        checkpointing: recompute each block in the backward pass.
 
     Raises:
         InputError: `image_size` below 9, or a share outside [0, 1).
@@ -140,13 +140,13 @@ class ViT(nn.Module):
         tokens = (image_size // PATCH) ** 2
         for name, share in (("mask_ratio", mask_ratio), ("drop_path", drop_path)):
             if not 0.0 <= share < 1.0:
-                raise InputError(f"{name} {share} is no share: choose a number in [0, 1).")
+                raise InputError(f"{name} {share} is not a share: choose a number in [0, 1).")
         if int(tokens * (1.0 - mask_ratio)) == 0:
             raise InputError(f"mask_ratio {mask_ratio} leaves none of the {tokens} tokens: choose a smaller one.")
         self.mask_ratio, self.drop_path, self.checkpointing = mask_ratio, drop_path, checkpointing
         self.patch_embed = PatchEmbedding(width)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
-        # Unused without a mask: DistributedDataParallel would wait for its gradient.
+        # Without a mask it is not used, and DistributedDataParallel would wait for its gradient.
         self.mask_token = nn.Parameter(torch.empty(1, 1, width), requires_grad=mask_ratio > 0.0)
         rates = [drop_path * number / max(1, depth - 1) for number in range(depth)]
         self.blocks = nn.ModuleList(Block(width, rate, number) for number, rate in enumerate(rates))
@@ -166,7 +166,7 @@ class ViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Embeddings (B, D) of images (B, 3, S, S); `keys`, int64 (B,), are needed by mask and drop path in training.
+        """Embeddings (B, D) of images (B, 3, S, S); mask and drop path need `keys`, int64 (B,), in training.
 
         Raises:
             ValueError: `keys` are missing.
@@ -176,16 +176,16 @@ class ViT(nn.Module):
         if (masks or drops) and keys is None:
             raise ValueError("token mask and drop path draw from `keys`: call the backbone with one int64 per image")
         x = self.patch_embed(images) + self.pos_embed
-        kept = kept_tokens(x.shape[1], self.mask_ratio, keys) if masks and keys is not None else None
-        if kept is not None:
-            x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+        unmasked = kept_tokens(x.shape[1], self.mask_ratio, keys) if masks and keys is not None else None
+        if unmasked is not None:
+            x = x.gather(1, unmasked[:, :, None].expand(-1, -1, x.shape[2]))
         for block in self.blocks:
             inputs = (x, keys if drops else None)
             x = recomputed(block, *inputs) if self.checkpointing and self.training else block(*inputs)
-        # A sum over up to 147,456 features loses too much in 16 bits, so the last layers leave autocast.
+        # A sum over up to 147,456 features loses too much in 16 bits, so the last layers run without autocast.
         with full_precision(x.device):
             x = self.norm(x.to(self.norm.weight.dtype))
-            if kept is not None:
-                whole = self.mask_token.expand(len(x), self.pos_embed.shape[1], -1)
-                x = whole.scatter(1, kept[:, :, None].expand_as(x), x)
+            if unmasked is not None:
+                masked = self.mask_token.expand(len(x), self.pos_embed.shape[1], -1)
+                x = masked.scatter(1, unmasked[:, :, None].expand_as(x), x)
             return self.feature(x.flatten(1))

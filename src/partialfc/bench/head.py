@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from partialfc.bench.head_variants import OURS, HeadCase, Phases, StepFunction, Variant, dense_step, our_steps
+from partialfc.bench.head_step import HeadCase
+from partialfc.bench.head_variants import OURS, Phases, StepFunction, Variant, dense_step, our_steps
 from partialfc.bench.machine import available_bytes, describe
 from partialfc.core.device import choose_device, peak_bytes
 from partialfc.core.errors import InputError, JobError

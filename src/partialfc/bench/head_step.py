@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,29 +18,34 @@ from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
 
-def synthetic_batch(
-    step: int, *, num_classes: int, embedding_dim: int, batch_size: int, device: str | torch.device
-) -> tuple[Tensor, Tensor]:
-    """Random embeddings (B, D) float32 that require a gradient, and labels (B,) int64: functions of the step."""
-    positions = torch.arange(batch_size)
-    labels = (keyed_random.uniform(keyed_random.derive_key("labels", step), positions) * num_classes).long()
-    embeddings = keyed_random.normal_rows(keyed_random.derive_key("embeddings", step), 0, batch_size, embedding_dim)
-    return embeddings.to(device).requires_grad_(), labels.to(device)
+@dataclass(frozen=True)
+class HeadCase:
+    """A head to measure: C, D, B (all on one process), the sample rate and the device."""
 
+    num_classes: int
+    embedding_dim: int
+    batch_size: int
+    sample_rate: float
+    device: str
 
-def make_head(
-    num_classes: int,
-    embedding_dim: int,
-    head: HeadConfig,
-    device: str | torch.device,
-    optimizer: OptimizerConfig | None = None,
-) -> tuple[PartialFC, RowwiseSGD | RowwiseAdamW]:
-    """A head and its optimizer as training builds them; by default SGD with a learning rate of 0.1."""
-    config = TrainConfig(
-        backbone=BackboneConfig(embedding_dim=embedding_dim), head=head, optimizer=optimizer or OptimizerConfig(lr=0.1)
-    )
-    built = build_head(config, num_classes, device=torch.device(device))
-    return built, build_head_optimizer(config, built)
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Random embeddings (B, D) float32 that require a gradient, and labels (B,): functions of the step."""
+        uniform = keyed_random.uniform(keyed_random.derive_key("labels", step), torch.arange(self.batch_size))
+        key = keyed_random.derive_key("embeddings", step)
+        embeddings = keyed_random.normal_rows(key, 0, self.batch_size, self.embedding_dim)
+        return embeddings.to(self.device).requires_grad_(), (uniform * self.num_classes).long().to(self.device)
+
+    def build(
+        self, optimizer: OptimizerConfig | None = None, **head: Any
+    ) -> tuple[PartialFC, RowwiseSGD | RowwiseAdamW]:
+        """The head and its optimizer as training builds them, from fields of `HeadConfig`; by default SGD with 0.1."""
+        config = TrainConfig(
+            backbone=BackboneConfig(embedding_dim=self.embedding_dim),
+            head=HeadConfig(self.sample_rate, **head),
+            optimizer=optimizer or OptimizerConfig(lr=0.1),
+        )
+        built = build_head(config, self.num_classes, device=torch.device(self.device))
+        return built, build_head_optimizer(config, built)
 
 
 def median_seconds(step: Callable[[], None], device: torch.device, *, steps: int = 3, warm_up: int = 1) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,35 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from partialfc.bench.head_step import make_head, synthetic_batch, wait_for
-from partialfc.config.options import HeadConfig, OptimizerConfig
+from partialfc.bench.head_step import HeadCase, wait_for
+from partialfc.config.options import OptimizerConfig
 from partialfc.head.sampling import sample_classes, sample_size
 
 Variant = Literal["sparse", "deferred", "sparse bfloat16", "deferred bfloat16", "dense baseline"]
 OURS: tuple[Variant, ...] = ("sparse", "deferred", "sparse bfloat16", "deferred bfloat16")
 SGD = OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4)
 MARGIN, SCALE = 0.4, 64.0  # CosFace
-
-
-@dataclass(frozen=True)
-class HeadCase:
-    """A head to measure: C, D, B (all on one process), the sample rate, and the device, "cpu" or "cuda"."""
-
-    num_classes: int
-    embedding_dim: int
-    batch_size: int
-    sample_rate: float
-    device: str
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D) float32 that require a gradient, and labels (B,): functions of the step."""
-        return synthetic_batch(
-            step,
-            num_classes=self.num_classes,
-            embedding_dim=self.embedding_dim,
-            batch_size=self.batch_size,
-            device=self.device,
-        )
 
 
 class Phases:
@@ -65,12 +44,12 @@ StepFunction = Callable[[Tensor, Tensor, Phases], None]
 
 def our_steps(case: HeadCase, unsampled: Literal["freeze", "lazy_dense"] = "freeze") -> dict[Variant, StepFunction]:
     """A step of each of our variants; all train one head, so that memory is needed only once."""
-    options = HeadConfig(case.sample_rate, margin="cosface", margin_value=MARGIN, scale=SCALE, unsampled=unsampled)
-    head, optimizer = make_head(case.num_classes, case.embedding_dim, options, case.device, SGD)
+    head, optimizer = case.build(SGD, margin="cosface", margin_value=MARGIN, scale=SCALE, unsampled=unsampled)
 
     def step(variant: Variant, embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
         head.update = "deferred" if variant.startswith("deferred") else "sparse"
-        head.operand_dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
+        operand_dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
+        head.loss_config = replace(head.loss_config, operand_dtype=operand_dtype)
         with phases("forward"):
             loss = head(embeddings, labels)
         with phases("backward"):

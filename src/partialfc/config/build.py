@@ -21,19 +21,19 @@ def build_backbone(config: TrainConfig, image_size: int, *, device: torch.device
     Raises:
         InputError: it does not exist, or does not take an option, a value or images of this size.
     """
-    chosen = config.backbone
+    options = config.backbone
     with torch.device("meta" if device.type == "meta" else "cpu"):  # weights are drawn on the CPU everywhere
         backbone = create_backbone(
-            chosen.name,
-            embedding_dim=chosen.embedding_dim,
+            options.name,
+            embedding_dim=options.embedding_dim,
             image_size=image_size,
             seed=config.seed,
-            **chosen.options(),
+            **options.options(),
         )
-    if chosen.sync_batch_norm:
+    if options.sync_batch_norm:
         synchronise_batch_norm(backbone)
     backbone = backbone.to(device, torch.float64 if config.precision == "float64" else None)
-    if chosen.channels_last and device.type != "meta":
+    if options.channels_last and device.type != "meta":
         for parameter in backbone.parameters():
             if parameter.ndim == 4:
                 # contiguous() leaves the strides of a 1 × 1 kernel as they are, and DDP then copies its gradients.
@@ -74,23 +74,23 @@ def build_optimizers(
 ) -> tuple[torch.optim.Optimizer, RowwiseSGD | RowwiseAdamW]:
     """The same rule for the trained parameters of the backbone and, row-wise, for the head."""
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    chosen = config.optimizer
-    fused = chosen.fused or None  # None leaves the choice to PyTorch
-    rates: dict[str, Any] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
+    options = config.optimizer
+    fused = options.fused or None  # None leaves the choice to PyTorch
+    rates: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
     dense: torch.optim.Optimizer
-    if chosen.name == "adamw":
+    if options.name == "adamw":
         dense = torch.optim.AdamW(parameters, **rates, fused=fused)
     else:
-        dense = torch.optim.SGD(parameters, **rates, momentum=chosen.momentum, fused=fused)
+        dense = torch.optim.SGD(parameters, **rates, momentum=options.momentum, fused=fused)
     return dense, build_head_optimizer(config, head)
 
 
 def build_head_optimizer(config: TrainConfig, head: PartialFC) -> RowwiseSGD | RowwiseAdamW:
     """The row-wise optimizer of the head."""
-    chosen, state_dtype = config.optimizer, config.head.state_dtype
-    options: dict[str, Any] = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
+    rule, state_dtype = config.optimizer, config.head.state_dtype
+    options: dict[str, Any] = {"lr": rule.lr, "weight_decay": rule.weight_decay}
     options["state_dtype"] = None if state_dtype is None else getattr(torch, state_dtype)
     options["state_on_host"] = config.head.state_on_host
-    if chosen.name == "adamw":
+    if rule.name == "adamw":
         return RowwiseAdamW(head.parameters(), **options)
-    return RowwiseSGD(head.parameters(), momentum=chosen.momentum, unsampled=config.head.unsampled, **options)
+    return RowwiseSGD(head.parameters(), momentum=rule.momentum, unsampled=config.head.unsampled, **options)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from partialfc.core.errors import InputError
-from partialfc.head.margins.base import ArcFace, CosFace, Margin
+from partialfc.head.margins import MARGINS, Margin
 
 LR_BATCH = 512  # the global batch that lr_scaling "per_512" refers to
 
@@ -117,11 +117,12 @@ class HeadConfig:
 
     def build_margin(self) -> Margin:
         """The margin; InputError if its value is out of range."""
+        arguments: dict[str, Any] = {}
+        if self.margin_value is not None and self.margin != "none":
+            arguments["m"] = self.margin_value
         if self.margin == "arcface":
-            return ArcFace(0.5 if self.margin_value is None else self.margin_value, self.margin_gradient)
-        if self.margin == "cosface":
-            return CosFace(0.4 if self.margin_value is None else self.margin_value)
-        return Margin()
+            arguments["gradient"] = self.margin_gradient
+        return MARGINS[self.margin](**arguments)
 
 
 @dataclass(frozen=True)
@@ -239,70 +240,47 @@ class TrainConfig:
             least = _AT_LEAST.get(key)
             if least is not None and value is not None and value < least:
                 raise InputError(f"{key} is {value}; it must be at least {least}.")
-        for applies, sentence in self._refusals():
-            if applies:
-                raise InputError(sentence + ".")
+        optimizer, schedule = self.optimizer, self.schedule
+        for name, value in (("momentum", optimizer.momentum), ("ema_decay", optimizer.ema_decay)):
+            if value >= 1:
+                raise InputError(f"optimizer.{name} is {value}; it must lie in [0, 1).")
+        if schedule.epochs <= 0:
+            raise InputError(f"schedule.epochs is {schedule.epochs}; it must be more than 0.")
+        if schedule.warmup_epochs > schedule.epochs:
+            many = f"schedule.warmup_epochs is {schedule.warmup_epochs}, more than the {schedule.epochs} epochs"
+            raise InputError(f"{many} of the run: shorten it.")
         parse_steps(self.output.profile_steps)
+        self._check_combinations()
 
-    def _refusals(self) -> list[tuple[bool, str]]:
-        """Whether something is wrong, and the sentence for it."""
-        data, backbone, head, optimizer, schedule = self.data, self.backbone, self.head, self.optimizer, self.schedule
-        micro_steps, processes, float64 = data.micro_steps or 1, self.processes, self.precision == "float64"
-        return [
-            (
-                micro_steps > data.global_batch_size,
-                f"data.micro_steps is {micro_steps}, more than the {data.global_batch_size} images of "
-                "data.global_batch_size: take fewer",
-            ),
-            (
-                data.min_images > 0 and data.num_classes is not None,
-                "data.min_images renumbers the classes and data.num_classes counts them: leave one out",
-            ),
-            (
-                bool(backbone.freeze) and backbone.init is None and head.from_run is None,
-                "backbone.freeze keeps layers as they start, at random: give backbone.init or head.from_run too",
-            ),
-            (
-                backbone.compile and backbone.sync_batch_norm,
-                "backbone.compile cannot compile the exchange of backbone.sync_batch_norm: leave one out",
-            ),
-            (
-                backbone.compile and processes.backbone == "fsdp",
-                "backbone.compile does not go together with processes.backbone fsdp: leave one out",
-            ),
-            (
-                head.conflict_as_zero_logit and head.conflict_threshold is None,
-                "head.conflict_as_zero_logit needs head.conflict_threshold: set it, to 0.4 for example",
-            ),
-            (
-                head.margin_gradient != "exact" and head.margin != "arcface",
-                "head.margin_gradient straight_through is for the margin arcface: choose that, or exact",
-            ),
-            (
-                head.margin_value is not None and head.margin == "none",
-                "head.margin_value is set, but head.margin is none: leave one out",
-            ),
-            (
-                head.unsampled == "lazy_dense" and optimizer.name != "sgd",
-                "head.unsampled lazy_dense is exact for optimizer.name sgd only: choose that, or freeze",
-            ),
-            (optimizer.momentum >= 1, f"optimizer.momentum is {optimizer.momentum}; it must lie in [0, 1)"),
-            (optimizer.ema_decay >= 1, f"optimizer.ema_decay is {optimizer.ema_decay}; it must lie in [0, 1)"),
-            (schedule.epochs <= 0, f"schedule.epochs is {schedule.epochs}; it must be more than 0"),
-            (
-                schedule.warmup_epochs > schedule.epochs,
-                f"schedule.warmup_epochs is {schedule.warmup_epochs}, more than the {schedule.epochs} epochs of the "
-                "run: shorten it",
-            ),
-            (
-                float64 and processes.gradients != "float32",
-                "precision float64 is for proofs, and processes.gradients bfloat16 rounds: leave one out",
-            ),
-            (
-                float64 and (head.dtype, head.state_dtype, head.operand_dtype) != ("float32", None, "float32"),
-                "precision float64 sets the head too: leave head.dtype, head.state_dtype and head.operand_dtype out",
-            ),
-        ]
+    def _check_combinations(self) -> None:
+        """Refuse options that contradict each other or would do nothing."""
+        data, backbone, head = self.data, self.backbone, self.head
+        if data.micro_steps is not None and data.micro_steps > data.global_batch_size:
+            many = f"data.micro_steps is {data.micro_steps}, more than the {data.global_batch_size} images"
+            raise InputError(f"{many} of data.global_batch_size: take fewer.")
+        if data.min_images > 0 and data.num_classes is not None:
+            raise InputError("data.min_images renumbers the classes and data.num_classes counts them: leave one out.")
+        if backbone.freeze and backbone.init is None and head.from_run is None:
+            remedy = "give backbone.init or head.from_run too"
+            raise InputError(f"backbone.freeze keeps layers as they start, at random: {remedy}.")
+        if backbone.compile and backbone.sync_batch_norm:
+            raise InputError("backbone.compile cannot compile the exchange of backbone.sync_batch_norm: leave one out.")
+        if backbone.compile and self.processes.backbone == "fsdp":
+            raise InputError("backbone.compile does not go together with processes.backbone fsdp: leave one out.")
+        if head.conflict_as_zero_logit and head.conflict_threshold is None:
+            raise InputError("head.conflict_as_zero_logit needs head.conflict_threshold: set it, to 0.4 for example.")
+        if head.margin_gradient != "exact" and head.margin != "arcface":
+            raise InputError("head.margin_gradient straight_through is for the margin arcface: choose that, or exact.")
+        if head.margin_value is not None and head.margin == "none":
+            raise InputError("head.margin_value is set, but head.margin is none: leave one out.")
+        if head.unsampled == "lazy_dense" and self.optimizer.name != "sgd":
+            raise InputError("head.unsampled lazy_dense is exact for optimizer.name sgd only: choose that, or freeze.")
+        if self.precision == "float64" and self.processes.gradients != "float32":
+            raise InputError("precision float64 is for proofs, and processes.gradients bfloat16 rounds: leave one out.")
+        dtypes = (head.dtype, head.state_dtype, head.operand_dtype)
+        if self.precision == "float64" and dtypes != ("float32", None, "float32"):
+            keys = "head.dtype, head.state_dtype and head.operand_dtype"
+            raise InputError(f"precision float64 sets the head too: leave {keys} out.")
 
     def micro_steps(self) -> int | None:
         """Micro-batches of a step, None for as few as fit; 1 by default where batch statistics span all of a step."""

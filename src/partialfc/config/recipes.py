@@ -138,7 +138,7 @@ def vit(name: str) -> TrainConfig:
     )
 
 
-# Global batch, learning rate and warm-up epochs of the published convolutional trainings beside 1024 images and 0.1.
+# Global batch, learning rate and warm-up epochs of the other published convolutional trainings; 1024 images take 0.1.
 BATCH_ROWS: dict[str, tuple[int, float, float]] = {
     "batch2048": (2048, 0.2, 2),
     "batch4096": (4096, 0.3, 1),

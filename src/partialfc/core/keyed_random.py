@@ -1,8 +1,8 @@
 """Random numbers that are a pure function of a key and a counter.
 
-A generator's state depends on who drew from it before; these numbers do not. Sampled classes, sample order,
-augmentation and initial centers draw from here, so that they are the same on every rank, at any world size, on
-any device and after a resume. The mixer is the finaliser of SplitMix64 (Steele et al., OOPSLA 2014, "Fast
+A generator's state depends on earlier draws; these numbers do not. Sampled classes, sample order, augmentation and
+initial centers are drawn from them, so that they are the same on every rank, at any world size, on any device and
+after a resume. The mixer is the finaliser of SplitMix64 (Steele et al., OOPSLA 2014, "Fast
 splittable pseudorandom number generators"), in wrapping int64 arithmetic because torch has no uint64 kernels.
 """
 
@@ -39,21 +39,21 @@ def mix(x: Tensor) -> Tensor:
 
 
 def derive_key(*parts: int | str) -> int:
-    """One int64 key from a seed, a purpose and whatever else tells a stream from its siblings.
+    """One int64 key from a seed, a purpose and anything else that distinguishes a stream.
 
-    `derive_key(seed, "negatives", step)` and `derive_key(seed, "flip", step)` share nothing.
+    `derive_key(seed, "negatives", step)` and `derive_key(seed, "flip", step)` are independent.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def bits(key: int | Tensor, counters: Tensor) -> Tensor:
-    """64 random bits for each counter: int64, the shape of `counters` (int64); a key is an int64 or a () tensor."""
+    """64 random bits for each counter: int64, the shape of `counters` (int64); the key is an int64 or a () tensor."""
     return mix(mix(counters) ^ key)
 
 
 def keys_at(keys: Sequence[int], counter: Tensor) -> Tensor:
-    """(n,) int64: from n keys those of one step or sample, `counter` () int64 on any device, without a host read."""
+    """(n,) int64, n keys for one step or sample: `counter` is () int64 on any device. No host read."""
     return mix(torch.stack([mix(counter) ^ key for key in keys]))
 
 
@@ -69,7 +69,7 @@ def normal(key: int, counters: Tensor) -> Tensor:
 
 
 def normal_rows(key: int, start: int, stop: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Standard normals for rows [start, stop) of an endless table: (stop − start, width) float32.
+    """Standard normals for rows [start, stop) of an infinite table: (stop − start, width) float32.
 
     Both Box-Muller numbers of one draw are used and float32 suffices, because tables of centers are large.
     """
@@ -84,10 +84,10 @@ def normal_rows(key: int, start: int, stop: int, width: int, device: torch.devic
 
 
 def permute(positions: Tensor, size: int, key: int) -> Tensor:
-    """Where a keyed permutation of range(size) sends `positions` (int64): a shuffle that needs no memory.
+    """The images of `positions` (int64) under a keyed permutation of range(size): a shuffle that needs no memory.
 
-    Four mixing rounds permute the power of two above `size`; a position that lands at or past `size` goes round
-    again (cycle walking, Black and Rogaway 2002), which takes less than two tries on average.
+    Four mixing rounds permute the power of two above `size`; an image of `size` or more is permuted again (cycle
+    walking, Black and Rogaway 2002), which takes less than two tries on average.
 
     Raises:
         ValueError: a position lies outside [0, size).
@@ -112,7 +112,7 @@ def permute_bits(values: Tensor, width: int, keys: list[int] | list[Tensor]) -> 
     Args:
         values: integers in [0, 2 ** width).
         width: the number of bits, at least 1.
-        keys: one int64 a round, or a tensor a round that broadcasts with `values`.
+        keys: one int64 per round, or one tensor per round that broadcasts with `values`.
     """
     mask = (1 << width) - 1
     for key in keys:

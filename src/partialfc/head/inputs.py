@@ -1,46 +1,64 @@
-"""What a head refuses before it computes anything: one sentence each."""
+"""The inputs of a head: what it refuses, and the labels and sample counts of all ranks.
+
+A GPU that reads nothing back cannot raise at once. There `InputFlag` defers the validation: the device records the
+first bad batch and suppresses updates, and the host raises later.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import Shard
+from partialfc.distributed.collectives import Group, Shard, all_gather_rows, row_counts
 from partialfc.head.margins.base import Margin
+from partialfc.head.rows import CenterState
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
 
 
-def check_sizes(num_classes: int, embedding_dim: int, sample_rate: float) -> None:
-    """Raise InputError for sizes that no head has."""
+class NonFiniteEmbeddings(InputError):
+    """The backbone returned NaN or infinity; every rank raises it in the same step, and nothing is updated."""
+
+
+@dataclass(frozen=True)
+class GlobalLabels:
+    """The samples of all ranks. A training loop that knows them before it calls the head saves two collectives.
+
+    Attributes:
+        counts: the number of samples of each rank, in rank order.
+        labels: int64 (G,), their labels, in the same order.
+    """
+
+    counts: list[int]
+    labels: Tensor
+
+
+def gather_labels(labels: Tensor, known: GlobalLabels | None, group: Group | None) -> GlobalLabels:
+    """The sample counts and labels of all ranks. Two collectives, none if they are known.
+
+    Raises:
+        InputError: there is no sample, on all ranks alike.
+    """
+    if known is None:
+        counts = row_counts(len(labels), labels.device, group)
+        known = GlobalLabels(counts, all_gather_rows(labels, counts, group))
+    if sum(known.counts) == 0:
+        raise InputError("the global batch is empty: the head needs at least one image on one rank.")
+    return known
+
+
+def check_head(num_classes: int, embedding_dim: int, sample_rate: float, margin: Margin, update: str) -> None:
+    """Raise InputError for arguments that no head accepts."""
     if num_classes < 1 or embedding_dim < 1:
         raise InputError(f"PartialFC needs at least 1 class and 1 dimension, not {num_classes} and {embedding_dim}.")
     if not 0 <= sample_rate <= 1:
         raise InputError(f"sample_rate is {sample_rate}; it is a part of the classes, from 0 (positives only) to 1.")
-
-
-def check_loss(
-    margin: Margin, scale: float, conflict_threshold: float | None, operand_dtype: torch.dtype, update: str
-) -> None:
-    """Raise InputError for a loss that cannot be computed."""
-    if not (math.isfinite(scale) and scale > 0):
-        raise InputError(f"scale is {scale}; it must be a positive number, such as 64.")
-    widest = scale * (1 + margin.negatives_bound)
-    if widest > _WIDEST_LOGITS:
-        raise InputError(
-            f"scale {scale} would overflow: with {type(margin).__name__} the logits spread over "
-            f"{widest:g}, and float32's exponentials allow {_WIDEST_LOGITS:g}; lower the scale."
-        )
-    if conflict_threshold is not None and not -1 <= conflict_threshold <= 1:
-        raise InputError(f"conflict_threshold is {conflict_threshold}; it is a cosine in [-1, 1], such as 0.4.")
-    if operand_dtype not in (torch.float32, torch.bfloat16):
-        raise InputError(f"operand_dtype is {operand_dtype}; it is torch.float32 or torch.bfloat16.")
     if update not in margin.updates:
         raise InputError(
             f"update is {update!r}; {type(margin).__name__} works with {', '.join(sorted(margin.updates))}."
@@ -59,7 +77,7 @@ def check_not_wrapped(centers: Tensor, rows: int, width: int, is_replica: bool) 
 
 
 def check_batch(embeddings: Tensor, labels: Tensor, centers: Tensor) -> None:
-    """Raise InputError for shapes, dtypes and devices that do not belong together; nothing is read from a device."""
+    """Raise InputError for shapes, dtypes and devices that do not match; nothing is read from a device."""
     if embeddings.ndim != 2 or embeddings.shape[1] != centers.shape[1] or embeddings.dtype not in _FLOATS:
         raise InputError(
             f"embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; the head expects floating point of 16 to "
@@ -76,10 +94,123 @@ def check_batch(embeddings: Tensor, labels: Tensor, centers: Tensor) -> None:
         )
 
 
-def check_counts(counts: Sequence[int], images: int, shard: Shard) -> None:
-    """Raise InputError for images of the ranks that do not agree with this rank's."""
-    if len(counts) != shard.world_size or counts[shard.rank] != images:
+def check_counts(counts: list[int], samples: int, shard: Shard) -> None:
+    """Raise InputError for sample counts of the ranks that do not match this rank's batch."""
+    if len(counts) != shard.world_size or counts[shard.rank] != samples:
         raise InputError(
-            f"counts are {list(counts)}; the head expects the images of each of {shard.world_size} processes, of "
-            f"which number {shard.rank} brings {images}."
+            f"counts are {counts}; the head expects the number of images of each of {shard.world_size} processes, "
+            f"{samples} for process {shard.rank}."
         )
+
+
+def check_values(embeddings: Tensor, labels: Tensor, num_classes: int, step: int) -> None:
+    """Check the global batch, (G, D) and (G,), at once: host reads.
+
+    Raises:
+        InputError: a label lies outside [0, num_classes).
+        NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
+    """
+    outside = ((labels < 0) | (labels >= num_classes)).nonzero()[:, 0]
+    if len(outside):
+        raise _bad_label(int(labels[outside[0]]), num_classes)
+    if not bool(torch.isfinite(embeddings).all()):
+        raise _bad_embeddings(step)
+
+
+def _bad_label(label: int, num_classes: int) -> InputError:
+    reason = "labels count from 0" if label < 0 else "the data has more classes than the head"
+    return InputError(f"label {label} lies outside [0, {num_classes}): {reason}.")
+
+
+def _bad_embeddings(step: int) -> NonFiniteEmbeddings:
+    return NonFiniteEmbeddings(
+        f"embeddings of step {step} contain NaN or infinity: lower the learning rate or check the input."
+    )
+
+
+_LABEL, _EMBEDDINGS = 1, 2
+
+
+class InputFlag:
+    """`check_values` without a host read: the device records the first bad batch until the host has raised it.
+
+    The global batch is the same on all ranks, and so is the flag.
+
+    Attributes:
+        state: (3,) int64 on the device: not 0 if a batch was bad, the bad label, the step.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device, center_state: CenterState) -> None:
+        self._num_classes, self._center_state = num_classes, center_state
+        self.state = torch.zeros(3, dtype=torch.int64, device=device)
+        center_state.flag = self.state[:1]
+        self._on_cuda = device.type == "cuda"
+        self._pending_copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # of the state, oldest first
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the head has no pending copies, since an event cannot be copied."""
+        return self.__dict__ | {"_pending_copies": deque()}
+
+    def record(self, embeddings: Tensor, labels: Tensor, step: Tensor) -> Tensor:
+        """Set the flag if the global batch, (G, D) and (G,), is bad, and copy it to the host; () bool, whether set."""
+        outside = (labels < 0) | (labels >= self._num_classes)
+        finite = torch.isfinite(embeddings).all()
+        kind = torch.where(outside.any(), _LABEL, torch.where(finite, 0, _EMBEDDINGS))
+        first = outside.int().argmax(dim=0, keepdim=True)  # with a () index the host would read it
+        state = torch.stack([kind, labels[first][0], step])
+        self.state.copy_(torch.where(self.state[:1] == 0, state, self.state))
+        self._copy_to_host()
+        return self.state[0] != 0
+
+    def _copy_to_host(self) -> None:
+        """Start an asynchronous copy of the state."""
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+            return  # `check` reads what a replayed graph records
+        # Page-locked, so that the copy is asynchronous.
+        copy = torch.empty(3, dtype=torch.int64, device="cpu", pin_memory=self._on_cuda)
+        copy.copy_(self.state, non_blocking=True)
+        event = None
+        if self._on_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._pending_copies.append((copy, event))
+
+    def poll(self, wait: bool) -> None:
+        """Raise for an earlier bad batch, as `check` does, from the copies that followed each batch.
+
+        A single process polls only the copies that have arrived, however far ahead of its device it is. Several wait
+        for all copies, since they must raise in the same step: the last copy was started a whole step ago, and their
+        devices still have that step's backward pass to run.
+        """
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        arrived: Tensor | None = None
+        while self._pending_copies:
+            copy, event = self._pending_copies[0]
+            if event is not None:
+                if not wait and not event.query():
+                    break
+                event.synchronize()
+            arrived = copy
+            self._pending_copies.popleft()
+        if arrived is not None:
+            self._raise(arrived)
+
+    def check(self) -> None:
+        """Raise for any bad batch since the last error, and clear the flag. A host read.
+
+        Raises:
+            InputError: a label was out of range.
+            NonFiniteEmbeddings: NaN or infinity among the embeddings.
+        """
+        self._pending_copies.clear()
+        self._raise(self.state)
+
+    def _raise(self, state: Tensor) -> None:
+        """Raise what `state` records; gradients that wait for the optimizer are then invalid."""
+        kind, label, step = state.tolist()
+        if kind:
+            self._pending_copies.clear()
+            self.state.zero_()
+            self._center_state.deferred.clear()
+            raise _bad_label(label, self._num_classes) if kind == _LABEL else _bad_embeddings(step)

@@ -1,13 +1,13 @@
 """Optimizers that read and write exactly the sampled rows of the centers.
 
-A row that was not sampled rests: neither its value nor its state changes, weight decay and momentum included
-(arXiv 2203.15565; docs/head.md). With sample rate 1 both optimizers are torch's own.
+By default a row that is not sampled stays as it is: neither its value nor its state changes, weight decay and momentum
+included (arXiv 2203.15565; docs/head.md). With sample rate 1 both optimizers equal torch's own.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from partialfc.core.errors import InputError
-from partialfc.head.backends.compiled import numba_kernels_for
+from partialfc.head.backends.base import RowVisitor, SGDRule
+from partialfc.head.backends.select import numba_kernels_for
 from partialfc.head.backends.threads import run_parallel
-from partialfc.head.lazy_sgd import CatchUp
-from partialfc.head.loss import RowVisitor, SGDRule
-from partialfc.head.row_storage import Rows, StateStorage, rounding_keys
-from partialfc.head.rows import CenterState, center_state_of
+from partialfc.head.lazy_sgd import MissedSteps
+from partialfc.head.rows import CenterState, Rows, center_state_of, rounding_keys, zero_state
 
 # Elements of a sparse gradient that are updated at once; on a CPU their temporaries stay in a core's cache.
 CPU_UPDATE_ELEMENTS = 1 << 18
@@ -31,14 +30,18 @@ Unsampled = Literal["freeze", "lazy_dense"]
 
 
 class _RowwiseOptimizer(Optimizer, ABC):
-    """What the two optimizers share: where the rows and their gradients come from, and when a step is skipped."""
+    """The common part of both optimizers: where rows and gradients come from, and when a step is skipped."""
 
-    # torch.amp.GradScaler then calls step() itself and leaves its findings in the attributes `grad_scale` and
-    # `found_inf`, which must not exist otherwise: it multiplies what it finds and deletes them after the step.
+    # torch.amp.GradScaler then calls step() itself and passes its results as the attributes `grad_scale` and
+    # `found_inf`, which must not exist otherwise: it multiplies existing ones, and deletes them after the step.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Any, defaults: dict[str, Any], storage: StateStorage) -> None:
-        self._storage = storage
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], state_dtype: torch.dtype | None, state_on_host: bool
+    ) -> None:
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise InputError(f"state_dtype is {state_dtype}; it is floating point, such as torch.bfloat16.")
+        self._state_dtype, self._state_on_host = state_dtype, state_on_host
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -52,68 +55,74 @@ class _RowwiseOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                link = center_state_of(parameter)
-                # A rank whose shard has no sampled class counts the step like the others: they draw from its number.
-                pending = parameter.grad is not None or (link is not None and bool(link.deferred))
-                happens = pending and not self._is_skipped(parameter, link)
-                if happens:
-                    # A deferred gradient has products, which autocast would round. Triton launches its kernels on the
-                    # present device, which need not be the parameter's.
-                    with torch.autocast(parameter.device.type, enabled=False), torch.cuda.device_of(parameter):
-                        self._update_parameter(parameter, link, group)
-                if link is not None:
-                    link.deferred.clear()
-                    if happens:
-                        link.advance()
+        for group, parameter, state in self._parameters():
+            # Ranks without sampled classes must also advance the step: it seeds the next sample.
+            has_gradient = parameter.grad is not None or (state is not None and bool(state.deferred))
+            updates = has_gradient and not self._is_skipped(parameter, state)
+            if updates:
+                self._refuse_unscaled(state)
+                # Autocast would round the products of a deferred gradient. Triton launches its kernels on the current
+                # device, which need not be the parameter's.
+                with torch.autocast(parameter.device.type, enabled=False), torch.cuda.device_of(parameter):
+                    self._update_parameter(parameter, state, group)
+            if state is not None:
+                state.deferred.clear()
+                if updates:
+                    state.advance()
         return loss
 
-    def _is_skipped(self, parameter: Tensor, link: CenterState | None) -> bool:
-        """Whether this step changes nothing, as far as the host has to know."""
-        if link is not None and link.flag is not None and bool(link.flag):
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor, CenterState | None]]:
+        """Each parameter with its group and the state that its head attached."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield group, parameter, center_state_of(parameter)
+
+    def _is_skipped(self, parameter: Tensor, center_state: CenterState | None) -> bool:
+        """Whether this step changes nothing, as far as the host must know."""
+        if center_state is None:
+            return bool(getattr(self, "found_inf", False))
+        if center_state.flag is not None and bool(center_state.flag):
             return True
-        # A GradScaler sees no gradient that is not there yet.
-        overflow = link is not None and hasattr(self, "found_inf") and any(bool(g.overflowed()) for g in link.deferred)
+        # A GradScaler does not see a deferred gradient.
+        overflow = hasattr(self, "found_inf") and any(bool(g.overflowed()) for g in center_state.deferred)
         return overflow or bool(getattr(self, "found_inf", False))
 
-    def _update_parameter(self, parameter: Tensor, link: CenterState | None, group: dict[str, Any]) -> None:
+    def _update_parameter(self, parameter: Tensor, center_state: CenterState | None, group: dict[str, Any]) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        self._refuse_unscaled(link)
-        self.row_state(parameter)  # before threads may want to create it
+        self.row_state(parameter)  # created here, since threads would race to create it
 
         def update(rows: Tensor, gradient: Tensor, scale: Tensor | None = None) -> None:
-            gradient = gradient.to(_update_dtype(parameter))
+            gradient = gradient.to(torch.promote_types(parameter.dtype, torch.float32))
             if scale is not None:
                 gradient = gradient / scale
-            self._update_rows(parameter, Rows(rows, gradient.dtype, link), gradient, group)
+            self._update_rows(parameter, Rows(rows, gradient.dtype, center_state), gradient, group)
 
         _visit_sparse(parameter, lambda rows, gradient: update(rows, gradient, grad_scale))
-        if link is not None:
+        if center_state is not None:
             if grad_scale is not None:
-                link.deferred = [gradient.over(grad_scale) for gradient in link.deferred]
-            link.visit(parameter, update)
+                center_state.deferred = [gradient.divided_by(grad_scale) for gradient in center_state.deferred]
+            center_state.visit(parameter, update)
 
-    def _refuse_unscaled(self, link: CenterState | None) -> None:
-        if link is not None and link.deferred and hasattr(self, "found_inf") and self.grad_scale is None:  # type: ignore[attr-defined]
+    def _refuse_unscaled(self, center_state: CenterState | None) -> None:
+        unscaled = hasattr(self, "found_inf") and self.grad_scale is None  # type: ignore[attr-defined]
+        if unscaled and center_state is not None and center_state.deferred:
             raise InputError(
                 "GradScaler.unscale_ cannot reach the gradient of update='deferred', which step() computes: leave it "
                 "out for the head's optimizer, since scaler.step unscales by itself."
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, those that a deferred update has not computed yet included."""
+        """Drop the gradients, including those that a deferred update has not computed yet."""
         super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                link = center_state_of(parameter)
-                if link is not None:
-                    link.deferred.clear()
+        for _, _, center_state in self._parameters():
+            if center_state is not None:
+                center_state.deferred.clear()
 
     def flush(self) -> None:
-        """Make up for everything that was put off, as before rows are read by anything but their head.
+        """Apply all pending lazy updates and wait for asynchronous host writes.
 
-        State in host memory is complete afterwards: a GPU writes it some time after `step` has returned.
+        Call it before anything but the head reads the centers, or anything reads state in host memory, which a GPU
+        writes some time after `step` has returned.
         """
         for parameter, state in self.state.items():
             if any(tensor.device != parameter.device for tensor in state.values()):
@@ -124,50 +133,51 @@ class _RowwiseOptimizer(Optimizer, ABC):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, on the device of the parameters.
+        """Load a state to the devices on which this optimizer keeps its own.
 
         Raises:
             InputError: the state belongs to other rows than the parameters have.
         """
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for parameter, number in zip(group["params"], saved["params"], strict=False):
-                for name, value in state_dict["state"].get(number, {}).items():
-                    if len(value) != len(parameter):
-                        raise InputError(
-                            f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was "
-                            "saved for another number of classes or processes."
-                        )
-        _RowwiseOptimizer.flush(self)  # nothing writes to it any more
-        # torch would cast the state to the parameter's dtype and device, where it need not live.
+        loaded = [
+            (parameter, state_dict["state"].get(number, {}))
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+            for parameter, number in zip(group["params"], saved["params"], strict=False)
+        ]
+        for parameter, state in loaded:
+            for name, value in state.items():
+                if len(value) != len(parameter):
+                    raise InputError(
+                        f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was "
+                        "saved for another number of classes or processes."
+                    )
+        _RowwiseOptimizer.flush(self)  # no write to the host is pending afterwards
+        # torch would cast the state to the parameter's dtype and move it to its device.
         super().load_state_dict({**state_dict, "state": {}})
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for parameter, number in zip(group["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(number, {}).items():
-                    self.row_state(parameter)[name].copy_(value)
+        for parameter, state in loaded:
+            for name, value in state.items():
+                self.row_state(parameter)[name].copy_(value)
 
     def row_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state tensors of `parameter`, one row a row of it; created if it has none yet."""
+        """The state tensors of `parameter`, with a row for each of its rows; created if there are none yet."""
         state = self.state[parameter]
         if not state:
             state.update(self._initial_state(parameter))
         return state
 
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        return zero_state(parameter, self._state_dtype, self._state_on_host)
+
     @abstractmethod
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """State tensors with a row for each row of `parameter`, as before the first step."""
+        """The state before the first step: tensors with a row for each row of `parameter`."""
 
     @abstractmethod
     def _update_rows(self, parameter: Tensor, rows: Rows, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Change `rows` of `parameter` and of its state by their gradient (n, D), float32 or wider."""
-
-
-def _update_dtype(parameter: Tensor) -> torch.dtype:
-    """Updates are computed in float32 at least."""
-    return torch.promote_types(parameter.dtype, torch.float32)
+        """Update `rows` of `parameter` and of its state with their gradient (n, D), float32 or wider."""
 
 
 def _visit_sparse(parameter: Tensor, visit: RowVisitor) -> None:
-    """Show `visit` the rows and values of the parameter's sparse gradient, if it has one, some at a time."""
+    """Pass rows and values of the parameter's sparse gradient, if it has one, to `visit`, a part at a time."""
     gradient = parameter.grad
     if gradient is None:
         return
@@ -177,7 +187,7 @@ def _visit_sparse(parameter: Tensor, visit: RowVisitor) -> None:
             "sparse rows: give it to an optimizer of torch.optim and only the head's parameters to this one."
         )
     rows, values = gradient._indices()[0], gradient._values()
-    # Autograd forgets that one backward's rows are sorted and distinct; only a sum of several is coalesced.
+    # Autograd loses the fact that the rows of one backward are sorted and distinct; only a sum of several needs this.
     if bool((rows.diff() <= 0).any()):
         gradient = gradient.coalesce()
         rows, values = gradient.indices()[0], gradient.values()
@@ -196,13 +206,14 @@ class RowwiseSGD(_RowwiseOptimizer):
 
     Args:
         params: the head's parameters.
-        lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () on the device, which a replayed CUDA graph reads
-            anew.
-        unsampled: what happens to a row that a step does not sample. "freeze", the paper's rule: nothing. "lazy_dense":
-            what torch.optim.SGD would do to it for a gradient of zero, made up for when it is sampled next; call
-            `flush` before reading centers.
+        lr, momentum, weight_decay: as in torch.optim.SGD; lr may be () on the device, which a replayed CUDA graph
+            reads anew.
+        unsampled: the update of a row that a step does not sample. "freeze", the paper's rule: none. "lazy_dense": that
+            of torch.optim.SGD with a gradient of zero, applied when the row is next sampled; call `flush` before
+            reading centers.
         state_dtype: of the momentum; None for that of the centers. bfloat16 is rounded stochastically.
-        state_on_host: keep the momentum of centers on a GPU in page-locked host memory.
+        state_on_host: keep the momentum of centers on a GPU in page-locked host memory, which the GPU accesses over its
+            bus: host memory then bounds the number of identities.
 
     Raises:
         InputError: a value is out of its range.
@@ -227,83 +238,83 @@ class RowwiseSGD(_RowwiseOptimizer):
         if unsampled not in ("freeze", "lazy_dense"):
             raise InputError(f"unsampled is {unsampled!r}; it is 'freeze' or 'lazy_dense'.")
         self._unsampled = unsampled
-        self._behind: dict[Tensor, CatchUp] = {}
-        storage = StateStorage(state_dtype, state_on_host)
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, storage)
+        self._missed: dict[Tensor, MissedSteps] = {}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults, state_dtype, state_on_host)
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        return {"momentum_buffer": self._storage.zeros_like(parameter)}
+        return {"momentum_buffer": self._zeros(parameter)}
 
-    def _update_parameter(self, parameter: Tensor, link: CenterState | None, group: dict[str, Any]) -> None:
+    def _update_parameter(self, parameter: Tensor, center_state: CenterState | None, group: dict[str, Any]) -> None:
         if self._unsampled == "lazy_dense":
-            self._follow(parameter, link)
-        if link is None or not self._is_on_device(parameter, link):
-            super()._update_parameter(parameter, link, group)
+            self._track_missed(parameter, center_state)
+        if center_state is None or not self._can_fuse(parameter, center_state):
+            super()._update_parameter(parameter, center_state, group)
         else:
-            self._update_on_device(parameter, link, group)
-        behind = self._behind.get(parameter)
-        if behind is not None:
-            behind.finish_step(group["lr"], group["momentum"], group["weight_decay"])
+            self._fused_update(parameter, center_state, group)
+        if parameter in self._missed:
+            self._missed[parameter].finish_step(group["lr"], group["momentum"], group["weight_decay"])
 
-    def _is_skipped(self, parameter: Tensor, link: CenterState | None) -> bool:
-        if link is not None and self._is_on_device(parameter, link):
-            # There the update looks by itself; a number is what a GradScaler leaves that has found no gradient.
+    def _is_skipped(self, parameter: Tensor, center_state: CenterState | None) -> bool:
+        if center_state is not None and self._can_fuse(parameter, center_state):
+            # The fused update reads the flags on the device; a GradScaler that saw no gradient sets a plain number.
             found_inf = getattr(self, "found_inf", False)
             return not isinstance(found_inf, Tensor) and bool(found_inf)
-        return super()._is_skipped(parameter, link)
+        return super()._is_skipped(parameter, center_state)
 
-    def _is_on_device(self, parameter: Tensor, link: CenterState) -> bool:
-        """Whether the path of a deferred gradient updates the rows, storing none of it and reading nothing back."""
-        alone = len(link.deferred) == 1 and parameter.grad is None and self._unsampled == "freeze"
-        return alone and link.deferred[0].path.supports_padding
+    def _can_fuse(self, parameter: Tensor, center_state: CenterState) -> bool:
+        """Whether the backend updates the rows itself, without storing a gradient and without a host read."""
+        alone = len(center_state.deferred) == 1 and parameter.grad is None and self._unsampled == "freeze"
+        return alone and center_state.deferred[0].backend.supports_padding
 
-    def _update_on_device(self, parameter: Tensor, link: CenterState, group: dict[str, Any]) -> None:
-        (gradient,) = link.deferred
-        self._refuse_unscaled(link)
-        skip, grad_scale = link.flag, getattr(self, "grad_scale", None)
+    def _fused_update(self, parameter: Tensor, center_state: CenterState, group: dict[str, Any]) -> None:
+        (gradient,) = center_state.deferred
+        skip, grad_scale = center_state.flag, getattr(self, "grad_scale", None)
         if hasattr(self, "found_inf"):
             overflow = (gradient.overflowed() | (self.found_inf != 0)).long().view(1)
             skip = overflow if skip is None else skip + overflow
         if grad_scale is not None:
-            gradient = gradient.over(grad_scale)
+            gradient = gradient.divided_by(grad_scale)
         lr = group["lr"]
         if isinstance(lr, Tensor):  # a kernel reads float32 on its own device
             lr = lr.float() if lr.device == parameter.device else float(lr)
-        keys = rounding_keys(link, ("centers", "momentum_buffer"), parameter.device)
-        rule = SGDRule(lr, group["momentum"], group["weight_decay"], link.first_row, keys, skip)
-        gradient.path.update(gradient, parameter, self.row_state(parameter)["momentum_buffer"], rule)
+        keys = rounding_keys(center_state, ("centers", "momentum_buffer"), parameter.device)
+        rule = SGDRule(lr, group["momentum"], group["weight_decay"], center_state.first_row, keys, skip)
+        buffer = self.row_state(parameter)["momentum_buffer"]
+        gradient.backend.fused_update(gradient, parameter, buffer, rule)  # type: ignore[attr-defined]
 
-    def _follow(self, parameter: Tensor, link: CenterState | None) -> None:
-        """From now on, bring rows up to date when the head is about to read them."""
-        if link is None:
+    def _track_missed(self, parameter: Tensor, center_state: CenterState | None) -> None:
+        """From now on, apply the missed steps of rows that the head is about to read."""
+        if center_state is None:
             raise InputError("unsampled='lazy_dense' needs the parameters of a PartialFC head.")
-        if parameter in self._behind:
+        if parameter in self._missed:
             return
-        behind = self._behind[parameter] = CatchUp(len(parameter), parameter.device, link)
-        # The buffer is looked up each time, since `load_state_dict` makes another.
-        link.prepare = lambda rows: behind.apply_missed(parameter, self.row_state(parameter)["momentum_buffer"], rows)
+        missed = self._missed[parameter] = MissedSteps(len(parameter), parameter.device, center_state)
+        # The buffer is looked up in each call, since `load_state_dict` replaces it.
+        center_state.prepare = lambda rows: missed.apply_missed(
+            parameter, self.row_state(parameter)["momentum_buffer"], rows
+        )
 
     @torch.no_grad()
     def flush(self) -> None:
-        for parameter, behind in self._behind.items():
-            behind.apply_missed_to_all(parameter, self.row_state(parameter)["momentum_buffer"])
+        for parameter, missed in self._missed.items():
+            missed.apply_missed_to_all(parameter, self.row_state(parameter)["momentum_buffer"])
         super().flush()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for behind in self._behind.values():
-            behind.forget()
+        for missed in self._missed.values():
+            missed.reset()
 
     def _update_rows(self, parameter: Tensor, rows: Rows, gradient: Tensor, group: dict[str, Any]) -> None:
         buffer = self.row_state(parameter)["momentum_buffer"]
-        behind = self._behind.get(parameter)
-        if behind is not None:
-            behind.mark(rows.numbers)
-        loops = numba_kernels_for(parameter, buffer, gradient)
-        if loops is not None:
-            numbers = (np.float32(group[name]) for name in ("lr", "momentum", "weight_decay"))
+        if parameter in self._missed:
+            self._missed[parameter].mark(rows.numbers)
+        kernels = numba_kernels_for(parameter, buffer, gradient)
+        if kernels is not None:
+            constants = (np.float32(group[name]) for name in ("lr", "momentum", "weight_decay"))
             arrays = parameter.detach().numpy(), buffer.numpy(), rows.numbers.numpy(), gradient.numpy()
-            loops.sgd_rows(*arrays, *numbers)
+            kernels.sgd_rows(*arrays, *constants)
             return
         values = rows.read(parameter)
         gradient = gradient.add(values, alpha=group["weight_decay"])
@@ -342,14 +353,14 @@ class RowwiseAdamW(_RowwiseOptimizer):
                 "RowwiseAdamW needs lr >= 0, betas in [0, 1), eps >= 0 and weight_decay >= 0, "
                 f"not {lr}, {betas}, {eps}, {weight_decay}."
             )
-        storage = StateStorage(state_dtype, state_on_host)
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}, storage)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, state_dtype, state_on_host)
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {
             "step": torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device),
-            "exp_avg": self._storage.zeros_like(parameter),
-            "exp_avg_sq": self._storage.zeros_like(parameter),
+            "exp_avg": self._zeros(parameter),
+            "exp_avg_sq": self._zeros(parameter),
         }
 
     def _update_rows(self, parameter: Tensor, rows: Rows, gradient: Tensor, group: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from partialfc.core.errors import InputError
 from partialfc.data.augment import normalise
-from partialfc.distributed.activity import progress
+from partialfc.distributed.activity import report_progress
 from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model
 
@@ -47,7 +47,7 @@ def embed_batches(
     try:
         for start in range(0, len(images), batch_size):
             embeddings = _embed_batch(model, images[start : start + batch_size], dtype, flip)
-            progress()
+            report_progress()
             yield embeddings
     finally:
         for module, training in modes.items():

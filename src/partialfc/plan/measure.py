@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from partialfc.bench.head_step import median_seconds, synthetic_batch
+from partialfc.bench.head_step import HeadCase, median_seconds
 from partialfc.config.build import build_backbone, build_head, build_optimizers
 from partialfc.core.device import DTYPES, choose_device
 from partialfc.plan.rates import MachineRates
@@ -26,7 +26,7 @@ def measure_rates(workload: Workload, precision: str) -> MachineRates:
         name="CPU of this machine" if workload.on_cpu else torch.cuda.get_device_name(),
         origin="measured on this machine just now; links between processes and the loader are assumed",
         backbone_flops=backbone_flops(workload, precision) / backbone,
-        head_flops=head_work(workload).flops / head,
+        head_flops=head_work(workload)[0] / head,
         memory_rate=None,
         host_rate=_LINK_RATE,
         overhead=0.0,
@@ -49,13 +49,8 @@ def measure_seconds(workload: Workload, precision: str) -> tuple[float, float]:
     if config.backbone.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     keys = torch.arange(len(images), device=device)
-    embeddings, labels = synthetic_batch(
-        0,
-        num_classes=workload.local_classes,
-        embedding_dim=config.backbone.embedding_dim,
-        batch_size=workload.gathered,
-        device=device,
-    )
+    width, rate = config.backbone.embedding_dim, config.head.sample_rate
+    embeddings, labels = HeadCase(workload.local_classes, width, workload.gathered, rate, workload.device).batch(0)
 
     def backbone_step() -> None:
         for _ in range(workload.micro_steps):

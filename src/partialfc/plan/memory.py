@@ -11,16 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from partialfc.data.loader import PREFETCH
-from partialfc.head.backends.tile_sizes import (
-    CHUNKED_CPU_SCRATCH_BYTES,
-    CPU_PARTS,
-    GPU_TILE_BYTES,
-    SCRATCH_BYTES,
-    chunked_tile_classes,
-    cpu_kept_classes,
-    cpu_tile_classes,
-    gpu_tile_classes,
-)
+from partialfc.head.backends import tile_sizes
 from partialfc.head.optim import CPU_UPDATE_ELEMENTS, GPU_UPDATE_ELEMENTS
 from partialfc.plan.network import network_pass, network_size
 from partialfc.plan.workload import Workload
@@ -131,9 +122,9 @@ def kept_classes(workload: Workload) -> int:
     if not workload.on_cpu:
         return 0
     if workload.compiled_head:
-        kept = cpu_kept_classes(workload.gathered, workload.operand_bytes, SCRATCH_BYTES)
+        kept = tile_sizes.cpu_kept_classes(workload.gathered, workload.operand_bytes, tile_sizes.SCRATCH_BYTES)
     else:
-        kept = CHUNKED_CPU_SCRATCH_BYTES // (4 * (workload.gathered + _width(workload)))
+        kept = tile_sizes.CHUNKED_CPU_SCRATCH_BYTES // (4 * (workload.gathered + _width(workload)))
     return min(workload.sampled, kept)
 
 
@@ -142,12 +133,12 @@ def head_pass_memory(workload: Workload) -> int:
     samples, width, sampled = workload.gathered, _width(workload), workload.sampled
     common = GATHERED_BYTES * samples * width + CLASS_BYTES * sampled
     if not workload.on_cpu:
-        return common + GPU_TILE_BYTES
+        return common + tile_sizes.GPU_TILE_BYTES
     if workload.compiled_head:
         converted = torch.get_num_threads() * (workload.operand_bytes == 2)
-        return common + (CPU_PARTS + converted) * 4 * samples * width
+        return common + (tile_sizes.CPU_PARTS + converted) * 4 * samples * width
     if _tile_classes(workload) < sampled:
-        return common + 2 * CHUNKED_CPU_SCRATCH_BYTES
+        return common + 2 * tile_sizes.CHUNKED_CPU_SCRATCH_BYTES
     return common + 4 * (5 * samples + 5 * width) * sampled
 
 
@@ -182,11 +173,11 @@ def _tile_classes(workload: Workload) -> int:
     """Classes of one tile of the backend that takes this head."""
     samples, width = workload.gathered, _width(workload)
     if not workload.on_cpu:
-        classes = gpu_tile_classes(samples, width, workload.operand_bytes, SCRATCH_BYTES)
+        classes = tile_sizes.gpu_tile_classes(samples, width, workload.operand_bytes, tile_sizes.SCRATCH_BYTES)
     elif workload.compiled_head:
-        classes = cpu_tile_classes(samples, width, SCRATCH_BYTES)
+        classes = tile_sizes.cpu_tile_classes(samples, width, tile_sizes.SCRATCH_BYTES)
     else:
-        classes = chunked_tile_classes(samples, width, 4, CHUNKED_CPU_SCRATCH_BYTES)
+        classes = tile_sizes.chunked_tile_classes(samples, width, 4, tile_sizes.CHUNKED_CPU_SCRATCH_BYTES)
     return min(workload.sampled, classes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GIB = 1 << 30
 
@@ -46,18 +47,11 @@ class MachineRates:
     network_latency: float
 
 
-@dataclass(frozen=True)
-class DataSheet:
-    """Published figures of a GPU: dense matrix rates, memory, and rates in one direction.
+class DataSheet(NamedTuple):
+    """Published figures of a GPU: GiB of memory, dense TFLOP/s, and GB/s in one direction.
 
-    Attributes:
-        name: with the form factor.
-        gib: device memory.
-        half, single: TFLOP/s of 16-bit numbers, and of float32 without TF32.
-        memory: GB/s of the device memory.
-        host: GB/s of the bus to the host.
-        node: GB/s of NVLink for one GPU.
-        network: GB/s for one GPU, of the network adapters that machines with this GPU usually have.
+    `half` is for 16-bit numbers, `single` for float32 without TF32; `node` is NVLink, and `network` one GPU's share of
+    the adapters that machines with it usually have.
     """
 
     name: str

@@ -71,17 +71,8 @@ def _backbone_update(workload: Workload, rates: MachineRates) -> float:
     return rates.overhead + bytes_moved / rates.memory_rate
 
 
-@dataclass(frozen=True)
-class HeadWork:
-    """One step of the head: operations, bytes of rows on the device, and bytes to the host and back."""
-
-    flops: float
-    row_bytes: float
-    host_bytes: float
-
-
-def head_work(workload: Workload) -> HeadWork:
-    """Work of one optimizer step on one process.
+def head_work(workload: Workload) -> tuple[float, float, float]:
+    """Operations of one step on one process, bytes of rows on the device, and bytes to the host and back.
 
     Cosines, the embeddings' gradient and the centers' gradient are a product of 2 G S D operations each; cosines that
     were not kept are computed once more. A sampled row is read in both passes (on a CPU once more where it is
@@ -96,20 +87,19 @@ def head_work(workload: Workload) -> HeadWork:
     update = 2 if sparse or workload.on_cpu else 1
     row = width * (passes + update) * workload.center_bytes
     state = 2 * width * workload.states * workload.state_bytes
-    return HeadWork(
-        flops=workload.micro_steps * (3 + again) * product,
-        row_bytes=sampled * (row + state * (not workload.state_on_host)),
-        host_bytes=sampled * state * workload.state_on_host,
-    )
+    flops = workload.micro_steps * (3 + again) * product
+    if workload.state_on_host:
+        return flops, float(sampled * row), float(sampled * state)
+    return flops, float(sampled * (row + state)), 0.0
 
 
 def head_time(workload: Workload, rates: MachineRates) -> float:
     """Seconds of the head's step without collectives."""
-    work = head_work(workload)
-    seconds = rates.overhead * workload.micro_steps + work.flops / rates.head_flops
+    flops, row_bytes, host_bytes = head_work(workload)
+    seconds = rates.overhead * workload.micro_steps + flops / rates.head_flops
     if rates.memory_rate is None:
         return seconds
-    return seconds + work.row_bytes / rates.memory_rate + work.host_bytes / rates.host_rate
+    return seconds + row_bytes / rates.memory_rate + host_bytes / rates.host_rate
 
 
 def communication_time(workload: Workload, rates: MachineRates, passes: float) -> float:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from partialfc.config.options import HeadConfig, TrainConfig
 from partialfc.core.errors import InputError
-from partialfc.head.backends.compiled import row_loops
+from partialfc.head.backends.select import numba_kernels
 from partialfc.head.sampling import sample_size
 
 Device = Literal["v100", "a100", "h100", "h200", "cpu", "cuda"]
@@ -107,17 +107,14 @@ class Workload:
 
     @property
     def center_bytes(self) -> int:
-        """Bytes of a center's element."""
         return _bytes(self.config.head.dtype)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of an element of the centers' optimizer state."""
         return _bytes(self.config.head.state_dtype or self.config.head.dtype)
 
     @property
     def operand_bytes(self) -> int:
-        """Bytes of an operand of the head's products."""
         return _bytes(self.config.head.operand_dtype)
 
     @property
@@ -128,7 +125,7 @@ class Workload:
     @property
     def compiled_head(self) -> bool:
         """Whether the compiled kernels of the CPU take this head."""
-        return self.on_cpu and self.center_bytes == 4 and row_loops() is not None
+        return self.on_cpu and self.center_bytes == 4 and numba_kernels() is not None
 
 
 def _bytes(dtype: str) -> int:

@@ -17,7 +17,7 @@ from partialfc.config.options import TrainConfig, parse_steps
 from partialfc.core.console import Progress
 from partialfc.core.device import dtype_name, peak_bytes
 from partialfc.core.errors import InputError, StoppedBySignal
-from partialfc.distributed.activity import doing
+from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import (
     broadcast,
     gather_json,
@@ -84,7 +84,7 @@ def train(
         heartbeats = HeartbeatMonitor(processes.heartbeat_timeout_seconds, processes.timeout_seconds)
         try:
             stack.enter_context(heartbeats)
-            with doing("opening data, networks and run folder"):
+            with activity("opening data, networks and run folder"):
                 trainer = _Trainer(config, out, benchmarks, device, signals, stack, resume, verify, quiet)
             return trainer.run()
         except RuntimeError as error:
@@ -219,9 +219,9 @@ class _Trainer:
             while state.done < self.total_steps:
                 finish_control_sync = self._start_control_sync()
                 with profiler.step(state.done):
-                    with doing(f"reading the images of step {state.done}"):
+                    with activity(f"reading the images of step {state.done}"):
                         micro_batches = [clock.next_batch(batches) for _ in range(self.loader.micro_steps)]
-                    with doing(f"computing step {state.done}"):
+                    with activity(f"computing step {state.done}"):
                         figures = self.stepper.step(micro_batches)
                 state.done += 1
                 clock.images += self.config.data.global_batch_size
@@ -296,7 +296,7 @@ class _Trainer:
                 broadcast(buffer)
         model = Model(state.evaluated(), self.model_config)
         for name, pairs in self.benchmarks.items():
-            with doing(f"evaluating {name}"):
+            with activity(f"evaluating {name}"):
                 batches, stop = self._embed(model, pairs.images)
                 if stop:
                     return stop

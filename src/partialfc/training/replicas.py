@@ -19,7 +19,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import full_tensor, shard_like, world_size_of
+from partialfc.distributed.collectives import world_size_of
+from partialfc.distributed.sharded import full_tensor, shard_like
 
 _MIN_UNIT = 1 << 18  # parameters; below, a collective costs more than the memory is worth
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import Shard, shard_like
+from partialfc.distributed.collectives import Shard
+from partialfc.distributed.sharded import shard_like
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.checkpoint.read import Checkpoint
@@ -62,7 +63,7 @@ class TrainState:
     def row_tensors(self) -> RowTensors:
         """The centers and their optimizer state, after all pending updates, with their range of global rows."""
         self.head_optimizer.flush()  # also waits for a GPU that still writes state in host memory
-        shard, k = self.head.shard, self.head.margin.sub_centers
+        shard, k = self.head.shard, self.head.loss_config.margin.sub_centers
         rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
         return RowTensors(
             rows, {"centers": self.head.centers.detach(), **self.head_optimizer.row_state(self.head.centers)}

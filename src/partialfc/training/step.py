@@ -15,9 +15,10 @@ from partialfc.core.device import compute_dtype
 from partialfc.core.errors import JobError
 from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
-from partialfc.distributed.activity import doing
-from partialfc.distributed.collectives import full_tensor, local_shard, rank_of, split_evenly, start_gather_rows
-from partialfc.head.global_batch import GlobalLabels, NonFiniteEmbeddings
+from partialfc.distributed.activity import activity
+from partialfc.distributed.collectives import rank_of, split_evenly, start_gather_rows
+from partialfc.distributed.sharded import full_tensor, local_shard
+from partialfc.head.inputs import GlobalLabels, NonFiniteEmbeddings
 from partialfc.training.nonfinite import Where, locate, scale_gradient
 from partialfc.training.replicas import replicated, uses_fsdp, warm_up_ddp_buckets, without_synchronisation
 from partialfc.training.schedule import learning_rate
@@ -149,7 +150,7 @@ class Stepper:
                     loss = self._loss(self.on_micro_batch(batch))
                     with (
                         record_function("backward pass"),
-                        doing("in the backward pass, which exchanges gradients", waits=waits),
+                        activity("in the backward pass, which exchanges gradients", waits=waits),
                     ):
                         (loss * share).backward()
             except NonFiniteEmbeddings:
@@ -202,7 +203,9 @@ class Stepper:
         waits = self._communicates_every_microbatch
         with (
             torch.autocast(self.device.type, self.compute_dtype if is_reduced else None, enabled=is_reduced),
-            doing("in the forward pass, which exchanges parameters", waits=True) if waits else contextlib.nullcontext(),
+            activity("in the forward pass, which exchanges parameters", waits=True)
+            if waits
+            else contextlib.nullcontext(),
         ):
             output: Tensor = self.network(inputs.to(input_dtype, memory_format=self._memory_format), keys)
         return output

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import local_shard
+from partialfc.distributed.sharded import local_shard
 
 
 def freeze(backbone: nn.Module, names: Sequence[str]) -> None:

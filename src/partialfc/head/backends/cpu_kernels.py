@@ -1,7 +1,7 @@
-"""Row loops of the CPU path, compiled by numba: each reads a row once and finishes it while it is in the cache.
+"""Row loops of the CPU backend, compiled by numba: each reads a row once and finishes it while it is in the cache.
 
-bfloat16 has no type in numba, so such arrays come as uint16 of the same bits. Every function runs in one thread and
-without Python's lock; the caller spreads tiles over threads.
+numba has no bfloat16, so such arrays are passed as uint16 of the same bits. Every function is single-threaded and
+releases Python's lock; the caller spreads tiles over threads. numba compiles no branch for an argument that is None.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-_SMALLEST_NORM = np.float32(1e-12)  # as softmax.normalise_rows
-_OWN_CLASS = np.float32(-2.0)  # no cosine: marks a sample's own class in a tile
+from partialfc.head.loss import SMALLEST_NORM
+
+_SMALLEST_NORM = np.float32(SMALLEST_NORM)
+_OWN_CLASS = np.float32(-2.0)  # below every cosine: marks a sample's own class in a tile
 _EXACT = {"contract"}
 _REASSOCIATED = {"contract", "reassoc", "nsz"}  # lets a sum run in vector lanes
 
@@ -31,7 +33,7 @@ def _float_bits(context: Any, value: Any) -> Any:
 
 @intrinsic
 def _bits_float(context: Any, bits: Any) -> Any:
-    """The float32 that has these 32 bits."""
+    """The float32 with these 32 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -44,11 +46,6 @@ def _to_bfloat16(value: Any) -> Any:
     """The bits of the nearest bfloat16, ties to even."""
     bits = _float_bits(value)
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def _from_bfloat16(bits: Any) -> Any:
-    return _bits_float(np.uint32(bits) << np.uint32(16))
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
@@ -80,47 +77,39 @@ def _inverse_norm(row: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def gather_unit_rows(centers: Any, rows: Any, unit: Any) -> None:
-    """unit (n, D) = the normalised `rows` (n,) of centers (L, D); all float32."""
-    for k in range(rows.shape[0]):
-        row = centers[rows[k]]
-        inverse = _inverse_norm(row)
-        for d in range(row.shape[0]):
-            unit[k, d] = row[d] * inverse
-
-
-@njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def gather_unit_rows_twice(centers: Any, rows: Any, unit: Any, rounded: Any) -> None:
-    """`gather_unit_rows`, and the same rounded to bfloat16."""
+def gather_unit_rows(centers: Any, rows: Any, unit: Any, rounded: Any) -> None:
+    """unit (n, D) = the normalised `rows` (n,) of centers (L, D), float32; also `rounded` to bfloat16 unless None."""
     for k in range(rows.shape[0]):
         row = centers[rows[k]]
         inverse = _inverse_norm(row)
         for d in range(row.shape[0]):
             value = row[d] * inverse
             unit[k, d] = value
-            rounded[k, d] = _to_bfloat16(value)
+            if rounded is not None:
+                rounded[k, d] = _to_bfloat16(value)
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def mark_own_classes(cosine: Any, target_places: Any, first: Any) -> None:
-    """Mark in cosine (n, G), whose rows are the classes from `first` on, the entries of the samples' own classes."""
-    for i in range(target_places.shape[0]):
-        place = target_places[i] - first
-        if 0 <= place < cosine.shape[0]:
-            cosine[place, i] = _OWN_CLASS
+def mark_own_classes(cosine: Any, target_positions: Any, first: Any) -> None:
+    """Mark the samples' own classes in cosine (n, G), whose rows are the classes from `first` on."""
+    for i in range(target_positions.shape[0]):
+        k = target_positions[i] - first
+        if 0 <= k < cosine.shape[0]:
+            cosine[k, i] = _OWN_CLASS
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
 def _weight(c: Any, scale: Any, shift: Any, threshold: Any) -> Any:
-    """exp(scale c − shift) of a cosine; 0 for a mark of the own class, and for a conflict."""
+    """exp(scale c − shift) of a cosine; 0 for a marked own class and for a conflict."""
     return _exp(scale * c - shift) if (c > _OWN_CLASS) & (c <= threshold) else np.float32(0.0)
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any, left_out: Any) -> None:
-    """Replace cosine (n, G) by exp(scale c − shift): 0 for own classes, and for conflicts, above `threshold`.
+def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any, left_out: Any, rounded: Any) -> None:
+    """exp(scale c − shift) of cosine (n, G): 0 for own classes and for conflicts, which exceed `threshold`.
 
-    Adds to sums (G,) float32 and to left_out (G,) int32, the conflicts of each sample.
+    Replaces `cosine`, or is stored in `rounded` as bfloat16 unless that is None. Adds the unrounded values to sums (G,)
+    float32, and the number of conflicts of each sample to left_out (G,) int32.
     """
     for k in range(cosine.shape[0]):
         row = cosine[k]
@@ -128,21 +117,10 @@ def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any,
             weight = _weight(row[i], scale, shift, threshold)
             left_out[i] += np.int32(row[i] > threshold)
             sums[i] += weight
-            row[i] = weight
-
-
-@njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def exponentials_rounded(
-    cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any, left_out: Any, weights: Any
-) -> None:
-    """`exponentials` with the result rounded to bfloat16 in weights (n, G); the sums are not rounded."""
-    for k in range(cosine.shape[0]):
-        row = cosine[k]
-        for i in range(row.shape[0]):
-            weight = _weight(row[i], scale, shift, threshold)
-            left_out[i] += np.int32(row[i] > threshold)
-            sums[i] += weight
-            weights[k, i] = _to_bfloat16(weight)
+            if rounded is None:
+                row[i] = weight
+            else:
+                rounded[k, i] = _to_bfloat16(weight)
 
 
 @njit(nogil=True, cache=True, fastmath=_REASSOCIATED, error_model="numpy")
@@ -160,16 +138,8 @@ def _project(center: Any, gradient: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def widen(rounded: Any, values: Any) -> None:
-    """values (n, D) float32 = rounded (n, D) bfloat16."""
-    for k in range(rounded.shape[0]):
-        for d in range(rounded.shape[1]):
-            values[k, d] = _from_bfloat16(rounded[k, d])
-
-
-@njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
 def finish_gradient(centers: Any, rows: Any, gradient: Any, target_rows: Any, target_gradient: Any) -> None:
-    """Project gradient (n, D) of the unit centers of `rows` in place, and add that of the targets (T, D) among them.
+    """Project gradient (n, D) of the unit centers of `rows` in place, and add the targets' (T, D) where rows coincide.
 
     `rows` (n,) and `target_rows` (T,) are sorted.
     """

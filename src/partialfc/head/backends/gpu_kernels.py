@@ -1,7 +1,7 @@
-"""The GPU's kernels: everything of the two passes but their plain matrix products, which are cuBLAS's.
+"""Triton kernels of the GPU backend: the two passes without their plain matrix products, which cuBLAS computes.
 
-Rows past the count, which the device knows alone, are computed as zeros or not at all. Offsets into the centers are
-int64: C × D passes 2^31 at four million classes of 512.
+Rows past the count, which only the device knows, are zeros or not computed at all. Offsets into the centers are int64:
+C × D exceeds 2^31 at four million classes of 512.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_SMALLEST_NORM: tl.constexpr = tl.constexpr(1e-12)
+from partialfc.head.loss import SMALLEST_NORM
+
+_SMALLEST_NORM: tl.constexpr = tl.constexpr(SMALLEST_NORM)
 
 
 @triton.jit
@@ -23,7 +25,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _round(values, rows, columns, key, D):  # type: ignore[no-untyped-def]
-    """`row_storage.round_stochastically`, bit for bit: float32 with the lower half of each number zero."""
+    """`rows.round_stochastically`, bit for bit: float32 with the lower half of each number zero."""
     quarters = (D + 3) // 4
     draws = _mix(_mix(rows * quarters + columns // 4) ^ key)
     noise = ((draws >> ((columns % 4) * 16)) & 0xFFFF).to(tl.int32)
@@ -36,45 +38,45 @@ def _round(values, rows, columns, key, D):  # type: ignore[no-untyped-def]
 def unit_kernel(  # type: ignore[no-untyped-def]
     centers, classes, unit, inverse, count, first, last, N, D, BN: tl.constexpr, BD: tl.constexpr
 ):
-    """Gather a tile: `unit` (N, D), the unit centers of classes[first:last], and `inverse` (N,), 1 over their norms."""
-    places, columns = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
-    sampled = first + places < tl.minimum(tl.load(count), last)
-    rows = tl.load(classes + first + places, mask=sampled, other=0)
+    """Gather a tile: the unit centers of classes[first:last] in `unit` (N, D), 1 over their norms in `inverse` (N,)."""
+    positions, columns = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    sampled = first + positions < tl.minimum(tl.load(count), last)
+    rows = tl.load(classes + first + positions, mask=sampled, other=0)
     in_d = (columns < D)[None, :]
     w = tl.load(centers + rows[:, None] * D + columns[None, :], mask=sampled[:, None] & in_d, other=0.0).to(tl.float32)
     scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(w * w, 1)), _SMALLEST_NORM)
-    in_n = places < N
+    in_n = positions < N
     stored = (w * scale[:, None]).to(unit.dtype.element_ty)
-    tl.store(unit + places[:, None] * D + columns[None, :], stored, mask=in_n[:, None] & in_d)
-    tl.store(inverse + places, scale, mask=in_n)
+    tl.store(unit + positions[:, None] * D + columns[None, :], stored, mask=in_n[:, None] & in_d)
+    tl.store(inverse + positions, scale, mask=in_n)
 
 
 @triton.jit
 def weights_kernel(  # type: ignore[no-untyped-def]
-    embeddings, unit, target_places, weights, sums, conflicts, count,
+    embeddings, unit, target_positions, weights, sums, conflicts, count,
     first, last, G, N, scale, shift, threshold, zero_logit,
     D: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRODUCT: tl.constexpr, UPCAST: tl.constexpr, SUMS: tl.constexpr, CONFLICTS: tl.constexpr,
 ):  # fmt: skip
     """`weights` (G, N): exp(s c − shift) of samples and a tile's classes, 0 for own classes, conflicts and padding.
 
-    With PRODUCT the cosines are computed here from `embeddings` (G, D) and `unit` (N, D); otherwise they stand in
-    `weights`. With SUMS each block of classes adds its part of Z to a row of `sums` (blocks, G), and with CONFLICTS how
-    many negatives it left out to one of `conflicts`. UPCAST is for the interpreter, whose dot is wrong for
+    With PRODUCT the cosines are computed here from `embeddings` (G, D) and `unit` (N, D); otherwise `weights` holds
+    them. With SUMS each block of classes adds its part of Z to a row of `sums` (blocks, G), and with CONFLICTS the
+    number of negatives it left out to a row of `conflicts`. UPCAST is for the interpreter, whose dot is wrong for
     bfloat16.
     """
-    # Neighbouring programs share the classes, whose rows then come from the cache; the samples' rows stay there anyway.
+    # Neighbouring programs share their classes, whose rows are then cached; the samples' rows stay cached anyway.
     blocks = tl.cdiv(G, BG)
     block = tl.program_id(0) // blocks
     samples = (tl.program_id(0) % blocks) * BG + tl.arange(0, BG)
-    places = block * BN + tl.arange(0, BN)
+    positions = block * BN + tl.arange(0, BN)
     used = tl.minimum(tl.load(count), last) - first
-    at = samples[:, None] * N + places[None, :]
-    inside = (samples < G)[:, None] & (places < N)[None, :]
+    at = samples[:, None] * N + positions[None, :]
+    inside = (samples < G)[:, None] & (positions < N)[None, :]
     if PRODUCT:
-        # Rows past the end are others' again: unmasked loads, and nothing of them is stored.
+        # Rows past the end repeat the last one: loads need no mask, and none of the results is stored.
         left = embeddings + tl.minimum(samples, G - 1)[:, None] * D
-        right = unit + tl.minimum(places, N - 1)[None, :] * D
+        right = unit + tl.minimum(positions, N - 1)[None, :] * D
         cosine = tl.zeros((BG, BN), tl.float32)
         for start in range(0, tl.where(block * BN < used, D, 0), BK):
             k = start + tl.arange(0, BK)
@@ -88,8 +90,8 @@ def weights_kernel(  # type: ignore[no-untyped-def]
             cosine = tl.dot(e, w, cosine, input_precision="ieee")
     else:
         cosine = tl.load(weights + at, mask=inside, other=0.0)
-    targets = tl.load(target_places + samples, mask=samples < G, other=-1)
-    negative = (places < used)[None, :] & ((first + places)[None, :] != targets[:, None])
+    targets = tl.load(target_positions + samples, mask=samples < G, other=-1)
+    negative = (positions < used)[None, :] & ((first + positions)[None, :] != targets[:, None])
     values = tl.where(negative & (cosine <= threshold), tl.exp(scale * cosine - shift), 0.0)
     if SUMS:
         total, own, in_g = tl.sum(values, 1), block * G + samples, samples < G
@@ -107,17 +109,17 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     first, last, D, momentum, decay, first_row,
     BN: tl.constexpr, BD: tl.constexpr, UPDATE: tl.constexpr, RATE_ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Project `gradient` (N, D) of a tile's unit centers, add the targets', and store it or update the rows by it."""
-    places, columns = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
-    sampled = first + places < tl.minimum(tl.load(count), last)
+    """Project `gradient` (N, D) of a tile's unit centers, add the targets', and store it or update the rows with it."""
+    positions, columns = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    sampled = first + positions < tl.minimum(tl.load(count), last)
     inside = sampled[:, None] & (columns < D)[None, :]
-    rows = tl.load(classes + first + places, mask=sampled, other=0)
-    offsets, in_tile = rows[:, None] * D + columns[None, :], places[:, None] * D + columns[None, :]
+    rows = tl.load(classes + first + positions, mask=sampled, other=0)
+    offsets, in_tile = rows[:, None] * D + columns[None, :], positions[:, None] * D + columns[None, :]
     w = tl.load(centers + offsets, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(inverse + places, mask=sampled, other=0.0)[:, None]
+    scale = tl.load(inverse + positions, mask=sampled, other=0.0)[:, None]
     g = tl.load(gradient + in_tile, mask=inside, other=0.0)
     g = (g - (tl.sum(g * w, 1)[:, None] * scale * scale) * w) * scale
-    slot = tl.load(slots + first + places, mask=sampled, other=-1).to(tl.int64)[:, None]
+    slot = tl.load(slots + first + positions, mask=sampled, other=-1).to(tl.int64)[:, None]
     g += tl.load(target_gradient + slot * D + columns[None, :], mask=inside & (slot >= 0), other=0.0)
     if UPDATE:
         lr = tl.load(rate) if RATE_ON_DEVICE else rate

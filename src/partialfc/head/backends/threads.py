@@ -1,4 +1,4 @@
-"""Work spread over threads, each of which computes alone."""
+"""Work spread over threads, in each of which PyTorch's operations are single-threaded."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ R = TypeVar("R")
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which an operation of PyTorch runs alone; the others keep the number of threads they have."""
-    everyone_started = threading.Barrier(threads)
+    """Threads in which PyTorch's operations are single-threaded; other threads keep their number."""
+    all_started = threading.Barrier(threads)
 
     def start() -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # fixes this thread's number; otherwise its first operation would take the default
-        everyone_started.wait()
+        all_started.wait()
 
     pool = ThreadPoolExecutor(threads, "partialfc-head", start)
     before = torch.get_num_threads()
     list(pool.map(lambda _: None, range(threads)))
-    torch.set_num_threads(before)  # the workers' calls changed what threads to come start with
+    torch.set_num_threads(before)  # the workers' calls changed the default of future threads
     return pool
 
 
@@ -37,10 +37,10 @@ _caller = threading.local()
 
 @contextmanager
 def single_threaded_if(condition: bool) -> Iterator[None]:
-    """Compute in this thread only; `run_parallel` inside still takes as many threads as there were outside.
+    """Make operations in this thread single-threaded; `run_parallel` inside still uses the number of threads outside.
 
-    An operation in several threads leaves OpenMP's spinning for some milliseconds, beside which the workers of
-    `run_parallel` take twice as long.
+    After an operation in several threads OpenMP's threads spin for some milliseconds, which doubles the time of the
+    workers of `run_parallel`.
     """
     threads = torch.get_num_threads()
     if threads == 1 or not condition:
@@ -56,7 +56,7 @@ def single_threaded_if(condition: bool) -> Iterator[None]:
 
 
 def run_parallel(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """`work` on each item without autograd, in as many threads as PyTorch has for an operation; results in order."""
+    """`work` on each item without autograd, in as many threads as PyTorch uses; results in order."""
     items = list(items)
 
     def without_autograd(item: T) -> R:

@@ -18,7 +18,7 @@ from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import gather_json, local_rank, local_world_size, process_group
-from partialfc.training.build import check_config, data_signature
+from partialfc.training.build import data_signature
 from partialfc.training.run.folder import differing_key
 from partialfc.training.run.log import check_trackers
 
@@ -39,7 +39,7 @@ def joined(
     """
     device, refusal = torch.device("cpu"), None
     try:
-        check_config(config)
+        config.check()
         if verify and not resume:
             raise InputError("--verify reads the checkpoint that a run goes on from: give --resume too.")
         check_trackers(config.output)
@@ -52,7 +52,7 @@ def joined(
         "partialfc": _own_version(),
         "torch": torch.__version__,
         "config": config.to_dict(),
-        "eval": sorted(benchmarks),
+        "benchmark": sorted(benchmarks),
         "resume": resume,
         "verify": verify,
         "device type": device.type,
@@ -114,7 +114,7 @@ def _own_version() -> str:
 
 
 def _options(info: _LaunchInfo) -> dict[str, Any]:
-    return {name: info[name] for name in ("config", "eval", "resume", "verify", "device type")}
+    return {name: info[name] for name in ("config", "benchmark", "resume", "verify", "device type")}
 
 
 def _value(info: _LaunchInfo, key: str) -> Any:

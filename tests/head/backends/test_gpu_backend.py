@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,10 +16,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from partialfc.head import partial_fc
-from partialfc.head.backends import gpu
+from partialfc.head.backends.base import CenterGradient, ScratchBuffer, SGDRule, ShardBatch
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.backends.torch_chunked import ChunkedBackend
-from partialfc.head.margins.base import CosFace
+from partialfc.head.loss import LossConfig
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -30,8 +34,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, GPUBackend())
 
 
-def use(monkeypatch: pytest.MonkeyPatch, path: Any) -> None:
-    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: path)
+def use(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: backend)
 
 
 def batch(seed: int, samples: int = BATCH, width: int = WIDTH) -> tuple[Tensor, Tensor]:
@@ -67,12 +71,12 @@ def train(head: PartialFC, optimizer: torch.optim.Optimizer, micro_steps: int = 
         ({"scratch_bytes": 40 * 6 * WIDTH, "conflict_threshold": 0.21}, {"samples": 40}, 1),
     ],
 )
-def test_the_same_as_the_chunked_path(
+def test_the_same_as_the_chunked_backend(
     update: Any, options: dict[str, Any], sizes: dict[str, int], micro_steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    for path in (GPUBackend(), ChunkedBackend()):
-        use(monkeypatch, path)
+    for backend in (GPUBackend(), ChunkedBackend()):
+        use(monkeypatch, backend)
         width = sizes.get("width", WIDTH)
         head = PartialFC(CLASSES, width, update=update, device=DEVICE, **options)
         optimizer = RowwiseSGD(head.parameters(), lr=0.01, weight_decay=0.1)
@@ -83,8 +87,8 @@ def test_the_same_as_the_chunked_path(
 
 def test_adamw_takes_the_gradient_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for path in (GPUBackend(), ChunkedBackend()):
-        use(monkeypatch, path)
+    for backend in (GPUBackend(), ChunkedBackend()):
+        use(monkeypatch, backend)
         head = PartialFC(CLASSES, WIDTH, 1.0, update="deferred", scratch_bytes=4 * WIDTH * 64, device=DEVICE)
         results.append(train(head, RowwiseAdamW(head.parameters(), lr=0.01, eps=0.1)))
     torch.testing.assert_close(results[0][-1], results[1][-1], rtol=3e-4, atol=3e-6)
@@ -110,21 +114,52 @@ def test_error_against_float64(operand_dtype: torch.dtype, target_cosine: float)
         assert error <= limit
 
 
-def test_blocks_fit_small_and_large_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared memory of an H100, of a consumer's GPU, and less than any has."""
-    for limit, classes in ((232_448, 256), (101_376, 128), (49_152, 64)):
-        monkeypatch.setattr(gpu, "_shared_memory", lambda device, limit=limit: limit)
-        blocks = gpu._product_blocks(torch.device("cpu"), 1024, True, False)
-        assert blocks["BN"] == classes
-        assert 2 * blocks["num_stages"] * (blocks["BG"] + blocks["BN"]) * blocks["BK"] <= limit
-    assert gpu._product_blocks(torch.device("cpu"), 9, True, False)["BG"] == 16
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from partialfc.head.backends import gpu
+from partialfc.head.backends.gpu_kernels import weights_kernel
+
+kinds = {"embeddings": "*bf16", "unit": "*bf16", "weights": "*bf16", "target_positions": "*i64", "count": "*i64"}
+kinds |= dict.fromkeys(("sums", "conflicts"), "*fp32") | dict.fromkeys(("first", "last", "G", "N"), "i32")
+for limit, conflicts in ((232_448, False), (101_376, True), (49_152, False)):
+    gpu._shared_memory = lambda device: limit
+    blocks = gpu._product_blocks(torch.device("cpu"), 1024, True, conflicts)
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    constants = blocks | {"D": 512, "PRODUCT": True, "UPCAST": False, "SUMS": True, "CONFLICTS": conflicts}
+    names = weights_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in names}
+    # Pointers and sizes are multiples of 16, as in a step: only then are loads pipelined through shared memory.
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("G", "N", "first")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=weights_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    shared = compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+    print(limit, shared, blocks["BN"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_compiled_blocks_fit_small_and_large_gpus() -> None:
+    """The shared memory of an H100, of a consumer's GPU, and less than any has; the larger, the larger the block."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+    assert len(lines) == 3
+    assert all(limit // 8 < shared <= limit for limit, shared, _ in lines)
+    assert lines[0][2] > lines[1][2] > lines[2][2]
 
 
 def test_bfloat16_tables_are_rounded_as_the_fallback_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's draws are those of `round_stochastically`: nearly all elements agree, the rest by one step."""
     results = []
-    for path in (GPUBackend(), ChunkedBackend()):
-        use(monkeypatch, path)
+    for backend in (GPUBackend(), ChunkedBackend()):
+        use(monkeypatch, backend)
         head = PartialFC(CLASSES, WIDTH, 0.5, update="deferred", dtype=torch.bfloat16, seed=3, device=DEVICE)
         optimizer = RowwiseSGD(head.parameters(), lr=0.01)
         embeddings, labels = batch(1)
@@ -145,8 +180,8 @@ def test_a_set_flag_leaves_everything_as_it_is() -> None:
     before = head.centers.detach().clone()
     for flag in (1, 0):
         skip, keys = torch.tensor([flag], device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-        rule = partial_fc.softmax.SGDRule(0.1, 0.9, 0.0, 0, keys, skip)
-        assert GPUBackend().update(gradient, head.centers, momentum, rule)
+        rule = SGDRule(0.1, 0.9, 0.0, 0, keys, skip)
+        GPUBackend().fused_update(gradient, head.centers, momentum, rule)
         assert torch.equal(before, head.centers.detach()) == bool(flag)
         assert bool((momentum == 0).all()) == bool(flag)
 
@@ -160,19 +195,22 @@ def test_rows_past_two_to_the_31() -> None:
     near = centers[far].clone()
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.nn.functional.normalize(torch.randn(3, width, generator=generator)).to(DEVICE)
-    scratch = partial_fc.softmax.ScratchBuffer()
     results = []
     for table, classes in ((centers, far), (near, torch.arange(40, device=DEVICE))):
-        shard = partial_fc.softmax.ShardBatch(
-            embeddings=embeddings, classes=classes, count=None, target_places=torch.tensor([1, -1, 39], device=DEVICE),
-            target_cosine=torch.zeros(3, dtype=torch.float64, device=DEVICE), margin=CosFace(), margin_batch=None,
-            scale=64.0, shift=0.0, conflict_threshold=None, conflict_as_zero_logit=False,
-            operand_dtype=torch.float32, scratch=scratch, scratch_bytes=1 << 20,
-        )  # fmt: skip
+        shard = ShardBatch(
+            embeddings=embeddings,
+            classes=classes,
+            count=None,
+            target_positions=torch.tensor([1, -1, 39], device=DEVICE),
+            target_cosine=torch.zeros(3, dtype=torch.float64, device=DEVICE),
+            margin_batch=None,  # type: ignore[arg-type]
+            config=LossConfig(40, CosFace(), 64.0, None, False, torch.float32, scratch_bytes=1 << 20),
+            scratch=ScratchBuffer(),
+        )
         negatives = GPUBackend().sum_negatives(table, shard, keep=False)
-        gradient = partial_fc.softmax.CenterGradient(
+        gradient = CenterGradient(
             shard, embeddings * 1e-9, classes[:1], torch.ones(1, width, device=DEVICE), GPUBackend(), None
         )
-        results += [negatives.sums, negatives.pull, GPUBackend().tile_gradient(gradient, table, 0, 40)]
+        results += [negatives.sums, negatives.weighted_centers, GPUBackend().tile_gradient(gradient, table, 0, 40)]
     for one, other in zip(results[:3], results[3:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0)

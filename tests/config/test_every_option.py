@@ -35,7 +35,10 @@ def attributes_read() -> set[str]:
         if path == Path(options.__file__):  # a check of a value alone is no use of it
             methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
             nodes = [
-                node for method in methods if method.name not in ("check", "_refusals") for node in ast.walk(method)
+                node
+                for method in methods
+                if method.name not in ("check", "_check_combinations")
+                for node in ast.walk(method)
             ]
         else:
             nodes = list(ast.walk(tree))

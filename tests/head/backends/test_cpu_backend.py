@@ -1,4 +1,4 @@
-"""The CPU path: its row loops by themselves, and the whole beside the chunked path and float64."""
+"""The CPU backend: its row loops by themselves, and the whole beside the chunked backend and float64."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from partialfc.head.backends import compiled, cpu_kernels
+from partialfc.head.backends import cpu_kernels, select
 from partialfc.head.backends.threads import run_parallel
-from partialfc.head.margins.base import CosFace
+from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -27,7 +27,7 @@ CLASSES, WIDTH, BATCH = 3000, 40, 24
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a user without the extra has."""
-    monkeypatch.setattr(compiled, "row_loops", lambda: None)
+    monkeypatch.setattr(select, "numba_kernels", lambda: None)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def small_tiles(**options: object) -> PartialFC:
 @pytest.mark.parametrize(
     "options", [{}, {"conflict_threshold": 0.2}, {"conflict_threshold": 0.2, "conflict_as_zero_logit": True}]
 )
-def test_the_same_as_the_chunked_path(
+def test_the_same_as_the_chunked_backend(
     update: str,
     micro_steps: int,
     optimizer: Callable[..., Optimizer],
@@ -80,8 +80,8 @@ def test_the_same_as_the_chunked_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     results = []
-    for loops in (compiled.row_loops(), None):
-        monkeypatch.setattr(compiled, "row_loops", lambda loops=loops: loops)
+    for loops in (select.numba_kernels(), None):
+        monkeypatch.setattr(select, "numba_kernels", lambda loops=loops: loops)
         head = small_tiles(update=update, **options)
         results.append(train(head, optimizer(head.parameters(), lr=0.01), micro_steps=micro_steps))
     for compiled_result, chunked_result in zip(*results, strict=True):
@@ -139,7 +139,7 @@ def test_error_budget_of_bfloat16_operands(
 ) -> None:
     """No worse than the plain bfloat16 computation, for embeddings and for centers."""
     if not compiled_loops:
-        monkeypatch.setattr(compiled, "row_loops", lambda: None)
+        monkeypatch.setattr(select, "numba_kernels", lambda: None)
     torch.manual_seed(0)
     head = PartialFC(500, 64, 1.0, CosFace(0.4), operand_dtype=torch.bfloat16)
     centers, labels = head.centers.detach().clone(), torch.randint(500, (32,))
@@ -186,7 +186,7 @@ def test_exponential_is_exact_to_two_units_in_the_last_place() -> None:
     sums, left_out = np.zeros(len(exponents), np.float32), np.zeros(len(exponents), np.int32)
     # Cosines within (−2, 2] count as such, so the range is reached by scale and shift.
     cosine = (exponents / 64.0).clamp(-1.9, 1.9)[None].contiguous()
-    cpu_kernels.exponentials(cosine.numpy(), np.float32(64), np.float32(0), np.float32(2), sums, left_out)
+    cpu_kernels.exponentials(cosine.numpy(), np.float32(64), np.float32(0), np.float32(2), sums, left_out, None)
     result = (exponents / 64.0).clamp(-1.9, 1.9).mul(64.0).double().exp()
     assert ((cosine[0].double() - result).abs() / result).max() < 2.5e-7
     assert not left_out.any()
@@ -202,7 +202,7 @@ def test_exponential_is_exact_to_two_units_in_the_last_place() -> None:
 def test_rounding_to_bfloat16_is_that_of_torch(numbers: list[float]) -> None:
     centers = torch.tensor([numbers])
     unit, rounded = torch.empty_like(centers), torch.empty(centers.shape, dtype=torch.bfloat16)
-    cpu_kernels.gather_unit_rows_twice(
+    cpu_kernels.gather_unit_rows(
         centers.numpy(), np.zeros(1, np.int64), unit.numpy(), rounded.view(torch.uint16).numpy()
     )
     assert torch.equal(rounded, unit.bfloat16())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.head.margins.base import ArcFace, CosFace, Margin, MarginBatch
+from partialfc.head.margins import ArcFace, CosFace, Margin, MarginBatch
 
 COSINES = torch.linspace(-0.9999, 0.9999, 401, dtype=torch.float64)
 

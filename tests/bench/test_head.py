@@ -158,6 +158,6 @@ def test_a_head_is_built_as_training_builds_it(optimizer: Any) -> None:
     options: dict[str, Any] = {"margin": "arcface", "update": "deferred", "dtype": "bfloat16", "state_dtype": "float32"}
     head, rowwise = HeadCase(20, 4, 8, 0.25, "cpu").build(OptimizerConfig(optimizer, lr=0.3), **options)
     assert (head.num_classes, head.embedding_dim, head.sample_rate, head.update) == (20, 4, 0.25, "deferred")
-    assert (type(head.margin).__name__, head.centers.dtype) == ("ArcFace", torch.bfloat16)
+    assert (type(head.loss_config.margin).__name__, head.centers.dtype) == ("ArcFace", torch.bfloat16)
     assert type(rowwise).__name__.lower() == f"rowwise{optimizer}"
     assert rowwise.param_groups[0]["lr"] == 0.3

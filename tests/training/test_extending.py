@@ -44,7 +44,7 @@ def state_at_start(config: TrainConfig) -> TrainState:
     loader = open_loader(config)
     state = build_state(config, loader, torch.device("cpu"))
     old_classes = initialize(state, config, loader)
-    if config.head.new_centers == "mean":
+    if old_classes is not None and config.head.new_centers == "mean":
         fill_with_class_means(state, old_classes, config, loader)
     return state
 

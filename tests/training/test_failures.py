@@ -27,6 +27,7 @@ def interrupted_and_whole(rank: int, folder: Path) -> None:
     train(config, folder / "stopped", resume=True, quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_three_ranks_are_resumed_bit_for_bit(tmp_path: Path) -> None:
     """With three, the sum of the gradients depends on the order in which they are added."""
@@ -90,6 +91,7 @@ def too_early(rank: int, folder: Path) -> None:
         (folder / "said.txt").write_text(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_process_lost_before_the_ranks_monitor_each_other_is_a_sentence_too(tmp_path: Path) -> None:
     assert run_apart(2, too_early, tmp_path) == [0, 0]

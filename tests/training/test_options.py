@@ -121,6 +121,7 @@ def test_fused_updates_and_other_memory_orders_take_the_same_step(images: Path, 
     train(variants["fused"], tmp_path / "fused", resume=True, quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["r18", "vit_t"])
 def test_recomputed_activations_give_the_same_run(name: str, tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", ["a", "b", "c"], shots=4, size=32)

@@ -110,6 +110,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dict[
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
 def test_an_overflow_on_one_rank_is_skipped_by_all_in_both_optimizers(
@@ -126,6 +127,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_in_both_optimizers(
         assert not torch.equal(after["centers"], rank[update][OVERFLOW_STEP + 1]["centers"])
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
 def test_replicas_stay_identical(ranks: list[dict[str, list[dict[str, Any]]]], update: str) -> None:
@@ -135,6 +137,7 @@ def test_replicas_stay_identical(ranks: list[dict[str, list[dict[str, Any]]]], u
                 assert torch.equal(value, other[update][number]["parameters"][name]), (number, name)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_both_updates_of_the_head_give_the_same_run(ranks: list[dict[str, list[dict[str, Any]]]]) -> None:
     for rank in ranks:

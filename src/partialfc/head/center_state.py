@@ -21,6 +21,7 @@ from partialfc.head.backends.base import CenterGradient, RowVisitor, for_each_ti
 from partialfc.head.backends.threads import single_threaded_if
 from partialfc.head.loss import class_rows
 
+_ROWS_AT_ONCE = 1 << 14
 _REMEDY = "give head.parameters() to RowwiseSGD or RowwiseAdamW"
 
 
@@ -99,6 +100,12 @@ class CenterState:
         if centers.is_leaf and centers.requires_grad:
             centers.register_post_accumulate_grad_hook(self._accumulated)
             self._attached = weakref.ref(centers)
+
+    def flush(self, centers: Tensor) -> None:
+        """Apply to all rows what the optimizer has put off (`RowwiseSGD(unsampled="lazy_dense")`)."""
+        if self.prepare is not None:
+            for rows in torch.arange(len(centers), device=centers.device).split(_ROWS_AT_ONCE):
+                self.prepare(rows)
 
     def stage(self, gradient: CenterGradient, centers: Tensor, overflow: Tensor) -> Tensor:
         """Keep a deferred gradient for `step()`; the sparse one that stands for it in `centers.grad`.

@@ -232,8 +232,8 @@ def check_sums(sums: Tensor, step: int) -> None:
 def _bad_centers(step: int) -> InputError:
     return InputError(
         f"a center that step {step} uses is zero, NaN, infinite or longer than 1.8e19, or the scale of a margin that "
-        "reweights negatives is too large: load an earlier state, initialise the centers with other numbers than zeros, "
-        "or lower the scale."
+        "reweights negatives is too large: load an earlier state, initialise the centers with numbers other than "
+        "zeros, or lower the scale."
     )
 
 

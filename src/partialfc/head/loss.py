@@ -50,8 +50,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         if not (isinstance(self.scale, Real) and math.isfinite(self.scale) and self.scale > 0):
             raise InputError(f"scale is {self.scale!r}; it must be a positive number, such as 64.")
-        # The sum of negatives must neither overflow if all cosines are 1 nor underflow to 0 if all are -1. Where a margin
-        # raises some negatives the shift is that of the highest, and a sum that underflows is an error of the step.
+        # The sum of negatives must neither overflow if all cosines are 1 nor underflow to 0 if all are -1. Where a
+        # margin raises negatives, a sum that underflows is an error of the step.
         widest = self.scale * (1 + self.margin.negatives_bound)
         allowed = _LARGEST_EXPONENT - _SMALLEST_EXPONENT - math.log(self.num_classes)
         if self.margin.negatives_bound > 1:

@@ -96,7 +96,7 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 yield group, parameter, center_state_of(parameter)
 
     def _share_found_inf(self, parameter: Tensor, center_state: CenterState) -> None:
-        """Skip a step on all ranks or on none: a GradScaler sees one rank's rows only. One collective if there is one."""
+        """Skip a step on all ranks or on none, though a GradScaler sees one rank's rows: one collective with it."""
         shard, found_inf = center_state.shard, getattr(self, "found_inf", None)
         if found_inf is not None and shard is not None and shard.world_size > 1:
             own = torch.as_tensor(found_inf, dtype=torch.float32, device=parameter.device).clone()

@@ -91,6 +91,7 @@ class PartialFC(nn.Module):
         self._scratch = ScratchBuffer()
         self._flag: InputFlag | None = None
         self._ranks_agree = False
+        self.register_state_dict_pre_hook(_flush)
         for name, value in margin.initial_state().items():
             self.register_buffer(f"margin_{name}", value.to(device))
 
@@ -106,6 +107,10 @@ class PartialFC(nn.Module):
     def margin_state(self) -> dict[str, Tensor]:
         """The margin's running figures by name, the same on every rank."""
         return {name: self.get_buffer(f"margin_{name}").clone() for name in self.loss_config.margin.initial_state()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.center_state.flush(self.centers)
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -168,7 +173,7 @@ class PartialFC(nn.Module):
         with torch.cuda.device_of(self.centers):
             if self._flag is not None:
                 self._flag.poll(wait=self.shard.world_size > 1)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and self.centers.is_leaf:
                 self.center_state.before_forward(self.centers, self.update)
             return SampledSoftmax.apply(embeddings, self.centers, self, step_labels, first_sample, global_labels)
 
@@ -195,3 +200,8 @@ class PartialFC(nn.Module):
         """
         if self._flag is not None:
             self._flag.check()
+
+
+def _flush(head: PartialFC, *_: Any) -> None:
+    """Saved centers have no updates pending."""
+    head.center_state.flush(head.centers)

@@ -115,16 +115,19 @@ def state_dicts(group: Group | None) -> dict[str, Any]:
         "warnings": [str(warning.message) for warning in caught],
         "own": same,
         "without classes": message(lambda: other.load_state_dict(part)),
-        "shard of another rank": message(lambda: other.load_state_dict(rank_0_state(head))),
+        "shard of another rank": message(lambda: other.load_state_dict(from_rank_0(head, group))),
+        "optimizer of another rank": message(
+            lambda: make("sgd", group)[1].load_state_dict(from_rank_0(optimizer, group))
+        ),
     }
 
 
-def rank_0_state(head: PartialFC) -> dict[str, Any]:
+def from_rank_0(owner: PartialFC | RowwiseSGD | RowwiseAdamW, group: Group | None) -> dict[str, Any]:
     """The state_dict of rank 0, on every rank."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        states = [head.state_dict()]
-    dist.broadcast_object_list(states, group_src=0, group=head.shard.group)
+        states = [owner.state_dict()]
+    dist.broadcast_object_list(states, group_src=0, group=group)
     return states[0]
 
 

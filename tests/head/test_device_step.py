@@ -17,7 +17,7 @@ from device_scenarios import BAD, RATES, SHARED
 from distributed_workers import run_ranks
 
 from partialfc.core.errors import InputError
-from partialfc.head import partial_fc
+from partialfc.head import sampled_softmax
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.inputs import GlobalLabels
 from partialfc.head.optim import RowwiseSGD
@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     folder = tmp_path_factory.mktemp("device")
     run_ranks(3, device_scenarios.work, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial_fc, "select_backend", partial_fc.select_backend)  # put back after the scenarios
+        patch.setattr(sampled_softmax, "select_backend", sampled_softmax.select_backend)  # put back after the scenarios
         alone = device_scenarios.play()
     return {1: [alone]} | {
         world_size: [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
@@ -78,7 +78,7 @@ def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_raised(
 
 
 def head_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> tuple[PartialFC, RowwiseSGD]:
-    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
+    monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: GPUBackend())
     head = PartialFC(40, 4, 1.0, update="deferred")
     return head, RowwiseSGD(head.parameters(), lr=0.1)
 
@@ -215,7 +215,7 @@ def test_grad_scaler_unscales_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for lr in (0.25, rate):
-        monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
+        monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: GPUBackend())
         head = PartialFC(40, 4, 1.0, update="deferred", dtype=dtype)
         optimizer = RowwiseSGD(head.parameters(), lr=lr)
         head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()

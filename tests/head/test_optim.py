@@ -130,7 +130,7 @@ def test_micro_steps_share_their_negatives_and_steps_do_not(update: Any) -> None
             head(torch.randn(1, DIM), torch.tensor([label])).backward()
             deferred = head.center_state.deferred
             gradient = head.centers.grad
-            rows.append(set((deferred[0].batch.classes if gradient is None else gradient._indices()[0]).tolist()))
+            rows.append(set((deferred[0].batch.classes if deferred else gradient._indices()[0]).tolist()))
         optimizer.step()
         per_step.append(rows)
     for first, second in per_step:

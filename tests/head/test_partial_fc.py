@@ -35,7 +35,7 @@ def embeddings(dtype: torch.dtype = torch.float32) -> Tensor:
         ({"sample_rate": math.nan}, "sample_rate is nan"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": math.inf}, "scale is inf"),
-        ({"scale": 101.0}, "scale 101.0 would overflow"),
+        ({"scale": 101.0}, "scale 101.0 would underflow"),
         ({"margin": Curricular(), "scale": 70.0}, "with Curricular the logits spread over 210"),
         ({"conflict_threshold": 1.5}, "conflict_threshold is 1.5"),
         ({"conflict_threshold": math.nan}, "conflict_threshold is nan"),

@@ -133,7 +133,7 @@ def test_steps_that_only_the_device_counted_are_saved(tmp_path: Path) -> None:
         ({"seed": 1}, "seed 0, not 1"),
         ({"margin": CosFace(0.3)}, r"margin CosFace\(m=0.4\), not CosFace\(m=0.3\)"),
         ({"margin": Curricular()}, "margin CosFace"),
-        ({"dtype": torch.float64}, "centers of dtype float32, not float64"),
+        ({"dtype": torch.float64}, "centers in float32, not float64"),
     ],
 )
 def test_another_head_is_refused_and_untouched(options: dict[str, Any], words: str, saved: Path) -> None:
@@ -149,7 +149,7 @@ def test_another_head_is_refused_and_untouched(options: dict[str, Any], words: s
     ("make_optimizer", "words"),
     [
         (lambda parameters: RowwiseAdamW(parameters), "optimizer RowwiseSGD, not RowwiseAdamW"),
-        (lambda parameters: RowwiseSGD(parameters, state_dtype=torch.bfloat16), "momentum_buffer of dtype float32"),
+        (lambda parameters: RowwiseSGD(parameters, state_dtype=torch.bfloat16), "momentum_buffer in float32"),
         (lambda parameters: torch.optim.SGD(parameters, lr=0.1), "not SGD: pass that one, or None"),
         (lambda parameters: RowwiseSGD([nn.Parameter(torch.ones(2, 2))]), "does not hold the centers"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
-from partialfc.head import partial_fc
+from partialfc.head import sampled_softmax
 from partialfc.head.backends.base import Backend
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.backends.torch_chunked import ChunkedBackend
@@ -58,7 +58,7 @@ def play(group: Group | None = None) -> dict[str, Any]:
         found[name] = {
             type(backend).__name__: train(name, backend, group) for backend in (GPUBackend(), ChunkedBackend())
         }
-    partial_fc.select_backend = lambda *arguments: GPUBackend()
+    sampled_softmax.select_backend = lambda *arguments: GPUBackend()
     for name, (label, value) in (BAD if world_size_of(group) == 1 else SHARED).items():
         found["flags"][name] = bad_step(group, label, value)
     return found
@@ -77,7 +77,7 @@ def local_batch(classes: int, step: int, group: Group | None) -> tuple[Tensor, T
 
 def train(name: str, backend: Backend, group: Group | None) -> list[Tensor]:
     """Three steps: losses, embedding gradients, numbers of classes; then centers and momentum."""
-    partial_fc.select_backend = lambda *arguments: backend
+    sampled_softmax.select_backend = lambda *arguments: backend
     rate, classes = RATES[name]
     head = PartialFC(classes, WIDTH, rate, scale=16.0, update="deferred", seed=4, group=group)
     optimizer = RowwiseSGD(head.parameters(), lr=0.1)

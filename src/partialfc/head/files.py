@@ -107,7 +107,7 @@ def head_rows(head: PartialFC, optimizer: RowwiseOptimizer | None) -> RowTensors
     """The centers and their optimizer state, after all pending updates, with their range of global rows."""
     state: dict[str, Tensor] = {}
     if optimizer is None:
-        head._apply_missed()
+        head.center_state.flush(head.centers)
     else:
         optimizer.flush()  # also waits for a GPU that still writes state in host memory
         state = optimizer.row_state(head.centers)
@@ -182,7 +182,9 @@ def _check_matches(checkpoint: Checkpoint, head: PartialFC, optimizer: RowwiseOp
     for name, tensor in head_rows(head, optimizer).tensors.items():
         if (dtype := checkpoint.row_dtypes.get(name)) != tensor.dtype:
             there, here = (dtype_name(dtype) if dtype else "none", dtype_name(tensor.dtype))
-            raise InputError(f"{checkpoint.folder} holds {name} of dtype {there}, not {here}: build it as it was saved.")
+            raise InputError(
+                f"{checkpoint.folder} holds {name} of dtype {there}, not {here}: build it as it was saved."
+            )
 
 
 def _saved_state(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import Shard, all_gather_rows, row_counts, split_evenly
+from partialfc.distributed.collectives import Shard, all_gather_rows, split_evenly
 from partialfc.head import inputs
 from partialfc.head.backends.tile_sizes import CHUNKED_CPU_SCRATCH_BYTES, chunked_tile_classes
-from partialfc.head.loss import LossConfig, normalise_rows
-from partialfc.head.rows import CenterState
-
-_ROWS_AT_ONCE = 1 << 14
+from partialfc.head.center_state import CenterState
+from partialfc.head.loss import LossConfig, normalise_centers, normalise_rows
 
 
 class Prediction(nn.Module):
@@ -25,6 +24,7 @@ class Prediction(nn.Module):
     shard: Shard
     loss_config: LossConfig
 
+    @_disable_dynamo
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:
         """scale × cosine with every class: no margin, no sampling, no gradient.
@@ -38,7 +38,8 @@ class Prediction(nn.Module):
             (B, C) float64 for float64 embeddings, float32 otherwise.
 
         Raises:
-            InputError: wrong shape, dtype or device, or NaN or infinity in the embeddings of any rank or the centers.
+            InputError: wrong shape, dtype or device, NaN or infinity in the embeddings of any rank, or a center that is
+                zero or not finite.
         """
         unit, counts = self._gather_unit(embeddings)
         own = torch.cat([unit.new_empty(len(unit), 0), *(cosines for _, cosines in self._cosines(unit))], dim=1)
@@ -47,6 +48,7 @@ class Prediction(nn.Module):
         _check_finite(logits, torch.arange(self.shard.total, device=logits.device).expand_as(logits))
         return logits * self.loss_config.scale
 
+    @_disable_dynamo
     @torch.no_grad()
     def predict(self, embeddings: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """The k nearest classes of each embedding, the nearest first; of equal cosines the smaller class number.
@@ -80,32 +82,26 @@ class Prediction(nn.Module):
 
     def _gather_unit(self, embeddings: Tensor) -> tuple[Tensor, list[int]]:
         """(G, D) unit embeddings of all ranks in the compute dtype, and the number of each rank's. Two collectives."""
-        no_labels = torch.zeros(len(embeddings), dtype=torch.int64, device=embeddings.device)
-        inputs.check_batch(embeddings, no_labels, self.centers)
+        inputs.check_shard(self.shard)
+        labels = torch.zeros(len(embeddings), dtype=torch.int64, device=self.centers.device)
+        counts = inputs.batch_counts(embeddings, labels, None, self.centers, self.center_state, self.shard)
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        counts = row_counts(len(embeddings), embeddings.device, self.shard.group)
         gathered = all_gather_rows(embeddings.to(dtype).contiguous(), counts, self.shard.group)
-        inputs.check_values(gathered, no_labels[:0], self.shard.total, self.center_state.step)
+        inputs.check_values(gathered, labels[:0], self.shard.total, self.center_state.step)
         return normalise_rows(gathered.double())[0].to(dtype), counts
 
     def _cosines(self, unit: Tensor) -> Iterator[tuple[int, Tensor]]:
         """For each block of this rank's classes the first, and the cosines (G, n), in which infinity stands for NaN."""
-        self._apply_missed()
+        self.center_state.flush(self.centers)
         k, limit = self.loss_config.margin.sub_centers, self.loss_config.scratch_bytes
         if unit.device.type == "cpu":
             limit = min(limit, CHUNKED_CPU_SCRATCH_BYTES)
         size = chunked_tile_classes(len(unit), unit.shape[1], k * unit.element_size(), limit)
         for first in range(0, len(self.shard), size):
-            centers = normalise_rows(self.centers[first * k : (first + size) * k].to(unit.dtype))[0]
+            centers = normalise_centers(self.centers[first * k : (first + size) * k].to(unit.dtype))[0]
             with torch.autocast(unit.device.type, enabled=False):
                 cosines = (unit @ centers.T).unflatten(1, (-1, k)).amax(dim=2)
             yield self.shard.start + first, cosines.clamp_(-1, 1).nan_to_num_(nan=torch.inf)
-
-    def _apply_missed(self) -> None:
-        """Bring all centers up to date, where a lazy optimizer moves only those that are read."""
-        if self.center_state.prepare is not None:
-            for rows in torch.arange(len(self.centers), device=self.centers.device).split(_ROWS_AT_ONCE):
-                self.center_state.prepare(rows)
 
     def _gather_classes(self, values: Tensor, most: int) -> Tensor:
         """Put columns of all ranks beside each other, min(most, its classes) of each rank. One collective."""
@@ -135,9 +131,9 @@ def _sorted(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_finite(cosines: Tensor, classes: Tensor) -> None:
-    """Raise InputError if one of the cosines (B, n) with these classes comes from a center that is not finite."""
+    """Raise InputError if one of the cosines (B, n) with these classes comes from a center without a direction."""
     bad = classes[cosines.isinf()]
     if len(bad):
         raise InputError(
-            f"The center of class {int(bad[0])} holds NaN or infinity: load the head from an earlier step."
+            f"The center of class {int(bad[0])} is zero or not finite: load the head from an earlier step."
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Shard
-from partialfc.head.rows import CenterState
+from partialfc.head.center_state import CenterState
 
 _EXTRA_BYTES = 256  # of one size, whatever the step: readers that load in place need that
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from partialfc.head import partial_fc
+from partialfc.head import sampled_softmax
 from partialfc.head.backends.base import CenterGradient, ScratchBuffer, SGDRule, ShardBatch
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.backends.torch_chunked import ChunkedBackend
@@ -35,7 +35,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
-    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: backend)
+    monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: backend)
 
 
 def batch(seed: int, samples: int = BATCH, width: int = WIDTH) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,7 @@ def state_dicts(group: Group | None) -> dict[str, Any]:
     other, _ = make("sgd", group)
     other.load_state_dict(state)
     same = torch.equal(other.centers, head.centers) and other.step == 2
+    fresh = make("sgd", group)[1]
     part = {"centers": state["centers"], "margin_t": state["margin_t"]}
     return {
         "warnings": [str(warning.message) for warning in caught],
@@ -117,7 +118,7 @@ def state_dicts(group: Group | None) -> dict[str, Any]:
         "without classes": message(lambda: other.load_state_dict(part)),
         "shard of another rank": message(lambda: other.load_state_dict(from_rank_0(head, group))),
         "optimizer of another rank": message(
-            lambda: make("sgd", group)[1].load_state_dict(from_rank_0(optimizer, group))
+            lambda: fresh.load_state_dict(from_rank_0(optimizer, group))
         ),
     }
 

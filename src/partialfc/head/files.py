@@ -182,9 +182,7 @@ def _check_matches(checkpoint: Checkpoint, head: PartialFC, optimizer: RowwiseOp
     for name, tensor in head_rows(head, optimizer).tensors.items():
         if (dtype := checkpoint.row_dtypes.get(name)) != tensor.dtype:
             there, here = (dtype_name(dtype) if dtype else "none", dtype_name(tensor.dtype))
-            raise InputError(
-                f"{checkpoint.folder} holds {name} of dtype {there}, not {here}: build it as it was saved."
-            )
+            raise InputError(f"{checkpoint.folder} holds {name} in {there}, not {here}: build it as it was saved.")
 
 
 def _saved_state(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def loaded_state(
     own = first_rows(optimizer)
     if state_dict.get("first_rows", own) != own:
         raise InputError(
-            f"the state_dict belongs to rows from {state_dict['first_rows']} on, and these begin at {own}: save and load "
-            "head and optimizer with save_head and load_head, which serve any number of ranks."
+            f"the state_dict belongs to rows from {state_dict['first_rows']} on, and these begin at {own}: save and "
+            "load head and optimizer with save_head and load_head, which serve any number of ranks."
         )
     groups = [_own_options(optimizer, group) for group in state_dict["param_groups"]]
     loaded = []

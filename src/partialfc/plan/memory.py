@@ -12,7 +12,7 @@ import torch
 
 from partialfc.data.loader import PREFETCH
 from partialfc.head.backends import tile_sizes
-from partialfc.head.optim import CPU_UPDATE_ELEMENTS, GPU_UPDATE_ELEMENTS
+from partialfc.head.rows import CPU_UPDATE_ELEMENTS, GPU_UPDATE_ELEMENTS
 from partialfc.plan.network import network_pass, network_size
 from partialfc.plan.workload import Workload
 

@@ -117,9 +117,7 @@ def state_dicts(group: Group | None) -> dict[str, Any]:
         "own": same,
         "without classes": message(lambda: other.load_state_dict(part)),
         "shard of another rank": message(lambda: other.load_state_dict(from_rank_0(head, group))),
-        "optimizer of another rank": message(
-            lambda: fresh.load_state_dict(from_rank_0(optimizer, group))
-        ),
+        "optimizer of another rank": message(lambda: fresh.load_state_dict(from_rank_0(optimizer, group))),
     }
 
 

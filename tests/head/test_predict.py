@@ -132,8 +132,9 @@ def test_bad_input_is_named(ask: Any) -> None:
         ask(head, batch()[:, :7])
     with pytest.raises(NonFiniteEmbeddings):
         ask(head, torch.full((1, 8), torch.nan))
-    with pytest.raises(InputError, match="k is 0"):
-        head.predict(batch(), 0)
+    for k in (0, 1.5, None):
+        with pytest.raises(InputError, match=f"k is {k}"):
+            head.predict(batch(), k)  # type: ignore[arg-type]
     for value in (torch.nan, torch.inf, -torch.inf, 0.0):
         head.centers.data[7] = value
         with pytest.raises(InputError, match="center of class 7 is zero or not finite"):

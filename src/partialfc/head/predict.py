@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,8 @@ class Prediction(nn.Module):
         Raises:
             InputError: as for `logits`, or k is less than 1.
         """
-        if k < 1:
-            raise InputError(f"k is {k}; predict finds at least 1 class for each embedding.")
+        if not (isinstance(k, Integral) and k >= 1):
+            raise InputError(f"k is {k!r}; predict finds a whole number of classes for each embedding, at least 1.")
         unit, counts = self._gather_unit(embeddings)
         values, classes = unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device)
         for first, cosines in self._cosines(unit):

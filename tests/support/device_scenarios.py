@@ -102,7 +102,7 @@ def bad_step(group: Group | None, label: int, value: float) -> dict[str, Any]:
         step(head, optimizer, 0, group)
         before = [*state(head, optimizer)]
         embeddings = step(head, optimizer, 1, group, label, value)
-        result = {
+        result: dict[str, Any] = {
             "untouched": all(
                 torch.equal(one, other) for one, other in zip(before, state(head, optimizer), strict=True)
             ),
@@ -120,7 +120,8 @@ def bad_step(group: Group | None, label: int, value: float) -> dict[str, Any]:
         step(head, optimizer, 3, group)
         head.check()
         result["trains on"] = not torch.equal(before[0], head.centers) and bool(head.centers.isfinite().all())
-        result["moves on"] = not torch.equal(before[2], head.margin_t) and bool(head.margin_t.isfinite())
+        margin_state = head.get_buffer("margin_t")
+        result["moves on"] = not torch.equal(before[2], margin_state) and bool(margin_state.isfinite())
         found[way] = result
     return found
 
@@ -128,7 +129,7 @@ def bad_step(group: Group | None, label: int, value: float) -> dict[str, Any]:
 def state(head: PartialFC, optimizer: RowwiseSGD) -> tuple[Tensor, ...]:
     return tuple(
         tensor.detach().clone()
-        for tensor in (head.centers, optimizer.row_state(head.centers)["momentum_buffer"], head.margin_t)
+        for tensor in (head.centers, optimizer.row_state(head.centers)["momentum_buffer"], head.get_buffer("margin_t"))
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from distributed_workers import run_apart
@@ -95,18 +96,23 @@ def test_a_checkpoint_that_makes_progress_may_block_all_others() -> None:
     assert "rank 0" in stuck_ranks
 
 
-def test_activities_nest_and_count_from_the_last_progress() -> None:
-    def mine() -> list[tuple[str, bool]]:
-        return [(each.what, each.waits) for each in activities() if each.what.startswith("outer")]
+def test_activities_nest_and_count_from_the_last_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("partialfc.distributed.activity.time", SimpleNamespace(monotonic=lambda: now))
+
+    def mine() -> list[tuple[str, float, bool]]:
+        return [(each.what, each.seconds, each.waits) for each in activities() if each.what.startswith("outer")]
 
     with activity("outer"):
+        now = 107.0
+        assert mine() == [("outer", 7.0, False)]
         with activity("inner", waits=True):
-            assert mine() == [("outer, inner", True)]
-            time.sleep(0.02)
-            assert min(each.seconds for each in activities()) >= 0.02
+            now = 112.0
+            assert mine() == [("outer, inner", 5.0, True)]
             report_progress()
-            assert min(each.seconds for each in activities()) < 0.02
-        assert mine() == [("outer", False)]
+            assert mine() == [("outer, inner", 0.0, True)]
+            now = 115.0
+        assert mine() == [("outer", 0.0, False)]
     assert mine() == []
     report_progress()  # no activity: no effect
 

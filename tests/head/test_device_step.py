@@ -32,10 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     """The results of every rank at every world size."""
     folder = tmp_path_factory.mktemp("device")
     run_ranks(3, device_scenarios.work, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial_fc, "select_backend", partial_fc.select_backend)  # put back after the scenarios
-        alone = device_scenarios.play()
-    return {1: [alone]} | {
+    return {1: [device_scenarios.play()]} | {
         world_size: [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
         for world_size in WORLD_SIZES[1:]
     }

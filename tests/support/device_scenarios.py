@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,16 +54,24 @@ def work(rank: int, folder: Path) -> None:
             torch.save(play(group), folder / f"{world_size}-{rank}.pt")
 
 
+@contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Every head uses this backend inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partial_fc, "select_backend", lambda *arguments: backend)
+        yield
+
+
 def play(group: Group | None = None) -> dict[str, Any]:
     """What one rank found."""
     found: dict[str, Any] = {"flags": {}}
-    for name in RATES:
-        found[name] = {
-            type(backend).__name__: train(name, backend, group) for backend in (GPUBackend(), ChunkedBackend())
-        }
-    partial_fc.select_backend = lambda *arguments: GPUBackend()
-    for name, (label, value) in (BAD if world_size_of(group) == 1 else SHARED).items():
-        found["flags"][name] = bad_step(group, label, value)
+    for backend in (GPUBackend(), ChunkedBackend()):
+        with using(backend):
+            for name in RATES:
+                found.setdefault(name, {})[type(backend).__name__] = train(name, backend, group)
+    with using(GPUBackend()):
+        for name, (label, value) in (BAD if world_size_of(group) == 1 else SHARED).items():
+            found["flags"][name] = bad_step(group, label, value)
     return found
 
 
@@ -77,7 +88,6 @@ def local_batch(classes: int, step: int, group: Group | None) -> tuple[Tensor, T
 
 def train(name: str, backend: Backend, group: Group | None) -> list[Tensor]:
     """Three steps: losses, embedding gradients, numbers of classes; then centers and momentum."""
-    partial_fc.select_backend = lambda *arguments: backend
     rate, classes = RATES[name]
     head = PartialFC(classes, WIDTH, rate, scale=16.0, update="deferred", seed=4, group=group)
     optimizer = RowwiseSGD(head.parameters(), lr=0.1)

@@ -21,7 +21,7 @@ from partialfc.training.checkpoint import write as checkpoint
 from partialfc.training.checkpoint import writer
 from partialfc.training.checkpoint.format import MANIFEST
 from partialfc.training.checkpoint.write import Snapshot
-from partialfc.training.checkpoint.writer import HostCopies
+from partialfc.training.checkpoint.writer import CheckpointWriter
 from partialfc.training.step import Stepper
 
 Act = Callable[[], object]
@@ -155,12 +155,12 @@ class _Saving:
 
 
 def _at_copy(step: int, act: Act, tensor: int) -> None:
-    def patch(_: HostCopies, snapshot: Any) -> bool:
+    def patch(_: CheckpointWriter, snapshot: Any) -> bool:
         if snapshot.step == step:
-            wrap(HostCopies, "_copy", before=act, when=nth(tensor))
+            wrap(CheckpointWriter, "_copy", before=act, when=nth(tensor))
         return False
 
-    wrap(HostCopies, "of", when=patch)
+    wrap(CheckpointWriter, "_copy_to_host", when=patch)
 
 
 def _at_file(step: int, act: Act, name: str, where: str) -> None:

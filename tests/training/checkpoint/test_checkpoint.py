@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from partialfc.distributed.collectives import Shard, barrier, split_evenly
 from partialfc.training.checkpoint import blocks
 from partialfc.training.checkpoint.read import Checkpoint, load_latest
-from partialfc.training.checkpoint.write import RowTensors, Snapshot, save_checkpoint
+from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
 
 
 @pytest.mark.parametrize("saved_at", [1, 2, 3, 4])
@@ -168,8 +168,8 @@ def save_and_load_on_a_rank(rank: int, folder: Path) -> None:
     root, whole, shard = folder / "checkpoints", head_rows(20), Shard.of(20)
     tensors = {"backbone": {"conv": torch.full((3, 3), float(rank))}}
     for step in (1, 2):
-        rows = RowTensors(shard, {name: rows[shard.start : shard.stop] for name, rows in whole.items()})
-        save_checkpoint(root, Snapshot(step, tensors, rows, {"step": step}), block_bytes=64)
+        rows = {name: rows[shard.start : shard.stop] for name, rows in whole.items()}
+        save_checkpoint(root, Snapshot(step, tensors, shard, rows, {"step": step}), block_bytes=64)
     if rank == 0:
         flip(root / "step-00000002" / "head-00002-of-00003.safetensors", -1)
     barrier()
@@ -195,7 +195,7 @@ def test_three_processes_save_and_agree_and_one_reads(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tensors_on_a_gpu_pass_through_the_host_in_pieces(tmp_path: Path) -> None:
     rows = {name: tensor.cuda() for name, tensor in head_rows(37).items()}
-    save(tmp_path, 1, rows=RowTensors(Shard.of(37), rows))
+    save(tmp_path, 1, rows=rows)
     opened = newest(tmp_path)
     assert opened is not None
     for name, tensor in rows.items():

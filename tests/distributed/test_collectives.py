@@ -41,8 +41,8 @@ def collect(rank: int, folder: Path) -> None:
         "gathered bfloat16": collectives.all_gather_rows(rows.bfloat16(), counts).float(),
         "started": collectives.start_gather_rows(rows, counts)(),
         "sharded": shard_and_gather(),
-        "scattered": collectives.reduce_scatter_rows(full, [0, 1, 2]),
-        "scattered evenly": collectives.reduce_scatter_rows(full, [1, 1, 1]),
+        "scattered": collectives.start_reduce_scatter_rows(full, [0, 1, 2])(),
+        "scattered evenly": collectives.start_reduce_scatter_rows(full, [1, 1, 1])(),
         "reduced": [float(collectives.all_reduce(torch.tensor(float(rank)), op)) for op in ("sum", "max", "min")],
         "broadcast": collectives.broadcast(torch.tensor([rank]), source=1),
         "json": collectives.gather_json({"rank": rank, "text": "é" * rank}),
@@ -127,7 +127,7 @@ def test_one_process_is_the_same_code_without_communication() -> None:
     assert (collectives.rank_of(), collectives.world_size_of()) == (0, 1)
     assert collectives.row_counts(3, CPU) == [3]
     assert collectives.all_gather_rows(rows, [3]) is rows
-    assert collectives.reduce_scatter_rows(rows, [3]) is rows
+    assert collectives.start_reduce_scatter_rows(rows, [3])() is rows
     assert collectives.all_reduce(rows, "max") is rows
     assert collectives.broadcast(rows) is rows
     assert collectives.gather_json({"a": 1}) == [{"a": 1}]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from partialfc.core.errors import InputError, JobError
@@ -148,7 +148,7 @@ def process_group(
         reason = " ".join(str(error).splitlines()[0].split())
         raise JobError(
             f"Rank {launched_rank()} cannot connect to the other {_launched_size() - 1} processes, whose store is "
-            f"{_store_address()} ({reason}): start all of them, allow their connections, and name the interface "
+            f"{store_address()} ({reason}): start all of them, allow their connections, and name the interface "
             "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) if the hosts' names resolve to another."
         ) from error
     try:
@@ -171,7 +171,8 @@ def _launched(name: str, default: int) -> int:
     return int(value)
 
 
-def _store_address() -> str:
+def store_address() -> str:
+    """Where the launcher's key-value store listens, for messages."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
@@ -184,35 +185,20 @@ def is_broken_exchange(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and not ours and any(part in message for part in _ERRORS_OF_COLLECTIVES)
 
 
-class KeyValueStore:
+def connect_store(prefix: str, timeout_seconds: float) -> Store:
     """The launcher's key-value store, over a connection of its own, so that its calls do not block those of others.
 
     Args:
         prefix: of all keys.
         timeout_seconds: of a call.
-
-    Attributes:
-        name: its address, for messages.
     """
-
-    def __init__(self, prefix: str, timeout_seconds: float) -> None:
-        self.name = f"the processes' store {_store_address()}"
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        connection = TCPStore(
-            host, port, is_master=False, timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False
-        )
-        self._store = PrefixStore(prefix, connection)
-
-    def set(self, key: str, value: str) -> None:
-        self._store.set(key, value)
-
-    def get(self, keys: list[str]) -> list[str]:
-        """The values of keys that exist, in one round trip."""
-        return [value.decode() for value in self._store.multi_get(keys)]
+    host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout_seconds)
+    store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return PrefixStore(prefix, store)
 
 
 def has_store() -> bool:
-    """Whether the launcher has a store that `KeyValueStore` can reach."""
+    """Whether the launcher has a store that `connect_store` can reach."""
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
@@ -269,13 +255,11 @@ def start_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = N
     return finish
 
 
-def reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Tensor:
-    """Sum (sum of counts, ...) over the ranks and keep this rank's rows: (counts[rank], ...). One collective."""
-    return start_reduce_scatter_rows(tensor, counts, group)()
-
-
 def start_reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Callable[[], Tensor]:
-    """Start `reduce_scatter_rows`; the returned function waits for its result. One collective, asynchronous."""
+    """Start to sum (sum of counts, ...) over the ranks; the returned function waits for this rank's rows of the sum.
+
+    They are (counts[rank], ...). One collective, asynchronous.
+    """
     if world_size_of(group) == 1:
         return lambda: tensor
     widest = max(counts)

@@ -32,11 +32,12 @@ from types import TracebackType
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.distributed.activity import activities
 from partialfc.distributed.collectives import (
-    KeyValueStore,
+    connect_store,
     gather_json,
     has_store,
     is_broken_exchange,
     rank_of,
+    store_address,
     world_size_of,
 )
 
@@ -186,7 +187,7 @@ class HeartbeatMonitor:
 
     def __enter__(self) -> HeartbeatMonitor:
         if self.enabled:
-            self._store = KeyValueStore(f"partialfc/{gather_json(secrets.token_hex(8))[0]}", self.heartbeat_timeout)
+            self._store = connect_store(f"partialfc/{gather_json(secrets.token_hex(8))[0]}", self.heartbeat_timeout)
             if self.rank == 0:
                 self._store.set("verdict", "")
             self._send()
@@ -241,13 +242,13 @@ class HeartbeatMonitor:
                     self._store.set("verdict", self.verdict)
                 if ended:
                     return
-                verdict, *encoded = self._store.get(keys)
+                verdict, *encoded = self._store.multi_get(keys)
             except Exception:  # the store is lost or slow; the other thread measures for how long
                 continue
             self._receive(watched, encoded)
             self._answered_at = time.monotonic()
             if verdict:
-                self._decide(verdict)
+                self._decide(verdict.decode())
 
     def _send(self) -> None:
         self._number += 1
@@ -257,7 +258,7 @@ class HeartbeatMonitor:
         )
         self._store.set(str(self.rank), json.dumps(asdict(heartbeat)))
 
-    def _receive(self, ranks: Sequence[int], encoded: Sequence[str]) -> None:
+    def _receive(self, ranks: Sequence[int], encoded: Sequence[bytes]) -> None:
         now, peers = time.monotonic(), dict(self._peers)
         for rank, text in zip(ranks, encoded, strict=True):
             heartbeat = Heartbeat(**json.loads(text))
@@ -291,7 +292,8 @@ class HeartbeatMonitor:
             timeout = min(timeout, _INTERVALS_AFTER_A_BREAK * INTERVAL)
         unanswered = now - self._answered_at
         if unanswered > timeout and not (0 in peers and peers[0].heartbeat.end == ""):
-            return f"{self._store.name} has not answered for {unanswered:.0f} s: its host is gone or cut off"
+            silence = f"has not answered for {unanswered:.0f} s: its host is gone or cut off"
+            return f"the processes' store {store_address()} {silence}"
         return lost_process(peers, now, timeout, self.timeout, self.world_size)
 
     def _decide(self, reason: str) -> None:

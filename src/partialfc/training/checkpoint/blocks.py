@@ -147,13 +147,12 @@ class VerifiedFiles:
             raise self._damaged(name, f"holds {key} as {layout.dtype} {layout.shape}, against its manifest")
         row_bytes = prod(layout.shape[1:]) * layout.dtype.itemsize
         position = layout.start + first * row_bytes
-        if target.device.type == "cpu" and target.is_contiguous():
-            self.read(name, position, _bytes_of(target))
-            return
+        is_direct = target.device.type == "cpu" and target.is_contiguous()
         for piece in target.split(max(1, BLOCK_BYTES // max(1, row_bytes))):
-            staged = torch.empty(piece.shape, dtype=piece.dtype)
+            staged = piece if is_direct else torch.empty(piece.shape, dtype=piece.dtype)
             self.read(name, position, _bytes_of(staged))
-            piece.copy_(staged)
+            if not is_direct:
+                piece.copy_(staged)
             position += staged.nbytes
 
     def _find(self, name: str, key: str) -> TensorLayout:
@@ -176,8 +175,9 @@ class VerifiedFiles:
         start = number * self.block_bytes
         stop = min(start + self.block_bytes, record.size)
         try:
-            with (self.folder / name).open("rb", buffering=0) as file:
-                block = _read_at(file.fileno(), start, stop)
+            with (self.folder / name).open("rb") as file:
+                file.seek(start)
+                block = file.read(stop - start)
         except OSError as error:
             raise self._damaged(name, f"cannot be read at bytes {start:,} to {stop:,} ({error.strerror})") from error
         if hashlib.sha256(block).hexdigest() != record.sha256[number]:
@@ -190,15 +190,3 @@ class VerifiedFiles:
         return DamagedCheckpoint(
             f"{self.folder / name} {what}: this checkpoint is damaged, use the step before it or restore the file."
         )
-
-
-def _read_at(descriptor: int, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of an open file, or fewer where it ends earlier (one call may return only some of them)."""
-    parts = []
-    while start < stop:
-        part = os.pread(descriptor, stop - start, start)
-        if not part:
-            break
-        parts.append(part)
-        start += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 FORMAT = "partialfc-checkpoint"
 VERSION = 1
 
-_CODES = {
+CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -34,7 +34,7 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 class DamagedCheckpoint(InputError):
@@ -46,12 +46,11 @@ class DamagedCheckpoint(InputError):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """The position of a tensor in a safetensors file: bytes [start, stop) of the file."""
+    """A tensor in a safetensors file, whose data begin at byte `start` of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    stop: int
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -60,14 +59,9 @@ def dtype_code(dtype: torch.dtype) -> str:
     Raises:
         ValueError: safetensors has no such type.
     """
-    if dtype not in _CODES:
-        raise ValueError(f"a checkpoint cannot hold tensors of {dtype}; it can hold {', '.join(map(str, _CODES))}")
-    return _CODES[dtype]
-
-
-def dtype_of(code: str) -> torch.dtype:
-    """The inverse of `dtype_code`."""
-    return _DTYPES[code]
+    if dtype not in CODES:
+        raise ValueError(f"a checkpoint cannot hold tensors of {dtype}; it can hold {', '.join(map(str, CODES))}")
+    return CODES[dtype]
 
 
 def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[Tensor]]:
@@ -101,10 +95,10 @@ def parse_header(encoded: bytes, origin: int, size: int) -> dict[str, TensorLayo
         if key == "__metadata__":
             continue
         start, stop = entry["data_offsets"]
-        layout = TensorLayout(_DTYPES[entry["dtype"]], tuple(entry["shape"]), origin + start, origin + stop)
+        layout = TensorLayout(DTYPES[entry["dtype"]], tuple(entry["shape"]), origin + start)
         if stop - start != prod(layout.shape) * layout.dtype.itemsize:
             raise ValueError(f"tensor {key} does not fit its place")
-        if layout.stop > size:
+        if origin + stop > size:
             raise ValueError(f"tensor {key} ends past the file")
         layouts[key] = layout
     return dict(sorted(layouts.items(), key=lambda item: item[1].start))

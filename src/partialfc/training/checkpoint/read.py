@@ -15,7 +15,7 @@ from torch import Tensor
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import gather_json, rank_of
 from partialfc.training.checkpoint.blocks import VerifiedFiles
-from partialfc.training.checkpoint.format import DamagedCheckpoint, dtype_code, dtype_of, read_manifest
+from partialfc.training.checkpoint.format import DTYPES, DamagedCheckpoint, dtype_code, read_manifest
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 LEFTOVER = re.compile(r"\.step-(\d{8,})\.[0-9a-f]{8}\.(writing|old)")
@@ -64,7 +64,7 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Global rows [start, stop) of a row tensor: (stop - start, ...) on the CPU. See `read_rows`."""
-        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=dtype_of(self._rows[name].dtype))
+        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=DTYPES[self._rows[name].dtype])
         self.read_rows(name, start, result)
         return result
 

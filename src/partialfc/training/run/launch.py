@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import partialfc
-from partialfc.config.options import TrainConfig
+from partialfc.config.options import TrainConfig, flatten
 from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
@@ -76,9 +76,10 @@ def first_difference(infos: Sequence[_LaunchInfo]) -> str | None:
             if info[package] != first[package]:
                 versions = pair.format(f"{package} {info[package]}", first[package])
                 return f"{versions}: install the same on all hosts."
-        key = differing_key(_options(first), _options(info), free=_KEYS_OF_A_HOST)
+        expected, own = _options(first), _options(info)
+        key = differing_key(expected, own, _KEYS_OF_A_HOST)
         if key is not None:
-            options = pair.format(f"{key.removeprefix('config.')} {_value(info, key)}", _value(first, key))
+            options = pair.format(f"{key.removeprefix('config.')} {own.get(key)}", expected.get(key))
             return f"{options}: start all processes with the same options, on the same kind of machine."
     return None
 
@@ -114,11 +115,4 @@ def _own_version() -> str:
 
 
 def _options(info: _LaunchInfo) -> dict[str, Any]:
-    return {name: info[name] for name in ("config", "benchmark", "resume", "verify", "device type")}
-
-
-def _value(info: _LaunchInfo, key: str) -> Any:
-    value: Any = info
-    for name in key.split("."):
-        value = value[name]
-    return value
+    return flatten({name: info[name] for name in ("config", "benchmark", "resume", "verify", "device type")})

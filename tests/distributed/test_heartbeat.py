@@ -17,19 +17,17 @@ from partialfc.core.errors import JobError
 from partialfc.distributed import heartbeat
 from partialfc.distributed.activity import activities, activity, report_progress
 from partialfc.distributed.collectives import barrier, is_broken_exchange
-from partialfc.distributed.heartbeat import Heartbeat, HeartbeatMonitor, Peer, lost_process, own_system
+from partialfc.distributed.heartbeat import Heartbeat, HeartbeatMonitor, lost_process, own_system
 
 HERE = socket.gethostname()
-GOOD = Peer(
-    Heartbeat(5, HERE, own_system(), os.getpid(), False, [("computing step 3", 1.0, False)], None), received_at=100.0
-)
+GOOD = Heartbeat(5, HERE, own_system(), os.getpid(), False, [("computing step 3", 1.0, False)], None, received_at=100.0)
 
 
-def peer(received_at: float = 100.0, **changes: object) -> Peer:
-    return Peer(replace(GOOD.heartbeat, **changes), received_at)  # type: ignore[arg-type]
+def peer(**changes: object) -> Heartbeat:
+    return replace(GOOD, **changes)  # type: ignore[arg-type]
 
 
-def lost(*peers: Peer, now: float = 101.0) -> str | None:
+def lost(*peers: Heartbeat, now: float = 101.0) -> str | None:
     return lost_process(dict(enumerate(peers)), now, heartbeat_timeout=30.0, timeout=600.0, world_size=len(peers))
 
 

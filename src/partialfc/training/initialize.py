@@ -42,7 +42,7 @@ def is_resumable(root: Path, loader: Loader) -> bool:
         InputError: its newest whole one belongs to other data.
     """
     checkpoints = root / "checkpoints"
-    steps = steps_in(checkpoints) if checkpoints.is_dir() else []
+    steps = steps_in(checkpoints)
     for step in reversed(steps):
         with contextlib.suppress(DamagedCheckpoint):
             check_data_matches(Checkpoint(checkpoints / folder_name(step)), data_signature(loader))

@@ -187,6 +187,4 @@ class VerifiedFiles:
         return block
 
     def _damaged(self, name: str, what: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(
-            f"{self.folder / name} {what}: this checkpoint is damaged, use the step before it or restore the file."
-        )
+        return DamagedCheckpoint(self.folder / name, what)

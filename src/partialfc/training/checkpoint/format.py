@@ -38,7 +38,10 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint does not hold what its manifest says."""
+    """A checkpoint does not hold what its manifest says: `path`, a file of it, `has_fault`."""
+
+    def __init__(self, path: Path, has_fault: str) -> None:
+        super().__init__(f"{path} {has_fault}: this checkpoint is damaged, use the step before it or restore the file.")
 
 
 # -- safetensors -----------------------------------------------------------------------------------------------------
@@ -155,6 +158,10 @@ class Manifest:
     format: str = field(default=FORMAT, init=False)
     version: int = field(default=VERSION, init=False)
 
+    def __post_init__(self) -> None:
+        for name, tensor in self.rows.items():
+            tensor.check(name)
+
     def encode(self) -> bytes:
         """The bytes of manifest.json."""
         body = asdict(self)
@@ -180,13 +187,9 @@ def read_manifest(folder: Path) -> Manifest:
         if body["version"] == VERSION:
             return _parse_manifest(body)
     except OSError as error:
-        raise DamagedCheckpoint(
-            f"{path} cannot be read ({error.strerror}): this checkpoint is damaged, use the step before it."
-        ) from error
+        raise DamagedCheckpoint(path, f"cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(
-            f"{path} is not what was written ({error}): this checkpoint is damaged, use the step before it."
-        ) from error
+        raise DamagedCheckpoint(path, f"is not what was written ({error})") from error
 
     raise InputError(
         f"{folder} has checkpoint format version {body['version']}, and this partialfc reads version {VERSION}: "
@@ -199,8 +202,6 @@ def _parse_manifest(body: Mapping[str, Any]) -> Manifest:
         name: RowTensor(entry["dtype"], tuple(entry["shape"]), [Part(**part) for part in entry["parts"]])
         for name, entry in body["rows"].items()
     }
-    for name, tensor in rows.items():
-        tensor.check(name)
     files = {name: FileRecord(**entry) for name, entry in body["files"].items()}
     return Manifest(body["step"], body["state"], body["block_bytes"], rows, files)
 

@@ -130,17 +130,15 @@ def load_latest(
     """
     candidates, newest = gather_json(_candidates(root))[0], ""
     for name in candidates:
-        report: dict[str, Any] = {"digest": None, "damage": None}
+        digest = damage = None
         try:
             checkpoint = Checkpoint(root / name)
-            result = read(checkpoint)
-            report["digest"] = checkpoint.digest
-        except DamagedCheckpoint as damage:
-            report["damage"] = str(damage)
-        reports = gather_json(report)
-        damages = {one["damage"] for one in reports} - {None}
+            result, digest = read(checkpoint), checkpoint.digest
+        except DamagedCheckpoint as error:
+            damage = str(error)
+        digests, damages = (set(values) - {None} for values in zip(*gather_json([digest, damage]), strict=True))
         if not damages:
-            if len({one["digest"] for one in reports}) > 1:
+            if len(digests) > 1:
                 raise InputError(f"The ranks see different checkpoints in {root}: put it on storage that all share.")
             return result
         newest = newest or min(damages)
@@ -162,8 +160,9 @@ def folder_name(step: int) -> str:
 
 
 def steps_in(root: Path) -> list[int]:
-    """The steps that have a folder in `root`, ascending."""
-    return sorted(int(match[1]) for path in root.iterdir() if (match := STEP_FOLDER.fullmatch(path.name)))
+    """The steps that have a folder in `root`, ascending; none if there is no such folder."""
+    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := STEP_FOLDER.fullmatch(name)))
 
 
 def _candidates(root: Path) -> list[str]:

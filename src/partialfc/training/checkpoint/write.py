@@ -175,8 +175,12 @@ def _write_files(folder: Path, snapshot: Snapshot, block_bytes: int) -> dict[str
 
 def _manifest(snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]]) -> Manifest:
     """The manifest of what all ranks report to have written."""
+    if any(report["rows"] != reports[0]["rows"] for report in reports):
+        raise ValueError(f"the ranks do not agree on the row tensors: {[report['rows'] for report in reports]}")
+    parts = [Part(**report["part"]) for report in reports if report["part"]["start"] < report["part"]["stop"]]
+    rows = {name: RowTensor(entry["dtype"], tuple(entry["shape"]), parts) for name, entry in reports[0]["rows"].items()}
     files = {name: FileRecord(**record) for report in reports for name, record in report["files"].items()}
-    return Manifest(snapshot.step, snapshot.state, block_bytes, _merge_rows(reports), files)
+    return Manifest(snapshot.step, snapshot.state, block_bytes, rows, files)
 
 
 def _commit(root: Path, writing: Path, manifest: Manifest, keep: int) -> None:
@@ -193,18 +197,6 @@ def _commit(root: Path, writing: Path, manifest: Manifest, keep: int) -> None:
         _retire(root, manifest.step, keep)
     except OSError as error:
         _logger.warning("old checkpoints in %s could not be deleted (%s); this fills the disk", root, error)
-
-
-def _merge_rows(reports: list[dict[str, Any]]) -> dict[str, RowTensor]:
-    """For each row tensor its dtype, global shape, and the files that hold its rows."""
-    rows = reports[0]["rows"]
-    if any(report["rows"] != rows for report in reports):
-        raise ValueError(f"the ranks do not agree on the row tensors: {[report['rows'] for report in reports]}")
-    parts = [Part(**report["part"]) for report in reports if report["part"]["start"] < report["part"]["stop"]]
-    merged = {name: RowTensor(entry["dtype"], tuple(entry["shape"]), parts) for name, entry in rows.items()}
-    for name, tensor in merged.items():
-        tensor.check(name)
-    return merged
 
 
 def _retire(root: Path, step: int, keep: int) -> None:

@@ -18,13 +18,13 @@ from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import gather_json, local_rank, local_world_size, process_group
+from partialfc.distributed.rendezvous import LaunchInfo
 from partialfc.training.build import data_signature
 from partialfc.training.run.folder import differing_key
 from partialfc.training.run.log import check_trackers
 
 # Keys that may differ between hosts: the path of the data, and the number of processes that read them.
 _KEYS_OF_A_HOST = frozenset({"config.data.path", "config.data.workers"})
-_LaunchInfo = Mapping[str, Any]
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def joined(
         yield device
 
 
-def first_difference(infos: Sequence[_LaunchInfo]) -> str | None:
+def first_difference(infos: Sequence[LaunchInfo]) -> str | None:
     """The reason why processes with these infos, in rank order, cannot train together; None if they can."""
     first = infos[0]
     refusals = {rank: info["refusal"] for rank, info in enumerate(infos) if info["refusal"] is not None}
@@ -114,5 +114,5 @@ def _own_version() -> str:
     return f"{version} (code {digest.hexdigest()[:8]})"
 
 
-def _options(info: _LaunchInfo) -> dict[str, Any]:
+def _options(info: LaunchInfo) -> dict[str, Any]:
     return flatten({name: info[name] for name in ("config", "benchmark", "resume", "verify", "device type")})

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from partialfc.config.options import OutputConfig, TrainConfig
@@ -106,9 +105,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with contextlib.suppress(JobError) if error is not None else contextlib.nullcontext():
             self.close()
 
@@ -197,7 +194,7 @@ def open_trackers(config: TrainConfig, folder: Path, resume_step: int, stack: co
     trackers: list[Tracker] = []
     output = config.output
     if output.tensorboard:
-        module = _import("torch.utils.tensorboard", "output.tensorboard", "tensorboard")
+        module = importlib.import_module("torch.utils.tensorboard")
         board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
         def write(line: Mapping[str, Any]) -> None:
@@ -207,7 +204,7 @@ def open_trackers(config: TrainConfig, folder: Path, resume_step: int, stack: co
         trackers.append(write)
         stack.callback(board.close)
     if output.wandb != "off":
-        run = _import("wandb", "output.wandb", "wandb").init(
+        run = importlib.import_module("wandb").init(
             project="partialfc",
             name=folder.name,
             dir=str(folder),
@@ -222,20 +219,16 @@ def open_trackers(config: TrainConfig, folder: Path, resume_step: int, stack: co
 
 def check_trackers(output: OutputConfig) -> None:
     """Raise an InputError that says what to install, if a package that the trackers need is missing."""
-    if output.tensorboard:
-        _import("torch.utils.tensorboard", "output.tensorboard", "tensorboard")
-    if output.wandb != "off":
-        _import("wandb", "output.wandb", "wandb")
-
-
-def _import(module: str, option: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(
-            f"{option} needs the package {extra}, which is not installed: pip install 'partialfc[{extra}]', or leave "
-            "the option out."
-        ) from error
+    modules = {"tensorboard": "torch.utils.tensorboard"} if output.tensorboard else {}
+    modules |= {"wandb": "wandb"} if output.wandb != "off" else {}
+    for extra, module in modules.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(
+                f"output.{extra} needs the package {extra}, which is not installed: pip install 'partialfc[{extra}]', "
+                "or leave the option out."
+            ) from error
 
 
 def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -135,20 +135,14 @@ class RowTensor:
     shape: tuple[int, ...]
     parts: list[Part]
 
-    def check(self, name: str) -> None:
-        """Raise ValueError unless each row is in exactly one part, in order."""
-        position = 0
-        for part in self.parts:
-            if part.start != position or part.stop <= position:
-                raise ValueError(f"row {position} of {name} is in no file, or in two")
-            position = part.stop
-        if position != self.shape[0]:
-            raise ValueError(f"the files hold {position} rows of {name}, not {self.shape[0]}")
-
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json. `block_bytes` is the size of the blocks whose SHA-256 `files` lists."""
+    """The content of manifest.json. `block_bytes` is the size of the blocks whose SHA-256 `files` lists.
+
+    Raises:
+        ValueError: a row of a tensor is not in exactly one part, or the parts are not in order.
+    """
 
     step: int
     state: Mapping[str, Any]
@@ -160,7 +154,13 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for name, tensor in self.rows.items():
-            tensor.check(name)
+            position = 0
+            for part in tensor.parts:
+                if part.start != position or part.stop <= position:
+                    raise ValueError(f"row {position} of {name} is in no file, or in two")
+                position = part.stop
+            if position != tensor.shape[0]:
+                raise ValueError(f"the files hold {position} rows of {name}, not {tensor.shape[0]}")
 
     def encode(self) -> bytes:
         """The bytes of manifest.json."""

@@ -88,20 +88,16 @@ def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int = 3, block_byte
     """
     if keep < 1:
         raise ValueError("keep must be at least 1: the checkpoint just written is never deleted")
-    group, is_leader = snapshot.shard.group, snapshot.shard.rank == 0
+    group = snapshot.shard.group
     token = _together("prepare", lambda: _prepare(root, snapshot), group)[0]
     writing = root / f".{folder_name(snapshot.step)}.{token}.writing"
-
-    def complete() -> None:
-        if is_leader:
-            _commit(root, writing, _manifest(snapshot, block_bytes, reports), keep)
 
     try:
         with activity(f"writing {writing}"):
             reports = _together("write", lambda: _write_files(writing, snapshot, block_bytes), group)
-        _together("complete", complete, group)
+        _together("complete", lambda: _commit(writing, snapshot, block_bytes, reports, keep), group)
     except CheckpointNotWritten:
-        if is_leader:
+        if snapshot.shard.rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
         raise
     return root / folder_name(snapshot.step)
@@ -183,8 +179,11 @@ def _manifest(snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]
     return Manifest(snapshot.step, snapshot.state, block_bytes, rows, files)
 
 
-def _commit(root: Path, writing: Path, manifest: Manifest, keep: int) -> None:
-    """Write the manifest last, flush and rename the folder, and delete the oldest checkpoints."""
+def _commit(writing: Path, snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]], keep: int) -> None:
+    """On rank 0 write the manifest last, flush and rename the folder, and delete the oldest checkpoints."""
+    if snapshot.shard.rank != 0:
+        return
+    root, manifest = writing.parent, _manifest(snapshot, block_bytes, reports)
     VerifiedFiles(writing, manifest).check_sizes()  # fails if a rank wrote to a disk of its own
     write_hashed(writing / MANIFEST, [manifest.encode()])
     fsync(writing)

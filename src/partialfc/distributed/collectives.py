@@ -116,7 +116,8 @@ def process_group(
         InputError: on all ranks, with the sentence of `validate`; or torchrun's variables are incomplete.
         JobError: a process is missing at the timeout, or cannot be reached.
     """
-    if dist.is_initialized() or (_launched_size() == 1 and launched_rank() == 0):
+    launched_size = _launched("WORLD_SIZE", 1)
+    if dist.is_initialized() or (launched_size == 1 and launched_rank() == 0):
         yield
         return
     names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -124,9 +125,9 @@ def process_group(
     if missing:
         there = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "RANK"
         raise InputError(f"{there} is set but {', '.join(missing)} is not: start the processes with torchrun.")
-    if launched_rank() >= _launched_size():
+    if launched_rank() >= launched_size:
         raise InputError(
-            f"RANK is {launched_rank()} and WORLD_SIZE {_launched_size()}, but ranks count from 0: start the processes "
+            f"RANK is {launched_rank()} and WORLD_SIZE {launched_size}, but ranks count from 0: start the processes "
             "with torchrun."
         )
     # Beside NCCL, gloo carries host tensors, such as those that ranks agree on a checkpoint with.
@@ -147,7 +148,7 @@ def process_group(
             raise
         reason = " ".join(str(error).splitlines()[0].split())
         raise JobError(
-            f"Rank {launched_rank()} cannot connect to the other {_launched_size() - 1} processes, whose store is "
+            f"Rank {launched_rank()} cannot connect to the other {launched_size - 1} processes, whose store is "
             f"{store_address()} ({reason}): start all of them, allow their connections, and name the interface "
             "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) if the hosts' names resolve to another."
         ) from error
@@ -155,10 +156,6 @@ def process_group(
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _launched_size() -> int:
-    return _launched("WORLD_SIZE", 1)
 
 
 def _launched(name: str, default: int) -> int:

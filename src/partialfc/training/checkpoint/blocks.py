@@ -33,26 +33,22 @@ BLOCK_BYTES = 16 * 2**20
 
 def write_hashed(path: Path, pieces: Iterable[bytes | memoryview], block_bytes: int = BLOCK_BYTES) -> FileRecord:
     """Write a new file of `pieces`, hash its blocks on the way, and flush it to the storage."""
-    digests = []
-    block, room, size = hashlib.sha256(), block_bytes, 0
+    blocks, size = [], 0
     with path.open("xb") as file:
         for piece in pieces:
             rest = memoryview(piece)
             while len(rest):
+                if size % block_bytes == 0:
+                    report_progress()
+                    blocks.append(hashlib.sha256())
+                room = block_bytes - size % block_bytes
                 part, rest = rest[:room], rest[room:]
-                block.update(part)
+                blocks[-1].update(part)
                 file.write(part)
                 size += len(part)
-                room -= len(part)
-                if room == 0:
-                    report_progress()
-                    digests.append(block.hexdigest())
-                    block, room = hashlib.sha256(), block_bytes
-        if room < block_bytes:
-            digests.append(block.hexdigest())
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(size, digests)
+    return FileRecord(size, [block.hexdigest() for block in blocks])
 
 
 def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
@@ -95,7 +91,11 @@ class VerifiedFiles:
                 raise self._damaged(name, f"has {size:,} bytes where {record.size:,} were written")
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read and check every block of every file, or those of one of `parts` even parts of all blocks."""
+        """Read every block of every file, or one of `parts` even parts of all blocks, and compare it with its hash.
+
+        Raises:
+            DamagedCheckpoint: naming the first file and block that differ.
+        """
         self.check_sizes()
         blocks = [(name, number) for name, record in self.records.items() for number in range(len(record.sha256))]
         start, stop = split_evenly(len(blocks), parts, part)
@@ -139,7 +139,7 @@ class VerifiedFiles:
         self.read(name, layout.start, _bytes_of(result))
         return result
 
-    def read_rows(self, name: str, key: str, first: int, target: Tensor) -> None:
+    def fill(self, target: Tensor, name: str, key: str, first: int) -> None:
         """Fill `target`, on any device, with the rows of tensor `key` of file `name` from row `first` on."""
         layout = self._find(name, key)
         fits = (layout.dtype, layout.shape[1:]) == (target.dtype, target.shape[1:])

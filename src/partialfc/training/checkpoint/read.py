@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Checkpoint:
+class Checkpoint(VerifiedFiles):
     """An opened checkpoint. Its manifest is checked when it is opened, and every byte when it is read.
 
     Attributes:
@@ -40,27 +40,24 @@ class Checkpoint:
             DamagedCheckpoint: there is no whole checkpoint.
             InputError: it has another format version.
         """
-        self.folder = folder
         manifest = read_manifest(folder)
+        super().__init__(folder, manifest)
+        self.check_sizes()
         self.step = manifest.step
         self.state = dict(manifest.state)
         self.digest = manifest.digest()
         self.row_shapes = {name: tensor.shape for name, tensor in manifest.rows.items()}
         self._rows = manifest.rows
-        self._files = VerifiedFiles(folder, manifest)
-        self._files.check_sizes()
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of one group, on the CPU; a group that was not saved is empty."""
         name = f"{group}.safetensors"
-        if name not in self._files.records:
-            return {}
-        return {key: self._files.tensor(name, key) for key in self._files.layout(name)}
+        return {key: self.tensor(name, key) for key in self.layout(name)} if name in self.records else {}
 
     def document(self, name: str) -> Any:
         """The JSON document of that name, or None if none was saved."""
         file = f"{name}.json"
-        return json.loads(self._files.content(file)) if file in self._files.records else None
+        return json.loads(self.content(file)) if file in self.records else None
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Global rows [start, stop) of a row tensor: (stop - start, ...) on the CPU. See `read_rows`."""
@@ -88,23 +85,12 @@ class Checkpoint:
         for part in stored.parts:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
-                self._files.read_rows(
-                    part.file, name, first - part.start, target.detach()[first - start : last - start]
-                )
+                self.fill(target.detach()[first - start : last - start], part.file, name, first - part.start)
 
     @property
     def extent(self) -> tuple[int, int]:
         """The number of its files, without the manifest, and of their bytes."""
-        records = self._files.records.values()
-        return len(records), sum(record.size for record in records)
-
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read everything, or one of `parts` even parts of it, and compare it with the manifest.
-
-        Raises:
-            DamagedCheckpoint: naming the first file and block that differ.
-        """
-        self._files.verify(part, parts)
+        return len(self.records), sum(record.size for record in self.records.values())
 
 
 def load_latest(

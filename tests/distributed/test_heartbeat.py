@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from distributed_workers import run_apart
 
 from partialfc.core.errors import JobError
 from partialfc.distributed import heartbeat
 from partialfc.distributed.activity import activities, activity, report_progress
-from partialfc.distributed.collectives import barrier, is_broken_exchange
+from partialfc.distributed.collectives import all_reduce, is_broken_exchange
 from partialfc.distributed.heartbeat import Heartbeat, HeartbeatMonitor, lost_process, own_system
 
 HERE = socket.gethostname()
@@ -131,7 +132,7 @@ def wait_for_rank_1(rank: int, folder: Path, heartbeat_timeout: float = 4.0, tim
                 lose_this_process(folder.name)
         try:
             with activity("computing"):
-                barrier()
+                all_reduce(torch.zeros(1))
         except RuntimeError as error:
             reason = monitor.explain(error)
             assert reason is not None
@@ -154,7 +155,7 @@ def stuck(rank: int, folder: Path) -> None:
     with HeartbeatMonitor(30.0, 2.0), activity("reading" if rank == 1 else "computing"):
         if rank == 1:
             time.sleep(100)
-        barrier()
+        all_reduce(torch.zeros(1))
 
 
 class LostStore:

@@ -285,13 +285,6 @@ def broadcast(tensor: Tensor, source: int = 0, group: Group | None = None) -> Te
     return tensor
 
 
-def barrier(group: Group | None = None) -> None:
-    """Wait for all ranks. One collective."""
-    if world_size_of(group) > 1:
-        with _waiting_in("a barrier"):
-            dist.barrier(group=group)
-
-
 def gather_json(value: Any, device: torch.device | None = None, group: Group | None = None) -> list[Any]:
     """Every rank's JSON-serialisable `value`, in rank order, on every rank. Two collectives.
 

@@ -47,7 +47,7 @@ def float32(images: Path, **changes: Any) -> TrainConfig:
 
 def test_the_average_is_one_of_weights_and_statistics() -> None:
     network = nn.BatchNorm1d(2)
-    average = copy.deepcopy(network).eval().requires_grad_(False)
+    average: Any = copy.deepcopy(network).eval().requires_grad_(False)
     with torch.no_grad():
         network.weight.fill_(3.0)
         network.running_mean.fill_(1.0)

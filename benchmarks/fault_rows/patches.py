@@ -23,7 +23,7 @@ from partialfc.training.checkpoint import writer
 from partialfc.training.checkpoint.blocks import BLOCK_BYTES
 from partialfc.training.checkpoint.format import MANIFEST, FileRecord
 from partialfc.training.checkpoint.write import Snapshot
-from partialfc.training.checkpoint.writer import HostCopies
+from partialfc.training.checkpoint.writer import CheckpointWriter
 from partialfc.training.step import Stepper
 
 Act = Callable[[], object]
@@ -157,12 +157,12 @@ class _Saving:
 
 
 def _at_copy(step: int, act: Act, tensor: int) -> None:
-    def patch(_: HostCopies, snapshot: Any) -> bool:
+    def patch(_: CheckpointWriter, snapshot: Any) -> bool:
         if snapshot.step == step:
-            wrap(HostCopies, "_copy", before=act, when=nth(tensor))
+            wrap(CheckpointWriter, "_copy", before=act, when=nth(tensor))
         return False
 
-    wrap(HostCopies, "of", when=patch)
+    wrap(CheckpointWriter, "_copy_to_host", when=patch)
 
 
 def _at_file(step: int, act: Act, name: str, where: str) -> None:

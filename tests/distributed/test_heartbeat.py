@@ -12,25 +12,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from distributed_workers import run_apart
 
 from partialfc.core.errors import JobError
 from partialfc.distributed import heartbeat
 from partialfc.distributed.activity import activities, activity, report_progress
-from partialfc.distributed.collectives import barrier, is_broken_exchange
-from partialfc.distributed.heartbeat import Heartbeat, HeartbeatMonitor, Peer, lost_process, own_system
+from partialfc.distributed.collectives import all_reduce, is_broken_exchange
+from partialfc.distributed.heartbeat import Heartbeat, HeartbeatMonitor, lost_process, own_system
 
 HERE = socket.gethostname()
-GOOD = Peer(
-    Heartbeat(5, HERE, own_system(), os.getpid(), False, [("computing step 3", 1.0, False)], None), received_at=100.0
-)
+GOOD = Heartbeat(5, HERE, own_system(), os.getpid(), False, [("computing step 3", 1.0, False)], None, received_at=100.0)
 
 
-def peer(received_at: float = 100.0, **changes: object) -> Peer:
-    return Peer(replace(GOOD.heartbeat, **changes), received_at)  # type: ignore[arg-type]
+def peer(**changes: object) -> Heartbeat:
+    return replace(GOOD, **changes)  # type: ignore[arg-type]
 
 
-def lost(*peers: Peer, now: float = 101.0) -> str | None:
+def lost(*peers: Heartbeat, now: float = 101.0) -> str | None:
     return lost_process(dict(enumerate(peers)), now, heartbeat_timeout=30.0, timeout=600.0, world_size=len(peers))
 
 
@@ -139,7 +138,7 @@ def wait_for_rank_1(rank: int, folder: Path, heartbeat_timeout: float = 4.0, tim
                 lose_this_process(folder.name)
         try:
             with activity("computing"):
-                barrier()
+                all_reduce(torch.zeros(1))
         except RuntimeError as error:
             reason = monitor.explain(error)
             assert reason is not None
@@ -162,18 +161,16 @@ def stuck(rank: int, folder: Path) -> None:
     with HeartbeatMonitor(30.0, 2.0), activity("reading" if rank == 1 else "computing"):
         if rank == 1:
             time.sleep(100)
-        barrier()
+        all_reduce(torch.zeros(1))
 
 
 class LostStore:
     """No call comes back, as with a store whose host is cut off."""
 
-    name = "the store"
-
     def set(self, key: str, value: str) -> None:
         time.sleep(100)
 
-    def get(self, keys: list[str]) -> list[str]:
+    def multi_get(self, keys: list[str]) -> list[bytes]:
         time.sleep(100)
         return []
 
@@ -195,7 +192,7 @@ def test_a_store_that_hangs_blocks_no_process(tmp_path: Path) -> None:
     assert run_apart(2, without_store, tmp_path) == [7, 1]
     assert time.monotonic() - started < 60
     said = (tmp_path / "1.txt").read_text()
-    assert "partialfc: error: the store has not answered for" in said or "rank 0 (on" in said
+    assert "partialfc: error: the processes' store " in said or "rank 0 (on" in said
 
 
 @pytest.mark.slow

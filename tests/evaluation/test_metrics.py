@@ -130,7 +130,7 @@ def test_fold_accuracy_is_measured_on_folds_that_had_no_say() -> None:
     # The first fold's pairs contradict all others, so its own threshold is wrong for it throughout.
     distances = np.concatenate([[1.5, 0.5], np.tile([0.5, 1.5], 9)])
     same = np.tile([True, False], 10)
-    accuracies, thresholds = fold_accuracy(distances, same)
+    accuracies, _ = fold_accuracy(distances, same)
     np.testing.assert_array_equal(accuracies, [0.0] + [1.0] * 9)
     assert accuracies.std() == pytest.approx(0.3)
 

@@ -1,4 +1,4 @@
-"""What several backbones share: the check of the image size, the shortcut, leaving autocast, and recomputed activations."""
+"""What several backbones share: check of the image size, shortcut, leaving autocast, recomputed activations."""
 
 from __future__ import annotations
 

@@ -77,12 +77,8 @@ def normals_of(surface: Surface) -> Tensor:
     """Outward unit normals (N, 3, T, T) over the map."""
     axis = map_axis(surface.factor.shape[-1], surface.factor.device)
     points = surface.factor * directions(axis, axis[:, None], 0) * surface.radii[:, :, None, None]
-    along_a = torch.empty_like(points)
-    along_b = torch.empty_like(points)
-    torch.sub(points[:, :, :, 2:], points[:, :, :, :-2], out=along_a[:, :, :, 1:-1])
-    torch.sub(points[:, :, 2:, :], points[:, :, :-2, :], out=along_b[:, :, 1:-1, :])
-    along_a[:, :, :, 0], along_a[:, :, :, -1] = along_a[:, :, :, 1], along_a[:, :, :, -2]
-    along_b[:, :, 0, :], along_b[:, :, -1, :] = along_b[:, :, 1, :], along_b[:, :, -2, :]
+    along_a = F.pad(points[:, :, :, 2:] - points[:, :, :, :-2], (1, 1, 0, 0), mode="replicate")
+    along_b = F.pad(points[:, :, 2:] - points[:, :, :-2], (0, 0, 1, 1), mode="replicate")
     ax, ay, az = along_a.unbind(1)
     bx, by, bz = along_b.unbind(1)
     normal = torch.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], dim=1)

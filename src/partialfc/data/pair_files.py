@@ -64,7 +64,7 @@ class _Dtype:
         self.dtype = np.dtype(text)
 
     def __setstate__(self, state: Any) -> None:
-        order = _text(state[1])
+        order: Any = _text(state[1])
         if order not in ("|", "<", ">", "=") or any(part is not None for part in state[2:5]):
             raise _Refused("an array of structured dtype")
         self.dtype = self.dtype.newbyteorder(order)

@@ -28,8 +28,9 @@ def _scores(run: RunData, results: Mapping[str, PairResult]) -> list[Score]:
         share = float(np.mean(result.is_same))
         guessing = f"guessing gives {max(share, 1 - share):.0%}"  # the more frequent answer alone
         scores.append(Score(name, result.accuracy, result.accuracy_std, [_count(len(result.is_same)), guessing]))
+    best_step = run.best_step
     for line in () if results else run.evaluations:
-        if line.step == run.best_step:
+        if line.step == best_step:
             counted = [] if line["pairs"] is None else [_count(line["pairs"])]
             remarks = [*counted, f"best model, after step {line.step:,}"]
             scores.append(Score(line.benchmark, line["accuracy"] or 0.0, line["accuracy_std"], remarks))

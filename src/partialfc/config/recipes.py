@@ -141,7 +141,6 @@ BATCH_ROWS: dict[str, tuple[int, float, float]] = {
     "batch4096-warmup2": (4096, 0.4, 2),
     "batch8192": (8192, 0.6, 4),
 }
-MOBILE_BATCH_ROW = (8192, 0.4, 2)
 
 RECIPES: dict[str, TrainConfig] = {
     "demo": demo(),
@@ -156,7 +155,7 @@ RECIPES: dict[str, TrainConfig] = {
     "wf12m-flip40-r50-pfcstar0.1": noisy(0.1, 0.4),
     **{f"wf42m-{name}": convolutional(name, 0.3) for name in ("r100", "r200", "mbf")},
     **{f"wf42m-r100-{row}": large_batch("r100", figures) for row, figures in BATCH_ROWS.items()},
-    "wf42m-mbf-batch8192": large_batch("mbf", MOBILE_BATCH_ROW),
+    "wf42m-mbf-batch8192": large_batch("mbf", (8192, 0.4, 2)),
     **{f"wf42m-{name}": vit(name) for name in ("vit_t", "vit_s", "vit_b", "vit_l", "vit_h")},
 }
 

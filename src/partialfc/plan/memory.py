@@ -74,7 +74,13 @@ def plan_memory(workload: Workload) -> MemoryPlan:
     persistent = exact | {"head's scratch": scratch_memory(workload)}
     if workload.backbone_shards > 1:  # the unit at work, the next one, and the gradient of one
         persistent["gathered backbone"] = 3 * 4 * size.largest
-    host = _host_memory(workload, exact)
+    batches = max(1, workload.config.data.workers * PREFETCH) + 2
+    host = {
+        # Of an asynchronous checkpoint on rank 0, which holds the backbone too, without what undoes a skipped step.
+        "checkpoint copy": (sum(exact.values()) - exact["backbone statistics"] // 2)
+        * workload.config.output.checkpoint_async,
+        "images read ahead": batches * workload.batch_size * 3 * workload.image_size**2,
+    }
     if workload.state_on_host:
         host["centers' optimizer"] = persistent.pop("centers' optimizer")
     if workload.on_cpu:
@@ -169,14 +175,3 @@ def _tile_classes(workload: Workload) -> int:
     else:
         classes = tile_sizes.chunked_tile_classes(samples, width, 4, tile_sizes.CHUNKED_CPU_SCRATCH_BYTES)
     return min(workload.sampled, classes)
-
-
-def _host_memory(workload: Workload, exact: dict[str, int]) -> dict[str, int]:
-    """The copy of an asynchronous checkpoint, with the backbone's part as on rank 0, and images read ahead."""
-    copied = sum(exact.values()) - exact["backbone statistics"] // 2
-    image = 3 * workload.image_size**2
-    batches = max(1, workload.config.data.workers * PREFETCH) + 2
-    return {
-        "checkpoint copy": copied * workload.config.output.checkpoint_async,
-        "images read ahead": batches * workload.batch_size * image,
-    }

@@ -16,7 +16,7 @@ from partialfc.distributed.rendezvous import LaunchInfo, Store, agree_on_session
 
 
 def new_store() -> Store:
-    return dist.HashStore()  # type: ignore[return-value]  # torch's stubs lack multi_set
+    return dist.HashStore()
 
 
 def fits(infos: Sequence[LaunchInfo]) -> str | None:

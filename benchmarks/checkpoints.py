@@ -20,7 +20,7 @@ import torch
 
 from documents import write_between
 from partialfc.bench.machine import describe
-from partialfc.checkpoint.write import RowTensors, Snapshot
+from partialfc.checkpoint.write import Snapshot
 from partialfc.core import keyed_random
 from partialfc.distributed import collectives
 from partialfc.head.margins import CosFace
@@ -68,7 +68,7 @@ class Training:
 
     def snapshot(self) -> Snapshot:
         tensors = {"centers": self.head.centers.detach(), **self.optimizer.row_state(self.head.centers)}
-        return Snapshot(self.head.step, {}, RowTensors(self.head.shard, tensors), {})
+        return Snapshot(self.head.step, {}, self.head.shard, tensors, {})
 
     def save(self, writer: CheckpointWriter) -> Save:
         """Save once, and continue to train while the checkpoint is written."""
@@ -90,7 +90,7 @@ def run(rank: int, classes: int, out: Path) -> None:
     for name, asynchronous in (("within", False), ("beside", True)):
         group = collectives.host_group()
         writer = CheckpointWriter(out / "checkpoints", 1, asynchronous=asynchronous, group=group)
-        writer.preallocate(training.snapshot().rows.tensors)
+        writer.preallocate(training.snapshot().rows)
         for _ in range(8):  # the steps of a run before its first checkpoint
             training.step()
         measured[name] = []

@@ -17,7 +17,7 @@ from page_reader import Element, curve, figure, read_page
 from PIL import Image
 from run_folders import HOSTILE, evaluation_line, example_pairs, train_line, write_run
 
-from partialfc.checkpoint.write import RowTensors, Snapshot, save_checkpoint
+from partialfc.checkpoint.write import Snapshot, save_checkpoint
 from partialfc.config.options import HeadConfig, TrainConfig
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet
@@ -107,10 +107,10 @@ def test_conflicts_and_the_rate_of_the_head_are_shown_where_they_matter(tmp_path
 
 def test_counts_come_from_the_newest_readable_checkpoint(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [train_line(1)])
-    rows = RowTensors(Shard.of(3), {"centers": torch.zeros(3, 2)})
+    rows = {"centers": torch.zeros(3, 2)}
     for step, images in ((1, 4321), (2, 9999)):
         counts = {"images": images, "classes": 1234, "image_size": 64}
-        save_checkpoint(run / "checkpoints", Snapshot(step, {}, rows, {"data": counts}))
+        save_checkpoint(run / "checkpoints", Snapshot(step, {}, Shard.of(3), rows, {"data": counts}))
     (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{", encoding="utf-8")
     known = facts(report(run))
     assert known["Training images"] == "4,321"

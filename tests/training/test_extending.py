@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def extending(folder: Path, **head: str) -> TrainConfig:
+def extending(folder: Path, **head: Any) -> TrainConfig:
     return tiny_config(folder / "new", device="cpu", head=HeadConfig(1.0, from_run=str(folder / "run"), **head))
 
 

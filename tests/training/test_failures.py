@@ -83,7 +83,7 @@ def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> No
 def too_early(rank: int, folder: Path) -> None:
     """Rank 1 is lost after the rendezvous, before the ranks monitor each other."""
     if rank == 1:
-        loop.HeartbeatMonitor.__enter__ = lambda self: os._exit(0)  # type: ignore[method-assign,assignment]
+        pytest.MonkeyPatch().setattr(loop.HeartbeatMonitor, "__enter__", lambda self: os._exit(0))
     base = config_without_saves()
     try:
         train(replace(base, processes=replace(base.processes, heartbeat_timeout_seconds=5)), folder / "run", quiet=True)

@@ -219,7 +219,7 @@ def test_units_are_blocks_and_large_layers() -> None:
     with torch.device("meta"):
         vit = create_backbone("vit_t", embedding_dim=512, image_size=112)
         r50 = create_backbone("r50", embedding_dim=512, image_size=112)
-    assert list(fsdp_units(vit)) == [*vit.blocks, vit.feature[0]]
+    assert list(fsdp_units(vit)) == [*vit.get_submodule("blocks").children(), vit.get_submodule("feature.0")]
     assert r50.fc in list(fsdp_units(r50))
     assert all(block in list(fsdp_units(r50)) for block in r50.layer3)
 

@@ -141,7 +141,7 @@ def test_a_signal_interrupts_an_evaluation_which_is_repeated(
     runs = (evaluated, tmp_path / "stopped")
     digests = [Checkpoint(run / "checkpoints" / "step-00000010").digest for run in runs]
     assert digests[0] == digests[1]
-    lines = [timeless(read_metrics(run / "metrics.jsonl")) for run in runs]
-    assert lines[0] == lines[1]
+    logs = [timeless(read_metrics(run / "metrics.jsonl")) for run in runs]
+    assert logs[0] == logs[1]
     train(base, tmp_path / "stopped", benchmarks=PAIRS, resume=True, quiet=True)  # a finished run logs nothing twice
-    assert timeless(read_metrics(tmp_path / "stopped" / "metrics.jsonl")) == lines[0]
+    assert timeless(read_metrics(tmp_path / "stopped" / "metrics.jsonl")) == logs[0]

@@ -38,17 +38,6 @@ class CheckpointNotWritten(JobError):
 
 
 @dataclass(frozen=True)
-class RowTensors:
-    """This rank's rows of tensors that are sharded by row: each of `tensors` is (len(shard), ...).
-
-    All ranks name the same tensors, with the same dtypes and the same shapes after the first dimension.
-    """
-
-    shard: Shard
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """The content of a checkpoint.
 
@@ -56,14 +45,17 @@ class Snapshot:
         step: optimizer steps done.
         tensors: groups of tensors that are the same on all ranks, as {"backbone": {name: tensor}, ...}; rank 0 writes
             each group as `<group>.safetensors`, any dtype of that format, strides, device and sharing of memory.
-        rows: this rank's rows of the sharded tensors.
+        shard: the range of global rows that this rank has.
+        rows: tensors that are sharded by row, each (len(shard), ...) here. All ranks name the same tensors, with the
+            same dtypes and the same shapes after the first dimension.
         state: what JSON holds, independent of the world size; of rank 0. Keys are strings; NaN is refused.
         documents: long JSON values (such as the names of identities), each an own file `<name>.json`; of rank 0.
     """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
-    rows: RowTensors
+    shard: Shard
+    rows: Mapping[str, Tensor]
     state: Mapping[str, Any]
     documents: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,9 +64,9 @@ class Snapshot:
         for name in (*self.tensors, *self.documents):
             if not _NAME.fullmatch(name) or name.startswith("head-") or f"{name}.json" == MANIFEST:
                 raise ValueError(f"{name!r} cannot name a file of a checkpoint")
-        for name, tensor in self.rows.tensors.items():
-            if tensor.dim() == 0 or len(tensor) != len(self.rows.shard):
-                raise ValueError(f"row tensor {name} has shape {tuple(tensor.shape)}, not {len(self.rows.shard)} rows")
+        for name, tensor in self.rows.items():
+            if tensor.dim() == 0 or len(tensor) != len(self.shard):
+                raise ValueError(f"row tensor {name} has shape {tuple(tensor.shape)}, not {len(self.shard)} rows")
         _check_json(self.state, "state")
 
 
@@ -95,8 +87,8 @@ def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int = 3, block_byte
 def save_folder(folder: Path, snapshot: Snapshot, *, keep: int | None = None, block_bytes: int = BLOCK_BYTES) -> None:
     """Write a checkpoint, which appears as `folder` only when all of it is on the storage.
 
-    Every rank of `snapshot.rows.shard.group` calls this, and returns when the checkpoint is in place. An existing
-    folder is replaced. Six collectives of a few kilobytes; the tensors travel to the storage only.
+    Every rank of `snapshot.shard.group` calls this, and returns when the checkpoint is in place. An existing folder is
+    replaced. Six collectives of a few kilobytes; the tensors travel to the storage only.
 
     Args:
         folder: on storage that all ranks share; its parent is made if missing.
@@ -108,26 +100,16 @@ def save_folder(folder: Path, snapshot: Snapshot, *, keep: int | None = None, bl
         CheckpointNotWritten: on all ranks alike, if any rank could not write (a full disk, say). Nothing new is left,
             and an existing folder is untouched.
     """
-    group, is_leader = snapshot.rows.shard.group, snapshot.rows.shard.rank == 0
+    group = snapshot.shard.group
     token = _together("prepare", lambda: _prepare(folder, snapshot), group)[0]
     writing = folder.with_name(f".{folder.name}.{token}.writing")
-
-    def complete() -> None:
-        if is_leader:
-            _commit(folder, writing, _manifest(snapshot, block_bytes, reports))
-            try:
-                _retire(folder, snapshot.step, keep)
-            except OSError as error:
-                _logger.warning(
-                    "old checkpoints beside %s could not be deleted (%s); this fills the disk", folder, error
-                )
 
     try:
         with activity(f"writing {writing}"):
             reports = _together("write", lambda: _write_files(writing, snapshot, block_bytes), group)
-        _together("complete", complete, group)
+        _together("complete", lambda: _commit(folder, writing, snapshot, block_bytes, reports, keep), group)
     except CheckpointNotWritten:
-        if is_leader:
+        if snapshot.shard.rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
         raise
 
@@ -165,7 +147,7 @@ def _together(purpose: str, work: Callable[[], T], group: Group | None) -> list[
 def _prepare(folder: Path, snapshot: Snapshot) -> str:
     """Check the snapshot; on rank 0 remove the unfinished folders of dead runs, and choose a name none of them uses."""
     snapshot.check()
-    if snapshot.rows.shard.rank != 0:
+    if snapshot.shard.rank != 0:
         return ""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fsync(folder.parent.parent)
@@ -176,7 +158,7 @@ def _prepare(folder: Path, snapshot: Snapshot) -> str:
 def _write_files(folder: Path, snapshot: Snapshot, block_bytes: int) -> dict[str, Any]:
     """Write this rank's files and report in JSON what is in them. No collective."""
     folder.mkdir(exist_ok=True)  # on every rank: a network file system may show the folder of another rank late
-    shard, files = snapshot.rows.shard, {}
+    shard, files = snapshot.shard, {}
     if shard.rank == 0:
         for group, tensors in snapshot.tensors.items():
             name = f"{group}.safetensors"
@@ -187,12 +169,12 @@ def _write_files(folder: Path, snapshot: Snapshot, block_bytes: int) -> dict[str
             files[name] = write_hashed(folder / name, [encoded], block_bytes)
     name = f"head-{shard.rank:05d}-of-{shard.world_size:05d}.safetensors"
     row_range = {"start": str(shard.start), "stop": str(shard.stop), "total": str(shard.total)}
-    files[name] = write_hashed(folder / name, safetensors_pieces(snapshot.rows.tensors, row_range), block_bytes)
+    files[name] = write_hashed(folder / name, safetensors_pieces(snapshot.rows, row_range), block_bytes)
     return {
         "files": {name: asdict(record) for name, record in files.items()},
         "rows": {
             key: {"dtype": dtype_code(tensor.dtype), "shape": [shard.total, *tensor.shape[1:]]}
-            for key, tensor in snapshot.rows.tensors.items()
+            for key, tensor in snapshot.rows.items()
         },
         "part": {"file": name, "start": shard.start, "stop": shard.stop},
     }
@@ -200,12 +182,21 @@ def _write_files(folder: Path, snapshot: Snapshot, block_bytes: int) -> dict[str
 
 def _manifest(snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]]) -> Manifest:
     """The manifest of what all ranks report to have written."""
+    if any(report["rows"] != reports[0]["rows"] for report in reports):
+        raise ValueError(f"the ranks do not agree on the row tensors: {[report['rows'] for report in reports]}")
+    parts = [Part(**report["part"]) for report in reports if report["part"]["start"] < report["part"]["stop"]]
+    rows = {name: RowTensor(entry["dtype"], tuple(entry["shape"]), parts) for name, entry in reports[0]["rows"].items()}
     files = {name: FileRecord(**record) for report in reports for name, record in report["files"].items()}
-    return Manifest(snapshot.step, snapshot.state, block_bytes, _merge_rows(reports), files)
+    return Manifest(snapshot.step, snapshot.state, block_bytes, rows, files)
 
 
-def _commit(folder: Path, writing: Path, manifest: Manifest) -> None:
-    """Write the manifest last, flush and rename the folder."""
+def _commit(
+    folder: Path, writing: Path, snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]], keep: int | None
+) -> None:
+    """On rank 0 write the manifest last, flush and rename the folder, and delete the oldest checkpoints."""
+    if snapshot.shard.rank != 0:
+        return
+    manifest = _manifest(snapshot, block_bytes, reports)
     VerifiedFiles(writing, manifest).check_sizes()  # fails if a rank wrote to a disk of its own
     write_hashed(writing / MANIFEST, [manifest.encode()])
     fsync(writing)
@@ -213,18 +204,10 @@ def _commit(folder: Path, writing: Path, manifest: Manifest) -> None:
         os.rename(folder, _old_name(folder))
     os.rename(writing, folder)
     fsync(folder.parent)
-
-
-def _merge_rows(reports: list[dict[str, Any]]) -> dict[str, RowTensor]:
-    """For each row tensor its dtype, global shape, and the files that hold its rows."""
-    rows = reports[0]["rows"]
-    if any(report["rows"] != rows for report in reports):
-        raise ValueError(f"the ranks do not agree on the row tensors: {[report['rows'] for report in reports]}")
-    parts = [Part(**report["part"]) for report in reports if report["part"]["start"] < report["part"]["stop"]]
-    merged = {name: RowTensor(entry["dtype"], tuple(entry["shape"]), parts) for name, entry in rows.items()}
-    for name, tensor in merged.items():
-        tensor.check(name)
-    return merged
+    try:
+        _retire(folder, snapshot.step, keep)
+    except OSError as error:
+        _logger.warning("old checkpoints at %s could not be deleted (%s); this fills the disk", folder, error)
 
 
 def _retire(folder: Path, step: int, keep: int | None) -> None:

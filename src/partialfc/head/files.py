@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from partialfc.checkpoint.format import MANIFEST
 from partialfc.checkpoint.read import Checkpoint, leftovers
-from partialfc.checkpoint.write import RowTensors, Snapshot, save_folder
+from partialfc.checkpoint.write import Snapshot, save_folder
 from partialfc.core.device import DTYPES, dtype_name
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Group, Shard, gather_json
@@ -56,7 +56,7 @@ def save_head(head: PartialFC, optimizer: Optimizer | None, folder: str | Path) 
 
     rowwise = _on_all_ranks(prepare, head.shard.group)
     rows, state = head_rows(head, rowwise), {"head": head_state(head, rowwise)}
-    save_folder(path, Snapshot(state["head"]["step"], {}, rows, state))
+    save_folder(path, Snapshot(state["head"]["step"], {}, row_shard(head), rows, state))
 
 
 def load_head(
@@ -103,17 +103,21 @@ def load_head(
     return loaded
 
 
-def head_rows(head: PartialFC, optimizer: RowwiseOptimizer | None) -> RowTensors:
-    """The centers and their optimizer state, after all pending updates, with their range of global rows."""
+def row_shard(head: PartialFC) -> Shard:
+    """The range of global rows of the centers that this rank has."""
+    shard, k = head.shard, head.loss_config.margin.sub_centers
+    return Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
+
+
+def head_rows(head: PartialFC, optimizer: RowwiseOptimizer | None) -> dict[str, Tensor]:
+    """This rank's rows of the centers and of their optimizer state, after all pending updates."""
     state: dict[str, Tensor] = {}
     if optimizer is None:
         head.center_state.flush(head.centers)
     else:
         optimizer.flush()  # also waits for a GPU that still writes state in host memory
         state = optimizer.row_state(head.centers)
-    shard, k = head.shard, head.loss_config.margin.sub_centers
-    rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
-    return RowTensors(rows, {"centers": head.centers.detach(), **state})
+    return {"centers": head.centers.detach(), **state}
 
 
 def head_state(head: PartialFC, optimizer: RowwiseOptimizer | None) -> dict[str, Any]:
@@ -164,9 +168,8 @@ def restore_head(
                 group[name].fill_(value)  # a captured graph reads this tensor
             else:
                 group[name] = tuple(value) if isinstance(value, list) else value
-    rows = head_rows(head, optimizer)
-    for name, tensor in rows.tensors.items():
-        checkpoint.read_rows(name, rows.shard.start, tensor)
+    for name, tensor in head_rows(head, optimizer).items():
+        checkpoint.read_rows(name, row_shard(head).start, tensor)
     for name, value in saved["margin_state"].items():
         buffer = head.get_buffer(f"margin_{name}")
         buffer.copy_(torch.tensor(value, dtype=buffer.dtype))
@@ -179,7 +182,7 @@ def _check_matches(checkpoint: Checkpoint, head: PartialFC, optimizer: RowwiseOp
     for name, value in head_state(head, optimizer)["identity"].items():
         if (there := saved["identity"].get(name)) != value:
             raise InputError(f"{checkpoint.folder} holds {name} {there}, not {value}: build it as it was saved.")
-    for name, tensor in head_rows(head, optimizer).tensors.items():
+    for name, tensor in head_rows(head, optimizer).items():
         if (dtype := checkpoint.row_dtypes.get(name)) != tensor.dtype:
             there, here = (dtype_name(dtype) if dtype else "none", dtype_name(tensor.dtype))
             raise InputError(f"{checkpoint.folder} holds {name} in {there}, not {here}: build it as it was saved.")

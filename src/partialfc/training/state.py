@@ -12,7 +12,7 @@ from partialfc.checkpoint.read import Checkpoint
 from partialfc.checkpoint.write import Snapshot
 from partialfc.core.errors import InputError
 from partialfc.distributed.sharded import shard_like
-from partialfc.head.files import head_rows, head_state, restore_head
+from partialfc.head.files import head_rows, head_state, restore_head, row_shard
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.nonfinite import LossScale
@@ -68,6 +68,7 @@ class TrainState:
                 "backbone-optimizer": optimizer_tensors(self.backbone, self.backbone_optimizer),
                 **({} if self.average is None else {"backbone-ema": self.average.state_dict()}),
             },
+            shard=row_shard(self.head),
             rows=head_rows(self.head, self.head_optimizer),
             state={
                 "data": self.data,

@@ -19,7 +19,7 @@ from partialfc import ArcFace, CosFace, InputError, PartialFC, RowwiseAdamW, Row
 from partialfc.checkpoint import write
 from partialfc.checkpoint.read import Checkpoint
 from partialfc.checkpoint.write import CheckpointNotWritten, Snapshot, save_checkpoint
-from partialfc.head.files import head_rows, head_state
+from partialfc.head.files import head_rows, head_state, row_shard
 
 
 def make(**options: Any) -> PartialFC:
@@ -111,7 +111,9 @@ def test_a_checkpoint_of_a_training_is_read(tmp_path: Path) -> None:
     optimizer = RowwiseSGD(head.parameters())
     step(head, optimizer)
     state = {"head": head_state(head, optimizer), "skipped": 0}
-    folder = save_checkpoint(tmp_path, Snapshot(7, {"backbone": {}}, head_rows(head, optimizer), state))
+    folder = save_checkpoint(
+        tmp_path, Snapshot(7, {"backbone": {}}, row_shard(head), head_rows(head, optimizer), state)
+    )
     assert torch.equal(load_head(folder).centers, head.centers)
 
 

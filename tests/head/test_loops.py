@@ -290,7 +290,7 @@ def test_the_gradient_of_the_centers_from_autograd_grad() -> None:
     assert torch.equal(gradient.to_dense(), model.head.centers.grad.to_dense())
     assert model.backbone.weight.grad is None
     deferred = Model(update="deferred")
-    with pytest.raises(InputError, match="has no gradient of the centers for torch.autograd.grad"):
+    with pytest.raises(InputError, match=r"has no gradient of the centers for torch\.autograd\.grad"):
         torch.autograd.grad(deferred(images()), [deferred.head.centers])
     moved = {"centers": deferred.head.centers * 2.0}
     loss = torch.func.functional_call(deferred.head, moved, (torch.randn(6, DIM), LABELS))
@@ -359,7 +359,7 @@ def test_what_a_deferred_gradient_cannot_take_is_refused(touch: Callable[[Model]
     model(images()).backward()
     touch(model)
     before = model.head.centers.detach().clone()
-    with pytest.raises(InputError, match="update='sparse'|the centers changed between backward and optimizer.step"):
+    with pytest.raises(InputError, match=r"update='sparse'|the centers changed between backward and optimizer\.step"):
         optimizer.step()
     assert torch.equal(before, model.head.centers)
 
@@ -417,40 +417,37 @@ def test_a_scaler_with_nothing_but_the_head(make: Any, update: Any) -> None:
 # -- torch.compile, copies -------------------------------------------------------------------------------------------
 
 
+def three_steps(update: Any, compiled: str | None) -> list[Tensor]:
+    """Losses and centers, with some part of the loop compiled."""
+    torch.compiler.reset()
+    model = Model(update=update)
+    optimizers = torch.optim.SGD(model.backbone.parameters(), 0.1), RowwiseSGD(model.head.parameters())
+
+    def compile_if(name: str, function: Any) -> Any:
+        return torch.compile(function, backend="eager") if compiled == name else function
+
+    head = compile_if("head", model.head)
+    model.head.forward = compile_if("forward", model.head.forward)  # type: ignore[method-assign]
+    both = compile_if("model", model)
+
+    def step() -> Tensor:
+        loss = head(model.backbone(images()), LABELS) if compiled == "head" else both(images())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+    step = compile_if("step", step)
+    return [*(step() for _ in range(3)), model.head.centers.detach(), torch.tensor(model.head.step)]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # dynamo's
 @both_updates
 @pytest.mark.parametrize("what", ["head", "forward", "model", "step"])
 def test_a_compiled_loop_does_what_it_does_uncompiled(what: str, update: Any) -> None:
-    results = []
-    for compiled in (False, True):
-        model = Model(update=update)
-        optimizers = torch.optim.SGD(model.backbone.parameters(), 0.1), RowwiseSGD(model.head.parameters())
-        forward: Any = model
-
-        def step() -> Tensor:
-            loss = forward(images())
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            return loss.detach()
-
-        if compiled:
-            torch.compiler.reset()
-            compile_ = lambda function: torch.compile(function, backend="eager")  # noqa: E731
-            if what == "head":
-                head = compile_(model.head)
-                forward = lambda x: head(model.backbone(x), LABELS)  # noqa: E731
-            elif what == "forward":
-                model.head.forward = compile_(model.head.forward)  # type: ignore[method-assign]
-            elif what == "model":
-                forward = compile_(model)
-            else:
-                step = compile_(step)
-        results.append([step() for _ in range(3)] + [model.head.centers.detach()])
-        assert model.head.step == 3
-    for plain, other in zip(*results, strict=True):
+    for plain, other in zip(three_steps(update, None), three_steps(update, what), strict=True):
         torch.testing.assert_close(plain, other)
 
 
@@ -470,7 +467,7 @@ def test_a_compiled_step_of_another_optimizer_works_as_before() -> None:
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
-    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),  # noqa: S301
 }
 
 

@@ -159,9 +159,9 @@ class PartialFC(nn.Module):
             NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
             On a GPU with update="deferred" errors in values refer to an earlier batch; see `check`.
         """
+        inputs.check_shard(self.shard)
         rows = len(self.shard) * self.loss_config.margin.sub_centers
         inputs.check_not_wrapped(self.centers, rows, self.embedding_dim, getattr(self, "_is_replica", False))
-        inputs.check_shard(self.shard)
         if not self._ranks_agree:
             inputs.check_agreement(self._settings(), self.centers.device, self.shard.group)
             self._ranks_agree = True

@@ -204,13 +204,15 @@ class _Step:
         return finish
 
     def _overflows(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """() bool, whether the loss scale was too large for the centers' gradient: the same on all ranks.
+        """() bool, whether the loss scale was too large for the centers' gradient.
 
-        So all ranks skip the same steps, though each has other rows. A center of norm 0.001 is assumed to have the
-        largest gradient; an even shorter one may overflow by itself.
+        It is the same on all ranks, though each has other rows, so that their GradScalers agree: centers of norm 0.001
+        are assumed. Only an even shorter center can overflow by itself.
         """
         terms, scale = self.terms, self.batch.config.scale
-        largest = torch.stack([1e3 * scale * len(terms.loss) * factor, (terms.negative_factor * factor).abs().max()])
+        own = terms.target_slope / self.targets.center_norms
+        bound = own.new_full((), 1e3 * scale * len(own))
+        largest = torch.stack([terms.negative_factor.abs().max(), own.abs().max(), bound]) * factor
         narrower = torch.float64 if dtype == self.batch.embeddings.dtype == torch.float64 else torch.float32
         return ~largest.to(narrower).isfinite().all()
 

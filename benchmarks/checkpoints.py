@@ -25,7 +25,7 @@ from partialfc.distributed import collectives
 from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint.write import RowTensors, Snapshot
+from partialfc.training.checkpoint.write import Snapshot
 from partialfc.training.checkpoint.writer import CheckpointWriter
 from processes import run_processes
 
@@ -68,7 +68,7 @@ class Training:
 
     def snapshot(self) -> Snapshot:
         tensors = {"centers": self.head.centers.detach(), **self.optimizer.row_state(self.head.centers)}
-        return Snapshot(self.head.step, {}, RowTensors(self.head.shard, tensors), {})
+        return Snapshot(self.head.step, {}, self.head.shard, tensors, {})
 
     def save(self, writer: CheckpointWriter) -> Save:
         """Save once, and continue to train while the checkpoint is written."""
@@ -90,7 +90,7 @@ def run(rank: int, classes: int, out: Path) -> None:
     for name, asynchronous in (("within", False), ("beside", True)):
         group = collectives.host_group()
         writer = CheckpointWriter(out / "checkpoints", 1, asynchronous=asynchronous, group=group)
-        writer.preallocate(training.snapshot().rows.tensors)
+        writer.preallocate(training.snapshot().rows)
         for _ in range(8):  # the steps of a run before its first checkpoint
             training.step()
         measured[name] = []

@@ -111,7 +111,7 @@ def run_part(rank: int, config: TrainConfig, folder: Path, stop: int, last_place
         try:
             train(config, folder, resume=True, quiet=True)
         except _Stopped:
-            collectives.barrier()
+            collectives.all_reduce(torch.zeros(1))  # every rank waits for the others
 
 
 def _nudged(network: nn.Module, gradients: torch.dtype) -> nn.Module:

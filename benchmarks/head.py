@@ -20,7 +20,7 @@ import torch
 from documents import paragraph, write_between
 from partialfc.bench.head import bench_head
 from partialfc.bench.head_step import HeadCase
-from partialfc.bench.head_variants import Phases, our_steps
+from partialfc.bench.head_variants import our_steps
 from partialfc.bench.machine import describe
 from partialfc.head.optim import Unsampled
 from partialfc.head.sampling import sample_classes
@@ -169,9 +169,7 @@ def unsampled_table(options: argparse.Namespace) -> Iterator[str]:
         # A row is sampled every tenth step on average, so that rows have soon missed as many steps as in a long run.
         for step in range(30 + options.steps):
             for way, take in heads.items():
-                phases = Phases(options.device)
-                take(*case.batch(step), phases)
-                seconds[way].append(sum(phases.seconds.values()))
+                seconds[way].append(sum(take(*case.batch(step)).values()))
         frozen, dense = (1000 * min(seconds[way][30:]) for way in ways)
         print(json.dumps({"classes": classes, "freeze_ms": frozen, "lazy_dense_ms": dense}), flush=True)
         yield f"| {classes:,} | 0.1 | 128 | {frozen:.0f} ms | {dense:.0f} ms | {dense / frozen:.2f} × |"

@@ -142,7 +142,11 @@ def cut_off(stage: Stage, leaving: int) -> Outcome:
     try:
         ended = {}
         for host in (stays, leaves):
-            run.wait(lambda name=host.name: not any(map(_is_running, ranks[name])), SECONDS_TO_NOTICE, host.name)
+
+            def all_ended(name: str = host.name) -> bool:
+                return not any(map(_is_running, ranks[name]))
+
+            run.wait(all_ended, SECONDS_TO_NOTICE, host.name)
             ended[host.name] = time.monotonic() - begin
         status = run.wait_for_end(stays, SECONDS_TO_NOTICE)
     finally:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 
 import torch
 
-from partialfc.bench.head_step import HeadCase, wait_for
+from partialfc.bench.head_step import HeadCase
 from partialfc.bench.machine import describe
-from partialfc.core.device import peak_bytes
+from partialfc.core.device import peak_bytes, timed
 
 WIDTH = 512
 
@@ -33,24 +32,22 @@ def main() -> None:
     head, optimizer = case.build(
         update="deferred", operand_dtype="bfloat16", dtype=options.dtype, state_on_host=options.state_on_host
     )
-    seconds, losses = [], []
+    seconds: dict[int, float] = {}
+    losses = []
     for step in range(options.steps + 2):
         embeddings, labels = case.batch(step)
-        wait_for(device)
-        start = time.perf_counter()
-        loss = head(embeddings, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))  # waits for the device
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
+        with timed(seconds, step, device):
+            loss = head(embeddings, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
     rows = int(head.figures.sampled) if head.figures else 0
     row_bytes = WIDTH * head.centers.element_size()
     line = {
         "classes": options.classes,
         "sampled": rows,
-        "step_ms_min": 1000 * min(seconds[2:]),
+        "step_ms_min": 1000 * min(list(seconds.values())[2:]),
         "losses": losses,
         "center_bytes_moved": 3 * rows * row_bytes,  # read in both passes, written in the second
         "state_bytes_moved": 2 * rows * row_bytes,

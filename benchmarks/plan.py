@@ -43,7 +43,6 @@ from partialfc.config.options import (
 from partialfc.core.device import peak_bytes
 from partialfc.data.images import encode_jpeg
 from partialfc.data.sources.recordio import RecordWriter
-from partialfc.plan.measure import measure_rates
 from partialfc.plan.memory import (
     CONTEXT_BYTES,
     head_pass_memory,
@@ -54,7 +53,7 @@ from partialfc.plan.memory import (
 )
 from partialfc.plan.planning import LEANER_HEADS, Plan, make_plan
 from partialfc.plan.rates import GIB
-from partialfc.plan.step_time import step_time
+from partialfc.plan.step_time import measure_rates, step_time
 from partialfc.plan.workload import Device, Workload
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
@@ -184,8 +183,7 @@ def measure_training(workload: Workload, data: Path) -> Measured:
     peak = peak_bytes(device) - before
     images = config.data.global_batch_size
     seconds = float(np.median([images / line["images_per_second"] for line in lines[2:]]))
-    rates = measure_rates(workload, config.precision)
-    return Measured(peak, seconds, step_time(workload, rates, config.precision).step)
+    return Measured(peak, seconds, step_time(workload, measure_rates(workload)).step)
 
 
 def run_config(workload: Workload, data: Path, steps: int) -> TrainConfig:
@@ -258,7 +256,7 @@ def check(name: str, data: Path, device: Literal["cpu", "cuda"]) -> Checked:
         measured, predicted = in_fresh_process(partial(measure_head, workload)), head_memory(workload)
     else:
         measured = in_fresh_process(partial(measure_training, workload, data))
-        predicted = plan_memory(workload, workload.config.precision).peak
+        predicted = plan_memory(workload).peak
         predicted -= CONTEXT_BYTES * (device == "cuda")  # which PyTorch's own count leaves out
     checked = Checked(name, workload, measured, predicted)
     line = {"name": name, "peak_bytes": measured.peak_bytes, "predicted_bytes": predicted}
@@ -327,8 +325,7 @@ def leanest_that_fits(classes: int, device: Device, gpus: int) -> Plan:
         head=HeadConfig(operand_dtype="bfloat16"),
     )
     for changes in ({}, *LEANER_HEADS):
-        changed = replace(config, head=replace(config.head, **changes))
-        plan = make_plan(changed, classes=classes, gpus=gpus, device=device)
+        plan = make_plan(Workload(config.with_values(changes), classes, gpus, device))
         if plan.fits:
             break
     return plan

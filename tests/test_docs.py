@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import draw_architecture
 import pytest
 from markdown_blocks import DOCUMENTS, ROOT, Block, blocks
 
@@ -87,8 +88,5 @@ def test_named_files_exist(path: Path) -> None:
     assert [name for name in named if not any((place / name).exists() for place in PLACES)] == []
 
 
-def test_the_picture_of_the_floors_is_that_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    import draw_architecture
-
+def test_the_picture_of_the_floors_is_that_of_the_contract() -> None:
     assert draw_architecture.PICTURE.read_text(encoding="utf-8") == draw_architecture.draw()

@@ -6,6 +6,7 @@ import json
 import random
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,8 @@ def flips(*, verify: bool) -> Callable[[Bench, bool], Iterator[Injection]]:
     def injections(bench: Bench, short: bool) -> Iterator[Injection]:
         yield Injection("every block of every file", lambda folder: _flip_all(bench, folder, verify, short))
         for place, prefix in enumerate([] if short else _prefixes(verify)):
-            yield Injection(
-                f"real processes, {prefix}", lambda folder, p=prefix, n=place: _flip_one(bench, folder, p, n, verify)
-            )
+            inject = partial(_flip_one, bench, prefix=prefix, number=place, verify=verify)
+            yield Injection(f"real processes, {prefix}", inject)
 
     return injections
 
@@ -184,9 +184,8 @@ def truncations(bench: Bench, short: bool) -> Iterator[Injection]:
     prefixes = ("backbone.", "backbone-optimizer", "head-00000", "head-00001", "identities", "manifest")
     for number, prefix in enumerate([] if short else prefixes):
         change = lengths[number % len(lengths)]
-        yield Injection(
-            f"real processes, {prefix} {change}", lambda folder, p=prefix, c=change: _truncate_one(bench, folder, p, c)
-        )
+        inject = partial(_truncate_one, bench, prefix=prefix, change=change)
+        yield Injection(f"real processes, {prefix} {change}", inject)
 
 
 def _truncate(path: Path, change: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -121,7 +122,12 @@ def replacements(bench: Bench, short: bool) -> Iterator[Injection]:
 def _replace(bench: Bench, folder: Path, options: tuple[str, ...], world_size: int, damaged: bool) -> Outcome:
     """Stop after step 9 is saved; resume from step 6 and be killed while 9 is replaced; resume again."""
     out, checkpoints = folder / "run", folder / "run" / "checkpoints"
-    at_ten = on_rank(0, lambda: patches.in_step(10, lambda: (patches.time.sleep(0.5), die())))
+
+    def die_half_a_second_later() -> None:
+        time.sleep(0.5)
+        die()
+
+    at_ten = on_rank(0, lambda: patches.in_step(10, die_half_a_second_later))
     problem = killed(bench.start(out, options, world_size=world_size, fault=at_ten))
     if problem is not None:
         return Outcome(problem=problem)

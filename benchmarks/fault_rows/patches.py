@@ -8,8 +8,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +20,10 @@ from partialfc.data.loader import Batch
 from partialfc.training import loop
 from partialfc.training.checkpoint import write as checkpoint
 from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.format import MANIFEST
+from partialfc.training.checkpoint.blocks import BLOCK_BYTES
+from partialfc.training.checkpoint.format import MANIFEST, FileRecord
 from partialfc.training.checkpoint.write import Snapshot
-from partialfc.training.checkpoint.writer import HostCopies
+from partialfc.training.checkpoint.writer import CheckpointWriter
 from partialfc.training.step import Stepper
 
 Act = Callable[[], object]
@@ -155,12 +157,12 @@ class _Saving:
 
 
 def _at_copy(step: int, act: Act, tensor: int) -> None:
-    def patch(_: HostCopies, snapshot: Any) -> bool:
+    def patch(_: CheckpointWriter, snapshot: Any) -> bool:
         if snapshot.step == step:
-            wrap(HostCopies, "_copy", before=act, when=nth(tensor))
+            wrap(CheckpointWriter, "_copy", before=act, when=nth(tensor))
         return False
 
-    wrap(HostCopies, "of", when=patch)
+    wrap(CheckpointWriter, "_copy_to_host", when=patch)
 
 
 def _at_file(step: int, act: Act, name: str, where: str) -> None:
@@ -175,15 +177,15 @@ def _at_file(step: int, act: Act, name: str, where: str) -> None:
         return
     plain = checkpoint.write_hashed
 
-    def cut(pieces: Iterator[Any]) -> Iterator[Any]:
+    def cut(pieces: Iterable[Any]) -> Iterator[Any]:
         """The same bytes in two halves, with the act between them."""
         content = b"".join(bytes(piece) for piece in pieces)
         yield content[: len(content) // 2]
         act()
         yield content[len(content) // 2 :]
 
-    def write(path: Path, pieces: Any, *options: Any) -> Any:
-        return plain(path, cut(pieces) if saving.now and chosen(path) else pieces, *options)
+    def write(path: Path, pieces: Iterable[Any], block_bytes: int = BLOCK_BYTES) -> FileRecord:
+        return plain(path, cut(pieces) if saving.now and chosen(path) else pieces, block_bytes)
 
     checkpoint.write_hashed = write
 
@@ -221,7 +223,7 @@ Stage = Callable[[int, Act], None]
 
 def _file_stages(files: tuple[str, ...]) -> dict[str, Stage]:
     return {
-        f"{where} {name.rstrip('.-')} is written": (lambda step, act, n=name, w=where: _at_file(step, act, n, w))
+        f"{where} {name.rstrip('.-')} is written": partial(_at_file, name=name, where=where)
         for name in files
         for where in ("before", "while", "after")
     }
@@ -230,8 +232,8 @@ def _file_stages(files: tuple[str, ...]) -> dict[str, Stage]:
 def _own_stages() -> dict[str, Stage]:
     """The stages of every rank."""
     calls = {
-        f"{where} the ranks exchange {what}": (
-            lambda step, act, n=number, w=where: _at_call(step, act, checkpoint, "gather_json", n, w)
+        f"{where} the ranks exchange {what}": partial(
+            _at_call, owner=checkpoint, name="gather_json", number=number, where=where
         )
         for number, what in enumerate(("that they begin", "what they wrote", "that it is in place"), start=1)
         for where in ("before", "after")
@@ -283,7 +285,7 @@ def kill_reader(step: int, number: int) -> None:
 def poison_images(steps: range) -> None:
     """Make the first image of this rank NaN in each of these steps."""
 
-    def poison(_: Stepper, batch: Batch) -> Batch:
+    def poison(self: Stepper, batch: Batch) -> Batch:
         if batch.step not in steps or batch.micro_step != 0:
             return batch
         images = batch.images.float()
@@ -296,14 +298,14 @@ def poison_images(steps: range) -> None:
 def poison_loss(steps: range) -> None:
     """Make the gradient of this rank's embeddings NaN in each of these steps."""
 
-    def poison(stepper: Stepper, batch: Batch) -> Batch:
+    def poison(self: Stepper, batch: Batch) -> Batch:
         if batch.step in steps and batch.micro_step == 0:
 
             def poisoned(head: torch.nn.Module, inputs: Any, loss: torch.Tensor) -> torch.Tensor:
                 handle.remove()
                 return loss * float("nan")
 
-            handle = stepper.state.head.register_forward_hook(poisoned)
+            handle = self.state.head.register_forward_hook(poisoned)
         return batch
 
     Stepper.on_micro_batch = poison  # type: ignore[method-assign]
@@ -330,8 +332,8 @@ def note_replica(folder: Path, rank: int) -> None:
     """After every step, append the SHA-256 of this rank's weights to a file in the folder."""
     plain = Stepper.step
 
-    def step(self: Stepper, batches: list[Batch]) -> dict[str, torch.Tensor]:
-        figures = plain(self, batches)
+    def step(self: Stepper, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
+        figures = plain(self, micro_batches)
         digest = hashlib.sha256()
         for parameter in self.state.backbone.parameters():
             digest.update(parameter.detach().contiguous().numpy().tobytes())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from fault_rows import patches
@@ -104,7 +105,7 @@ def named_moments(bench: Bench, short: bool) -> Iterator[Injection]:
 def while_importing(bench: Bench, short: bool) -> Iterator[Injection]:
     """To a command that has just started and is still importing."""
     for seconds in (0.6,) if short else (0.3, 0.6, 1.0, 1.5, 2.5):
-        yield Injection(f"{seconds} s after the start", lambda folder, s=seconds: _stop_command(bench, folder, s))
+        yield Injection(f"{seconds} s after the start", partial(_stop_command, bench, seconds=seconds))
 
 
 def _stop_command(bench: Bench, folder: Path, seconds: float) -> Outcome:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
+from partialfc.core.device import timed
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.baselines import color_embeddings, pixel_embeddings
@@ -102,18 +101,18 @@ def demo(
         raise InputError(f"{out} is a file: give a folder with --out.")
     if out.is_dir() and any(out.iterdir()) and not (out / "data").is_dir():
         raise InputError(f"{out} is not empty and holds no demo: give another folder with --out.")
-    data, stages = out / "data", _Stages()
-    with stages.stage("faces"):
+    data = out / "data"
+    seconds: dict[str, float] = {}
+    with timed(seconds, "faces"):
         replace(world, seed=seed).write(data, resume=True, quiet=quiet)
         write_contact_sheet(out / "faces.png", identities=range(10), shots=8, seed=seed)
-    with stages.stage("baselines"):
+    with timed(seconds, "baselines"):
         pairs = read_pairs(data / "pairs.bin")
         pixels, colors = _baseline(pairs, pixel_embeddings), _baseline(pairs, color_embeddings)
-    with stages.stage("training"):
-        config = recipe or RECIPES["demo"]
-        config = replace(config, seed=seed, data=replace(config.data, path=str(data / "train")))
+    with timed(seconds, "training"):
+        config = (recipe or RECIPES["demo"]).with_values({"seed": seed, "data.path": str(data / "train")})
         result = train(config, out / "run", benchmarks={"pairs": data / "pairs.bin"}, resume=True, quiet=quiet)
-    with stages.stage("report"):
+    with timed(seconds, "report"):
         best = evaluate_pair_set(load_model(out / "run"), pairs)
         write_report(
             out / "run",
@@ -135,22 +134,9 @@ def demo(
         pixel_accuracy=pixels,
         color_accuracy=colors,
         training=result,
-        seconds=stages.seconds,
+        seconds=seconds,
     )
 
 
 def _baseline(pairs: PairSet, embed: Callable[..., Any]) -> float:
     return evaluate_pairs(embed(pairs.images), pairs.is_same).accuracy
-
-
-class _Stages:
-    """Wall time of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - started

@@ -34,7 +34,7 @@ class Net(nn.Module):
         return self.norm(x * 1.5 + 20.0).sin()
 
 
-def results(net: nn.Module, x: Tensor, slope: Tensor, *, recompute: bool = False) -> dict[str, Tensor]:
+def results(net: nn.Module, x: Tensor, slope: Tensor, *, recompute: bool = False) -> dict[str, Any]:
     """Output, gradients and buffers after one pass."""
     x = x.clone().requires_grad_()
     out = recomputed(net, x) if recompute else net(x)

@@ -79,7 +79,11 @@ def test_what_ended_otherwise_is_shown_kept_and_tried_again(tmp_path: Path) -> N
     row = Row("key", "a fault", "all is well", lambda bench, short: iter(()))
     results, folders = tmp_path / "results.jsonl", [tmp_path / name for name in "abc"]
     for name, outcome, folder in zip("xxy", outcomes, folders, strict=True):
-        faults.run_one(row, Injection(name, lambda folder, outcome=outcome: outcome), folder, results)
+
+        def inject(folder: Path, outcome: Outcome = outcome) -> Outcome:
+            return outcome
+
+        faults.run_one(row, Injection(name, inject), folder, results)
     assert [folder.exists() for folder in folders] == [True, False, False]
     done = faults.read_results(results)
     assert done == {("key", "x"): outcomes[1], ("key", "y"): outcomes[2]}

@@ -28,10 +28,9 @@ def test_mix_is_splitmix64() -> None:
 
 
 def test_keys_tell_parts_apart() -> None:
-    keys = {
-        keyed_random.derive_key(*parts)
-        for parts in [(1,), ("1",), (1, 1), (11,), ("1", 1), (1, "1"), (1, "a"), (1, "b"), (), ("",)]
-    }
+    paths: list[tuple[int | str, ...]]
+    paths = [(1,), ("1",), (1, 1), (11,), ("1", 1), (1, "1"), (1, "a"), (1, "b"), (), ("",)]
+    keys = {keyed_random.derive_key(*path) for path in paths}
     assert len(keys) == 10
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert keyed_random.derive_key(3, "flip", 5) == keyed_random.derive_key(3, "flip", 5)

@@ -9,27 +9,27 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from distributed_workers import run_apart
 
 from partialfc.core.errors import JobError
 from partialfc.distributed import heartbeat
 from partialfc.distributed.activity import activities, activity, report_progress
-from partialfc.distributed.collectives import barrier, is_broken_exchange
-from partialfc.distributed.heartbeat import Heartbeat, HeartbeatMonitor, Peer, lost_process, own_system
+from partialfc.distributed.collectives import all_reduce, is_broken_exchange
+from partialfc.distributed.heartbeat import Heartbeat, HeartbeatMonitor, lost_process, own_system
 
 HERE = socket.gethostname()
-GOOD = Peer(
-    Heartbeat(5, HERE, own_system(), os.getpid(), False, [("computing step 3", 1.0, False)], None), received_at=100.0
-)
+GOOD = Heartbeat(5, HERE, own_system(), os.getpid(), False, [("computing step 3", 1.0, False)], None, received_at=100.0)
 
 
-def peer(received_at: float = 100.0, **changes: object) -> Peer:
-    return Peer(replace(GOOD.heartbeat, **changes), received_at)  # type: ignore[arg-type]
+def peer(**changes: object) -> Heartbeat:
+    return replace(GOOD, **changes)  # type: ignore[arg-type]
 
 
-def lost(*peers: Peer, now: float = 101.0) -> str | None:
+def lost(*peers: Heartbeat, now: float = 101.0) -> str | None:
     return lost_process(dict(enumerate(peers)), now, heartbeat_timeout=30.0, timeout=600.0, world_size=len(peers))
 
 
@@ -95,18 +95,23 @@ def test_a_checkpoint_that_makes_progress_may_block_all_others() -> None:
     assert "rank 0" in stuck_ranks
 
 
-def test_activities_nest_and_count_from_the_last_progress() -> None:
-    def mine() -> list[tuple[str, bool]]:
-        return [(each.what, each.waits) for each in activities() if each.what.startswith("outer")]
+def test_activities_nest_and_count_from_the_last_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("partialfc.distributed.activity.time", SimpleNamespace(monotonic=lambda: now))
+
+    def mine() -> list[tuple[str, float, bool]]:
+        return [(each.what, each.seconds, each.waits) for each in activities() if each.what.startswith("outer")]
 
     with activity("outer"):
+        now = 107.0
+        assert mine() == [("outer", 7.0, False)]
         with activity("inner", waits=True):
-            assert mine() == [("outer, inner", True)]
-            time.sleep(0.02)
-            assert min(each.seconds for each in activities()) >= 0.02
+            now = 112.0
+            assert mine() == [("outer, inner", 5.0, True)]
             report_progress()
-            assert min(each.seconds for each in activities()) < 0.02
-        assert mine() == [("outer", False)]
+            assert mine() == [("outer, inner", 0.0, True)]
+            now = 115.0
+        assert mine() == [("outer", 0.0, False)]
     assert mine() == []
     report_progress()  # no activity: no effect
 
@@ -133,7 +138,7 @@ def wait_for_rank_1(rank: int, folder: Path, heartbeat_timeout: float = 4.0, tim
                 lose_this_process(folder.name)
         try:
             with activity("computing"):
-                barrier()
+                all_reduce(torch.zeros(1))
         except RuntimeError as error:
             reason = monitor.explain(error)
             assert reason is not None
@@ -156,18 +161,16 @@ def stuck(rank: int, folder: Path) -> None:
     with HeartbeatMonitor(30.0, 2.0), activity("reading" if rank == 1 else "computing"):
         if rank == 1:
             time.sleep(100)
-        barrier()
+        all_reduce(torch.zeros(1))
 
 
 class LostStore:
     """No call comes back, as with a store whose host is cut off."""
 
-    name = "the store"
-
     def set(self, key: str, value: str) -> None:
         time.sleep(100)
 
-    def get(self, keys: list[str]) -> list[str]:
+    def multi_get(self, keys: list[str]) -> list[bytes]:
         time.sleep(100)
         return []
 
@@ -189,7 +192,7 @@ def test_a_store_that_hangs_blocks_no_process(tmp_path: Path) -> None:
     assert run_apart(2, without_store, tmp_path) == [7, 1]
     assert time.monotonic() - started < 60
     said = (tmp_path / "1.txt").read_text()
-    assert "partialfc: error: the store has not answered for" in said or "rank 0 (on" in said
+    assert "partialfc: error: the processes' store " in said or "rank 0 (on" in said
 
 
 @pytest.mark.slow

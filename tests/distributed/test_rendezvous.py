@@ -12,7 +12,11 @@ import pytest
 import torch.distributed as dist
 
 from partialfc.core.errors import InputError, JobError
-from partialfc.distributed.rendezvous import LaunchInfo, agree_on_session
+from partialfc.distributed.rendezvous import LaunchInfo, Store, agree_on_session
+
+
+def new_store() -> Store:
+    return dist.HashStore()
 
 
 def fits(infos: Sequence[LaunchInfo]) -> str | None:
@@ -20,7 +24,7 @@ def fits(infos: Sequence[LaunchInfo]) -> str | None:
 
 
 def rendezvous(
-    store: dist.Store,
+    store: Store,
     ranks: Sequence[int],
     world_size: int,
     validate: Callable[[Sequence[LaunchInfo]], str | None] = fits,
@@ -40,7 +44,7 @@ def rendezvous(
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_all_get_one_session_id_and_a_new_one_each_time(world_size: int) -> None:
-    store = dist.HashStore()
+    store = new_store()
     session_ids = set()
     for _ in range(3):  # torchrun's store stays the same when it starts again
         outcomes = rendezvous(store, range(world_size), world_size)
@@ -50,14 +54,14 @@ def test_all_get_one_session_id_and_a_new_one_each_time(world_size: int) -> None
 
 
 def test_fewer_or_more_processes_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
+    store = new_store()
     for world_size in (4, 2, 3):
         assert len(set(rendezvous(store, range(world_size), world_size))) == 1
 
 
 def test_rank_0_reads_a_message_of_an_earlier_launch_first() -> None:
     """It finds the message of a dead rank 1, answers it, and answers anew when the living one sends its own."""
-    store = dist.HashStore()
+    store = new_store()
     store.set("partialfc/rendezvous/hello/1", json.dumps({"nonce": "dead", "launch_info": {"rank": "dead"}}))
     asked: list[Any] = []
     answered = threading.Event()
@@ -77,7 +81,7 @@ def test_rank_0_reads_a_message_of_an_earlier_launch_first() -> None:
 
 def test_rank_0_may_be_in_its_next_rendezvous_already() -> None:
     """Processes in rendezvous after rendezvous, none waiting for the slowest, still agree on the session ids."""
-    store = dist.HashStore()
+    store = new_store()
 
     def often(rank: int) -> list[str]:
         return [agree_on_session(store, rank, 3, {}, fits, 20.0) for _ in range(8)]
@@ -89,12 +93,12 @@ def test_rank_0_may_be_in_its_next_rendezvous_already() -> None:
 
 
 def test_a_refusal_reaches_all() -> None:
-    outcomes = rendezvous(dist.HashStore(), range(3), 3, lambda infos: f"no room for {len(infos)}")
+    outcomes = rendezvous(new_store(), range(3), 3, lambda infos: f"no room for {len(infos)}")
     assert [(type(each), str(each)) for each in outcomes] == [(InputError, "no room for 3")] * 3
 
 
 def test_a_missing_rank_is_named() -> None:
-    first, second = rendezvous(dist.HashStore(), [0, 2], 4, seconds=0.3)
+    first, second = rendezvous(new_store(), [0, 2], 4, seconds=0.3)
     assert isinstance(first, JobError)
     assert str(first).startswith("2 of 4 processes did not come (rank 1, 3): ")
     assert isinstance(second, JobError)
@@ -102,7 +106,7 @@ def test_a_missing_rank_is_named() -> None:
 
 
 def test_the_dead_of_an_earlier_launch_are_named_too() -> None:
-    store = dist.HashStore()
+    store = new_store()
     rendezvous(store, range(3), 3)
     first, _ = rendezvous(store, [0, 1], 3, seconds=0.5)
     assert str(first).startswith("1 of 3 processes did not come (rank 2): ")

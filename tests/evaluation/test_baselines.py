@@ -51,10 +51,10 @@ def test_colors_tell_red_from_blue_and_near_shades_from_far_ones() -> None:
 
 def test_many_images_give_what_each_gives_alone() -> None:
     images = noise(600, size=16)
-    together = pixel_embeddings(images, size=8, window=3)
-    assert torch.allclose(together[590:], pixel_embeddings(images[590:], size=8, window=3), atol=1e-5)
-    colors, alone = color_embeddings(images, bins=2), color_embeddings(images[590:], bins=2)
-    assert colors.shape == (600, 8)
+    together = pixel_embeddings(images)
+    assert torch.allclose(together[590:], pixel_embeddings(images[590:]), atol=1e-5)
+    colors, alone = color_embeddings(images), color_embeddings(images[590:])
+    assert colors.shape == (600, 512)
     assert torch.allclose(colors[590:] - colors[590], alone - alone[0], atol=1e-5)  # but for the mean that each lacks
 
 

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.metrics import fold_accuracy, roc, tar_at_far
+from partialfc.evaluation.metrics import fold_accuracy, roc
 
 # Few distinct values, so that ties within and between the two lists are the rule.
 scores = st.lists(st.integers(-4, 4).map(lambda value: value / 4), min_size=1, max_size=40)
@@ -29,7 +29,7 @@ def brute_force_tar(genuine: list[float], impostor: list[float], far: float) -> 
 def test_tar_at_far_equals_brute_force_and_scikit_learn(
     genuine: list[float], impostor: list[float], far: float
 ) -> None:
-    tar = tar_at_far(genuine, impostor, far)
+    tar = roc(genuine, impostor).tar_at(far)
     assert tar == brute_force_tar(genuine, impostor, far)
     truth = [1] * len(genuine) + [0] * len(impostor)
     fars, tars, _ = roc_curve(truth, genuine + impostor, drop_intermediate=False)
@@ -39,11 +39,11 @@ def test_tar_at_far_equals_brute_force_and_scikit_learn(
 def test_tar_at_far_moves_ties_together() -> None:
     impostor = [0.9, 0.5, 0.5, 0.1]
     genuine = [0.95, 0.7, 0.5, 0.3]
-    assert tar_at_far(genuine, impostor, 0.0) == 0.25
-    assert tar_at_far(genuine, impostor, 0.25) == 0.5
-    assert tar_at_far(genuine, impostor, 0.5) == 0.5  # both 0.5 pass or neither: the second may not pass alone
-    assert tar_at_far(genuine, impostor, 0.75) == 1.0
-    assert tar_at_far(genuine, impostor, 1.0) == 1.0
+    assert roc(genuine, impostor).tar_at(0.0) == 0.25
+    assert roc(genuine, impostor).tar_at(0.25) == 0.5
+    assert roc(genuine, impostor).tar_at(0.5) == 0.5  # both 0.5 pass or neither: the second may not pass alone
+    assert roc(genuine, impostor).tar_at(0.75) == 1.0
+    assert roc(genuine, impostor).tar_at(1.0) == 1.0
 
 
 @pytest.mark.parametrize("count", [3000, 29_997, 100_000])
@@ -51,7 +51,7 @@ def test_tar_at_far_moves_ties_together() -> None:
 def test_far_is_never_exceeded_and_never_wasted(count: int, far: float) -> None:
     impostor = np.arange(count, dtype=np.float64)
     # A genuine score between any two impostor scores: TAR then counts how many impostors may pass.
-    tar = tar_at_far(impostor + 0.5, impostor, far)
+    tar = roc(impostor + 0.5, impostor).tar_at(far)
     passing = round(tar * count) - 1
     assert passing / count <= far < (passing + 1) / count
 
@@ -111,29 +111,28 @@ def test_fold_accuracy_equals_the_protocol_in_loops(seed: int, pairs: int, grid:
     distances = np.clip(generator.normal(np.where(same, 1.2, 1.9), 0.5), 0, 4)
     if grid:  # distances that stand exactly on thresholds
         distances = np.round(distances * 100) * 0.01
-    result = fold_accuracy(distances, same)
+    accuracies, thresholds = fold_accuracy(distances, same)
     mean, std, chosen = looped_protocol(distances, same)
-    assert result.mean == pytest.approx(mean, abs=1e-12)
-    assert result.std == pytest.approx(std, abs=1e-12)
-    np.testing.assert_array_equal(result.thresholds, chosen)
+    assert accuracies.mean() == pytest.approx(mean, abs=1e-12)
+    assert accuracies.std() == pytest.approx(std, abs=1e-12)
+    np.testing.assert_array_equal(thresholds, chosen)
 
 
 def test_fold_accuracy_uses_the_first_best_threshold_and_a_strict_below() -> None:
     distances = np.tile([0.5, 1.5], 10)
     same = np.tile([True, False], 10)
-    result = fold_accuracy(distances, same)
-    assert result.mean == 1.0
-    assert result.std == 0.0
-    np.testing.assert_allclose(result.thresholds, 0.51)  # at 0.50 itself, 0.5 is not below
+    accuracies, thresholds = fold_accuracy(distances, same)
+    assert (accuracies == 1.0).all()
+    np.testing.assert_allclose(thresholds, 0.51)  # at 0.50 itself, 0.5 is not below
 
 
 def test_fold_accuracy_is_measured_on_folds_that_had_no_say() -> None:
     # The first fold's pairs contradict all others, so its own threshold is wrong for it throughout.
     distances = np.concatenate([[1.5, 0.5], np.tile([0.5, 1.5], 9)])
     same = np.tile([True, False], 10)
-    result = fold_accuracy(distances, same)
-    np.testing.assert_array_equal(result.accuracies, [0.0] + [1.0] * 9)
-    assert result.std == pytest.approx(0.3)
+    accuracies, _ = fold_accuracy(distances, same)
+    np.testing.assert_array_equal(accuracies, [0.0] + [1.0] * 9)
+    assert accuracies.std() == pytest.approx(0.3)
 
 
 def test_wrong_input_is_refused() -> None:
@@ -146,6 +145,6 @@ def test_wrong_input_is_refused() -> None:
     with pytest.raises(InputError, match="genuine"):
         roc([], [0.5])
     with pytest.raises(InputError, match="impostor scores hold NaN"):
-        tar_at_far([0.5], [float("nan")], 0.1)
+        roc([0.5], [float("nan")]).tar_at(0.1)
     with pytest.raises(InputError, match="false accept rate 2"):
-        tar_at_far([0.5], [0.5], 2)
+        roc([0.5], [0.5]).tar_at(2)

@@ -33,10 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     """The results of every rank at every world size."""
     folder = tmp_path_factory.mktemp("device")
     run_ranks(3, device_scenarios.work, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampled_softmax, "select_backend", sampled_softmax.select_backend)  # put back after the scenarios
-        alone = device_scenarios.play()
-    return {1: [alone]} | {
+    return {1: [device_scenarios.play()]} | {
         world_size: [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
         for world_size in WORLD_SIZES[1:]
     }
@@ -78,7 +75,8 @@ def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_raised(
         assert result["moves on"]
 
 
-def head_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> tuple[PartialFC, RowwiseSGD]:
+def head_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> tuple[PartialFC, Any]:
+    """The optimizer is not typed, since a scaler gives it attributes that it does not declare."""
     monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: GPUBackend())
     head = PartialFC(40, 4, 1.0, update="deferred")
     return head, RowwiseSGD(head.parameters(), lr=0.1)
@@ -154,7 +152,8 @@ def test_a_copy_of_the_head_has_a_flag_of_its_own(monkeypatch: pytest.MonkeyPatc
     head, _ = head_and_optimizer(monkeypatch)
     head(torch.ones(1, 4), torch.tensor([41]))
     assert head._flag is not None
-    head._flag._pending_copies.append((torch.zeros(3), threading.Lock()))  # cannot be copied, as a GPU's event
+    event: Any = threading.Lock()  # cannot be copied, as a GPU's event
+    head._flag._pending_copies.append((torch.zeros(3), event))
     copied = copy.deepcopy(head)
     with pytest.raises(InputError, match="label 41"):
         head.check()

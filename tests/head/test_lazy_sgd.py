@@ -191,7 +191,7 @@ def test_a_copy_of_the_head_leaves_the_original_alone() -> None:
 def test_needs_a_head() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4, 2))
     optimizer = RowwiseSGD([parameter], unsampled="lazy_dense")
-    parameter.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)
+    parameter.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (4, 2), check_invariants=True)
     with pytest.raises(InputError, match="PartialFC head"):
         optimizer.step()
     with pytest.raises(InputError, match="'freeze' or 'lazy_dense'"):

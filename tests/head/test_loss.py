@@ -56,10 +56,12 @@ def test_error_budget(target_cosine: float) -> None:
         exact_embeddings, exact_centers, labels, torch.arange(400), scale=64.0, target=reference.cosface(0.4)
     ).backward()
     plain_by_embedding, plain_by_center = dense_float32(embeddings, centers, labels, 0.4, 64.0)
-    for ours, plain, exact in (
-        (by_embedding, plain_by_embedding, exact_embeddings.grad),
-        (by_center, plain_by_center, exact_centers.grad),
+    for ours, plain, leaf in (
+        (by_embedding, plain_by_embedding, exact_embeddings),
+        (by_center, plain_by_center, exact_centers),
     ):
+        exact = leaf.grad
+        assert exact is not None
         length = exact.norm(dim=1)
         our_error = (ours.double() - exact).norm(dim=1) / length
         plain_error = (plain.double() - exact).norm(dim=1) / length
@@ -125,6 +127,7 @@ def test_odd_sizes_against_the_oracle(
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-9, abs=1e-12)
     torch.testing.assert_close(by_embedding, embeddings.grad, rtol=1e-7, atol=1e-10)
+    assert centers.grad is not None
     torch.testing.assert_close(values, centers.grad[rows], rtol=1e-7, atol=1e-8)
 
 
@@ -142,8 +145,8 @@ def test_scratch_changes_nothing_but_memory(scratch_bytes: int, update: Any) -> 
     )
     assert small[0] == pytest.approx(large[0], rel=1e-13)
     assert torch.equal(small[2], large[2])
-    for index in (1, 3):
-        assert reference.relative_error(small[index], large[index]) < 1e-12
+    for value, expected in ((small[1], large[1]), (small[3], large[3])):
+        assert reference.relative_error(value, expected) < 1e-12
 
 
 class LargestResult(TorchDispatchMode):

@@ -64,7 +64,8 @@ def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def head_and_optimizer(make: Any = RowwiseSGD, **options: Any) -> tuple[PartialFC, Any]:
-    head = PartialFC(CLASSES, WIDTH, device="meta", **({"update": "deferred", "sample_rate": 0.1} | options))
+    usual: dict[str, Any] = {"update": "deferred", "sample_rate": 0.1}
+    head = PartialFC(CLASSES, WIDTH, device="meta", **(usual | options))
     return head, make(head.parameters(), lr=0.1)
 
 

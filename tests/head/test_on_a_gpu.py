@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,13 @@ def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def make(rate: float = 0.1, dtype: torch.dtype = torch.float32, **options: object) -> tuple[PartialFC, RowwiseSGD]:
+def make(
+    rate: float = 0.1, dtype: torch.dtype = torch.float32, lr: float | Tensor = 0.05, **options: Any
+) -> tuple[PartialFC, RowwiseSGD]:
     head = PartialFC(
         CLASSES, WIDTH, rate, update="deferred", operand_dtype=torch.bfloat16, dtype=dtype, seed=1, device="cuda"
     )
-    return head, RowwiseSGD(head.parameters(), **{"lr": 0.05, **options})
+    return head, RowwiseSGD(head.parameters(), lr=lr, **options)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def batches(steps: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> li
 
 
 def train(
-    head: nn.Module, optimizer_of: Callable[[Any], torch.optim.Optimizer], steps: int = 50
+    head: PartialFC | DenseHead, optimizer_of: Callable[[Any], torch.optim.Optimizer], steps: int = 50
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, final centers and final weights of a small net below the head; the rate of learning falls."""
     torch.manual_seed(4)

@@ -111,9 +111,9 @@ def test_non_finite_embeddings_have_an_error_of_their_own() -> None:
         head(torch.full((3, 8), math.nan), LABELS)
 
 
-def test_a_replica_and_a_resharded_parameter_are_refused() -> None:
+def test_a_replica_and_a_resharded_parameter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     replica = PartialFC(5, 8)
-    replica._is_replica = True
+    monkeypatch.setattr(replica, "_is_replica", True, raising=False)
     resharded = PartialFC(5, 8)
     resharded.centers = nn.Parameter(resharded.centers[:3].detach())
     for head in (replica, resharded):

@@ -85,7 +85,7 @@ def test_bfloat16_centers_learn_what_float32_centers_learn() -> None:
 
 @pytest.mark.parametrize("optimizer", [RowwiseSGD, RowwiseAdamW])
 def test_state_of_its_own_dtype_survives_saving(optimizer: type) -> None:
-    def build() -> tuple[PartialFC, torch.optim.Optimizer]:
+    def build() -> tuple[PartialFC, RowwiseSGD | RowwiseAdamW]:
         head = PartialFC(200, 12, 0.3, CosFace(0.1), 8.0)
         return head, optimizer(head.parameters(), lr=0.01, state_dtype=torch.bfloat16, state_on_host=True)
 

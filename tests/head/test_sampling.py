@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_padded_form_has_the_same_classes_and_a_shape_that_no_label_changes(
     bad = torch.tensor([-1, num_classes, 1 << 40, -(1 << 63)])
     for part in range(parts):
         start, stop = split_evenly(num_classes, parts, part)
-        options = {"num_classes": num_classes, "sample_rate": rate, "start": start, "stop": stop}
+        options: dict[str, Any] = {"num_classes": num_classes, "sample_rate": rate, "start": start, "stop": stop}
         padded, count = sample_padded(labels, keys=keys, **options)
         own = expected[(expected >= start) & (expected < stop)]
         assert torch.equal(padded[: int(count)], own)

@@ -35,7 +35,7 @@ def same_weights(first: nn.Module, second: nn.Module) -> bool:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    backbone = make_backbone().to(memory_format=torch.channels_last)
+    backbone = make_backbone().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     backbone(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)))  # moves the running statistics
     save_model(tmp_path / "a" / "model", backbone, CONFIG)
     loaded = load_model(tmp_path / "a" / "model")

@@ -33,7 +33,7 @@ def test_a_bare_state_dict_is_loaded(tmp_path: Path, prefix: str) -> None:
 
 
 class Harmful:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.touch, (Path("ran"),)
 
 

@@ -25,6 +25,8 @@ def test_a_plan_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text.startswith("2,000,000 identities, mini in bfloat16, 16 x H100 SXM 80 GB, global batch 256\n")
     assert "It fits" in text
+    assert run("--classes=2000000", *SMALL) == 0  # by default as many GPUs as hold the batch at once
+    assert ", 2 x H100 SXM 80 GB" in capsys.readouterr().out
     assert run("--classes=2000000", "--gpus=16", *SMALL, "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] is True

@@ -12,21 +12,21 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from workloads import changed, workload
 
 from partialfc.bench.head_step import median_seconds
-from partialfc.plan import measure
+from partialfc.plan import step_time as timing
 from partialfc.plan.step_time import backbone_flops, head_time, step_time
 
-SMALL = workload(5_000, 16, device="cpu")
+SMALL = workload(5_000, 16, device="cpu", precision="float32")
 
 
 def test_a_planned_step_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "measure_seconds", lambda asked, precision: (0.25, 0.125))
-    rates = measure.measure_rates(SMALL, "float32")
-    time = step_time(SMALL, rates, "float32")
+    monkeypatch.setattr(timing, "measure_seconds", lambda asked: (0.25, 0.125))
+    rates = timing.measure_rates(SMALL)
+    time = step_time(SMALL, rates)
     assert (time.backbone, time.head, time.communication) == pytest.approx((0.25, 0.125, 0.0))
     # Other sizes follow in proportion to their operations.
     doubled = changed(SMALL, head__sample_rate=0.2)
     assert head_time(doubled, rates) == pytest.approx(2 * 0.125)
-    assert rates.backbone_flops == pytest.approx(backbone_flops(SMALL, "float32") / 0.25)
+    assert rates.backbone_flops == pytest.approx(backbone_flops(SMALL) / 0.25)
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer__name": "adamw", "data__micro_batch_size": 8, "gpus": 1}])
@@ -44,13 +44,13 @@ def test_steps_are_those_of_the_workload(monkeypatch: pytest.MonkeyPatch, option
         if type(module).__name__ in ("Mini", "PartialFC"):
             seen.append(tuple(arguments[0].shape))
 
-    monkeypatch.setattr(measure, "median_seconds", once)
+    monkeypatch.setattr(timing, "median_seconds", once)
     hooks = [
         torch.nn.modules.module.register_module_forward_pre_hook(watch),
         register_optimizer_step_post_hook(lambda optimizer, *_: stepped.append(type(optimizer).__name__)),
     ]
     try:
-        assert measure.measure_seconds(asked, "float32") == (1.0, 1.0)
+        assert timing.measure_seconds(asked) == (1.0, 1.0)
     finally:
         for hook in hooks:
             hook.remove()
@@ -61,5 +61,5 @@ def test_steps_are_those_of_the_workload(monkeypatch: pytest.MonkeyPatch, option
 
 def test_the_median_leaves_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 22.0, 30.0, 37.0])
-    monkeypatch.setattr("partialfc.bench.head_step.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("partialfc.core.device.time.perf_counter", lambda: next(clock))
     assert median_seconds(lambda: None, torch.device("cpu"), steps=3, warm_up=1) == 2.0

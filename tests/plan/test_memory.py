@@ -64,7 +64,7 @@ def test_shares_of_many_processes() -> None:
 
 def test_state_on_the_host_leaves_the_gpu() -> None:
     asked = workload(1_000_000, gpus=2)
-    here, there = (plan_memory(changed(asked, head__state_on_host=on_host), "bfloat16") for on_host in (False, True))
+    here, there = (plan_memory(changed(asked, head__state_on_host=on_host)) for on_host in (False, True))
     assert here.peak - there.peak == there.host["centers' optimizer"] == 4 * 500_000 * 64
 
 
@@ -79,11 +79,11 @@ def test_a_backbone_in_parts_is_shared() -> None:
 
 
 def test_a_cpu_has_everything_in_one_memory() -> None:
-    on_cpu = plan_memory(changed(SMALL, device="cpu"), "float32")
+    on_cpu = plan_memory(changed(SMALL, device="cpu", precision="float32"))
     assert on_cpu.host == {}
     assert on_cpu.parts["checkpoint copy"] > 2 * on_cpu.parts["centers"]
     assert "CUDA and NCCL" not in on_cpu.parts
-    apart = plan_memory(SMALL, "float32")
+    apart = plan_memory(changed(SMALL, precision="float32"))
     assert "checkpoint copy" in apart.host
     assert "checkpoint copy" not in apart.parts
 
@@ -96,6 +96,7 @@ workloads = st.builds(
     data__micro_steps=st.sampled_from([None, 1, 2]),
     head__sample_rate=st.floats(0, 1),
     device=st.sampled_from(["cpu", "h100"]),
+    precision=st.just("bfloat16"),
     optimizer__name=st.sampled_from(["sgd", "adamw"]),
     head__update=st.sampled_from(["sparse", "deferred"]),
     head__operand_dtype=st.sampled_from(["float32", "bfloat16"]),
@@ -108,12 +109,12 @@ workloads = st.builds(
 @given(asked=workloads, more=st.floats(0, 1))
 def test_more_of_anything_takes_no_less_memory(asked: Workload, more: float) -> None:
     asked.check()
-    peak = plan_memory(asked, "bfloat16").peak
-    assert peak == sum(plan_memory(asked, "bfloat16").parts.values()) > 0
+    peak = plan_memory(asked).peak
+    assert peak == sum(plan_memory(asked).parts.values()) > 0
     rate = asked.config.head.sample_rate
-    assert plan_memory(asked.with_rate(min(1.0, rate + more * (1 - rate))), "bfloat16").peak >= peak
-    assert plan_memory(changed(asked, classes=asked.classes + int(1e6 * more)), "bfloat16").peak >= peak
-    assert plan_memory(changed(asked, optimizer__ema_decay=0.9), "bfloat16").peak > peak
+    assert plan_memory(asked.with_rate(min(1.0, rate + more * (1 - rate)))).peak >= peak
+    assert plan_memory(changed(asked, classes=asked.classes + int(1e6 * more))).peak >= peak
+    assert plan_memory(changed(asked, optimizer__ema_decay=0.9)).peak > peak
 
 
 def test_bytes_of_an_updated_number_are_counted_on_the_update(monkeypatch: pytest.MonkeyPatch) -> None:

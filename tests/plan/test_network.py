@@ -10,7 +10,7 @@ from partialfc.backbones import BACKBONES, create_backbone
 from partialfc.core.errors import InputError
 from partialfc.plan.network import LiveBytes, network_pass, network_size
 
-SMALL = workload(100, 6, backbone__name="r18")
+SMALL = workload(100, 6, backbone__name="r18", precision="float32")
 
 
 @pytest.mark.parametrize("backbone", ["r18", "vit_t", "mbf", "mini"])
@@ -21,7 +21,7 @@ def test_tensors_without_values_take_what_real_ones_do(backbone: str) -> None:
         embeddings = network(torch.zeros(6, 3, 32, 32), torch.zeros(6, dtype=torch.int64)).float()
         saved = live.now
         embeddings.backward(torch.ones_like(embeddings))
-    counted = network_pass(asked, "float32")
+    counted = network_pass(asked)
     assert counted.saved_bytes == pytest.approx(saved, rel=0.001)
     assert counted.peak_bytes == pytest.approx(live.peak, rel=0.001)
     assert counted.working_bytes == pytest.approx(live.working_peak, rel=0.001)
@@ -56,17 +56,17 @@ def test_sizes_of_published_networks() -> None:
     [pytest.param(name, marks=pytest.mark.slow) if name in ("r100", "r200", "vit_h") else name for name in BACKBONES],
 )
 def test_every_backbone_is_counted(backbone: str) -> None:
-    counted = network_pass(workload(100, 2, backbone__name=backbone, image_size=48), "bfloat16")
+    counted = network_pass(workload(100, 2, backbone__name=backbone, image_size=48))
     assert 0 < counted.saved_bytes <= counted.peak_bytes
     assert counted.flops > 1e6
 
 
 def test_what_lowers_the_memory_of_activations() -> None:
     asked = changed(SMALL, image_size=64)
-    full, recomputed = (network_pass(changed(asked, backbone__checkpointing=c), "float32") for c in (False, True))
+    full, recomputed = (network_pass(changed(asked, backbone__checkpointing=c)) for c in (False, True))
     assert recomputed.flops == full.flops
     assert recomputed.saved_bytes < full.saved_bytes / 2
-    assert network_pass(asked, "bfloat16").saved_bytes < 0.8 * full.saved_bytes
+    assert network_pass(changed(asked, precision="bfloat16")).saved_bytes < 0.8 * full.saved_bytes
 
 
 def test_an_option_that_the_backbone_does_not_take() -> None:

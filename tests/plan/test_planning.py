@@ -15,10 +15,9 @@ from partialfc.core.errors import InputError
 from partialfc.plan import planning
 from partialfc.plan.memory import plan_memory, weights_memory
 from partialfc.plan.network import network_size
-from partialfc.plan.planning import Plan, largest_rate, make_plan, plan_workload, recipe_memory
+from partialfc.plan.planning import Plan, largest_rate, make_plan, plan_text, plan_workload, recipe_memory
 from partialfc.plan.rates import GIB, MachineRates
 from partialfc.plan.step_time import backbone_flops, communication_time, head_time, head_work, step_time
-from partialfc.plan.text import plan_text
 from partialfc.plan.workload import Workload
 
 MINI = workload(1_000_000, 16, gpus=8)
@@ -27,7 +26,7 @@ ROUND = MachineRates("round", "by hand", 1e12, 1e9, 1e6, 1e3, 2.0, 1e6, 0.25, 1e
 
 
 def planned(asked: Workload, rates: MachineRates = ROUND, gib: float = 8) -> Plan:
-    return plan_workload(asked, "bfloat16", rates, int(gib * GIB))
+    return plan_workload(asked, rates, int(gib * GIB))
 
 
 def test_the_head_is_some_products_and_the_rows_it_moves() -> None:
@@ -50,14 +49,14 @@ def test_the_head_is_some_products_and_the_rows_it_moves() -> None:
 
 
 def test_the_backbone_runs_forward_once_and_backward_twice_as_long() -> None:
-    once = backbone_flops(changed(MINI, backbone__name="r18"), "float32")
-    assert backbone_flops(changed(MINI, backbone__name="r18", backbone__checkpointing=True), "float32") == once * 4 / 3
-    assert backbone_flops(changed(MINI, backbone__name="r18", data__global_batch_size=128 * 5), "float32") == 5 * once
-    passes = backbone_flops(MINI, "float32") / 1e12
+    once = backbone_flops(changed(MINI, backbone__name="r18"))
+    assert backbone_flops(changed(MINI, backbone__name="r18", backbone__checkpointing=True)) == once * 4 / 3
+    assert backbone_flops(changed(MINI, backbone__name="r18", data__global_batch_size=128 * 5)) == 5 * once
+    passes = backbone_flops(MINI) / 1e12
     update = 4 * network_size(MINI).trained * 5 / 1e6
-    assert step_time(MINI, ROUND, "float32").backbone == pytest.approx(2.0 + passes + update)
+    assert step_time(MINI, ROUND).backbone == pytest.approx(2.0 + passes + update)
     measured = replace(ROUND, memory_rate=None, overhead=0.0)
-    assert step_time(MINI, measured, "float32").backbone == pytest.approx(passes)
+    assert step_time(MINI, measured).backbone == pytest.approx(passes)
 
 
 def test_collectives_pass_the_slowest_link() -> None:
@@ -80,10 +79,10 @@ def test_collectives_pass_the_slowest_link() -> None:
 
 def test_a_slow_loader_is_the_limit() -> None:
     quick = replace(ROUND, backbone_flops=1e30, head_flops=1e30, memory_rate=None, overhead=0.0, node_rate=1e30)
-    time = step_time(MINI, replace(quick, node_latency=0.0), "float32")
+    time = step_time(MINI, replace(quick, node_latency=0.0))
     assert time.limit == "loader"
     assert time.step == time.loader == pytest.approx(16 / (4 * 5000 * (112 / 32) ** 2))
-    assert step_time(MINI, replace(quick, head_flops=1.0), "float32").limit == "head"
+    assert step_time(MINI, replace(quick, head_flops=1.0)).limit == "head"
 
 
 @given(limit=st.floats(0, 1))
@@ -104,11 +103,11 @@ def test_the_rate_that_fits_fits_and_more_does_not(classes: int, gib: float) -> 
     asked = changed(MINI, classes=classes)
     plan = planned(asked, gib=gib)
     if plan.fitting_rate is None:
-        assert plan_memory(asked.with_rate(0.0), "bfloat16").peak > plan.capacity
+        assert plan_memory(asked.with_rate(0.0)).peak > plan.capacity
         return
-    assert plan_memory(asked.with_rate(plan.fitting_rate), "bfloat16").peak <= plan.capacity
+    assert plan_memory(asked.with_rate(plan.fitting_rate)).peak <= plan.capacity
     if plan.fitting_rate < 0.98:
-        assert plan_memory(asked.with_rate(1.02 * plan.fitting_rate + 0.001), "bfloat16").peak > plan.capacity
+        assert plan_memory(asked.with_rate(1.02 * plan.fitting_rate + 0.001)).peak > plan.capacity
 
 
 def test_every_advice_fits() -> None:
@@ -117,9 +116,9 @@ def test_every_advice_fits() -> None:
     assert not plan.fits
     assert plan.advice[-1] == "--gpus 2"
     assert "--head.update deferred --head.dtype bfloat16" in plan.advice
-    assert plan_memory(changed(asked, gpus=2), "bfloat16").peak <= plan.capacity
+    assert plan_memory(changed(asked, gpus=2)).peak <= plan.capacity
     half = changed(asked, head__update="deferred", head__dtype="bfloat16")
-    assert plan_memory(half, "bfloat16").peak <= plan.capacity
+    assert plan_memory(half).peak <= plan.capacity
     text = plan_text(plan)
     assert "It does not fit" in text
     assert "No sample rate fits" in text
@@ -132,7 +131,7 @@ def test_a_large_batch_is_cut_or_recomputed() -> None:
     assert plan.advice[1].startswith("--data.micro_batch_size ")
     smaller = changed(asked, data__micro_batch_size=int(plan.advice[1].split()[1]))
     assert smaller.micro_steps > 1
-    assert plan_memory(smaller, "bfloat16").peak <= plan.capacity
+    assert plan_memory(smaller).peak <= plan.capacity
     in_one = planned(changed(asked, backbone__sync_batch_norm=True), gib=2.5)
     assert not any("micro_batch_size" in advice for advice in in_one.advice)
 
@@ -154,8 +153,8 @@ def test_the_rate_of_equal_cost() -> None:
 
 
 def test_text_and_values_agree() -> None:
-    plan = make_plan(MINI.config, classes=1_000_000, image_size=32)
-    assert plan.workload == MINI  # by default as many GPUs as hold the batch at once
+    plan = make_plan(MINI)
+    assert MINI.config.data.fewest_processes == MINI.gpus
     values, text = plan.to_dict(), plan_text(plan)
     assert values["memory"]["peak_bytes"] == sum(values["memory"]["parts"].values())
     assert "not measured" in text.splitlines()[2]
@@ -166,7 +165,7 @@ def test_text_and_values_agree() -> None:
 
 def test_what_does_not_fit_this_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "measure_rates", None)
-    plan = make_plan(MINI.config, classes=1_000_000, image_size=32, device="cpu", gpu_memory=0.01)
+    plan = make_plan(changed(MINI, device="cpu"), gpu_memory=0.01)
     assert plan.time is plan.rates is plan.equal_rate is None
     text = plan_text(plan)
     assert "rates: not measured, since it does not fit this machine" in text
@@ -223,12 +222,10 @@ def test_shares_are_those_of_training() -> None:
     ],
 )
 def test_impossible_workloads(changes: dict[str, Any], sentence: str) -> None:
-    asked = changed(MINI, **changes)
-    options: dict[str, Any] = {"classes": asked.classes, "gpus": asked.gpus, "image_size": asked.image_size}
     with pytest.raises(InputError, match=sentence):
-        make_plan(asked.config, **options, device=asked.device)
+        make_plan(changed(MINI, **changes))
 
 
 def test_impossible_memory() -> None:
     with pytest.raises(InputError, match="a number of GiB above 0"):
-        make_plan(MINI.config, classes=10, gpu_memory=0.0)
+        make_plan(MINI, gpu_memory=0.0)

@@ -23,7 +23,7 @@ from partialfc.data.pair_files import PairSet
 from partialfc.distributed.collectives import Shard
 from partialfc.report.benchmark import hardest, picture
 from partialfc.report.page import write_report
-from partialfc.training.checkpoint.write import RowTensors, Snapshot, save_checkpoint
+from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
 
 LINES = [train_line(step) for step in range(1, 41)] + [evaluation_line(step) for step in (10, 20, 30, 40)]
 
@@ -107,10 +107,10 @@ def test_conflicts_and_the_rate_of_the_head_are_shown_where_they_matter(tmp_path
 
 def test_counts_come_from_the_newest_readable_checkpoint(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [train_line(1)])
-    rows = RowTensors(Shard.of(3), {"centers": torch.zeros(3, 2)})
+    rows = {"centers": torch.zeros(3, 2)}
     for step, images in ((1, 4321), (2, 9999)):
         counts = {"images": images, "classes": 1234, "image_size": 64}
-        save_checkpoint(run / "checkpoints", Snapshot(step, {}, rows, {"data": counts}))
+        save_checkpoint(run / "checkpoints", Snapshot(step, {}, Shard.of(3), rows, {"data": counts}))
     (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{", encoding="utf-8")
     known = facts(report(run))
     assert known["Training images"] == "4,321"

@@ -17,7 +17,7 @@ from partialfc.core.errors import InputError, JobError
 from partialfc.distributed.collectives import Shard, split_evenly
 from partialfc.training.checkpoint import read, write
 from partialfc.training.checkpoint.read import Checkpoint, load_latest
-from partialfc.training.checkpoint.write import RowTensors, Snapshot, save_checkpoint
+from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -41,7 +41,8 @@ def save(root: Path, step: int, total: int = 37, *, keep: int = 3, block_bytes: 
     """One process's checkpoint whose contents follow from the step."""
     usual: dict[str, Any] = {
         "tensors": {"backbone": {"conv": fill((9, 9), torch.float32, step), "bias": fill((9,), torch.float32, step)}},
-        "rows": RowTensors(Shard.of(total), head_rows(total, step)),
+        "shard": Shard.of(total),
+        "rows": head_rows(total, step),
         "state": {"epoch": step // 10, "best_score": 1e-5, "name": "é"},
         "documents": {"identities": ["Ada", "Grace", "Søren"] * 30},
     }
@@ -151,7 +152,7 @@ def on_ranks(world_size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
 def save_on(rank: ThreadRank, root: Path, step: int, whole: dict[str, Tensor], **contents: Any) -> Path:
     """Every rank saves its share of the rows of `whole`, and a backbone and state of which only rank 0's may count."""
     shard = ThreadShard.on(rank, len(whole["centers"]))
-    rows = RowTensors(shard, {name: rows[shard.start : shard.stop] for name, rows in whole.items()})
+    rows = {name: rows[shard.start : shard.stop] for name, rows in whole.items()}
     tensors = {"backbone": {"conv": torch.full((3, 3), float(rank.rank))}}
-    usual: dict[str, Any] = {"tensors": tensors, "rows": rows, "state": {"rank": rank.rank}}
+    usual: dict[str, Any] = {"tensors": tensors, "shard": shard, "rows": rows, "state": {"rank": rank.rank}}
     return save_checkpoint(root, Snapshot(step, **{**usual, **contents}), block_bytes=64)

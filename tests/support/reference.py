@@ -1,4 +1,4 @@
-"""Dense float64 oracles, written to be read, not to be fast."""
+"""Dense float64 oracles and a plain bfloat16 computation, written to be read, not to be fast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Target = Callable[[Tensor, Tensor], Tensor]
 """(G,) target cosines and (G,) embedding norms to (G,) logits before the scale."""
@@ -51,6 +52,18 @@ def dense_loss(
     if regulariser is not None:
         loss = loss + regulariser(embeddings.norm(dim=1))
     return loss.mean()
+
+
+def plain_bfloat16(embeddings: Tensor, centers: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the usual computation in bfloat16, its logits and softmax in float32."""
+    embeddings, centers = embeddings.clone().requires_grad_(), centers.clone().requires_grad_()
+    unit_embeddings, unit_centers = functional.normalize(embeddings), functional.normalize(centers)
+    cosine = functional.linear(unit_embeddings.bfloat16(), unit_centers.bfloat16()).float()
+    logits = 64 * (cosine - 0.4 * functional.one_hot(labels, len(centers)))
+    functional.cross_entropy(logits, labels).backward()
+    assert embeddings.grad is not None
+    assert centers.grad is not None
+    return embeddings.grad.double(), centers.grad.double()
 
 
 def dense_cosines(embeddings: Tensor, centers: Tensor, sub_centers: int = 1) -> Tensor:

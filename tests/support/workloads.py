@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from partialfc.config.options import BackboneConfig, DataConfig, TrainConfig
@@ -18,13 +18,6 @@ def workload(classes: int = 10_000, batch_size: int = 8, gpus: int = 1, **option
 
 def changed(base: Workload, **options: Any) -> Workload:
     """`base` with other values: its own fields, or dotted keys of the configuration with `__` for the dot."""
-    config = base.config
-    for key, value in options.items():
-        group, _, name = key.partition("__")
-        if name:
-            config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
-        elif key == "precision":
-            config = replace(config, precision=value)
-        else:
-            base = replace(base, **{key: value})
-    return replace(base, config=config)
+    own = {field.name for field in fields(Workload)} & set(options)
+    values = {name.replace("__", "."): value for name, value in options.items() if name not in own}
+    return replace(base, **{name: options[name] for name in own}).with_values(values)

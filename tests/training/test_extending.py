@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def extending(folder: Path, **head: str) -> TrainConfig:
+def extending(folder: Path, **head: Any) -> TrainConfig:
     return tiny_config(folder / "new", device="cpu", head=HeadConfig(1.0, from_run=str(folder / "run"), **head))
 
 
@@ -44,7 +45,7 @@ def state_at_start(config: TrainConfig) -> TrainState:
     loader = open_loader(config)
     state = build_state(config, loader, torch.device("cpu"))
     old_classes = initialize(state, config, loader)
-    if config.head.new_centers == "mean":
+    if old_classes is not None and config.head.new_centers == "mean":
         fill_with_class_means(state, old_classes, config, loader)
     return state
 

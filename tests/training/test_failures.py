@@ -27,6 +27,7 @@ def interrupted_and_whole(rank: int, folder: Path) -> None:
     train(config, folder / "stopped", resume=True, quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_three_ranks_are_resumed_bit_for_bit(tmp_path: Path) -> None:
     """With three, the sum of the gradients depends on the order in which they are added."""
@@ -82,7 +83,7 @@ def test_a_run_that_fails_ends_with_its_readers(what: str, tmp_path: Path) -> No
 def too_early(rank: int, folder: Path) -> None:
     """Rank 1 is lost after the rendezvous, before the ranks monitor each other."""
     if rank == 1:
-        loop.HeartbeatMonitor.__enter__ = lambda self: os._exit(0)  # type: ignore[method-assign,assignment]
+        pytest.MonkeyPatch().setattr(loop.HeartbeatMonitor, "__enter__", lambda self: os._exit(0))
     base = config_without_saves()
     try:
         train(replace(base, processes=replace(base.processes, heartbeat_timeout_seconds=5)), folder / "run", quiet=True)
@@ -90,6 +91,7 @@ def too_early(rank: int, folder: Path) -> None:
         (folder / "said.txt").write_text(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_process_lost_before_the_ranks_monitor_each_other_is_a_sentence_too(tmp_path: Path) -> None:
     assert run_apart(2, too_early, tmp_path) == [0, 0]

@@ -98,6 +98,7 @@ def poisoned_rank(rank: int, folder: Path) -> None:
         train(config, folder / "run", quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_only_the_rank_that_knows_names_its_images(tmp_path: Path) -> None:
     write_images(tmp_path / "images", [f"person {number}" for number in range(8)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from partialfc.data.sources.subset import SubsetSource
 from partialfc.model.files import load_model
 from partialfc.training.build import check_config
 from partialfc.training.loop import train
-from partialfc.training.weights import averaged_copy, freeze, set_frozen_layers_eval, update_average
+from partialfc.training.weights import freeze, set_frozen_layers_eval, update_average
 
 MINI = BackboneConfig("mini", 16)
 SGD = OptimizerConfig(lr=0.01, lr_scaling="absolute")
@@ -46,7 +47,7 @@ def float32(images: Path, **changes: Any) -> TrainConfig:
 
 def test_the_average_is_one_of_weights_and_statistics() -> None:
     network = nn.BatchNorm1d(2)
-    average = averaged_copy(network)
+    average: Any = copy.deepcopy(network).eval().requires_grad_(False)
     with torch.no_grad():
         network.weight.fill_(3.0)
         network.running_mean.fill_(1.0)
@@ -54,7 +55,7 @@ def test_the_average_is_one_of_weights_and_statistics() -> None:
     update_average(average, network, 0.75, steps=10_000)
     assert average.weight.tolist() == [1.5, 1.5]
     assert average.running_mean.tolist() == [0.25, 0.25]
-    assert int(average.num_batches_tracked) == 7
+    assert average.num_batches_tracked == 7
     update_average(average, network, 0.75, steps=0)  # the first step counts nine tenths
     assert average.weight.tolist() == pytest.approx([2.85, 2.85])
     assert not average.training
@@ -121,6 +122,7 @@ def test_fused_updates_and_other_memory_orders_take_the_same_step(images: Path, 
     train(variants["fused"], tmp_path / "fused", resume=True, quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["r18", "vit_t"])
 def test_recomputed_activations_give_the_same_run(name: str, tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", ["a", "b", "c"], shots=4, size=32)
@@ -139,7 +141,12 @@ def test_a_compiled_network_gives_the_same_run(
 ) -> None:
     compiled: list[nn.Module] = []
     compile_eagerly = partial(torch.compile, backend="eager")  # no compiler is needed to test how it is joined in
-    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or compile_eagerly(network))
+
+    def compile_and_count(network: nn.Module) -> Any:
+        compiled.append(network)
+        return compile_eagerly(network)
+
+    monkeypatch.setattr(torch, "compile", compile_and_count)
     train(float32(images, backbone=replace(MINI, compile=True)), tmp_path / "run", quiet=True)
     assert len(compiled) == 1
     expected, actual = final_tensors(plain), final_tensors(tmp_path / "run")
@@ -230,8 +237,11 @@ def test_what_a_checkpoint_could_not_hold_is_refused_at_the_start(key: str, chan
 
 def test_batches_too_small_for_the_statistics_are_refused(images: Path, tmp_path: Path) -> None:
     base = float32(images)
-    for data in ({"global_batch_size": 1}, {"global_batch_size": 5, "micro_steps": 3}):
-        config = replace(base, data=replace(base.data, **data))
+    for data in (
+        replace(base.data, global_batch_size=1),
+        replace(base.data, global_batch_size=5, micro_steps=3),
+    ):
+        config = replace(base, data=data)
         with pytest.raises(InputError, match=r"leaves one of them 1 images at a time, but BatchNorm needs 2: take a"):
             train(config, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()

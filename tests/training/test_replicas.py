@@ -152,6 +152,7 @@ def assert_same_run(actual: Path, expected: Path, rtol: float) -> None:
         torch.testing.assert_close(value, others[name], rtol=rtol, atol=rtol * largest, msg=f"{actual.name}: {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("other", ["fsdp", "fsdp-alone", "alone-fsdp"])
 def test_a_sharded_run_is_that_of_replicas_also_from_or_to_one_process(folder: Path, other: str) -> None:
@@ -160,12 +161,14 @@ def test_a_sharded_run_is_that_of_replicas_also_from_or_to_one_process(folder: P
     assert_same_run(folder / other, folder / "ddp", rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_in_float32_it_is_the_same_within_rounding(folder: Path) -> None:
     assert_same_run(folder / "fsdp-32", folder / "ddp-32", rtol=1e-3)
     assert losses(folder / "fsdp-32")[:2] == pytest.approx(losses(folder / "ddp-32")[:2], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_sharded_run_is_resumed_bit_for_bit(folder: Path) -> None:
     straight, resumed = final_tensors(folder / "fsdp"), final_tensors(folder / "fsdp-fsdp")
@@ -175,6 +178,7 @@ def test_a_sharded_run_is_resumed_bit_for_bit(folder: Path) -> None:
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_what_is_not_finite_on_one_process_is_skipped_by_both(folder: Path) -> None:
     for name in ("ddp-skips", "fsdp-skips"):
@@ -185,6 +189,7 @@ def test_what_is_not_finite_on_one_process_is_skipped_by_both(folder: Path) -> N
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_saved_model_is_the_whole_average(folder: Path) -> None:
     saved = load_model(folder / "fsdp").backbone.state_dict()
@@ -193,6 +198,7 @@ def test_the_saved_model_is_the_whole_average(folder: Path) -> None:
         torch.testing.assert_close(value.double(), tensors[f"backbone-ema/{name}"].double(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_gradients_travel_in_bfloat16_and_stay_close(folder: Path, name: str) -> None:
@@ -213,7 +219,7 @@ def test_units_are_blocks_and_large_layers() -> None:
     with torch.device("meta"):
         vit = create_backbone("vit_t", embedding_dim=512, image_size=112)
         r50 = create_backbone("r50", embedding_dim=512, image_size=112)
-    assert list(fsdp_units(vit)) == [*vit.blocks, vit.feature[0]]
+    assert list(fsdp_units(vit)) == [*vit.get_submodule("blocks").children(), vit.get_submodule("feature.0")]
     assert r50.fc in list(fsdp_units(r50))
     assert all(block in list(fsdp_units(r50)) for block in r50.layer3)
 

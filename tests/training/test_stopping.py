@@ -23,20 +23,37 @@ from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption."""
+    root = tmp_path_factory.mktemp("whole") / "run"
+    train(config_without_saves(), root, quiet=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with evaluations."""
+    root = tmp_path_factory.mktemp("evaluated") / "run"
+    train(small_config(precision="float32"), root, benchmarks=PAIRS, quiet=True)
+    return root
+
+
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("number", [0, 3, 7])
-def test_a_signal_saves_and_the_run_is_resumed_bit_for_bit(which: signal.Signals, number: int, tmp_path: Path) -> None:
-    train(config_without_saves(), tmp_path / "whole", quiet=True)
+def test_a_signal_saves_and_the_run_is_resumed_bit_for_bit(
+    which: signal.Signals, number: int, whole: Path, tmp_path: Path
+) -> None:
     with signal_at(number, which), pytest.raises(StoppedBySignal) as stop:
         train(config_without_saves(), tmp_path / "stopped", quiet=True)
     assert stop.value.signum == which
     # A signal that arrives in a step reaches the other ranks in the next one.
     assert steps_in(tmp_path / "stopped" / "checkpoints") == [number + 2]
     train(config_without_saves(), tmp_path / "stopped", resume=True, quiet=True)
-    whole, resumed = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "stopped")
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    lines = [timeless(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("whole", "stopped")]
+    expected, resumed = final_tensors(whole), final_tensors(tmp_path / "stopped")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+    lines = [timeless(read_metrics(run / "metrics.jsonl")) for run in (whole, tmp_path / "stopped")]
     assert lines[0] == lines[1]
 
 
@@ -49,6 +66,7 @@ def stopped_rank(rank: int, folder: Path) -> None:
         (folder / f"rank{rank}.txt").write_text(str(stop))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_signal_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
     run_ranks(2, stopped_rank, tmp_path)
@@ -101,11 +119,10 @@ def test_a_signal_in_start_up_ends_the_run_before_its_first_step(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_signal_interrupts_an_evaluation_which_is_repeated(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first evaluation of two, and the last, after which no step is left."""
     base = small_config(precision="float32")
-    train(base, tmp_path / "whole", benchmarks=PAIRS, quiet=True)
     plain, calls = loop.embed_share, []
 
     def embed_share(*arguments: Any, **options: Any) -> Any:
@@ -121,9 +138,10 @@ def test_a_signal_interrupts_an_evaluation_which_is_repeated(
     lines = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [5][: number - 1]
     train(base, tmp_path / "stopped", benchmarks=PAIRS, resume=True, quiet=True)
-    whole, resumed = (tmp_path / run / "checkpoints" / "step-00000010" for run in ("whole", "stopped"))
-    assert Checkpoint(whole).digest == Checkpoint(resumed).digest
-    lines = [timeless(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("whole", "stopped")]
-    assert lines[0] == lines[1]
+    runs = (evaluated, tmp_path / "stopped")
+    digests = [Checkpoint(run / "checkpoints" / "step-00000010").digest for run in runs]
+    assert digests[0] == digests[1]
+    logs = [timeless(read_metrics(run / "metrics.jsonl")) for run in runs]
+    assert logs[0] == logs[1]
     train(base, tmp_path / "stopped", benchmarks=PAIRS, resume=True, quiet=True)  # a finished run logs nothing twice
-    assert timeless(read_metrics(tmp_path / "stopped" / "metrics.jsonl")) == lines[0]
+    assert timeless(read_metrics(tmp_path / "stopped" / "metrics.jsonl")) == logs[0]

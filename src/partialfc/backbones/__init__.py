@@ -55,22 +55,14 @@ def create_backbone(
         builder: Callable[..., nn.Module] = partial(timm_adapter.TimmBackbone, name.removeprefix(timm_adapter.PREFIX))
     else:
         builder = BACKBONES[name]
-        _check_options(name, builder, options)
+        accepted = [key for key in inspect.signature(builder).parameters if key not in ("embedding_dim", "image_size")]
+        for option in options:
+            if option not in accepted:
+                choices = f"its options are {', '.join(accepted)}" if accepted else "it has no options of its own"
+                raise InputError(f"Backbone {name} does not take the option {option!r}: {choices}.")
     if embedding_dim < 1:
         raise InputError(f"embedding_dim {embedding_dim} is not a width: choose a positive number.")
     # torch's layers draw initial weights from the global generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_key(seed, "backbone", name))
         return builder(embedding_dim=embedding_dim, image_size=image_size, **options)
-
-
-def _check_options(name: str, builder: Callable[..., nn.Module], options: dict[str, Any]) -> None:
-    """Raise an InputError that lists the options of this backbone if one is unknown."""
-    accepted = [option for option in inspect.signature(builder).parameters if option not in _COMMON]
-    for option in options:
-        if option not in accepted:
-            choices = f"its options are {', '.join(accepted)}" if accepted else "it has no options of its own"
-            raise InputError(f"Backbone {name} does not take the option {option!r}: {choices}.")
-
-
-_COMMON = ("blocks", "width_and_depth", "blocks_and_scale", "embedding_dim", "image_size")

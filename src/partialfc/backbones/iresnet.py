@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from partialfc.backbones.layers import check_image_size, full_precision, recomputed
+from partialfc.backbones.layers import check_image_size, full_precision, recomputed, shortcut
 from partialfc.core.errors import InputError
 from partialfc.core.keyed_random import bits, derive_key, uniform
 
@@ -48,10 +48,7 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """x ↦ shortcut(x) + BN(conv(PReLU(BN(conv(BN(x)))))); the second convolution has the stride.
-
-    The shortcut is the identity, or a strided 1 × 1 convolution with BN where the block changes size or width.
-    """
+    """x ↦ shortcut(x) + BN(conv(PReLU(BN(conv(BN(x)))))); the second convolution has the stride."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -61,11 +58,7 @@ class Block(nn.Module):
         self.prelu = nn.PReLU(channels)
         self.conv2 = conv3x3(channels, channels, stride)
         self.bn3 = nn.BatchNorm2d(channels)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        self.downsample = shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)

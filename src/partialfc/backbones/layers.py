@@ -1,4 +1,4 @@
-"""What several backbones share: the check of the image size, leaving autocast, and recomputed activations."""
+"""What several backbones share: check of the image size, shortcut, leaving autocast, recomputed activations."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def check_image_size(image_size: int, network: str) -> None:
     """Raise an InputError unless `image_size` is a positive multiple of 16."""
     if image_size < 16 or image_size % 16:
         raise InputError(f"image_size {image_size} does not suit {network}: choose a multiple of 16.")
+
+
+def shortcut(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
+    """The shortcut of a residual block where it changes size or width, a 1 × 1 convolution with BN; else None."""
+    if stride == 1 and in_channels == channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

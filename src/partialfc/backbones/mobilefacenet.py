@@ -18,75 +18,44 @@ BLOCKS_AND_SCALE = {
 LAST = 512
 
 
-class Convolution(nn.Module):
-    """Convolution without bias, BN and, unless `linear`, PReLU; padded to keep the size unless `whole`."""
+class Layers(nn.Module):
+    """Layers in sequence, as one member `layers`, after which the published checkpoints name parameters."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel: int = 1,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        linear: bool = False,
-        whole: bool = False,
-    ) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        padding = 0 if whole else kernel // 2
-        layers: list[nn.Module] = [
-            nn.Conv2d(in_channels, channels, kernel, stride, padding, groups=groups, bias=False),
-            nn.BatchNorm2d(channels),
-        ]
-        self.layers = nn.Sequential(*layers, *([] if linear else [nn.PReLU(channels)]))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
-class Bottleneck(nn.Module):
+class Residual(Layers):
+    """x ↦ x + layers(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def convolution(
+    in_channels: int, channels: int, kernel: int = 1, *, stride: int = 1, groups: int = 1, linear: bool = False
+) -> Layers:
+    """Convolution without bias, BN and, unless `linear`, PReLU; padded to keep the size."""
+    convolve = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return Layers(convolve, nn.BatchNorm2d(channels), *([] if linear else [nn.PReLU(channels)]))
+
+
+def bottleneck(in_channels: int, channels: int, inner: int, *, stride: int, residual: bool = False) -> Layers:
     """1 × 1 to `inner` channels, depth-wise 3 × 3 with the stride, linear 1 × 1; plus x where `residual`."""
-
-    def __init__(self, in_channels: int, channels: int, inner: int, *, stride: int, residual: bool) -> None:
-        super().__init__()
-        self.residual = residual
-        self.layers = nn.Sequential(
-            Convolution(in_channels, inner),
-            Convolution(inner, inner, 3, stride=stride, groups=inner),
-            Convolution(inner, channels, linear=True),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.residual else self.layers(x)
+    return (Residual if residual else Layers)(
+        convolution(in_channels, inner),
+        convolution(inner, inner, 3, stride=stride, groups=inner),
+        convolution(inner, channels, linear=True),
+    )
 
 
-class Stage(nn.Module):
+def stage(channels: int, inner: int, blocks: int) -> Layers:
     """`blocks` residual bottlenecks that keep size and width."""
-
-    def __init__(self, channels: int, inner: int, blocks: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(Bottleneck(channels, channels, inner, stride=1, residual=True) for _ in range(blocks))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-class Embedding(nn.Module):
-    """A weight for each position and channel of the last map, then a linear layer and BN."""
-
-    def __init__(self, side: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            Convolution(LAST, LAST, side, groups=LAST, linear=True, whole=True),
-            nn.Flatten(),
-            nn.Linear(LAST, embedding_dim, bias=False),
-            nn.BatchNorm1d(embedding_dim),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    return Layers(*(bottleneck(channels, channels, inner, stride=1, residual=True) for _ in range(blocks)))
 
 
 class MobileFaceNet(nn.Module):
@@ -113,21 +82,28 @@ class MobileFaceNet(nn.Module):
         blocks, scale = blocks_and_scale
         narrow, wide = 64 * scale, 128 * scale
         # The small network starts with one grouped convolution (64 groups), the large one with a stage.
-        first = Convolution(narrow, narrow, 3, groups=64) if blocks[0] == 1 else Stage(narrow, 128, blocks[0])
+        first = convolution(narrow, narrow, 3, groups=64) if blocks[0] == 1 else stage(narrow, 128, blocks[0])
         self.layers = nn.ModuleList(
             [
-                Convolution(3, narrow, 3, stride=2),
+                convolution(3, narrow, 3, stride=2),
                 first,
-                Bottleneck(narrow, narrow, 128, stride=2, residual=False),
-                Stage(narrow, 128, blocks[1]),
-                Bottleneck(narrow, wide, 256, stride=2, residual=False),
-                Stage(wide, 256, blocks[2]),
-                Bottleneck(wide, wide, 512, stride=2, residual=False),
-                Stage(wide, 256, blocks[3]),
+                bottleneck(narrow, narrow, 128, stride=2),
+                stage(narrow, 128, blocks[1]),
+                bottleneck(narrow, wide, 256, stride=2),
+                stage(wide, 256, blocks[2]),
+                bottleneck(wide, wide, 512, stride=2),
+                stage(wide, 256, blocks[3]),
             ]
         )
-        self.conv_sep = Convolution(wide, LAST)
-        self.features = Embedding(image_size // 16, embedding_dim)
+        self.conv_sep = convolution(wide, LAST)
+        # A weight for each position and channel of the last map, then a linear layer and BN.
+        weigh = nn.Conv2d(LAST, LAST, image_size // 16, groups=LAST, bias=False)
+        self.features = Layers(
+            Layers(weigh, nn.BatchNorm2d(LAST)),
+            nn.Flatten(),
+            nn.Linear(LAST, embedding_dim, bias=False),
+            nn.BatchNorm1d(embedding_dim),
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -35,7 +35,8 @@ class SyncBatchNorm(_BatchNorm):
         count, mean, variance = _statistics(input.detach())
         if self.track_running_stats:
             self._track(count, mean, variance)
-        normalised: Tensor = _Normalise.apply(input, self.weight, self.bias, count, mean, variance, self.eps)
+        weight, bias = (self.weight, self.bias) if self.affine else (torch.ones_like(mean), torch.zeros_like(mean))
+        normalised: Tensor = _Normalise.apply(input, weight, bias, count, mean, variance, self.eps)
         return normalised
 
     @torch.no_grad()
@@ -76,8 +77,8 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
         count: Tensor,
         mean: Tensor,
         variance: Tensor,
@@ -86,11 +87,9 @@ class _Normalise(torch.autograd.Function):
         dtype = _wide(x).dtype
         inverse = (variance + eps).rsqrt()
         ctx.save_for_backward(x, weight, count, mean, inverse)
-        scale = inverse.to(dtype) if weight is None else inverse.to(dtype) * weight.to(dtype)
+        scale = inverse.to(dtype) * weight.to(dtype)
         result = (_wide(x) - _as_channels(mean.to(dtype), x)) * _as_channels(scale, x)
-        if bias is not None:
-            result = result + _as_channels(bias.to(dtype), x)
-        return result.to(x.dtype)
+        return (result + _as_channels(bias.to(dtype), x)).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -102,12 +101,10 @@ class _Normalise(torch.autograd.Function):
         sums = torch.cat([gradient.sum(axes), (gradient * normalised).sum(axes)]).double()
         bias_gradient, weight_gradient = sums.clone().split(len(mean))
         offset, slope = (all_reduce(sums) / count).to(dtype).split(len(mean))
-        scale = inverse.to(dtype) if weight is None else inverse.to(dtype) * weight.to(dtype)
+        scale = inverse.to(dtype) * weight.to(dtype)
         # Section 3 of the paper, with the two means over all ranks.
         result = gradient - _as_channels(offset, x) - normalised * _as_channels(slope, x)
         result = (result * _as_channels(scale, x)).to(x.dtype)
-        if weight is None:
-            return result, *[None] * 6
         return result, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype), *[None] * 4
 
 

@@ -8,6 +8,8 @@ Huang et al. 2016, arXiv 1603.09382). Parameters are named as in the published c
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,27 +79,16 @@ class Attention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Two linear maps with four times the width and ReLU6 in between."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.relu6(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """x ↦ x + attention(LN(x)), then x ↦ x + MLP(LN(x))."""
+    """x ↦ x + attention(LN(x)), then x ↦ x + MLP(LN(x)), the MLP four times as wide inside."""
 
     def __init__(self, width: int, drop_path: float, number: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width)
+        layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.ReLU6(), "fc2": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.drop_path = drop_path
         self.number = number
 

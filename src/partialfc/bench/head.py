@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from partialfc.bench.head_step import HeadCase
-from partialfc.bench.head_variants import OURS, Phases, StepFunction, Variant, dense_step, our_steps
+from partialfc.bench.head_variants import OURS, StepFunction, Variant, dense_step, our_steps
 from partialfc.bench.machine import available_bytes, describe
 from partialfc.core.device import choose_device, peak_bytes
 from partialfc.core.errors import InputError, JobError
@@ -133,10 +133,9 @@ def _alternate(case: HeadCase, variants: list[Variant], steps: int) -> dict[Vari
     timed: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in variants}
     for step in range(_WARM_UP + steps):
         for variant in variants:
-            phases = Phases(case.device)
-            functions[variant](*case.batch(step), phases)
+            seconds = functions[variant](*case.batch(step))
             if step >= _WARM_UP:
-                timed[variant].append(phases.seconds)
+                timed[variant].append(seconds)
     return timed
 
 
@@ -157,9 +156,9 @@ def run_for_memory(case: HeadCase, variant: Variant) -> int:
     """Run some steps of one variant and return by how much they raised the peak memory of this process or the GPU."""
     device = torch.device(case.device)
     tiny = replace(case, num_classes=64, embedding_dim=8, batch_size=4, sample_rate=0.5)
-    _steps_of(tiny, [variant])[variant](*tiny.batch(0), Phases(tiny.device))  # loads libraries and compiles kernels
+    _steps_of(tiny, [variant])[variant](*tiny.batch(0))  # loads libraries and compiles kernels
     before = 0 if device.type == "cuda" else peak_bytes(device)
     step = _steps_of(case, [variant])[variant]
     for number in range(_MEMORY_STEPS):
-        step(*case.batch(number), Phases(case.device))
+        step(*case.batch(number))
     return peak_bytes(device) - before

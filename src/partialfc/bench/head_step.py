@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from partialfc.config.build import build_head, build_head_optimizer
 from partialfc.config.options import BackboneConfig, HeadConfig, OptimizerConfig, TrainConfig
 from partialfc.core import keyed_random
+from partialfc.core.device import timed
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -50,17 +50,8 @@ class HeadCase:
 
 def median_seconds(step: Callable[[], None], device: torch.device, *, steps: int = 3, warm_up: int = 1) -> float:
     """Median seconds of a step, each waiting for the device."""
-    seconds = []
-    for _ in range(warm_up + steps):
-        wait_for(device)
-        start = time.perf_counter()
-        step()
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[warm_up:])
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait for the kernels of a GPU; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    seconds: dict[int, float] = {}
+    for number in range(warm_up + steps):
+        with timed(seconds, number, device):
+            step()
+    return statistics.median(list(seconds.values())[warm_up:])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -13,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from partialfc.bench.head_step import HeadCase, wait_for
+from partialfc.bench.head_step import HeadCase
 from partialfc.config.options import OptimizerConfig
+from partialfc.core.device import timed
 from partialfc.head.sampling import sample_classes, sample_size
 
 Variant = Literal["sparse", "deferred", "sparse bfloat16", "deferred bfloat16", "dense baseline"]
@@ -23,42 +22,28 @@ SGD = OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4)
 MARGIN, SCALE = 0.4, 64.0  # CosFace
 
 
-class Phases:
-    """Seconds of each phase of one step; waits for the device at both ends."""
-
-    def __init__(self, device: str) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = torch.device(device)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        wait_for(self._device)
-        start = time.perf_counter()
-        yield
-        wait_for(self._device)
-        self.seconds[name] = time.perf_counter() - start
-
-
-StepFunction = Callable[[Tensor, Tensor, Phases], None]
+# A training step on embeddings and labels, which returns the seconds of each phase.
+StepFunction = Callable[[Tensor, Tensor], dict[str, float]]
 
 
 def our_steps(case: HeadCase, unsampled: Literal["freeze", "lazy_dense"] = "freeze") -> dict[Variant, StepFunction]:
     """A step of each of our variants; all train one head, so that memory is needed only once."""
     head, optimizer = case.build(SGD, margin="cosface", margin_value=MARGIN, scale=SCALE, unsampled=unsampled)
 
-    def step(variant: Variant, embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
+    def step(variant: Variant, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+        seconds: dict[str, float] = {}
         head.update = "deferred" if variant.startswith("deferred") else "sparse"
         operand_dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
         head.loss_config = replace(head.loss_config, operand_dtype=operand_dtype)
-        with phases("forward"):
+        with timed(seconds, "forward", case.device):
             loss = head(embeddings, labels)
-        with phases("backward"):
+        with timed(seconds, "backward", case.device):
             loss.backward()
-        with phases("optimizer"):
+        with timed(seconds, "optimizer", case.device):
             optimizer.step()
             optimizer.zero_grad()
         # Sampling is part of the forward pass; it is timed once more by itself.
-        with phases("sampling"):
+        with timed(seconds, "sampling", case.device):
             sample_classes(
                 labels.unique(),
                 num_classes=case.num_classes,
@@ -68,7 +53,8 @@ def our_steps(case: HeadCase, unsampled: Literal["freeze", "lazy_dense"] = "free
                 start=0,
                 stop=case.num_classes,
             )
-        phases.seconds["forward"] = max(0.0, phases.seconds["forward"] - phases.seconds["sampling"])
+        seconds["forward"] = max(0.0, seconds["forward"] - seconds["sampling"])
+        return seconds
 
     return {variant: partial(step, variant) for variant in OURS}
 
@@ -125,15 +111,17 @@ def dense_step(case: HeadCase) -> StepFunction:
     head = DenseHead(case)
     optimizer = torch.optim.SGD(head.parameters(), SGD.lr, SGD.momentum, weight_decay=SGD.weight_decay)
 
-    def step(embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
-        with phases("sampling"):
+    def step(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        with timed(seconds, "sampling", case.device):
             classes, targets = head.sample(labels)
-        with phases("forward"):
+        with timed(seconds, "forward", case.device):
             loss = head(embeddings, classes, targets)
-        with phases("backward"):
+        with timed(seconds, "backward", case.device):
             loss.backward()
-        with phases("optimizer"):
+        with timed(seconds, "optimizer", case.device):
             optimizer.step()
             optimizer.zero_grad()
+        return seconds
 
     return step

@@ -11,19 +11,17 @@ import sys
 import textwrap
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
-from partialfc.config.options import flatten
+from partialfc.config.options import TrainConfig, flatten
 from partialfc.config.recipes import recipe_config
 from partialfc.core.errors import InputError, did_you_mean
-
-Config = TypeVar("Config")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -126,16 +124,16 @@ def facts_text(facts: dict[str, Any]) -> str:
 # -- options of a configuration ----------------------------------------------------------------------------------------
 
 
-def add_config_options(parser: Parser, config_class: type, *, skip: str = "") -> None:
-    """Add --recipe, --config, and an option for each field of a dataclass of dataclasses; see `build_config`.
+def add_config_options(parser: Parser, *, skip: str = "") -> None:
+    """Add --recipe, --config, and an option for each key of `TrainConfig`; see `build_config`.
 
     Args:
-        skip: the field whose option the command adds itself.
+        skip: the key whose option the command adds itself.
     """
     parser.add_argument("--recipe", metavar="NAME", help="start from this recipe; `partialfc recipes` lists them")
     help_ = "YAML file with any of these options, which overrides the recipe"
     parser.add_argument("--config", metavar="FILE", type=Path, action="append", default=[], help=help_)
-    _add_fields(parser, config_class, "", skip)
+    _add_fields(parser, TrainConfig, "", skip)
 
 
 def _add_fields(parser: Parser, config_class: type, prefix: str, skip: str = "") -> None:
@@ -202,15 +200,10 @@ def convert(hint: Any, text: str) -> Any:
         raise ArgumentTypeError(f"{text!r} is not {kind}") from None
 
 
-def build_config(config_class: Callable[..., Config], options: Namespace, prefix: str = "") -> Config:
-    """The dataclass, and those in it, that `add_config_options` added options for."""
-    types, values = get_type_hints(config_class), {}
-    for name in (field.name for field in fields(config_class)):  # type: ignore[arg-type]
-        within = is_dataclass(types[name])
-        values[name] = (
-            build_config(types[name], options, f"{prefix}{name}.") if within else getattr(options, prefix + name)
-        )
-    return config_class(**values)
+def build_config(options: Namespace) -> TrainConfig:
+    """The configuration that the options of `add_config_options` give."""
+    config = TrainConfig()
+    return config.with_values({key: getattr(options, key) for key in flatten(config.to_dict())})
 
 
 # -- options of several commands ---------------------------------------------------------------------------------------

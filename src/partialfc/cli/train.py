@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.cli.parser import add_benchmarks, add_command, add_config_options, build_config, named_paths, show
-from partialfc.config.options import TrainConfig
 from partialfc.distributed.collectives import launched_rank
 from partialfc.training.build import check_config
 from partialfc.training.loop import train
@@ -23,12 +22,12 @@ def add_parser(commands: Any) -> None:
     verify = "with --resume: first compare every byte of the checkpoint with its digest"
     parser.add_argument("--verify", action="store_true", help=verify)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    add_config_options(parser, TrainConfig)
+    add_config_options(parser)
 
 
 def run(options: Namespace) -> None:
     """Train a model, evaluating on the way; start with torchrun for several processes."""
-    config = build_config(TrainConfig, options)
+    config = build_config(options)
     check_config(config)
     if options.print_config:
         print(config.to_yaml(), end="")

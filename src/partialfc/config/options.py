@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import yaml
@@ -39,6 +40,11 @@ class DataConfig:
     """Classes of the head; null takes their number from the data."""
     max_unreadable: int | None = None
     """Unreadable images to skip before the run stops; null is a thousandth of the set, and at least 10."""
+
+    @property
+    def fewest_processes(self) -> int:
+        """Processes that hold the global batch at once."""
+        return -(-self.global_batch_size // max(1, self.micro_batch_size))
 
 
 @dataclass(frozen=True)
@@ -302,6 +308,15 @@ class TrainConfig:
         return (
             f"lr {self.peak_lr():g} = {self.optimizer.lr:g} x global batch {self.data.global_batch_size} / {LR_BATCH}"
         )
+
+    def with_values(self, values: Mapping[str, Any]) -> TrainConfig:
+        """This configuration with other values for some dotted keys, such as {"head.scale": 30.0}."""
+        config = self
+        for key, value in values.items():
+            section, _, name = key.rpartition(".")
+            change = {name: value}
+            config = replace(config, **{section: replace(getattr(config, section), **change)} if section else change)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""

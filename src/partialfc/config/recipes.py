@@ -6,7 +6,6 @@ reproduced with this package yet. `partialfc recipes NAME` prints command, cost,
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from partialfc.config.options import (
@@ -43,8 +42,7 @@ def demo_r18() -> TrainConfig:
 
     Command: partialfc train --recipe demo-r18 --data.path runs/demo/data/train. Score: docs/demo.md.
     """
-    base = demo()
-    return replace(base, backbone=BackboneConfig("r18", 512), schedule=replace(base.schedule, epochs=12))
+    return demo().with_values({"backbone.name": "r18", "backbone.embedding_dim": 512, "schedule.epochs": 12})
 
 
 def convolutional(name: str, sample_rate: float = 0.1, conflict_threshold: float | None = None) -> TrainConfig:
@@ -71,11 +69,9 @@ def ms1m(name: str) -> TrainConfig:
     ms1mv3-r50: torchrun --nproc-per-node 8 -m partialfc train --recipe ms1mv3-r50 --data.path PATH.
     Cost: 101,162 steps on 8 GPUs. No published score in our records.
     """
-    base = convolutional(name)
-    return replace(
-        base,
-        head=replace(base.head, margin="arcface", margin_value=0.5),
-        schedule=replace(base.schedule, epochs=40 if name == "mbf" else 20),
+    epochs = 40 if name == "mbf" else 20
+    return convolutional(name).with_values(
+        {"head.margin": "arcface", "head.margin_value": 0.5, "schedule.epochs": epochs}
     )
 
 
@@ -85,8 +81,7 @@ def glint360k(name: str) -> TrainConfig:
     glint360k-r50: torchrun --nproc-per-node 8 -m partialfc train --recipe glint360k-r50 --data.path PATH.
     Cost: 333,821 steps on 8 GPUs. No published score in our records.
     """
-    base = convolutional(name)
-    return replace(base, optimizer=replace(base.optimizer, weight_decay=1e-4))
+    return convolutional(name).with_values({"optimizer.weight_decay": 1e-4})
 
 
 def noisy(sample_rate: float, conflict_threshold: float | None = None) -> TrainConfig:
@@ -95,8 +90,7 @@ def noisy(sample_rate: float, conflict_threshold: float | None = None) -> TrainC
     wf12m-conflict-r50-pfcstar0.3: torchrun --nproc-per-node 8 -m partialfc train --recipe
     wf12m-conflict-r50-pfcstar0.3 --data.path PATH. Cost: 248,438 steps on 8 GPUs. Score: 91.68, 97.28, 95.75.
     """
-    base = convolutional("r50", sample_rate, conflict_threshold)
-    return replace(base, schedule=replace(base.schedule, warmup_epochs=2))
+    return convolutional("r50", sample_rate, conflict_threshold).with_values({"schedule.warmup_epochs": 2})
 
 
 def large_batch(name: str, row: tuple[int, float, float]) -> TrainConfig:
@@ -106,12 +100,13 @@ def large_batch(name: str, row: tuple[int, float, float]) -> TrainConfig:
     --data.path PATH. Cost: 103,697 steps on 32 GPUs. No published score in our records.
     """
     batch, lr, warmup_epochs = row
-    base = convolutional(name, 0.3)
-    return replace(
-        base,
-        data=replace(base.data, global_batch_size=batch, micro_batch_size=256),
-        optimizer=replace(base.optimizer, lr=lr),
-        schedule=replace(base.schedule, warmup_epochs=warmup_epochs),
+    return convolutional(name, 0.3).with_values(
+        {
+            "data.global_batch_size": batch,
+            "data.micro_batch_size": 256,
+            "optimizer.lr": lr,
+            "schedule.warmup_epochs": warmup_epochs,
+        }
     )
 
 
@@ -123,18 +118,19 @@ def vit(name: str) -> TrainConfig:
     """
     huge = name == "vit_h"
     micro_batch = 768 if huge else 384
-    base = convolutional(name, 0.5 if huge else 0.3)
-    return replace(
-        base,
-        data=replace(base.data, global_batch_size=micro_batch * 64, micro_batch_size=micro_batch),
-        backbone=BackboneConfig(
-            name,
-            mask_ratio=0.1 if name in ("vit_b", "vit_l") else None,
-            drop_path=0.05,
-            checkpointing=name in ("vit_b", "vit_l", "vit_h"),
-        ),
-        optimizer=replace(base.optimizer, name="adamw", lr=1e-3, weight_decay=0.1),
-        schedule=replace(base.schedule, epochs=16 if huge else 40, warmup_epochs=2 if huge else 4),
+    return convolutional(name, 0.5 if huge else 0.3).with_values(
+        {
+            "data.global_batch_size": micro_batch * 64,
+            "data.micro_batch_size": micro_batch,
+            "backbone.mask_ratio": 0.1 if name in ("vit_b", "vit_l") else None,
+            "backbone.drop_path": 0.05,
+            "backbone.checkpointing": name in ("vit_b", "vit_l", "vit_h"),
+            "optimizer.name": "adamw",
+            "optimizer.lr": 1e-3,
+            "optimizer.weight_decay": 0.1,
+            "schedule.epochs": 16 if huge else 40,
+            "schedule.warmup_epochs": 2 if huge else 4,
+        }
     )
 
 
@@ -145,7 +141,6 @@ BATCH_ROWS: dict[str, tuple[int, float, float]] = {
     "batch4096-warmup2": (4096, 0.4, 2),
     "batch8192": (8192, 0.6, 4),
 }
-MOBILE_BATCH_ROW = (8192, 0.4, 2)
 
 RECIPES: dict[str, TrainConfig] = {
     "demo": demo(),
@@ -160,7 +155,7 @@ RECIPES: dict[str, TrainConfig] = {
     "wf12m-flip40-r50-pfcstar0.1": noisy(0.1, 0.4),
     **{f"wf42m-{name}": convolutional(name, 0.3) for name in ("r100", "r200", "mbf")},
     **{f"wf42m-r100-{row}": large_batch("r100", figures) for row, figures in BATCH_ROWS.items()},
-    "wf42m-mbf-batch8192": large_batch("mbf", MOBILE_BATCH_ROW),
+    "wf42m-mbf-batch8192": large_batch("mbf", (8192, 0.4, 2)),
     **{f"wf42m-{name}": vit(name) for name in ("vit_t", "vit_s", "vit_b", "vit_l", "vit_h")},
 }
 
@@ -226,7 +221,7 @@ def describe(name: str) -> dict[str, Any]:
     data = data_set(name)
     if data is None:
         return facts | {"data": "procedural faces", "score": "see docs/demo.md"}
-    gpus = config.data.global_batch_size // config.data.micro_batch_size
+    gpus = config.data.fewest_processes
     torchrun = f"torchrun --nproc-per-node {min(gpus, 8)} " + (f"--nnodes {gpus // 8} " if gpus > 8 else "")
     score = SCORES.get(name)
     return facts | {

@@ -1,11 +1,14 @@
-"""The device of a process, the dtype it computes in, and the memory it has used."""
+"""The device of a process, the dtype it computes in, and the time and memory it has used."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +57,22 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         faster = bool(capabilities.get("avx512_bf16", False))
     return torch.bfloat16 if faster else torch.float32
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[Any, float], name: Any, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Store the seconds that the block takes under a name; a GPU's work is awaited before and after it."""
+    wait_for(device)
+    started = time.perf_counter()
+    yield
+    wait_for(device)
+    seconds[name] = time.perf_counter() - started
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Wait for the kernels of a GPU; nothing on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int:

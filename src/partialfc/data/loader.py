@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from partialfc.core import keyed_random
 from partialfc.core.errors import InputError, JobError
@@ -170,10 +170,11 @@ class Loader:
                 records are unreadable. The message names the record.
             JobError: a worker process died.
         """
+        numbers: Any = range(first_step * self.micro_steps, last_step * self.micro_steps)
         micro_batches: DataLoader[Any] = DataLoader(
-            _MicroBatches(self._read),
+            numbers,
             batch_size=None,
-            sampler=((step, micro) for step in range(first_step, last_step) for micro in range(self.micro_steps)),
+            collate_fn=self._read,  # type: ignore[arg-type]
             num_workers=self._workers,
             prefetch_factor=PREFETCH if self._workers else None,
             worker_init_fn=_ignore_stop_signals,
@@ -193,8 +194,14 @@ class Loader:
         first, last = split_evenly(stop - start, self._world_size, rank)
         return start + first, start + last
 
-    def _read(self, step: int, micro_step: int) -> Batch:
-        """Read and decode a micro-batch."""
+    def _read(self, number: int) -> Batch | InputError:
+        """Read a micro-batch by number. An InputError comes back as a value: torch would rewrite its message."""
+        try:
+            return self._read_batch(*divmod(number, self.micro_steps))
+        except InputError as error:
+            return error
+
+    def _read_batch(self, step: int, micro_step: int) -> Batch:
         positions = torch.arange(*self._share(micro_step, self._rank)) + step * self._global_batch_size
         indices = sample_index(positions, len(self), self._seed)
         images = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
@@ -246,19 +253,6 @@ class Loader:
                 f"{len(self.unreadable)} records cannot be read, more than the {self.max_unreadable} allowed by "
                 f"max_unreadable; the last is {reason}."
             )
-
-
-class _MicroBatches(Dataset[Batch | InputError]):
-    """Micro-batches by (step, micro_step). An InputError comes back as a value: torch would rewrite its message."""
-
-    def __init__(self, read: Callable[[int, int], Batch]) -> None:
-        self.read = read
-
-    def __getitem__(self, index: tuple[int, int]) -> Batch | InputError:
-        try:
-            return self.read(*index)
-        except InputError as error:
-            return error
 
 
 def _ignore_stop_signals(worker: int) -> None:

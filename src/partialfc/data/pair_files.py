@@ -32,7 +32,7 @@ _OPCODE_NAMES = (
 _OPCODES = {
     opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes if opcode.name in _OPCODE_NAMES.split()
 }
-_DTYPES = {"u1": "u1", "b1": "?", "i4": "i4", "i8": "i8"}
+_DTYPES = ("u1", "b1", "i4", "i8")
 # Decoded images may take this many times the bytes of the file, or 1 GiB. A plain PNG reaches about 200.
 _MAX_GROWTH, _ALWAYS_ALLOWED = 1000, 1 << 30
 
@@ -61,17 +61,13 @@ class _Dtype:
         text = _text(code).lstrip("|<=>")
         if text not in _DTYPES and not (text[:1] == "S" and text[1:].isdecimal()):
             raise _Refused(f"an array of dtype {text[:40]!r}")
-        self.code = _DTYPES.get(text, text)
-        self.order = "<"
+        self.dtype = np.dtype(text)
 
     def __setstate__(self, state: Any) -> None:
-        order = _text(state[1])
+        order: Any = _text(state[1])
         if order not in ("|", "<", ">", "=") or any(part is not None for part in state[2:5]):
             raise _Refused("an array of structured dtype")
-        self.order = order
-
-    def build(self) -> np.dtype:
-        return np.dtype(self.order + self.code)
+        self.dtype = self.dtype.newbyteorder(order)
 
 
 class _Array:
@@ -88,9 +84,8 @@ def _build_array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     """The array in `data`, which must have exactly the bytes that dtype and shape need."""
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
         raise _Refused("an array without plain data")
-    return np.frombuffer(data, dtype.build()).reshape(
-        [int(length) for length in shape], order="F" if order == "F" else "C"
-    )
+    lengths = [int(length) for length in shape]
+    return np.frombuffer(data, dtype.dtype).reshape(lengths, order="F" if order == "F" else "C")
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Activity:
     """What one thread does.
 
@@ -44,15 +44,15 @@ def activity(what: str, *, waits: bool = False) -> Iterator[None]:
         if outer is None:
             _by_thread.pop(thread, None)
         else:
-            _by_thread[thread] = Activity(outer.what, time.monotonic(), outer.waits)
+            outer.since = time.monotonic()
+            _by_thread[thread] = outer
 
 
 def report_progress() -> None:
     """Restart the time without progress of this thread's activity."""
     thread = threading.current_thread().name
-    now = _by_thread.get(thread)
-    if now is not None:
-        _by_thread[thread] = Activity(now.what, time.monotonic(), now.waits)
+    if thread in _by_thread:
+        _by_thread[thread].since = time.monotonic()
 
 
 def activities() -> list[Activity]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from partialfc.core.errors import InputError, JobError
@@ -124,7 +124,8 @@ def process_group(
         InputError: on all ranks, with the sentence of `validate`; or torchrun's variables are incomplete.
         JobError: a process is missing at the timeout, or cannot be reached.
     """
-    if dist.is_initialized() or (_launched_size() == 1 and launched_rank() == 0):
+    launched_size = _launched("WORLD_SIZE", 1)
+    if dist.is_initialized() or (launched_size == 1 and launched_rank() == 0):
         yield
         return
     names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -132,9 +133,9 @@ def process_group(
     if missing:
         there = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "RANK"
         raise InputError(f"{there} is set but {', '.join(missing)} is not: start the processes with torchrun.")
-    if launched_rank() >= _launched_size():
+    if launched_rank() >= launched_size:
         raise InputError(
-            f"RANK is {launched_rank()} and WORLD_SIZE {_launched_size()}, but ranks count from 0: start the processes "
+            f"RANK is {launched_rank()} and WORLD_SIZE {launched_size}, but ranks count from 0: start the processes "
             "with torchrun."
         )
     # Beside NCCL, gloo carries host tensors, such as those that ranks agree on a checkpoint with.
@@ -155,18 +156,14 @@ def process_group(
             raise
         reason = " ".join(str(error).splitlines()[0].split())
         raise JobError(
-            f"Rank {launched_rank()} cannot connect to the other {_launched_size() - 1} processes, whose store is "
-            f"{_store_address()} ({reason}): start all of them, allow their connections, and name the interface "
+            f"Rank {launched_rank()} cannot connect to the other {launched_size - 1} processes, whose store is "
+            f"{store_address()} ({reason}): start all of them, allow their connections, and name the interface "
             "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) if the hosts' names resolve to another."
         ) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _launched_size() -> int:
-    return _launched("WORLD_SIZE", 1)
 
 
 def _launched(name: str, default: int) -> int:
@@ -179,7 +176,8 @@ def _launched(name: str, default: int) -> int:
     return int(value)
 
 
-def _store_address() -> str:
+def store_address() -> str:
+    """Where the launcher's key-value store listens, for messages."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
@@ -192,35 +190,20 @@ def is_broken_exchange(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and not ours and any(part in message for part in _ERRORS_OF_COLLECTIVES)
 
 
-class KeyValueStore:
+def connect_store(prefix: str, timeout_seconds: float) -> Store:
     """The launcher's key-value store, over a connection of its own, so that its calls do not block those of others.
 
     Args:
         prefix: of all keys.
         timeout_seconds: of a call.
-
-    Attributes:
-        name: its address, for messages.
     """
-
-    def __init__(self, prefix: str, timeout_seconds: float) -> None:
-        self.name = f"the processes' store {_store_address()}"
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        connection = TCPStore(
-            host, port, is_master=False, timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False
-        )
-        self._store = PrefixStore(prefix, connection)
-
-    def set(self, key: str, value: str) -> None:
-        self._store.set(key, value)
-
-    def get(self, keys: list[str]) -> list[str]:
-        """The values of keys that exist, in one round trip."""
-        return [value.decode() for value in self._store.multi_get(keys)]
+    host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout_seconds)
+    store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return PrefixStore(prefix, store)
 
 
 def has_store() -> bool:
-    """Whether the launcher has a store that `KeyValueStore` can reach."""
+    """Whether the launcher has a store that `connect_store` can reach."""
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
@@ -277,13 +260,11 @@ def start_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = N
     return finish
 
 
-def reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Tensor:
-    """Sum (sum of counts, ...) over the ranks and keep this rank's rows: (counts[rank], ...). One collective."""
-    return start_reduce_scatter_rows(tensor, counts, group)()
-
-
 def start_reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Callable[[], Tensor]:
-    """Start `reduce_scatter_rows`; the returned function waits for its result. One collective, asynchronous."""
+    """Start to sum (sum of counts, ...) over the ranks; the returned function waits for this rank's rows of the sum.
+
+    They are (counts[rank], ...). One collective, asynchronous.
+    """
     if world_size_of(group) == 1:
         return lambda: tensor
     widest = max(counts)
@@ -310,13 +291,6 @@ def broadcast(tensor: Tensor, source: int = 0, group: Group | None = None) -> Te
         with _waiting_in("a broadcast"):
             dist.broadcast(tensor, group_src=source, group=group)
     return tensor
-
-
-def barrier(group: Group | None = None) -> None:
-    """Wait for all ranks. One collective."""
-    if world_size_of(group) > 1:
-        with _waiting_in("a barrier"):
-            dist.barrier(group=group)
 
 
 def gather_json(value: Any, device: torch.device | None = None, group: Group | None = None) -> list[Any]:

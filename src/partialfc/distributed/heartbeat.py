@@ -27,16 +27,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.distributed.activity import activities
 from partialfc.distributed.collectives import (
-    KeyValueStore,
+    connect_store,
     gather_json,
     has_store,
     is_broken_exchange,
     rank_of,
+    store_address,
     world_size_of,
 )
 
@@ -60,6 +60,7 @@ class Heartbeat:
         broken: whether an exchange with others broke off.
         threads: (activity, seconds without progress, waits for others) of each thread.
         end: None while the process works, "" after a good end, else what failed.
+        received_at: when another process received it, by its own clock.
     """
 
     number: int
@@ -69,41 +70,33 @@ class Heartbeat:
     broken: bool
     threads: list[tuple[str, float, bool]]
     end: str | None
-
-
-@dataclass(frozen=True)
-class Peer:
-    """The last heartbeat of one process, and when this process received it, by its own clock."""
-
-    heartbeat: Heartbeat
-    received_at: float
+    received_at: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"on {self.heartbeat.host}, process {self.heartbeat.process}"
+        return f"on {self.host}, process {self.process}"
 
 
 def lost_process(
-    peers: Mapping[int, Peer], now: float, heartbeat_timeout: float, timeout: float, world_size: int
+    peers: Mapping[int, Heartbeat], now: float, heartbeat_timeout: float, timeout: float, world_size: int
 ) -> str | None:
     """Which process is lost and why, as a sentence without its full stop; None if all is well.
 
     Args:
-        peers: by rank; all of them on rank 0, and rank 0 elsewhere.
+        peers: the last heartbeats by rank; of all ranks on rank 0, and of rank 0 elsewhere.
         now: by the clock of `received_at`.
         heartbeat_timeout: seconds after which a process without a heartbeat is dead.
         timeout: seconds after which a thread without progress is stuck.
         world_size: number of ranks.
     """
     for rank, peer in peers.items():
-        heartbeat = peer.heartbeat
-        if heartbeat.end:
-            return f"rank {rank} ({peer.name}) failed: {heartbeat.end}"
-        if heartbeat.end is not None:
+        if peer.end:
+            return f"rank {rank} ({peer.name}) failed: {peer.end}"
+        if peer.end is not None:
             continue
-        last = "; ".join(what for what, _, _ in heartbeat.threads)
+        last = "; ".join(what for what, _, _ in peer.threads)
         last = last and f"; it was last {last}"
-        if heartbeat.system == own_system() and not _is_running(heartbeat.process):
+        if peer.system == own_system() and not _is_running(peer.process):
             return f"rank {rank} ({peer.name}) is gone{last}"
         age = now - peer.received_at
         if age > heartbeat_timeout:
@@ -111,20 +104,19 @@ def lost_process(
     return _stuck(peers, timeout, world_size)
 
 
-def _stuck(peers: Mapping[int, Peer], timeout: float, world_size: int) -> str | None:
-    working = {rank: peer for rank, peer in peers.items() if peer.heartbeat.end is None}
+def _stuck(peers: Mapping[int, Heartbeat], timeout: float, world_size: int) -> str | None:
+    working = {rank: peer for rank, peer in peers.items() if peer.end is None}
     late = [
         (waits, f"rank {rank} ({peer.name}) has been {what} for {seconds:.0f} s")
         for rank, peer in working.items()
-        for what, seconds, waits in peer.heartbeat.threads
+        for what, seconds, waits in peer.threads
         if seconds > timeout
     ]
     # A rank blocked in a collective is a victim, not the cause, unless every thread of every rank is blocked: another
     # may become late soon, or make progress, as a thread that writes a checkpoint while its main thread waits for it.
     causes = [sentence for waits, sentence in late if not waits]
     all_blocked = all(
-        peer.heartbeat.threads and all(seconds > timeout for _, seconds, _ in peer.heartbeat.threads)
-        for peer in working.values()
+        peer.threads and all(seconds > timeout for _, seconds, _ in peer.threads) for peer in working.values()
     )
     if not causes and all_blocked and len(peers) == world_size:
         causes = [sentence for _, sentence in late]
@@ -181,12 +173,12 @@ class HeartbeatMonitor:
         self._main_failed = False
         self._number = 0
         self._end: str | None = None
-        self._peers: Mapping[int, Peer] = {}
+        self._peers: Mapping[int, Heartbeat] = {}
         self._answered_at = time.monotonic()
 
     def __enter__(self) -> HeartbeatMonitor:
         if self.enabled:
-            self._store = KeyValueStore(f"partialfc/{gather_json(secrets.token_hex(8))[0]}", self.heartbeat_timeout)
+            self._store = connect_store(f"partialfc/{gather_json(secrets.token_hex(8))[0]}", self.heartbeat_timeout)
             if self.rank == 0:
                 self._store.set("verdict", "")
             self._send()
@@ -197,9 +189,7 @@ class HeartbeatMonitor:
             threading.Thread(target=self._watch, name="heartbeat watch", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self.enabled:
             return
         # An error that another rank's failure caused is not reported as one of this rank.
@@ -241,13 +231,13 @@ class HeartbeatMonitor:
                     self._store.set("verdict", self.verdict)
                 if ended:
                     return
-                verdict, *encoded = self._store.get(keys)
+                verdict, *encoded = self._store.multi_get(keys)
             except Exception:  # the store is lost or slow; the other thread measures for how long
                 continue
             self._receive(watched, encoded)
             self._answered_at = time.monotonic()
             if verdict:
-                self._decide(verdict)
+                self._decide(verdict.decode())
 
     def _send(self) -> None:
         self._number += 1
@@ -257,12 +247,12 @@ class HeartbeatMonitor:
         )
         self._store.set(str(self.rank), json.dumps(asdict(heartbeat)))
 
-    def _receive(self, ranks: Sequence[int], encoded: Sequence[str]) -> None:
+    def _receive(self, ranks: Sequence[int], encoded: Sequence[bytes]) -> None:
         now, peers = time.monotonic(), dict(self._peers)
         for rank, text in zip(ranks, encoded, strict=True):
-            heartbeat = Heartbeat(**json.loads(text))
-            if rank not in peers or heartbeat.number != peers[rank].heartbeat.number:
-                peers[rank] = Peer(heartbeat, now)
+            heartbeat = Heartbeat(**{**json.loads(text), "received_at": now})
+            if rank not in peers or heartbeat.number != peers[rank].number:
+                peers[rank] = heartbeat
         self._peers = peers
 
     def _watch(self) -> None:
@@ -287,11 +277,12 @@ class HeartbeatMonitor:
 
     def _lost(self, now: float) -> str | None:
         peers, timeout = self._peers, self.heartbeat_timeout
-        if self._main_failed or any(peer.heartbeat.broken for peer in peers.values()):
+        if self._main_failed or any(peer.broken for peer in peers.values()):
             timeout = min(timeout, _INTERVALS_AFTER_A_BREAK * INTERVAL)
         unanswered = now - self._answered_at
-        if unanswered > timeout and not (0 in peers and peers[0].heartbeat.end == ""):
-            return f"{self._store.name} has not answered for {unanswered:.0f} s: its host is gone or cut off"
+        if unanswered > timeout and not (0 in peers and peers[0].end == ""):
+            silence = f"has not answered for {unanswered:.0f} s: its host is gone or cut off"
+            return f"the processes' store {store_address()} {silence}"
         return lost_process(peers, now, timeout, self.timeout, self.world_size)
 
     def _decide(self, reason: str) -> None:

@@ -11,7 +11,9 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
+
+from torch._C._distributed_c10d import Store
 
 from partialfc.core.errors import InputError, JobError
 
@@ -19,18 +21,6 @@ LaunchInfo = Mapping[str, Any]
 Validate = Callable[[Sequence[LaunchInfo]], str | None]
 _SLEEP, _LONGEST_SLEEP = 0.02, 0.5
 _LISTED = 8  # ranks named in one message
-
-
-class Store(Protocol):
-    """The methods used of a torch.distributed store."""
-
-    def set(self, key: str, value: str, /) -> None: ...
-
-    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
-
-    def multi_set(self, keys: list[str], values: list[str], /) -> None: ...
-
-    def check(self, keys: list[str], /) -> bool: ...
 
 
 def agree_on_session(
@@ -77,7 +67,7 @@ def _lead(
                 messages = [json.loads(message) for message in received]
                 refusal = validate([launch_info, *(message["launch_info"] for message in messages)])
                 answers = [json.dumps([message["nonce"], session_id, refusal]) for message in messages]
-                store.multi_set([_key("answer", rank) for rank in others], answers)
+                store.multi_set([_key("answer", rank) for rank in others], answers)  # type: ignore[attr-defined]
             if store.check([_key(session_id, rank) for rank in others]):
                 store.set(_key(session_id, "end"), "")
                 return session_id, refusal

@@ -10,13 +10,6 @@ from torch import Tensor
 from partialfc.distributed.activity import activity
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of the tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
 def local_shard(tensor: Tensor) -> Tensor:
     """This process's part, in the same memory; an ordinary tensor itself."""
     from torch.distributed.tensor import DTensor

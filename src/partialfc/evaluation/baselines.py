@@ -13,42 +13,43 @@ from torch import Tensor
 
 Images = NDArray[np.uint8]
 
-_BATCH_SIZE = 512
+_BATCH_SIZE = 512  # wider numbers than uint8 take room
+_SIDE = 32  # of the small image
+_WINDOW = 9  # side of the square over which a pixel is normalised
+_BINS = 8  # a channel
 
 
-def pixel_embeddings(images: Images, *, size: int = 32, window: int = 9) -> Tensor:
-    """Grey images at `size` × `size` with locally normalised contrast, which cancels brightness and light.
+def pixel_embeddings(images: Images) -> Tensor:
+    """Grey images at 32 × 32 with locally normalised contrast, which cancels brightness and light.
 
-    A pixel becomes (pixel - mean) / standard deviation over the window around it. As for a model, the embedding of the
-    mirrored image is added.
+    A pixel becomes (pixel - mean) / standard deviation over the 9 × 9 window around it. As for a model, the embedding
+    of the mirrored image is added.
 
     Args:
         images: uint8 (N, H, W, 3) RGB, aligned.
-        size: side of the small image.
-        window: side of the square over which a pixel is normalised, odd.
 
     Returns:
-        float32 (N, size²).
+        float32 (N, 1024).
     """
-    return torch.cat([_pixels(images[start : start + _BATCH_SIZE], size, window) for start in _batch_starts(images)])
+    return torch.cat([_pixels(batch) for batch in _batches(images)])
 
 
-def _pixels(images: Images, size: int, window: int) -> Tensor:
+def _pixels(images: Images) -> Tensor:
     weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601 luma
-    grey = F.adaptive_avg_pool2d(torch.from_numpy(images.astype(np.float32) @ weights)[:, None], size)
-    deviation = grey - _window_mean(grey, window)
-    contrast = _window_mean(deviation.square(), window).sqrt()
+    grey = F.adaptive_avg_pool2d(torch.from_numpy(images.astype(np.float32) @ weights)[:, None], _SIDE)
+    deviation = grey - _window_mean(grey)
+    contrast = _window_mean(deviation.square()).sqrt()
     # Contrast of a few grey levels is noise, and is not amplified to that of a feature.
     normalised = deviation / (contrast + 4.0)
     return (normalised + normalised.flip(3)).flatten(1)
 
 
-def _window_mean(maps: Tensor, window: int) -> Tensor:
+def _window_mean(maps: Tensor) -> Tensor:
     """The mean over the part of the window that lies in the image: (N, 1, S, S) to the same shape."""
-    return F.avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
+    return F.avg_pool2d(maps, _WINDOW, stride=1, padding=_WINDOW // 2, count_include_pad=False)
 
 
-def color_embeddings(images: Images, *, bins: int = 8) -> Tensor:
+def color_embeddings(images: Images) -> Tensor:
     """The square roots of each image's joint RGB histogram, less their mean over all images.
 
     The inner product of two roots is the Bhattacharyya coefficient of the histograms. Without the mean, it compares
@@ -56,23 +57,21 @@ def color_embeddings(images: Images, *, bins: int = 8) -> Tensor:
 
     Args:
         images: uint8 (N, H, W, 3) RGB.
-        bins: bins a channel.
 
     Returns:
-        float32 (N, bins³).
+        float32 (N, 512), one for each of 8³ bins.
     """
-    roots = torch.cat([_root_histograms(images[start : start + _BATCH_SIZE], bins) for start in _batch_starts(images)])
+    roots = torch.cat([_root_histograms(batch) for batch in _batches(images)])
     return roots - roots.mean(dim=0)
 
 
-def _root_histograms(images: Images, bins: int) -> Tensor:
-    levels = images.astype(np.int64) * bins // 256
-    codes = ((levels[..., 0] * bins + levels[..., 1]) * bins + levels[..., 2]).reshape(len(images), -1)
-    rows = np.arange(len(images))[:, None] * bins**3
-    counts = np.bincount((rows + codes).ravel(), minlength=len(images) * bins**3).reshape(len(images), bins**3)
+def _root_histograms(images: Images) -> Tensor:
+    levels = images.astype(np.int64) * _BINS // 256
+    codes = ((levels[..., 0] * _BINS + levels[..., 1]) * _BINS + levels[..., 2]).reshape(len(images), -1)
+    rows = np.arange(len(images))[:, None] * _BINS**3
+    counts = np.bincount((rows + codes).ravel(), minlength=len(images) * _BINS**3).reshape(len(images), -1)
     return torch.from_numpy(np.sqrt(counts / codes.shape[1]).astype(np.float32))
 
 
-def _batch_starts(images: Images) -> range:
-    """The first image of each batch: wider numbers than uint8 take room."""
-    return range(0, len(images), _BATCH_SIZE)
+def _batches(images: Images) -> list[Images]:
+    return np.split(images, range(_BATCH_SIZE, len(images), _BATCH_SIZE))

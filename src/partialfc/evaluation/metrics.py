@@ -57,6 +57,18 @@ class Roc:
         share = -gap[after - 1] / (gap[after] - gap[after - 1])
         return float(self.far[after - 1] + share * (self.far[after] - self.far[after - 1]))
 
+    def tar_at(self, far: float) -> float:
+        """The highest TAR over all thresholds whose FAR does not exceed `far`.
+
+        The public reference reads its curve at the nearest FAR instead, which may exceed the target.
+
+        Raises:
+            InputError: `far` lies outside [0, 1].
+        """
+        if not 0.0 <= far <= 1.0:
+            raise InputError(f"The false accept rate {far} must lie in [0, 1].")
+        return float(self.tar[np.searchsorted(self.far, far, side="right") - 1])
+
 
 def roc(genuine: ArrayLike, impostor: ArrayLike) -> Roc:
     """Every operating point of the scores `genuine` (M,) and `impostor` (N,).
@@ -74,59 +86,19 @@ def roc(genuine: ArrayLike, impostor: ArrayLike) -> Roc:
     )
 
 
-def tar_at_far(genuine: ArrayLike, impostor: ArrayLike, far: float) -> float:
-    """The highest TAR over all thresholds whose FAR does not exceed `far`.
-
-    The public reference reads its curve at the nearest FAR instead, which may exceed the target.
-
-    Args:
-        genuine, impostor: scores (M,) and (N,).
-        far: in [0, 1].
-
-    Raises:
-        InputError: scores empty or not finite, or `far` outside [0, 1].
-    """
-    accepted, rejected = _scores(genuine, "genuine"), _scores(impostor, "impostor")
-    if not 0.0 <= far <= 1.0:
-        raise InputError(f"The false accept rate {far} must lie in [0, 1].")
-    count = len(rejected)
-    allowed = min(int(far * count) + 1, count)
-    while allowed / count > far:
-        allowed -= 1
-    if allowed == count:
-        return 1.0
-    # The threshold lies just above the highest impostor score that must be rejected.
-    blocked = np.partition(rejected, count - 1 - allowed)[count - 1 - allowed]
-    return float(np.mean(accepted > blocked))
-
-
-@dataclass(frozen=True)
-class FoldAccuracy:
-    """Accuracy by cross-validation.
-
-    Args:
-        mean, std: of the test folds' accuracies; the population's standard deviation.
-        accuracies: (folds,), one a test fold.
-        thresholds: (folds,), the squared distance chosen on the other folds.
-    """
-
-    mean: float
-    std: float
-    accuracies: Floats
-    thresholds: Floats
-
-
-def fold_accuracy(squared_distances: ArrayLike, is_same: ArrayLike, *, folds: int = FOLDS) -> FoldAccuracy:
+def fold_accuracy(squared_distances: ArrayLike, is_same: ArrayLike) -> tuple[Floats, Floats]:
     """The protocol of LFW (Huang et al. 2007) as it is used for LFW, CFP-FP, AgeDB-30, CALFW, CPLFW and RFW.
 
-    The pairs, in their given order, are cut into `folds` folds whose sizes differ by at most one, the larger first. For
+    The pairs, in their given order, are cut into 10 folds whose sizes differ by at most one, the larger first. For
     each, the threshold is the first of 0, 0.01, ... 3.99 with the best accuracy on all other folds; a pair is "same" if
     its distance lies below it.
 
     Args:
         squared_distances: (P,) between the unit embeddings of each pair.
         is_same: (P,) truth.
-        folds: at least 2.
+
+    Returns:
+        The accuracy on each fold, and the squared distance chosen on the others: (10,) each.
 
     Raises:
         InputError: fewer pairs than folds, or a distance that is not finite.
@@ -135,15 +107,15 @@ def fold_accuracy(squared_distances: ArrayLike, is_same: ArrayLike, *, folds: in
     same = np.asarray(is_same, dtype=bool)
     if distances.shape != same.shape or distances.ndim != 1:
         raise InputError(f"There are {distances.size} distances but {same.size} answers: give one of each a pair.")
-    if len(distances) < folds:
-        raise InputError(f"{len(distances)} pairs cannot be cut into {folds} folds: give at least {folds} pairs.")
+    if len(distances) < FOLDS:
+        raise InputError(f"{len(distances)} pairs cannot be cut into {FOLDS} folds: give at least {FOLDS} pairs.")
     if not np.isfinite(distances).all():
         raise InputError("The distances hold NaN or infinity: look for non-finite embeddings.")
-    parts = np.array_split(np.arange(len(distances)), folds)
+    parts = np.array_split(np.arange(len(distances)), FOLDS)
     correct = np.stack([_correct(distances[part], same[part]) for part in parts])  # (folds, thresholds)
     best = np.argmax(correct.sum(axis=0) - correct, axis=1)
-    accuracies = correct[np.arange(folds), best] / np.array([len(part) for part in parts])
-    return FoldAccuracy(float(accuracies.mean()), float(accuracies.std()), accuracies, DISTANCE_THRESHOLDS[best])
+    accuracies = correct[np.arange(FOLDS), best] / np.array([len(part) for part in parts])
+    return accuracies, DISTANCE_THRESHOLDS[best]
 
 
 def _correct(distances: Floats, same: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet
 from partialfc.distributed.collectives import all_gather_rows, rank_of, split_evenly, world_size_of
-from partialfc.evaluation.metrics import fold_accuracy, roc, tar_at_far
+from partialfc.evaluation.metrics import fold_accuracy, roc
 from partialfc.model.embed import embed_batches
 from partialfc.model.files import Model
 
@@ -84,16 +84,16 @@ def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairRe
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     units = rows / np.where(norms > 0, norms, 1.0)
     left, right = units[0::2], units[1::2]
-    folds = fold_accuracy(np.sum((left - right) ** 2, axis=1), same)
+    accuracies, thresholds = fold_accuracy(np.sum((left - right) ** 2, axis=1), same)
     scores = np.sum(left * right, axis=1)
     curve = roc(scores[same], scores[~same])
     return PairResult(
-        accuracy=folds.mean,
-        accuracy_std=folds.std,
-        thresholds=folds.thresholds,
+        accuracy=float(accuracies.mean()),
+        accuracy_std=float(accuracies.std()),
+        thresholds=thresholds,
         auc=curve.auc,
         equal_error_rate=curve.equal_error_rate,
-        tar_at_far={far: tar_at_far(scores[same], scores[~same], far) for far in FARS},
+        tar_at_far={far: curve.tar_at(far) for far in FARS},
         scores=scores,
         is_same=same,
     )

@@ -17,14 +17,12 @@ class Lighting:
     """The illumination of a batch of images, in head coordinates.
 
     Attributes:
-        towards, up, view: unit vectors to the lamp, upwards and to the camera, (N, 3).
+        towards: unit vector to the lamp, (N, 3).
         colour, ambient: light of the lamp and of the sky, (N, 3).
         ground: the ground's light as a share of the sky's, (N, 1, 1).
     """
 
     towards: Tensor
-    up: Tensor
-    view: Tensor
     colour: Tensor
     ambient: Tensor
     ground: Tensor
@@ -43,8 +41,6 @@ def make_lighting(camera: Camera, nuisance: Named, settings: FaceSettings) -> Li
     tint = torch.stack([1 + warm, torch.ones_like(warm), 1 - warm], dim=1)
     return Lighting(
         towards=(camera.rotation * direction[:, :, None]).sum(1),
-        up=-camera.rotation[:, 1],
-        view=camera.rotation[:, 2],
         colour=((1 - share) * power)[:, None] * tint * 1.25,
         ambient=share[:, None] * (2 - tint) * 0.95,
         ground=(0.35 + 0.4 * nuisance["ground"])[:, None, None],
@@ -56,7 +52,9 @@ def _dot(normals: Tensor, direction: Tensor) -> Tensor:
     return torch.addcmul(torch.addcmul(normals[:, 0] * x, normals[:, 1], y), normals[:, 2], z)
 
 
-def shade(albedo: Tensor, gloss: Tensor, normals: Tensor, exposure: Tensor, lighting: Lighting) -> Tensor:
+def shade(
+    albedo: Tensor, gloss: Tensor, normals: Tensor, exposure: Tensor, camera: Camera, lighting: Lighting
+) -> Tensor:
     """Linear light (N, 3, H, W) from the painted head to the camera.
 
     Args:
@@ -64,18 +62,18 @@ def shade(albedo: Tensor, gloss: Tensor, normals: Tensor, exposure: Tensor, ligh
         gloss: strength of the sheen (N, H, W).
         normals: unit normals (N, 3, H, W).
         exposure: openness to the sky and visibility of the lamp (N, 2, H, W).
-        lighting: the illumination.
+        camera, lighting: the view and the illumination.
     """
     openness, visible = exposure.unbind(1)
     facing = (_dot(normals, lighting.towards) + 0.18).clamp_min_(0) * (1 / 1.18)
     lit = facing * (0.12 + 0.88 * visible)
-    sky = _dot(normals, lighting.up) * 0.5 + 0.5
+    sky = _dot(normals, -camera.rotation[:, 1]) * 0.5 + 0.5
     around = (lighting.ground + (1 - lighting.ground) * sky) * openness
     light = lit[:, None] * lighting.colour[:, :, None, None]
     light = torch.addcmul(light, around[:, None].expand_as(light), lighting.ambient[:, :, None, None])
     # Subsurface scattering reddens the border of the shadow.
     light[:, 0].add_(0.10 * lit * (1 - lit).clamp_min_(0))
-    half = lighting.towards + lighting.view
+    half = lighting.towards + camera.rotation[:, 2]
     half = half / half.square().sum(1, keepdim=True).sqrt()
     sheen = _dot(normals, half).clamp_min_(0)
     for _ in range(4):

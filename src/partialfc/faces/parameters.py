@@ -47,9 +47,11 @@ class FaceParameters(NamedTuple):
     moles: Tensor
     keys: Tensor
 
-    def nuisances(self) -> Named:
-        """The nuisances by name, each (B, 1, 1)."""
-        return by_name(self.normals, _NORMALS) | by_name(self.uniforms, _UNIFORMS)
+    def nuisances(self, settings: FaceSettings) -> Named:
+        """The nuisances by name, each (B, 1, 1); glasses and mask are 1 where they are worn and 0 elsewhere."""
+        named = by_name(self.normals, _NORMALS) | by_name(self.uniforms, _UNIFORMS)
+        worn = {"glasses": named["glasses"] < settings.glasses, "mask": named["mask"] < settings.mask}
+        return named | {name: is_worn.float() for name, is_worn in worn.items()}
 
 
 def draw_parameters(seed: int, identities: Tensor, shots: Tensor, settings: FaceSettings) -> FaceParameters:

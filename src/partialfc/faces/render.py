@@ -17,7 +17,7 @@ from partialfc.core.keyed_random import derive_key
 from partialfc.data.align import transform_points
 from partialfc.faces import accessories, geometry, hair, paint
 from partialfc.faces.background import paint_background
-from partialfc.faces.camera import Camera, develop, framing, make_camera, pixels_on_plane
+from partialfc.faces.camera import develop, framing, make_camera, pixels_on_plane
 from partialfc.faces.lighting import make_lighting, shade
 from partialfc.faces.parameters import FaceParameters, draw_parameters, group_of
 from partialfc.faces.settings import FaceSettings
@@ -93,9 +93,8 @@ def render_faces(
             drawn = slice(start, start + _IMAGES_DRAWN_AT_ONCE)
             parameters = draw_parameters(seed, identities[drawn], shots[drawn], settings)
             # Images with the same accessories are rendered together, so that most batches need neither.
-            nuisance = parameters.nuisances()
-            worn = [accessories.wears(name, nuisance, settings).flatten() for name in ("mask", "glasses")]
-            for rows in torch.argsort(2 * worn[0] + worn[1], stable=True).split(step):
+            nuisance = flat(parameters.nuisances(settings))
+            for rows in torch.argsort(2 * nuisance["mask"] + nuisance["glasses"], stable=True).split(step):
                 images[start + rows], landmarks[start + rows] = render_parameters(
                     FaceParameters(*(values[rows] for values in parameters)), seed, size, aligned, settings
                 )
@@ -111,10 +110,10 @@ def render_parameters(
         parameters: N images' parameters.
         seed, size, aligned, settings: as for `render_faces`.
     """
-    nuisance = parameters.nuisances()
+    nuisance = parameters.nuisances(settings)
     trait = by_name(parameters.traits.float(), (*TRAITS, *EXPRESSIONS))
     measure, bumps = shape_of(parameters.traits)
-    surface = _build_surface(bumps, size, measure, trait, nuisance, settings)
+    surface = _build_surface(bumps, size, measure, trait, nuisance)
     camera = make_camera(flat(nuisance), settings)
     landmarks = _landmarks_of(surface, measure)
     projected = camera.project(landmarks)
@@ -122,18 +121,19 @@ def render_parameters(
     x, y, pixel = pixels_on_plane(matrices, size)
     ray = camera.rays(x, y)
     a, b, coverage = geometry.intersect(surface, camera.origin(), ray, pixel)
-    canvas, in_hair = _paint_head(a, b, 0.72 / pixel, measure, trait, nuisance, parameters.moles, settings)
+    canvas, in_hair = _paint_head(a, b, 0.72 / pixel, measure, trait, nuisance, parameters.moles)
     lighting = make_lighting(camera, flat(nuisance), settings)
     normals = geometry.sample_map(geometry.normals_of(surface), a, b)
     exposure = geometry.sample_map(geometry.occlusion_and_shadow(surface, lighting.towards), a, b)
     gloss = 0.10 - 0.08 * (in_hair * 20).clamp(0, 1)
-    head = shade(canvas.albedo, gloss, normals, exposure, lighting)
+    head = shade(canvas.albedo, gloss, normals, exposure, camera, lighting)
     neck = camera.project(torch.tensor([_NECK], device=pixel.device).expand(len(pixel), -1, -1))
     typical = lighting.colour * 0.42 + lighting.ambient * 0.55
     pattern = _pattern(pixel.device)
     light = paint_background(x, y, neck, pattern, nuisance, trait, canvas.skin * typical, canvas.hair * typical)
     light = torch.lerp(light, head, coverage[:, None])
-    _add_glasses(light, camera, ray, pixel, landmarks, nuisance, settings)
+    if bool(nuisance["glasses"].any()):
+        accessories.paint_glasses(light, camera, ray, pixel, landmarks, nuisance)
     image = develop(light, canvas.skin.mean(1), flat(nuisance), settings)
     return image, transform_points(matrices, projected).float()
 
@@ -160,18 +160,15 @@ def _pattern(device: torch.device) -> Tensor:
     return torch.cat([broad / broad.std(), fine, strands / strands.std()], dim=1).float().to(device)
 
 
-def _build_surface(
-    bumps: Tensor, size: int, measure: Named, trait: Named, nuisance: Named, settings: FaceSettings
-) -> geometry.Surface:
+def _build_surface(bumps: Tensor, size: int, measure: Named, trait: Named, nuisance: Named) -> geometry.Surface:
     """The heads with hair and mask, on maps for images of `size` pixels."""
     a = geometry.map_axis(2 * round(size * _MAP_POINTS_PER_PIXEL / 2), bumps.device)
     b = a[:, None]
     bumps = bumps.clone()
     bumps[:, :, 2:4].clamp_(min=0.02)
     factor = geometry.sum_of_bumps(bumps, a).add_(1)
-    worn = accessories.wears("mask", nuisance, settings)
-    if bool(worn.any()):
-        covered = (accessories.mask_distance(a, b, measure, nuisance) * 20 + 0.5).clamp(0, 1) * worn
+    if bool(nuisance["mask"].any()):
+        covered = (accessories.mask_distance(a, b, measure, nuisance) * 20 + 0.5).clamp(0, 1) * nuisance["mask"]
         factor = torch.lerp(factor, torch.maximum(factor, accessories.mask_factor(a, b)), covered)
     distance = hair.hair_distance(a, b, measure, trait, nuisance)
     factor = factor.add_(hair.hair_height(distance, b, measure, trait, nuisance))
@@ -193,14 +190,7 @@ def _landmarks_of(surface: geometry.Surface, measure: Named) -> Tensor:
 
 
 def _paint_head(
-    a: Tensor,
-    b: Tensor,
-    edge: Tensor,
-    measure: Named,
-    trait: Named,
-    nuisance: Named,
-    moles: Tensor,
-    settings: FaceSettings,
+    a: Tensor, b: Tensor, edge: Tensor, measure: Named, trait: Named, nuisance: Named, moles: Tensor
 ) -> tuple[paint.Canvas, Tensor]:
     """The painted head, and how deep in the hair each pixel lies (N, H, W)."""
     pattern = _pattern(a.device).expand(len(a), -1, -1, -1)
@@ -225,33 +215,6 @@ def _paint_head(
     hair.paint_hair(canvas, distance)
     # Coverage 0 changes no bit, so that accessories are painted only in batches with some.
     for name, paint_on in (("glasses", accessories.paint_temples), ("mask", accessories.paint_mask)):
-        worn = accessories.wears(name, nuisance, settings)
-        if bool(worn.any()):
-            paint_on(canvas, worn)
+        if bool(nuisance[name].any()):
+            paint_on(canvas)
     return canvas, distance
-
-
-def _add_glasses(
-    light: Tensor,
-    camera: Camera,
-    ray: tuple[Tensor, Tensor, Tensor],
-    pixel: Tensor,
-    landmarks: Tensor,
-    nuisance: Named,
-    settings: FaceSettings,
-) -> None:
-    """Draw the glasses, in a plane in front of the eyes, over `light` (N, 3, H, W) in place."""
-    worn = accessories.wears("glasses", nuisance, settings)
-    if not bool(worn.any()):
-        return
-    origin = camera.origin()[:, :, None, None]
-    eye = landmarks[:, 1, :, None, None]
-    reach = (eye[:, 2] + 0.11 - origin[:, 2]) / ray[2]
-    x = origin[:, 0] + reach * ray[0]
-    y = origin[:, 1] + reach * ray[1] - eye[:, 1]
-    frame, glass = accessories.glasses_cover(x, y, eye[:, 0], 1 / pixel, nuisance)
-    glass = glass * worn
-    shine = (0.10 + 0.12 * (x * 1.5 - y * 2.5 + nuisance["light_side"]).sin()) * glass
-    light.mul_((1 - 0.10 * glass)[:, None]).add_((shine * 0.5)[:, None])
-    colour = accessories.frame_colour(nuisance)
-    torch.lerp(light, colour[:, :, None, None], (frame * worn)[:, None], out=light)

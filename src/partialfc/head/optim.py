@@ -209,7 +209,7 @@ class RowwiseSGD(_RowwiseOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         *,

@@ -119,7 +119,10 @@ def histogram(genuine: NDArray[np.float64], impostor: NDArray[np.float64], thres
     shares = [np.histogram(np.clip(kind, x.low, x.high), edges)[0] / len(kind) for kind in (impostor, genuine)]
     y = linear_axis(0.0, float(max(share.max() for share in shares)), BOTTOM, TOP)
     parts = [_frame(x, y, number_format(x.ticks[1] - x.ticks[0]), percent_format(y.ticks[1]), "cosine of the pair")]
-    parts += [_steps(x, y, edges, share, kind) for share, kind in zip(shares, ("impostor", "genuine"), strict=True)]
+    ends = edges.repeat(2)  # each bin is as high at its right edge as at its left
+    for share, kind in zip(shares, ("impostor", "genuine"), strict=True):
+        heights = [0.0, *share.repeat(2), 0.0]
+        parts.append(_path(x, y, list(zip(ends, heights, strict=True)), f"area {kind}", close="Z"))
     at = x.place(threshold)
     side, anchor = (-5, "end") if at > (LEFT + RIGHT) / 2 else (5, "start")
     parts.append(
@@ -209,14 +212,14 @@ def horizontal_axis(x: Axis, bottom: float, x_format: Format, name: str) -> str:
     return "".join(parts)
 
 
-def _path(x: Axis, y: Axis, points: Sequence[Point], css_class: str) -> str:
-    """A curve, interrupted by each value that is not finite."""
+def _path(x: Axis, y: Axis, points: Sequence[Point], css_class: str, close: str = "") -> str:
+    """A curve, interrupted by each value that is not finite; `close` is "Z" for an outline."""
     words, drawing = [], False
     for step, value in points:
         if math.isfinite(value):
             words.append(f"{'L' if drawing else 'M'}{x.place(step):.2f} {y.place(value):.2f}")
         drawing = math.isfinite(value)
-    return f'<path class="{css_class}" d="{"".join(words)}"/>'
+    return f'<path class="{css_class}" d="{"".join(words)}{close}"/>'
 
 
 def _dot(x: Axis, y: Axis, point: Point, css_class: str) -> str:
@@ -228,18 +231,7 @@ def _band(x: Axis, y: Axis, points: Sequence[Point], spread: Sequence[float]) ->
     both = list(zip(points, spread, strict=True))
     corners = [(step, value + half) for (step, value), half in both]
     corners += [(step, value - half) for (step, value), half in reversed(both)]
-    drawn = "L".join(f"{x.place(step):.2f} {y.place(value):.2f}" for step, value in corners if math.isfinite(value))
-    return f'<path class="band s1" d="M{drawn}Z"/>'
-
-
-def _steps(x: Axis, y: Axis, edges: NDArray[np.float64], shares: NDArray[np.float64], kind: str) -> str:
-    """The outline of a histogram, with its area."""
-    words = [f"M{x.place(edges[0]):.2f} {BOTTOM:.2f}"]
-    for left, right, share in zip(edges[:-1], edges[1:], shares, strict=True):
-        at = y.place(float(share))
-        words.append(f"L{x.place(left):.2f} {at:.2f}L{x.place(right):.2f} {at:.2f}")
-    words.append(f"L{x.place(edges[-1]):.2f} {BOTTOM:.2f}Z")
-    return f'<path class="area {kind}" d="{"".join(words)}"/>'
+    return _path(x, y, [point for point in corners if math.isfinite(point[1])], "band s1", close="Z")
 
 
 def _curve_strips(x: Axis, y: Axis, lines: Sequence[Line], words: Format) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from partialfc.data.loader import PREFETCH
 from partialfc.head.backends import tile_sizes
-from partialfc.head.optim import CPU_UPDATE_ELEMENTS, GPU_UPDATE_ELEMENTS
+from partialfc.head.rows import CPU_UPDATE_ELEMENTS, GPU_UPDATE_ELEMENTS
 from partialfc.plan.network import network_pass, network_size
 from partialfc.plan.workload import Workload
 
@@ -48,8 +48,9 @@ def weights_memory(workload: Workload) -> dict[str, int]:
     """Everything whose size is exact: weights, gradients and states of backbone and head, in bytes per process."""
     size, shards = network_size(workload), workload.backbone_shards
     parameters, trained = -(-size.parameters // shards), -(-size.trained // shards)
-    centers = workload.local_classes * workload.config.backbone.embedding_dim
+    centers = workload.local_classes * workload.width
     steps = 4 * workload.local_classes * (workload.config.optimizer.name == "adamw")
+    rows = workload.center_bytes * workload.width * workload.sampled * workload.micro_steps  # added only in the update
     average = workload.config.optimizer.ema_decay > 0
     return {
         "backbone weights": 4 * parameters,
@@ -59,21 +60,27 @@ def weights_memory(workload: Workload) -> dict[str, int]:
         "backbone average": 4 * (parameters + size.buffers) * average,
         "centers": workload.center_bytes * centers,
         "centers' optimizer": workload.states * workload.state_bytes * centers + steps,
-        "sampled rows' gradient": _sparse_gradient(workload),
+        "sampled rows' gradient": rows * (workload.config.head.update == "sparse"),
     }
 
 
-def plan_memory(workload: Workload, precision: str) -> MemoryPlan:
-    """Memory of each process; `precision` is a key of `DTYPES`. On a CPU, the process has this one's threads."""
+def plan_memory(workload: Workload) -> MemoryPlan:
+    """Memory of each process. On a CPU, the process has this one's threads."""
     exact = weights_memory(workload)
-    size, both = network_size(workload), network_pass(workload, precision)
+    size, both = network_size(workload), network_pass(workload)
     gradient, sparse = exact.pop("backbone gradient"), exact.pop("sampled rows' gradient")
     # DistributedDataParallel keeps the gradients in its buckets, and accumulation those of the micro-step before.
     stays = workload.gpus > 1 or workload.micro_steps > 1
     persistent = exact | {"head's scratch": scratch_memory(workload)}
     if workload.backbone_shards > 1:  # the unit at work, the next one, and the gradient of one
         persistent["gathered backbone"] = 3 * 4 * size.largest
-    host = _host_memory(workload, exact)
+    batches = max(1, workload.config.data.workers * PREFETCH) + 2
+    host = {
+        # Of an asynchronous checkpoint on rank 0, which holds the backbone too, without what undoes a skipped step.
+        "checkpoint copy": (sum(exact.values()) - exact["backbone statistics"] // 2)
+        * workload.config.output.checkpoint_async,
+        "images read ahead": batches * workload.batch_size * 3 * workload.image_size**2,
+    }
     if workload.state_on_host:
         host["centers' optimizer"] = persistent.pop("centers' optimizer")
     if workload.on_cpu:
@@ -112,7 +119,7 @@ def scratch_memory(workload: Workload) -> int:
     """Bytes that the head keeps from step to step on a CPU: the weights kept, and a tile for each thread."""
     if not workload.compiled_head:
         return 0
-    samples, width, operand = workload.gathered, _width(workload), workload.operand_bytes
+    samples, width, operand = workload.gathered, workload.width, workload.operand_bytes
     tile = _tile_classes(workload) * (width + samples) * (4 + operand)
     return kept_classes(workload) * samples * operand + torch.get_num_threads() * tile
 
@@ -124,13 +131,13 @@ def kept_classes(workload: Workload) -> int:
     if workload.compiled_head:
         kept = tile_sizes.cpu_kept_classes(workload.gathered, workload.operand_bytes, tile_sizes.SCRATCH_BYTES)
     else:
-        kept = tile_sizes.CHUNKED_CPU_SCRATCH_BYTES // (4 * (workload.gathered + _width(workload)))
+        kept = tile_sizes.CHUNKED_CPU_SCRATCH_BYTES // (4 * (workload.gathered + workload.width))
     return min(workload.sampled, kept)
 
 
 def head_pass_memory(workload: Workload) -> int:
     """Bytes of the head's forward and backward pass: batch, class numbers, partial sums, tiles."""
-    samples, width, sampled = workload.gathered, _width(workload), workload.sampled
+    samples, width, sampled = workload.gathered, workload.width, workload.sampled
     common = GATHERED_BYTES * samples * width + CLASS_BYTES * sampled
     if not workload.on_cpu:
         return common + tile_sizes.GPU_TILE_BYTES
@@ -145,7 +152,7 @@ def head_pass_memory(workload: Workload) -> int:
 def head_update_memory(workload: Workload) -> int:
     """Bytes of temporaries of the rows that are updated at once."""
     head, optimizer = workload.config.head, workload.config.optimizer.name
-    sparse, width = head.update == "sparse", _width(workload)
+    sparse, width = head.update == "sparse", workload.width
     in_kernel = not workload.on_cpu and not sparse and workload.micro_steps == 1
     if optimizer == "sgd" and (in_kernel or (workload.compiled_head and workload.state_bytes == 4)):
         return 0
@@ -158,20 +165,9 @@ def head_update_memory(workload: Workload) -> int:
     return (temporaries + 4) * min(elements, tiles * _tile_classes(workload) * width)
 
 
-def _width(workload: Workload) -> int:
-    return workload.config.backbone.embedding_dim
-
-
-def _sparse_gradient(workload: Workload) -> int:
-    """Rows of each micro-step stay apart until the update adds them."""
-    if workload.config.head.update == "deferred":
-        return 0
-    return workload.micro_steps * workload.sampled * _width(workload) * workload.center_bytes
-
-
 def _tile_classes(workload: Workload) -> int:
     """Classes of one tile of the backend that takes this head."""
-    samples, width = workload.gathered, _width(workload)
+    samples, width = workload.gathered, workload.width
     if not workload.on_cpu:
         classes = tile_sizes.gpu_tile_classes(samples, width, workload.operand_bytes, tile_sizes.SCRATCH_BYTES)
     elif workload.compiled_head:
@@ -179,14 +175,3 @@ def _tile_classes(workload: Workload) -> int:
     else:
         classes = tile_sizes.chunked_tile_classes(samples, width, 4, tile_sizes.CHUNKED_CPU_SCRATCH_BYTES)
     return min(workload.sampled, classes)
-
-
-def _host_memory(workload: Workload, exact: dict[str, int]) -> dict[str, int]:
-    """The copy of an asynchronous checkpoint, with the backbone's part as on rank 0, and images read ahead."""
-    copied = sum(exact.values()) - exact["backbone statistics"] // 2
-    image = 3 * workload.image_size**2
-    batches = max(1, workload.config.data.workers * PREFETCH) + 2
-    return {
-        "checkpoint copy": copied * workload.config.output.checkpoint_async,
-        "images read ahead": batches * workload.batch_size * image,
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc.config.build import build_backbone
 from partialfc.config.options import BackboneConfig, TrainConfig
-from partialfc.core.device import DTYPES
 from partialfc.plan.workload import Workload
 
 
@@ -100,41 +99,35 @@ class LiveBytes(TorchDispatchMode):
 
 def network_size(workload: Workload) -> NetworkSize:
     """Parameters and buffers of the backbone; InputError for an option that it does not take."""
-    return _size(*_network(workload))
+    return _size(*_cost_key(workload))
 
 
-def network_pass(workload: Workload, precision: str) -> NetworkPass:
-    """Operations and memory of one micro-batch, of 2 images at least; `precision` is a key of `DTYPES`."""
-    return _pass(*_network(workload), max(2, workload.batch_size), DTYPES[precision])
+def network_pass(workload: Workload) -> NetworkPass:
+    """Operations and memory of one micro-batch, of 2 images at least."""
+    return _pass(*_cost_key(workload), max(2, workload.batch_size), workload.dtype)
 
 
-_Key = tuple[tuple[str, Any], ...]
+def _cost_key(workload: Workload) -> tuple[BackboneConfig, int]:
+    """What the cost of a network depends on; lists cannot be keys of a cache, and frozen layers are built alike."""
+    return replace(workload.config.backbone, freeze=()), workload.image_size  # type: ignore[arg-type]
 
 
-def _network(workload: Workload) -> tuple[_Key, int]:
-    """What a network's cost depends on, as keys of a cache."""
-    backbone = workload.config.backbone
-    options = {"name": backbone.name, "embedding_dim": backbone.embedding_dim} | backbone.options()
-    return tuple((options | {"sync_batch_norm": backbone.sync_batch_norm}).items()), workload.image_size
-
-
-def _build(options: _Key, image_size: int) -> nn.Module:
-    config = TrainConfig(backbone=BackboneConfig(**dict(options)))
-    return build_backbone(config, image_size, device=torch.device("meta"))
+def _build(backbone: BackboneConfig, image_size: int) -> nn.Module:
+    return build_backbone(TrainConfig(backbone=backbone), image_size, device=torch.device("meta"))
 
 
 @cache
-def _size(options: _Key, image_size: int) -> NetworkSize:
-    module = _build(options, image_size)
+def _size(backbone: BackboneConfig, image_size: int) -> NetworkSize:
+    module = _build(backbone, image_size)
     sizes = [parameter.numel() for parameter in module.parameters()]
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return NetworkSize(sum(sizes), sum(buffer.numel() for buffer in module.buffers()), trained, max(sizes))
 
 
 @cache
-def _pass(options: _Key, image_size: int, images: int, dtype: torch.dtype) -> NetworkPass:
+def _pass(backbone: BackboneConfig, image_size: int, images: int, dtype: torch.dtype) -> NetworkPass:
     """Both passes with tensors that have shapes and no values; autocast is the CPU's, since no GPU may be there."""
-    built = _build(options, image_size)
+    built = _build(backbone, image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         built(
             torch.zeros(2, 3, image_size, image_size, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")

@@ -1,4 +1,4 @@
-"""The plan: memory and time of a training, whether it fits, and which sample rates do."""
+"""The plan: memory and time of a training, whether it fits, and which sample rates do; as values and as text."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ import torch
 
 from partialfc.bench.machine import available_bytes
 from partialfc.config.build import build_head
-from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import data_set, recipe_config
-from partialfc.core.device import choose_device, compute_dtype, dtype_name
+from partialfc.core.device import dtype_name
 from partialfc.core.errors import InputError
-from partialfc.plan.measure import measure_rates
 from partialfc.plan.memory import FRAGMENTATION, MemoryPlan, plan_memory, weights_memory
 from partialfc.plan.network import network_size
 from partialfc.plan.rates import DATA_SHEETS, GIB, MachineRates, preset
-from partialfc.plan.step_time import StepTime, head_time, step_time
-from partialfc.plan.workload import Device, Workload
+from partialfc.plan.step_time import StepTime, head_time, measure_rates, step_time
+from partialfc.plan.workload import Workload
 
-# Changes to `HeadConfig` that save memory, each leaner than the one before.
+# Values of a configuration that save memory, each leaner than the one before.
 LEANER_HEADS: tuple[dict[str, Any], ...] = (
-    {"update": "deferred"},
-    {"update": "deferred", "dtype": "bfloat16"},
-    {"update": "deferred", "dtype": "bfloat16", "state_on_host": True},
+    {"head.update": "deferred"},
+    {"head.update": "deferred", "head.dtype": "bfloat16"},
+    {"head.update": "deferred", "head.dtype": "bfloat16", "head.state_on_host": True},
 )
+_BAR, _NAME = 24, 26  # characters of the longest bar and of a name in the text
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class Plan:
 
     Attributes:
         workload: what was planned.
-        precision: of the backbone.
         rates: of the machine; None if this machine was to be measured and the workload does not fit it.
         memory: of each process.
         capacity: bytes that a process may use.
@@ -48,7 +46,6 @@ class Plan:
     """
 
     workload: Workload
-    precision: str
     rates: MachineRates | None
     memory: MemoryPlan
     capacity: int
@@ -70,6 +67,7 @@ class Plan:
         """Plain values: bytes and seconds."""
         time = self.time
         return asdict(self) | {
+            "precision": dtype_name(self.workload.dtype),
             "sampled_classes": self.workload.sampled,
             "memory": {"peak_bytes": self.memory.peak} | asdict(self.memory),
             "capacity_bytes": self.capacity,
@@ -79,70 +77,44 @@ class Plan:
         }
 
 
-def make_plan(
-    config: TrainConfig,
-    *,
-    classes: int,
-    gpus: int | None = None,
-    device: Device = "h100",
-    image_size: int = 112,
-    gpus_per_node: int = 8,
-    gpu_memory: float | None = None,
-) -> Plan:
+def make_plan(workload: Workload, *, gpu_memory: float | None = None) -> Plan:
     """Plan a training.
 
     Args:
-        config: the training; its `device` is not used.
-        classes: identities of the data.
-        gpus: processes, one for each GPU; by default as many as hold the global batch at once.
-        device: kind of GPU, from its data sheet; "cpu" or "cuda" times some steps on this machine, if they fit it.
-        image_size: side of the images in pixels.
-        gpus_per_node: GPUs of one machine.
+        workload: the training; on "cpu" or "cuda" some of its steps are timed on this machine, if they fit it.
         gpu_memory: GiB that a process may use; by default what the device has, or what is free on this machine.
 
     Raises:
         InputError: an option is out of range, or contradicts another.
     """
-    data = config.data
-    gpus = -(-data.global_batch_size // max(1, data.micro_batch_size)) if gpus is None else gpus
-    workload = Workload(config, classes, gpus, device, image_size, gpus_per_node)
     workload.check()
     if gpu_memory is not None and not gpu_memory > 0:
         raise InputError(f"--gpu-memory is {gpu_memory}; it is a number of GiB above 0.")
-    build_head(config, 1, device=torch.device("cpu"))  # refuses what no head takes
+    build_head(workload.config, 1, device=torch.device("cpu"))  # refuses what no head takes
     network_size(workload)  # and what no backbone takes
-    here = device in ("cpu", "cuda")
-    precision: str = config.precision
-    if precision == "auto" and here:
-        precision = dtype_name(compute_dtype("auto", choose_device(device)))
-    elif precision == "auto":
-        precision = "float32" if device == "v100" else "bfloat16"
     capacity = usable_bytes(workload, gpu_memory)
     rates: MachineRates | None = None
-    if not here:
-        rates = preset(device, precision, config.head.operand_dtype)
-    elif plan_memory(workload, precision).peak <= capacity:
-        rates = measure_rates(workload, precision)
-    return plan_workload(workload, precision, rates, capacity)
+    if not workload.on_this_machine:
+        rates = preset(workload)
+    elif plan_memory(workload).peak <= capacity:
+        rates = measure_rates(workload)
+    return plan_workload(workload, rates, capacity)
 
 
-def plan_workload(workload: Workload, precision: str, rates: MachineRates | None, capacity: int) -> Plan:
+def plan_workload(workload: Workload, rates: MachineRates | None, capacity: int) -> Plan:
     """The plan of a checked workload on processes with these rates and `capacity` bytes."""
-
-    def fits(changed: Workload) -> bool:
-        return plan_memory(changed, precision).peak <= capacity
-
-    time = None if rates is None else step_time(workload, rates, precision)
+    memory = plan_memory(workload)
+    time = None if rates is None else step_time(workload, rates)
+    fitting_rate = largest_rate(lambda rate: plan_memory(workload.with_rate(rate)).peak <= capacity)
     return Plan(
         workload=workload,
-        precision=precision,
         rates=rates,
-        memory=plan_memory(workload, precision),
+        memory=memory,
         capacity=capacity,
         time=time,
-        fitting_rate=largest_rate(lambda rate: fits(workload.with_rate(rate))),
+        fitting_rate=fitting_rate,
         equal_rate=None if rates is None or time is None else _equal_rate(workload, rates, time.backbone),
-        advice=[] if fits(workload) else _advice(workload, fits),
+        advice=[] if memory.peak <= capacity else _advice(workload, capacity, fitting_rate),
     )
 
 
@@ -155,8 +127,8 @@ def recipe_memory(name: str) -> dict[str, int] | None:
     config, data = recipe_config(name), data_set(name)
     if data is None:
         return None
-    gpus = config.data.global_batch_size // config.data.micro_batch_size
-    parts = {part: size for part, size in weights_memory(Workload(config, data[1], gpus)).items() if size}
+    sizes = weights_memory(Workload(config, data[1], config.data.fewest_processes))
+    parts = {part: size for part, size in sizes.items() if size}
     return parts | {"total": sum(parts.values())}
 
 
@@ -190,35 +162,93 @@ def _equal_rate(workload: Workload, rates: MachineRates, backbone: float) -> flo
     return None if rate == 1.0 else rate or 0.0
 
 
-def _advice(workload: Workload, fits: Callable[[Workload], bool]) -> list[str]:
+def _advice(workload: Workload, capacity: int, fitting_rate: float | None) -> list[str]:
     """Options each of which alone makes a workload fit, the mildest first."""
+    config, batch = workload.config, workload.config.data.global_batch_size
+    images, gpus = workload.batch_size, workload.gpus
+    halves = [images >> n for n in range(1, images.bit_length()) if images >> (n - 1) > 2]
+    multiples = [gpus << n for n in range(1, batch.bit_length()) if 2 * (gpus << n) <= batch]  # 2 images each, or more
+    ways: list[list[dict[str, Any]]] = [
+        [] if fitting_rate is None else [{"head.sample_rate": fitting_rate}],
+        [*LEANER_HEADS],
+        [] if config.backbone.checkpointing else [{"backbone.checkpointing": True}],
+        [{"data.micro_batch_size": half} for half in halves if config.micro_steps() is None],
+        [{"gpus": multiple} for multiple in multiples],
+    ]
     advice = []
-    config, data = workload.config, workload.config.data
-    lower = largest_rate(lambda rate: fits(workload.with_rate(rate)))
-    if lower is not None:
-        advice.append(f"--head.sample_rate {lower:g}")
-    for changes in LEANER_HEADS:
-        if fits(workload.with_head(replace(config.head, **changes))):
-            advice.append(" ".join(f"--head.{name} {str(value).lower()}" for name, value in changes.items()))
-            break
-    with suppress(InputError):  # not every backbone can recompute its activations
-        recomputing = replace(config, backbone=replace(config.backbone, checkpointing=True))
-        if not config.backbone.checkpointing and fits(replace(workload, config=recomputing)):
-            advice.append("--backbone.checkpointing true")
-    images = workload.batch_size
-    while config.micro_steps() is None and images > 2:
-        images //= 2
-        if fits(replace(workload, config=replace(config, data=replace(data, micro_batch_size=images)))):
-            advice.append(f"--data.micro_batch_size {images}")
-            break
-    gpus = fewest_gpus(workload, fits)
-    return advice if gpus is None else [*advice, f"--gpus {gpus}"]
+    for way in ways:
+        for options in way:
+            changed = replace(workload, **options) if "gpus" in options else workload.with_values(options)
+            with suppress(InputError):  # not every backbone can recompute its activations
+                if plan_memory(changed).peak <= capacity:
+                    advice.append(" ".join(f"--{name} {_option_value(value)}" for name, value in options.items()))
+                    break
+    return advice
 
 
-def fewest_gpus(workload: Workload, fits: Callable[[Workload], bool]) -> int | None:
-    """The smallest power of two times the planned GPUs that fits; None if each would have fewer than 2 images."""
-    gpus = workload.gpus
-    while 2 * (gpus := 2 * gpus) <= workload.config.data.global_batch_size:
-        if fits(replace(workload, gpus=gpus)):
-            return gpus
-    return None
+def _option_value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def plan_text(plan: Plan) -> str:
+    """The workload, its memory and time part by part, and the conclusions, as aligned text."""
+    workload, memory, time = plan.workload, plan.memory, plan.time
+    lines = [*_heading(plan), ""]
+    lines.append(f"memory of {'the process' if workload.on_cpu else 'each GPU'} at its peak, in {memory.moment}")
+    lines += _chart(dict(sorted(memory.parts.items(), key=lambda part: -part[1])), _size)
+    lines.append(f"  {'together':<{_NAME}}{_size(memory.peak)}  of {plan.capacity / GIB:.1f} GiB usable")
+    if memory.host:
+        lines.append("memory of the host, for each GPU")
+        lines += [f"  {name:<{_NAME}}{_size(size)}" for name, size in memory.host.items()]
+    if time is not None:
+        lines += ["", "time of a step", *_chart(time.parts | {"loader, in parallel": time.loader}, _milliseconds)]
+        speed = f"{plan.images_per_second:,.0f} images a second"
+        lines.append(f"  {'together':<{_NAME}}{_milliseconds(time.step)}  {speed}")
+    return "\n".join([*lines, "", *_conclusions(plan)])
+
+
+def _heading(plan: Plan) -> list[str]:
+    workload, config, head = plan.workload, plan.workload.config, plan.workload.config.head
+    device = plan.rates.name if plan.rates else f"{workload.device.upper()} of this machine"
+    micro = f" in {workload.micro_steps} micro-steps" if workload.micro_steps > 1 else ""
+    storage = f"{head.dtype} centers, {head.state_dtype or head.dtype} state"
+    storage += " on the host" if head.state_on_host else ""
+    return [
+        f"{workload.classes:,} identities, {config.backbone.name} in {dtype_name(workload.dtype)}, "
+        f"{workload.gpus:,} x {device}, global batch {config.data.global_batch_size:,}{micro}",
+        f"sample rate {head.sample_rate:g}: {workload.sampled:,} of {workload.local_classes:,} classes a GPU; "
+        f"{head.update} update, {head.operand_dtype} operands, {storage}, {config.optimizer.name}",
+        f"rates: {plan.rates.origin if plan.rates else 'not measured, since it does not fit this machine'}",
+    ]
+
+
+def _chart(values: dict[str, Any], text: Callable[[Any], str]) -> list[str]:
+    largest = max(values.values())
+    bars = {name: "█" * round(_BAR * value / largest) for name, value in values.items()}
+    return [f"  {name:<{_NAME}}{text(value)}  {bars[name]}" for name, value in values.items()]
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:9.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:9.2f} MiB"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:9.1f} ms "
+
+
+def _conclusions(plan: Plan) -> list[str]:
+    needed = f"{plan.memory.peak / GIB:.1f} of {plan.capacity / GIB:.1f} GiB"
+    remedies = "; ".join(plan.advice) or "a smaller backbone or batch, or more GPUs"
+    lines = [
+        f"It fits: {needed}." if plan.fits else f"It does not fit: {needed}. Any one of these would: {remedies}.",
+        "No sample rate fits with these options."
+        if plan.fitting_rate is None
+        else f"The largest sample rate that fits is {plan.fitting_rate:g}.",
+    ]
+    if plan.time is None:
+        return lines
+    lines.append(f"The largest part of a step is the {plan.time.limit}.")
+    if plan.equal_rate:
+        return [*lines, f"Beyond a sample rate of {plan.equal_rate:g} the head takes more time than the backbone."]
+    amount = "less" if plan.equal_rate is None else "more"
+    return [*lines, f"The head takes {amount} time than the backbone at every sample rate."]

@@ -1,9 +1,11 @@
-"""How fast a GPU is, from its data sheet times an assumed efficiency; `measure.py` measures this machine instead."""
+"""How fast a GPU is, from its data sheet times an assumed efficiency; `measure_rates` measures this machine instead."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from partialfc.plan.workload import Workload
 
 GIB = 1 << 30
 
@@ -73,11 +75,11 @@ DATA_SHEETS = {
 _LAUNCH_SECONDS = 0.005  # kernel launches and host work of a step, assumed
 
 
-def preset(device: str, precision: str, operand_dtype: str) -> MachineRates:
-    """The rates of a GPU, from its data sheet; the precision is the backbone's, the dtype of operands the head's."""
-    sheet = DATA_SHEETS[device]
-    backbone = sheet.single if precision == "float32" else sheet.half
-    head = sheet.single if operand_dtype == "float32" else sheet.half
+def preset(workload: Workload) -> MachineRates:
+    """The rates of a GPU, from its data sheet, in the dtypes of the backbone and of the head's operands."""
+    sheet = DATA_SHEETS[workload.device]
+    backbone = sheet.single if workload.dtype.itemsize == 4 else sheet.half
+    head = sheet.single if workload.operand_bytes == 4 else sheet.half
     return MachineRates(
         name=sheet.name,
         origin=DATA_SHEET,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from partialfc.config.options import HeadConfig, TrainConfig
+import torch
+
+from partialfc.config.options import TrainConfig
+from partialfc.core.device import DTYPES, choose_device, compute_dtype
 from partialfc.core.errors import InputError
 from partialfc.head.backends.select import numba_kernels
 from partialfc.head.sampling import sample_size
@@ -51,17 +55,30 @@ class Workload:
                 f"data.micro_batch_size, take more GPUs, or {self._fewest_micro_steps} micro-steps."
             )
 
-    def with_head(self, head: HeadConfig) -> Workload:
-        """The same training with another head."""
-        return replace(self, config=replace(self.config, head=head))
+    def with_values(self, values: Mapping[str, Any]) -> Workload:
+        """The same training with other values for some dotted keys of its configuration."""
+        return replace(self, config=self.config.with_values(values))
 
     def with_rate(self, sample_rate: float) -> Workload:
         """The same training at another sample rate."""
-        return self.with_head(replace(self.config.head, sample_rate=sample_rate))
+        return self.with_values({"head.sample_rate": sample_rate})
+
+    @property
+    def on_this_machine(self) -> bool:
+        return self.device in ("cpu", "cuda")
 
     @property
     def on_cpu(self) -> bool:
         return self.device == "cpu"
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The backbone's compute dtype; "auto" is what a training on the device takes."""
+        if self.config.precision != "auto":
+            return DTYPES[self.config.precision]
+        if self.on_this_machine:
+            return compute_dtype("auto", choose_device(self.device))
+        return torch.float32 if self.device == "v100" else torch.bfloat16
 
     @property
     def _fewest_micro_steps(self) -> int:
@@ -82,6 +99,11 @@ class Workload:
     def batch_size(self) -> int:
         """B, images of a micro-batch on the rank that has the most."""
         return -(-self.gathered // self.gpus)
+
+    @property
+    def width(self) -> int:
+        """D, dimension of the embeddings."""
+        return self.config.backbone.embedding_dim
 
     @property
     def local_classes(self) -> int:
@@ -107,15 +129,15 @@ class Workload:
 
     @property
     def center_bytes(self) -> int:
-        return _bytes(self.config.head.dtype)
+        return DTYPES[self.config.head.dtype].itemsize
 
     @property
     def state_bytes(self) -> int:
-        return _bytes(self.config.head.state_dtype or self.config.head.dtype)
+        return DTYPES[self.config.head.state_dtype or self.config.head.dtype].itemsize
 
     @property
     def operand_bytes(self) -> int:
-        return _bytes(self.config.head.operand_dtype)
+        return DTYPES[self.config.head.operand_dtype].itemsize
 
     @property
     def state_on_host(self) -> bool:
@@ -126,7 +148,3 @@ class Workload:
     def compiled_head(self) -> bool:
         """Whether the compiled kernels of the CPU take this head."""
         return self.on_cpu and self.center_bytes == 4 and numba_kernels() is not None
-
-
-def _bytes(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else 4

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,49 +12,47 @@ from partialfc.evaluation.pairs import PairResult
 from partialfc.training.run.read import RunData, as_number
 
 
-@dataclass(frozen=True)
-class Score:
-    """The result on one benchmark; `guessing` is the accuracy of the more frequent answer alone."""
+class Score(NamedTuple):
+    """The result on one benchmark, with remarks in words."""
 
     name: str
     accuracy: float
     std: float | None
-    pairs: float | None
-    step: int | None = None
-    guessing: float | None = None
+    remarks: list[str]
 
 
-def headline_scores(run: RunData, results: Mapping[str, PairResult]) -> list[Score]:
+def _scores(run: RunData, results: Mapping[str, PairResult]) -> list[Score]:
     """From the results, or else from the evaluations at the best step, whose model is kept."""
-    if results:
-        return [_score(name, result) for name, result in results.items()]
+    scores = []
+    for name, result in results.items():
+        share = float(np.mean(result.is_same))
+        guessing = f"guessing gives {max(share, 1 - share):.0%}"  # the more frequent answer alone
+        scores.append(Score(name, result.accuracy, result.accuracy_std, [_count(len(result.is_same)), guessing]))
     best_step = run.best_step
-    return [
-        Score(line.benchmark, line["accuracy"] or 0.0, line["accuracy_std"], line["pairs"], line.step)
-        for line in run.evaluations
-        if line.step == best_step
-    ]
+    for line in () if results else run.evaluations:
+        if line.step == best_step:
+            counted = [] if line["pairs"] is None else [_count(line["pairs"])]
+            remarks = [*counted, f"best model, after step {line.step:,}"]
+            scores.append(Score(line.benchmark, line["accuracy"] or 0.0, line["accuracy_std"], remarks))
+    return scores
 
 
-def _score(name: str, result: PairResult) -> Score:
-    share = float(np.mean(result.is_same))
-    return Score(name, result.accuracy, result.accuracy_std, len(result.is_same), guessing=max(share, 1 - share))
+def _count(pairs: float) -> str:
+    return f"accuracy on {pairs:,.0f} pairs, ten folds"
 
 
-def headline(scores: Sequence[Score], baselines: Mapping[str, float]) -> str:
+def headline(run: RunData, results: Mapping[str, PairResult], baselines: Mapping[str, float]) -> str:
     """The accuracies as large numbers, and as bars if there is something to compare."""
+    scores = _scores(run, results)
     if not scores:
         return '<section class="card headline"><p>No benchmark has been run on this model yet.</p></section>'
     tiles = []
     for score in scores:
         spread = "" if score.std is None else f" <small>± {score.std:.2%}</small>"
-        below = [] if score.pairs is None else [f"accuracy on {score.pairs:,.0f} pairs, ten folds"]
-        below += [] if score.step is None else [f"best model, after step {score.step:,}"]
-        below += [] if score.guessing is None else [f"guessing gives {score.guessing:.0%}"]
         tiles.append(
             f'<div class="tile"><div class="name">{escape(score.name)}</div>'
             f'<div class="figure">{score.accuracy:.2%}{spread}</div>'
-            f'<div class="hint">{escape("; ".join(below))}</div></div>'
+            f'<div class="hint">{escape("; ".join(score.remarks))}</div></div>'
         )
     bars = _bars(scores, baselines) if baselines or len(scores) > 1 else ""
     return f'<section class="card headline"><div class="tiles">{"".join(tiles)}</div>{bars}</section>'

@@ -13,7 +13,7 @@ from partialfc.data.pair_files import PairSet
 from partialfc.evaluation.pairs import PairResult
 from partialfc.pages.template import MARKER, render_page
 from partialfc.report.benchmark import benchmark_section
-from partialfc.report.headline import headline, headline_scores
+from partialfc.report.headline import headline
 from partialfc.report.training_section import curves_section, trained_section
 from partialfc.training.run.read import RunData, read_run
 
@@ -54,7 +54,7 @@ def write_report(
     data = read_run(run)
     path = _choose_path(run, out)
     body = [
-        headline(headline_scores(data, results), baselines or {}),
+        headline(data, results, baselines or {}),
         _notes([*notes, *_warnings(data)]),
         trained_section(data),
         curves_section(data),

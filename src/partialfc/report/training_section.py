@@ -56,7 +56,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     batch, epochs = run.batch, run.number("schedule.epochs")
     rate, seconds = run.number("head.sample_rate"), run.seconds
     seen = run.steps * batch if batch else None
-    peak = run.last("peak_bytes")
+    peak, sampled = run.last("peak_bytes"), run.last("sampled_classes")
+    shown_rate = "" if rate is None else "positives only" if rate == 0 else f"{rate:g}"
     side = run.model.image_size if run.model else as_number(run.counts.get("image_size"))
     backbone = _words(run.setting("backbone.name"), _labelled("embedding of", run.setting("backbone.embedding_dim")))
     return [
@@ -65,7 +66,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("Training images", _count(images)),
         ("Identities", _count(classes)),
         ("Head", _words(_margin(run), _labelled("scale", run.setting("head.scale")))),
-        ("Sample rate", _sampling(rate, run.last("sampled_classes"))),
+        ("Sample rate", _words(shown_rate, f"{sampled:,.0f} classes a step" if sampled else None)),
         ("Conflict threshold", _words(run.setting("head.conflict_threshold") or "none")),
         ("Optimizer", _words(run.setting("optimizer.name"), run.setting("schedule.kind"))),
         ("Steps", _count(run.steps) + (f" × {batch:,.0f} images" if batch and run.steps else "")),
@@ -99,12 +100,6 @@ def _margin(run: RunData) -> str:
 
 def _count(value: float | None) -> str:
     return f"{value:,.0f}" if value else ""
-
-
-def _sampling(rate: float | None, sampled: float | None) -> str:
-    """The sample rate, and the number of classes that it gave."""
-    words = "" if rate is None else "positives only" if rate == 0 else f"{rate:g}"
-    return _words(words, f"{sampled:,.0f} classes a step" if sampled else None)
 
 
 def _duration(seconds: float | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from partialfc.distributed.collectives import rank_of, world_size_of
 from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import shard_over_processes
 from partialfc.training.state import TrainState
-from partialfc.training.weights import averaged_copy, freeze, set_frozen_layers_eval
+from partialfc.training.weights import freeze, set_frozen_layers_eval
 
 
 def open_loader(config: TrainConfig) -> Loader:
@@ -62,7 +64,7 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
     backbone = build_backbone(config, loader.image_size, device=device)
     freeze(backbone, config.backbone.freeze)
     head = build_head(config, loader.num_classes, device=device)
-    average = averaged_copy(backbone) if config.optimizer.ema_decay else None
+    average = copy.deepcopy(backbone).eval().requires_grad_(False) if config.optimizer.ema_decay else None
     skeleton = None
     if config.processes.backbone == "fsdp" and world_size_of() > 1:
         skeleton = build_backbone(config, loader.image_size, device=torch.device("meta"))

@@ -42,7 +42,7 @@ def is_resumable(root: Path, loader: Loader) -> bool:
         InputError: its newest whole one belongs to other data.
     """
     checkpoints = root / "checkpoints"
-    steps = steps_in(checkpoints) if checkpoints.is_dir() else []
+    steps = steps_in(checkpoints)
     for step in reversed(steps):
         with contextlib.suppress(DamagedCheckpoint):
             check_data_matches(Checkpoint(checkpoints / folder_name(step)), data_signature(loader))
@@ -221,7 +221,6 @@ def _embedding_sums(model: Model, source: Source, labels: np.ndarray, classes: T
 def _first_images(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Indices of the first images of each of `classes` (sorted), grouped by class."""
     order = np.argsort(labels, kind="stable")
-    ordered = labels[order]
-    starts = np.searchsorted(ordered, classes)
-    shots = np.arange(len(ordered)) - starts[np.minimum(np.searchsorted(classes, ordered), len(classes) - 1)]
-    return order[np.isin(ordered, classes) & (shots < _IMAGES_PER_CLASS)]
+    starts, stops = (np.searchsorted(labels, classes, side, sorter=order) for side in ("left", "right"))
+    bounds = zip(starts, np.minimum(stops, starts + _IMAGES_PER_CLASS), strict=True)
+    return np.concatenate([order[start:stop] for start, stop in bounds])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from partialfc.config.options import TrainConfig, parse_steps
 from partialfc.core.console import Progress
 from partialfc.core.device import dtype_name, peak_bytes
-from partialfc.core.errors import InputError, StoppedBySignal
+from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import (
     broadcast,
@@ -35,12 +34,12 @@ from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model, save_model
 from partialfc.training.build import build_state, check_batch, open_loader
 from partialfc.training.checkpoint.read import Checkpoint, load_latest
-from partialfc.training.checkpoint.writer import Saver
+from partialfc.training.checkpoint.writer import CheckpointWriter
 from partialfc.training.initialize import fill_with_class_means, initialize, is_resumable, write_identities
 from partialfc.training.nonfinite import describe_skip
 from partialfc.training.run.folder import open_run_folder
 from partialfc.training.run.launch import check_same_data, joined
-from partialfc.training.run.log import MetricsLog, Tracker, open_trackers
+from partialfc.training.run.log import MetricsLog, open_trackers
 from partialfc.training.step import Stepper
 from partialfc.training.timing import StepClock, StepProfiler, TrainResult
 
@@ -133,14 +132,20 @@ class _Trainer:
         notes = self._restore(verify) if resume else []
         # Writing a checkpoint may take hours as long as it makes progress, which `HeartbeatMonitor` watches.
         timeout = _CHECKPOINT_TIMEOUT_SECONDS if has_store() else _collective_timeout(config)
-        self.saver = Saver(config, self.folder, host_group(timeout), self._report_unsaved)
-        self.saver.writer.preallocate(self.state.row_tensors().tensors)
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints,
+            config.output.keep,
+            asynchronous=config.output.checkpoint_async,
+            group=host_group(timeout),
+            report=None if config.output.on_checkpoint_error == "stop" else self._report_unsaved,
+        )
+        self.writer.preallocate(self.state.row_tensors())
         self.control_group = host_group(_collective_timeout(config))
         self.stepper = Stepper(config, self.state, self.loader, device)
         self.total_steps = self.stepper.total_steps
-        self.log = stack.enter_context(self._open_log(quiet))
+        self._open_log(stack, quiet)
         for note in [*notes, self._description()]:
-            self.log.say(note)
+            self.progress.message(note)
 
     def _restore(self, verify: bool) -> list[str]:
         """Restore the newest whole checkpoint, if there is one; what the user should know of it."""
@@ -160,35 +165,30 @@ class _Trainer:
         """Whether an evaluation comes before the next step: the state is at its due step, or at the end of the run."""
         return self.state.pending_evaluation or self.state.done >= self.total_steps
 
-    @contextlib.contextmanager
-    def _open_log(self, quiet: bool) -> Iterator[_RunLog]:
-        output, is_main_process = self.config.output, rank_of() == 0
-        with contextlib.ExitStack() as stack:
-            trackers: list[Tracker] = []
-            if is_main_process:
-                trackers = open_trackers(output, self.folder.root, self.config.to_dict(), self.state.done)
-            for tracker in trackers:
-                stack.callback(tracker.close)
-            metrics = MetricsLog(
-                self.folder.metrics,
-                resume_step=self.state.done,
-                evaluates_again=self.benchmarks if self._evaluates_first() else (),
-                patient=output.on_checkpoint_error == "continue",
-                enabled=is_main_process,
-            )
-            stack.enter_context(metrics)
-            progress = Progress("training", self.total_steps, unit=None, quiet=quiet or not is_main_process)
-            yield _RunLog(metrics, trackers, stack.enter_context(progress))
+    def _open_log(self, stack: contextlib.ExitStack, quiet: bool) -> None:
+        """Open metrics.jsonl, the trackers and the progress display, which stay empty but on rank 0."""
+        config, first, is_main_process = self.config, self.state.done, rank_of() == 0
+        trackers = open_trackers(config, self.folder.root, first, stack) if is_main_process else []
+        metrics = MetricsLog(
+            self.folder.metrics,
+            resume_step=first,
+            evaluates_again=self.benchmarks if self._evaluates_first() else (),
+            patient=config.output.on_checkpoint_error == "continue",
+            enabled=is_main_process,
+            trackers=trackers,
+        )
+        progress = Progress("training", self.total_steps, unit=None, quiet=quiet or not is_main_process)
+        self.metrics, self.progress = stack.enter_context(metrics), stack.enter_context(progress)
 
     def run(self) -> TrainResult:
         """Train the steps that are left, with the evaluations and checkpoints that fall due."""
         state, first = self.state, self.state.done
-        self.log.progress.update(first)
+        self.progress.update(first)
         stop, was_pending = self._agreed_signal(), state.pending_evaluation
         if not stop and self._evaluates_first():
             stop = self._evaluate()
             if was_pending and not stop and first >= self.total_steps:
-                self.saver.save_and_wait(state)  # with the score, which the last checkpoint could not hold
+                self._save(last=True)  # with the score, which the last checkpoint could not hold
         if stop:
             saved = f"with {first:,} steps done and saved; go on with --resume" if first else "before its first step"
             raise StoppedBySignal(stop, saved)
@@ -196,7 +196,7 @@ class _Trainer:
         try:
             self._train(clock)
         except BaseException:
-            self.saver.writer.abandon(_ABANDON_SECONDS)
+            self.writer.abandon(_ABANDON_SECONDS)
             raise
         return TrainResult(
             folder=self.folder.root,
@@ -210,7 +210,7 @@ class _Trainer:
         )
 
     def _train(self, clock: StepClock) -> None:
-        state, output, saver = self.state, self.config.output, self.saver
+        state, output = self.state, self.config.output
         profiled = parse_steps(output.profile_steps) if rank_of() == 0 else range(0)
         with (
             contextlib.closing(self.loader.batches(state.done, self.total_steps)) as batches,
@@ -231,18 +231,19 @@ class _Trainer:
                     self._report(figures, clock)
                 with clock.stopped():
                     if not is_writing:
-                        saver.finish()
+                        self.writer.finish()
                     if self._is_due(output.evaluate_every):
                         # Set before evaluating, so a run stopped meanwhile repeats the evaluation on resume.
                         state.pending_evaluation = True
                         stop = stop or self._evaluate()
                     if stop:
-                        saver.save_and_wait(state)
+                        self._save(last=True)
                         raise StoppedBySignal(stop, f"after step {state.done:,}, and saved; go on with --resume")
-                    if state.done == self.total_steps:
-                        saver.save_and_wait(state)
-                    elif minutes_passed or self._is_due(output.checkpoint_every):
-                        saver.save(state)
+                    if minutes_passed or self._is_due(output.checkpoint_every):
+                        self._save(last=state.done == self.total_steps)
+
+    def _save(self, *, last: bool = False) -> None:
+        self.writer.save(self.state.snapshot(self.config.to_dict()), last=last)
 
     # -- what the ranks must agree on ----------------------------------------------------------------------------------
 
@@ -256,8 +257,9 @@ class _Trainer:
         They are the signal to stop, whether it is time for a checkpoint, and whether one is still being written. The
         exchange runs beside the step and costs it no time. One collective.
         """
-        saver = self.saver
-        return start_max([self.signals.received, saver.minutes_passed, saver.writer.busy], self.control_group)
+        minutes = self.config.output.checkpoint_minutes
+        due = minutes > 0 and rank_of() == 0 and time.monotonic() >= self.writer.saved_at + 60 * minutes
+        return start_max([self.signals.received, due, self.writer.busy], self.control_group)
 
     def _count_unreadable(self) -> int:
         """The unreadable records that any rank has met. Two collectives.
@@ -304,14 +306,15 @@ class _Trainer:
                 results[name] = evaluate_pairs(embeddings, pairs.is_same).summary()
         self.results, state.pending_evaluation = results, False
         for name, result in results.items():
-            self.log.write({"kind": "evaluation", "step": state.done, "benchmark": name, **result})
+            self.metrics.write({"kind": "evaluation", "step": state.done, "benchmark": name, **result})
             accuracy = f"{result['accuracy']:.2%} ± {result['accuracy_std']:.2%}"
-            self.log.say(f"step {state.done}: {name} accuracy {accuracy}")
+            self.progress.message(f"step {state.done}: {name} accuracy {accuracy}")
         score = sum(result["accuracy"] for result in results.values()) / max(1, len(results))
         is_best = state.best_score is None or score > state.best_score or not self.benchmarks
         names = ("last", "best") if is_best else ("last",)
-        written = self.saver.write_models(lambda: self._write_models(model.backbone, names), self.control_group)
-        if is_best and written:  # the best model is the best of those that could be written
+        if (
+            self._write_models(model.backbone, names) and is_best
+        ):  # the best model is the best of those that could be written
             state.best_score, state.best_step = score if self.benchmarks else None, state.done
         return 0
 
@@ -325,10 +328,26 @@ class _Trainer:
                     return batches, stop
         return batches, 0
 
-    def _write_models(self, backbone: nn.Module, names: tuple[str, ...]) -> None:
-        for name in names:
-            save_model(self.folder.model(name), backbone, self.model_config)
-            write_identities(self.folder.model(name), self.state.identities)
+    def _write_models(self, backbone: nn.Module, names: tuple[str, ...]) -> bool:
+        """Let rank 0 write models, and return whether it could. Two collectives.
+
+        Raises:
+            JobError: on all ranks alike, if it could not, unless the run continues without them.
+        """
+        message = None
+        if rank_of() == 0:
+            try:
+                for name in names:
+                    save_model(self.folder.model(name), backbone, self.model_config)
+                    write_identities(self.folder.model(name), self.state.identities)
+            except OSError as error:
+                message = f"could not write a model ({error})"
+        message = gather_json(message, group=self.control_group)[0]
+        if message is not None and self.config.output.on_checkpoint_error == "stop":
+            raise JobError(f"{message}: make room, and go on with --resume.")
+        if message is not None:
+            self._report_unsaved(message)
+        return message is None
 
     # -- what the log says ---------------------------------------------------------------------------------------------
 
@@ -350,21 +369,21 @@ class _Trainer:
         }
         if self.device.type == "cuda":
             line["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        self.log.write(line)
-        self.log.progress.update(state.done, **{name: line[name] for name in _SHOWN_FIGURES if name in line})
+        self.metrics.write(line)
+        self.progress.update(state.done, **{name: line[name] for name in _SHOWN_FIGURES if name in line})
         clock.restart()
 
     def _report_skip(self) -> None:
         """Log a skipped step with the images behind it; JobError if there were too many in a row."""
         if self.stepper.skip is not None:
             line, sentence = describe_skip(*self.stepper.skip, self.state.done, self.loader, self.control_group)
-            self.log.write(line)
-            self.log.say(sentence)
+            self.metrics.write(line)
+            self.progress.message(sentence)
             self.stepper.check_skips()
 
     def _report_unsaved(self, message: str) -> None:
-        self.log.write({"kind": "checkpoint_error", "step": self.state.done, "message": message})
-        self.log.say(f"step {self.state.done}: {message}; training goes on without it")
+        self.metrics.write({"kind": "checkpoint_error", "step": self.state.done, "message": message})
+        self.progress.message(f"step {self.state.done}: {message}; training goes on without it")
 
     def _description(self) -> str:
         config, loader, first = self.config, self.loader, self.state.done
@@ -374,22 +393,3 @@ class _Trainer:
             f"{self.total_steps:,} steps of {config.data.global_batch_size}, {config.describe_lr()}, "
             f"{world_size_of()} x {self.device.type} in {dtype_name(self.stepper.compute_dtype)}"
         )
-
-
-@dataclass(frozen=True)
-class _RunLog:
-    """Where a run reports to: metrics.jsonl, trackers and the progress display, all of them empty but on rank 0."""
-
-    metrics: MetricsLog
-    trackers: list[Tracker]
-    progress: Progress
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics to the file and the trackers."""
-        self.metrics.write(line)
-        for tracker in self.trackers:
-            tracker.write(line)
-
-    def say(self, text: str) -> None:
-        """Show a message that stays above the progress display."""
-        self.progress.message(text)

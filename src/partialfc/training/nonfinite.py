@@ -45,19 +45,10 @@ class LossScale:
 
 def scale_gradient(embeddings: Tensor, factor: float) -> Tensor:
     """The same values; the backward pass multiplies their gradient by `factor`."""
-    scaled: Tensor = _ScaleGradient.apply(embeddings, factor)
+    scaled = embeddings.view_as(embeddings)
+    if scaled.requires_grad:
+        scaled.register_hook(lambda gradient: gradient * factor)
     return scaled
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return embeddings.view_as(embeddings)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
 
 
 def locate(outputs: list[tuple[Tensor, Tensor]]) -> tuple[Where, list[int]]:

@@ -15,7 +15,7 @@ from partialfc.distributed.sharded import shard_like
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.checkpoint.read import Checkpoint
-from partialfc.training.checkpoint.write import RowTensors, Snapshot
+from partialfc.training.checkpoint.write import Snapshot
 from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import load_weights, whole_network
 
@@ -60,14 +60,15 @@ class TrainState:
         """
         return whole_network(self.backbone if self.average is None else self.average, self.skeleton)
 
-    def row_tensors(self) -> RowTensors:
-        """The centers and their optimizer state, after all pending updates, with their range of global rows."""
-        self.head_optimizer.flush()  # also waits for a GPU that still writes state in host memory
+    def row_shard(self) -> Shard:
+        """The range of global rows of the centers that this rank has."""
         shard, k = self.head.shard, self.head.loss_config.margin.sub_centers
-        rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
-        return RowTensors(
-            rows, {"centers": self.head.centers.detach(), **self.head_optimizer.row_state(self.head.centers)}
-        )
+        return Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
+
+    def row_tensors(self) -> dict[str, Tensor]:
+        """This rank's rows of the centers and of their optimizer state, after all pending updates."""
+        self.head_optimizer.flush()  # also waits for a GPU that still writes state in host memory
+        return {"centers": self.head.centers.detach(), **self.head_optimizer.row_state(self.head.centers)}
 
     def snapshot(self, config: dict[str, Any]) -> Snapshot:
         """What a checkpoint of this moment holds; its tensors are those of the run, not copies, and may be sharded."""
@@ -78,6 +79,7 @@ class TrainState:
                 "backbone-optimizer": optimizer_tensors(self.backbone, self.backbone_optimizer),
                 **({} if self.average is None else {"backbone-ema": self.average.state_dict()}),
             },
+            shard=self.row_shard(),
             rows=self.row_tensors(),
             state={
                 "data": self.data,
@@ -101,9 +103,8 @@ class TrainState:
         if self.average is not None:
             load_weights(self.average, checkpoint.tensors("backbone-ema"))
         load_optimizer_tensors(self.backbone, self.backbone_optimizer, checkpoint.tensors("backbone-optimizer"))
-        rows = self.row_tensors()
-        for name, tensor in rows.tensors.items():
-            checkpoint.read_rows(name, rows.shard.start, tensor)
+        for name, tensor in self.row_tensors().items():
+            checkpoint.read_rows(name, self.row_shard().start, tensor)
         for name, value in checkpoint.state["margin_state"].items():
             buffer = self.head.get_buffer(f"margin_{name}")
             buffer.copy_(torch.tensor(value, dtype=buffer.dtype))

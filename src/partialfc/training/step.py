@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,7 @@ class Stepper:
 
     def _unscale_and_clip(self) -> Tensor:
         """Undo the loss scale and clip the backbone's gradient; its norm before clipping, ()."""
-        parameters = [parameter for parameter in self.state.backbone.parameters() if parameter.grad is not None]
+        parameters = list(self.state.backbone.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.state.loss_scale is not None:
             torch._foreach_mul_([local_shard(grad) for grad in gradients], 1.0 / self.state.loss_scale.value)
@@ -228,23 +228,18 @@ class _StepLabels:
         self._device = device
         self._counts = [loader.counts(number) for number in range(loader.micro_steps)]
         self._totals = [sum(counts) for counts in zip(*self._counts, strict=True)]
-        self._finish: Callable[[], Tensor] | None = None
-        self._all = torch.empty(0, dtype=torch.int64)
 
     def gather(self, micro_batches: list[Batch]) -> None:
         """Begin to gather. One collective."""
         labels = torch.cat([batch.labels for batch in micro_batches]).to(self._device, non_blocking=True)
-        self._finish = start_gather_rows(labels, self._totals)
+        self._gathered = functools.cache(start_gather_rows(labels, self._totals))
 
     def of_step(self) -> Tensor | None:
         """The labels of all micro-steps and ranks; None if there is a single micro-step, which has them all."""
-        if self._finish is not None:
-            self._all, self._finish = self._finish(), None
-        return self._all if len(self._counts) > 1 else None
+        return self._gathered() if len(self._counts) > 1 else None
 
     def of_micro_step(self, number: int) -> GlobalLabels:
         """The labels of one micro-step on all ranks, in rank order."""
-        self.of_step()
-        of_ranks, counts = self._all.split(self._totals), zip(*self._counts, strict=True)
+        of_ranks, counts = self._gathered().split(self._totals), zip(*self._counts, strict=True)
         labels = [rank.split(list(parts))[number] for rank, parts in zip(of_ranks, counts, strict=True)]
         return GlobalLabels(self._counts[number], torch.cat(labels))

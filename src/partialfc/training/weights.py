@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -44,11 +43,6 @@ def set_frozen_layers_eval(backbone: nn.Module, names: Sequence[str]) -> None:
 
 def _is_below(name: str, layer: str) -> bool:
     return name == layer or name.startswith(layer + ".")
-
-
-def averaged_copy(backbone: nn.Module) -> nn.Module:
-    """A copy of the backbone to average into, in evaluation mode and without gradients."""
-    return copy.deepcopy(backbone).eval().requires_grad_(False)
 
 
 @torch.no_grad()

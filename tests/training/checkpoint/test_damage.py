@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
         len(long_header).to_bytes(8, "little") + long_header + bytes(8),
     ):
         path.write_bytes(content)
-        rewrite(folder, lambda body, path=path: body["files"].update({path.name: describe(path)}))
+        rewrite(folder, lambda body: body["files"].update({path.name: describe(path)}))
         with pytest.raises(DamagedCheckpoint, match=r"backbone\.safetensors"):
             Checkpoint(folder).tensors("backbone")
 
@@ -189,7 +190,7 @@ def test_a_refusal_is_logged_unless_a_warn_is_given(tmp_path: Path, caplog: pyte
 
 def test_ranks_agree_on_the_checkpoint_that_all_can_read(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        on_ranks(3, lambda rank, step=step: save_on(rank, tmp_path, step, head_rows(30, step)))
+        on_ranks(3, partial(save_on, root=tmp_path, step=step, whole=head_rows(30, step)))
     flip(tmp_path / "step-00000003" / "head-00002-of-00003.safetensors", -1)
     refused: list[tuple[int, str]] = []
 

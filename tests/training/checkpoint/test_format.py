@@ -11,7 +11,7 @@ from small_runs import FIXTURES
 from torch import Tensor
 
 from partialfc.training.checkpoint.read import Checkpoint
-from partialfc.training.checkpoint.write import RowTensors, Snapshot, save_checkpoint
+from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
 
 STORED = FIXTURES / "checkpoint" / "step-00000005"
 
@@ -54,8 +54,8 @@ def test_a_stored_checkpoint_is_read() -> None:
 def test_the_same_state_is_written_byte_for_byte(tmp_path: Path) -> None:
     def save(rank: ThreadRank) -> None:
         shard = ThreadShard.on(rank, 7)
-        rows = RowTensors(shard, {name: rows[shard.start : shard.stop] for name, rows in ROWS.items()})
-        save_checkpoint(tmp_path, Snapshot(5, TENSORS, rows, STATE, {"identities": NAMES}), block_bytes=64)
+        rows = {name: rows[shard.start : shard.stop] for name, rows in ROWS.items()}
+        save_checkpoint(tmp_path, Snapshot(5, TENSORS, shard, rows, STATE, {"identities": NAMES}), block_bytes=64)
 
     assert on_ranks(2, save) == [None, None]
     assert names(tmp_path / STORED.name) == names(STORED)

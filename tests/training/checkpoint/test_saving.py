@@ -16,7 +16,7 @@ from checkpoint_samples import ThreadRank, assert_holds, flip, head_rows, names,
 
 from partialfc.distributed.collectives import Shard
 from partialfc.training.checkpoint.read import Checkpoint
-from partialfc.training.checkpoint.write import CheckpointNotWritten, RowTensors
+from partialfc.training.checkpoint.write import CheckpointNotWritten
 
 
 def test_keep(tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_storage_that_the_ranks_do_not_share_is_refused(tmp_path: Path) -> None:
         ({"tensors": {"head-1": {}}}, "'head-1' cannot name a file"),
         ({"documents": {"manifest": {}}}, "'manifest' cannot name a file"),
         ({"documents": {"../x": {}}}, "cannot name a file"),
-        ({"rows": RowTensors(Shard.of(3), {"centers": torch.zeros(4, 2)})}, r"shape \(4, 2\), not 3 rows"),
-        ({"rows": RowTensors(Shard.of(1), {"centers": torch.tensor(1.0)})}, "not 1 rows"),
+        ({"shard": Shard.of(3), "rows": {"centers": torch.zeros(4, 2)}}, r"shape \(4, 2\), not 3 rows"),
+        ({"shard": Shard.of(1), "rows": {"centers": torch.tensor(1.0)}}, "not 1 rows"),
     ],
 )
 def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, options: dict[str, Any], reason: str) -> None:

@@ -33,26 +33,22 @@ BLOCK_BYTES = 16 * 2**20
 
 def write_hashed(path: Path, pieces: Iterable[bytes | memoryview], block_bytes: int = BLOCK_BYTES) -> FileRecord:
     """Write a new file of `pieces`, hash its blocks on the way, and flush it to the storage."""
-    digests = []
-    block, room, size = hashlib.sha256(), block_bytes, 0
+    blocks, size = [], 0
     with path.open("xb") as file:
         for piece in pieces:
             rest = memoryview(piece)
             while len(rest):
+                if size % block_bytes == 0:
+                    report_progress()
+                    blocks.append(hashlib.sha256())
+                room = block_bytes - size % block_bytes
                 part, rest = rest[:room], rest[room:]
-                block.update(part)
+                blocks[-1].update(part)
                 file.write(part)
                 size += len(part)
-                room -= len(part)
-                if room == 0:
-                    report_progress()
-                    digests.append(block.hexdigest())
-                    block, room = hashlib.sha256(), block_bytes
-        if room < block_bytes:
-            digests.append(block.hexdigest())
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(size, digests)
+    return FileRecord(size, [block.hexdigest() for block in blocks])
 
 
 def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
@@ -95,7 +91,11 @@ class VerifiedFiles:
                 raise self._damaged(name, f"has {size:,} bytes where {record.size:,} were written")
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read and check every block of every file, or those of one of `parts` even parts of all blocks."""
+        """Read every block of every file, or one of `parts` even parts of all blocks, and compare it with its hash.
+
+        Raises:
+            DamagedCheckpoint: naming the first file and block that differ.
+        """
         self.check_sizes()
         blocks = [(name, number) for name, record in self.records.items() for number in range(len(record.sha256))]
         start, stop = split_evenly(len(blocks), parts, part)
@@ -139,7 +139,7 @@ class VerifiedFiles:
         self.read(name, layout.start, _bytes_of(result))
         return result
 
-    def read_rows(self, name: str, key: str, first: int, target: Tensor) -> None:
+    def fill(self, target: Tensor, name: str, key: str, first: int) -> None:
         """Fill `target`, on any device, with the rows of tensor `key` of file `name` from row `first` on."""
         layout = self._find(name, key)
         fits = (layout.dtype, layout.shape[1:]) == (target.dtype, target.shape[1:])
@@ -147,13 +147,12 @@ class VerifiedFiles:
             raise self._damaged(name, f"holds {key} as {layout.dtype} {layout.shape}, against its manifest")
         row_bytes = prod(layout.shape[1:]) * layout.dtype.itemsize
         position = layout.start + first * row_bytes
-        if target.device.type == "cpu" and target.is_contiguous():
-            self.read(name, position, _bytes_of(target))
-            return
+        is_direct = target.device.type == "cpu" and target.is_contiguous()
         for piece in target.split(max(1, BLOCK_BYTES // max(1, row_bytes))):
-            staged = torch.empty(piece.shape, dtype=piece.dtype)
+            staged = piece if is_direct else torch.empty(piece.shape, dtype=piece.dtype)
             self.read(name, position, _bytes_of(staged))
-            piece.copy_(staged)
+            if not is_direct:
+                piece.copy_(staged)
             position += staged.nbytes
 
     def _find(self, name: str, key: str) -> TensorLayout:
@@ -176,8 +175,9 @@ class VerifiedFiles:
         start = number * self.block_bytes
         stop = min(start + self.block_bytes, record.size)
         try:
-            with (self.folder / name).open("rb", buffering=0) as file:
-                block = _read_at(file.fileno(), start, stop)
+            with (self.folder / name).open("rb") as file:
+                file.seek(start)
+                block = file.read(stop - start)
         except OSError as error:
             raise self._damaged(name, f"cannot be read at bytes {start:,} to {stop:,} ({error.strerror})") from error
         if hashlib.sha256(block).hexdigest() != record.sha256[number]:
@@ -187,18 +187,4 @@ class VerifiedFiles:
         return block
 
     def _damaged(self, name: str, what: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(
-            f"{self.folder / name} {what}: this checkpoint is damaged, use the step before it or restore the file."
-        )
-
-
-def _read_at(descriptor: int, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of an open file, or fewer where it ends earlier (one call may return only some of them)."""
-    parts = []
-    while start < stop:
-        part = os.pread(descriptor, stop - start, start)
-        if not part:
-            break
-        parts.append(part)
-        start += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        return DamagedCheckpoint(self.folder / name, what)

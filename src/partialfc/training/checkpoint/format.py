@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 FORMAT = "partialfc-checkpoint"
 VERSION = 1
 
-_CODES = {
+CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -34,11 +34,14 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint does not hold what its manifest says."""
+    """A checkpoint does not hold what its manifest says: `path`, a file of it, `has_fault`."""
+
+    def __init__(self, path: Path, has_fault: str) -> None:
+        super().__init__(f"{path} {has_fault}: this checkpoint is damaged, use the step before it or restore the file.")
 
 
 # -- safetensors -----------------------------------------------------------------------------------------------------
@@ -46,12 +49,11 @@ class DamagedCheckpoint(InputError):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """The position of a tensor in a safetensors file: bytes [start, stop) of the file."""
+    """A tensor in a safetensors file, whose data begin at byte `start` of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    stop: int
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -60,14 +62,9 @@ def dtype_code(dtype: torch.dtype) -> str:
     Raises:
         ValueError: safetensors has no such type.
     """
-    if dtype not in _CODES:
-        raise ValueError(f"a checkpoint cannot hold tensors of {dtype}; it can hold {', '.join(map(str, _CODES))}")
-    return _CODES[dtype]
-
-
-def dtype_of(code: str) -> torch.dtype:
-    """The inverse of `dtype_code`."""
-    return _DTYPES[code]
+    if dtype not in CODES:
+        raise ValueError(f"a checkpoint cannot hold tensors of {dtype}; it can hold {', '.join(map(str, CODES))}")
+    return CODES[dtype]
 
 
 def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[Tensor]]:
@@ -101,10 +98,10 @@ def parse_header(encoded: bytes, origin: int, size: int) -> dict[str, TensorLayo
         if key == "__metadata__":
             continue
         start, stop = entry["data_offsets"]
-        layout = TensorLayout(_DTYPES[entry["dtype"]], tuple(entry["shape"]), origin + start, origin + stop)
+        layout = TensorLayout(DTYPES[entry["dtype"]], tuple(entry["shape"]), origin + start)
         if stop - start != prod(layout.shape) * layout.dtype.itemsize:
             raise ValueError(f"tensor {key} does not fit its place")
-        if layout.stop > size:
+        if origin + stop > size:
             raise ValueError(f"tensor {key} ends past the file")
         layouts[key] = layout
     return dict(sorted(layouts.items(), key=lambda item: item[1].start))
@@ -138,20 +135,14 @@ class RowTensor:
     shape: tuple[int, ...]
     parts: list[Part]
 
-    def check(self, name: str) -> None:
-        """Raise ValueError unless each row is in exactly one part, in order."""
-        position = 0
-        for part in self.parts:
-            if part.start != position or part.stop <= position:
-                raise ValueError(f"row {position} of {name} is in no file, or in two")
-            position = part.stop
-        if position != self.shape[0]:
-            raise ValueError(f"the files hold {position} rows of {name}, not {self.shape[0]}")
-
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json. `block_bytes` is the size of the blocks whose SHA-256 `files` lists."""
+    """The content of manifest.json. `block_bytes` is the size of the blocks whose SHA-256 `files` lists.
+
+    Raises:
+        ValueError: a row of a tensor is not in exactly one part, or the parts are not in order.
+    """
 
     step: int
     state: Mapping[str, Any]
@@ -160,6 +151,16 @@ class Manifest:
     files: Mapping[str, FileRecord]
     format: str = field(default=FORMAT, init=False)
     version: int = field(default=VERSION, init=False)
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.rows.items():
+            position = 0
+            for part in tensor.parts:
+                if part.start != position or part.stop <= position:
+                    raise ValueError(f"row {position} of {name} is in no file, or in two")
+                position = part.stop
+            if position != tensor.shape[0]:
+                raise ValueError(f"the files hold {position} rows of {name}, not {tensor.shape[0]}")
 
     def encode(self) -> bytes:
         """The bytes of manifest.json."""
@@ -186,13 +187,9 @@ def read_manifest(folder: Path) -> Manifest:
         if body["version"] == VERSION:
             return _parse_manifest(body)
     except OSError as error:
-        raise DamagedCheckpoint(
-            f"{path} cannot be read ({error.strerror}): this checkpoint is damaged, use the step before it."
-        ) from error
+        raise DamagedCheckpoint(path, f"cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(
-            f"{path} is not what was written ({error}): this checkpoint is damaged, use the step before it."
-        ) from error
+        raise DamagedCheckpoint(path, f"is not what was written ({error})") from error
 
     raise InputError(
         f"{folder} has checkpoint format version {body['version']}, and this partialfc reads version {VERSION}: "
@@ -205,8 +202,6 @@ def _parse_manifest(body: Mapping[str, Any]) -> Manifest:
         name: RowTensor(entry["dtype"], tuple(entry["shape"]), [Part(**part) for part in entry["parts"]])
         for name, entry in body["rows"].items()
     }
-    for name, tensor in rows.items():
-        tensor.check(name)
     files = {name: FileRecord(**entry) for name, entry in body["files"].items()}
     return Manifest(body["step"], body["state"], body["block_bytes"], rows, files)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import gather_json, rank_of
 from partialfc.training.checkpoint.blocks import VerifiedFiles
-from partialfc.training.checkpoint.format import DamagedCheckpoint, dtype_code, dtype_of, read_manifest
+from partialfc.training.checkpoint.format import DTYPES, DamagedCheckpoint, dtype_code, read_manifest
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 LEFTOVER = re.compile(r"\.step-(\d{8,})\.[0-9a-f]{8}\.(writing|old)")
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Checkpoint:
+class Checkpoint(VerifiedFiles):
     """An opened checkpoint. Its manifest is checked when it is opened, and every byte when it is read.
 
     Attributes:
@@ -40,31 +40,28 @@ class Checkpoint:
             DamagedCheckpoint: there is no whole checkpoint.
             InputError: it has another format version.
         """
-        self.folder = folder
         manifest = read_manifest(folder)
+        super().__init__(folder, manifest)
+        self.check_sizes()
         self.step = manifest.step
         self.state = dict(manifest.state)
         self.digest = manifest.digest()
         self.row_shapes = {name: tensor.shape for name, tensor in manifest.rows.items()}
         self._rows = manifest.rows
-        self._files = VerifiedFiles(folder, manifest)
-        self._files.check_sizes()
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of one group, on the CPU; a group that was not saved is empty."""
         name = f"{group}.safetensors"
-        if name not in self._files.records:
-            return {}
-        return {key: self._files.tensor(name, key) for key in self._files.layout(name)}
+        return {key: self.tensor(name, key) for key in self.layout(name)} if name in self.records else {}
 
     def document(self, name: str) -> Any:
         """The JSON document of that name, or None if none was saved."""
         file = f"{name}.json"
-        return json.loads(self._files.content(file)) if file in self._files.records else None
+        return json.loads(self.content(file)) if file in self.records else None
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Global rows [start, stop) of a row tensor: (stop - start, ...) on the CPU. See `read_rows`."""
-        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=dtype_of(self._rows[name].dtype))
+        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=DTYPES[self._rows[name].dtype])
         self.read_rows(name, start, result)
         return result
 
@@ -88,23 +85,12 @@ class Checkpoint:
         for part in stored.parts:
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
-                self._files.read_rows(
-                    part.file, name, first - part.start, target.detach()[first - start : last - start]
-                )
+                self.fill(target.detach()[first - start : last - start], part.file, name, first - part.start)
 
     @property
     def extent(self) -> tuple[int, int]:
         """The number of its files, without the manifest, and of their bytes."""
-        records = self._files.records.values()
-        return len(records), sum(record.size for record in records)
-
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Read everything, or one of `parts` even parts of it, and compare it with the manifest.
-
-        Raises:
-            DamagedCheckpoint: naming the first file and block that differ.
-        """
-        self._files.verify(part, parts)
+        return len(self.records), sum(record.size for record in self.records.values())
 
 
 def load_latest(
@@ -130,17 +116,15 @@ def load_latest(
     """
     candidates, newest = gather_json(_candidates(root))[0], ""
     for name in candidates:
-        report: dict[str, Any] = {"digest": None, "damage": None}
+        digest = damage = None
         try:
             checkpoint = Checkpoint(root / name)
-            result = read(checkpoint)
-            report["digest"] = checkpoint.digest
-        except DamagedCheckpoint as damage:
-            report["damage"] = str(damage)
-        reports = gather_json(report)
-        damages = {one["damage"] for one in reports} - {None}
+            result, digest = read(checkpoint), checkpoint.digest
+        except DamagedCheckpoint as error:
+            damage = str(error)
+        digests, damages = (set(values) - {None} for values in zip(*gather_json([digest, damage]), strict=True))
         if not damages:
-            if len({one["digest"] for one in reports}) > 1:
+            if len(digests) > 1:
                 raise InputError(f"The ranks see different checkpoints in {root}: put it on storage that all share.")
             return result
         newest = newest or min(damages)
@@ -162,8 +146,9 @@ def folder_name(step: int) -> str:
 
 
 def steps_in(root: Path) -> list[int]:
-    """The steps that have a folder in `root`, ascending."""
-    return sorted(int(match[1]) for path in root.iterdir() if (match := STEP_FOLDER.fullmatch(path.name)))
+    """The steps that have a folder in `root`, ascending; none if there is no such folder."""
+    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := STEP_FOLDER.fullmatch(name)))
 
 
 def _candidates(root: Path) -> list[str]:

@@ -38,17 +38,6 @@ class CheckpointNotWritten(JobError):
 
 
 @dataclass(frozen=True)
-class RowTensors:
-    """This rank's rows of tensors that are sharded by row: each of `tensors` is (len(shard), ...).
-
-    All ranks name the same tensors, with the same dtypes and the same shapes after the first dimension.
-    """
-
-    shard: Shard
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """The content of a checkpoint.
 
@@ -56,14 +45,17 @@ class Snapshot:
         step: optimizer steps done.
         tensors: groups of tensors that are the same on all ranks, as {"backbone": {name: tensor}, ...}; rank 0 writes
             each group as `<group>.safetensors`, any dtype of that format, strides, device and sharing of memory.
-        rows: this rank's rows of the sharded tensors.
+        shard: the range of global rows that this rank has.
+        rows: tensors that are sharded by row, each (len(shard), ...) here. All ranks name the same tensors, with the
+            same dtypes and the same shapes after the first dimension.
         state: what JSON holds, independent of the world size; of rank 0. Keys are strings; NaN is refused.
         documents: long JSON values (such as the names of identities), each an own file `<name>.json`; of rank 0.
     """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
-    rows: RowTensors
+    shard: Shard
+    rows: Mapping[str, Tensor]
     state: Mapping[str, Any]
     documents: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,16 +64,16 @@ class Snapshot:
         for name in (*self.tensors, *self.documents):
             if not _NAME.fullmatch(name) or name.startswith("head-") or f"{name}.json" == MANIFEST:
                 raise ValueError(f"{name!r} cannot name a file of a checkpoint")
-        for name, tensor in self.rows.tensors.items():
-            if tensor.dim() == 0 or len(tensor) != len(self.rows.shard):
-                raise ValueError(f"row tensor {name} has shape {tuple(tensor.shape)}, not {len(self.rows.shard)} rows")
+        for name, tensor in self.rows.items():
+            if tensor.dim() == 0 or len(tensor) != len(self.shard):
+                raise ValueError(f"row tensor {name} has shape {tuple(tensor.shape)}, not {len(self.shard)} rows")
         _check_json(self.state, "state")
 
 
 def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int = 3, block_bytes: int = BLOCK_BYTES) -> Path:
     """Write a checkpoint, which appears under the name of its step only when all of it is on the storage.
 
-    Every rank of `snapshot.rows.shard.group` calls this, and returns when the checkpoint is in place. A checkpoint of
+    Every rank of `snapshot.shard.group` calls this, and returns when the checkpoint is in place. A checkpoint of
     the same step is replaced. Six collectives of a few kilobytes; the tensors travel to the storage only.
 
     Args:
@@ -96,20 +88,16 @@ def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int = 3, block_byte
     """
     if keep < 1:
         raise ValueError("keep must be at least 1: the checkpoint just written is never deleted")
-    group, is_leader = snapshot.rows.shard.group, snapshot.rows.shard.rank == 0
+    group = snapshot.shard.group
     token = _together("prepare", lambda: _prepare(root, snapshot), group)[0]
     writing = root / f".{folder_name(snapshot.step)}.{token}.writing"
-
-    def complete() -> None:
-        if is_leader:
-            _commit(root, writing, _manifest(snapshot, block_bytes, reports), keep)
 
     try:
         with activity(f"writing {writing}"):
             reports = _together("write", lambda: _write_files(writing, snapshot, block_bytes), group)
-        _together("complete", complete, group)
+        _together("complete", lambda: _commit(writing, snapshot, block_bytes, reports, keep), group)
     except CheckpointNotWritten:
-        if is_leader:
+        if snapshot.shard.rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
         raise
     return root / folder_name(snapshot.step)
@@ -148,7 +136,7 @@ def _together(purpose: str, work: Callable[[], T], group: Group | None) -> list[
 def _prepare(root: Path, snapshot: Snapshot) -> str:
     """Check the snapshot; on rank 0 remove the unfinished folders of dead runs, and choose a name none of them uses."""
     snapshot.check()
-    if snapshot.rows.shard.rank != 0:
+    if snapshot.shard.rank != 0:
         return ""
     root.mkdir(parents=True, exist_ok=True)
     fsync(root.parent)
@@ -159,7 +147,7 @@ def _prepare(root: Path, snapshot: Snapshot) -> str:
 def _write_files(folder: Path, snapshot: Snapshot, block_bytes: int) -> dict[str, Any]:
     """Write this rank's files and report in JSON what is in them. No collective."""
     folder.mkdir(exist_ok=True)  # on every rank: a network file system may show the folder of another rank late
-    shard, files = snapshot.rows.shard, {}
+    shard, files = snapshot.shard, {}
     if shard.rank == 0:
         for group, tensors in snapshot.tensors.items():
             name = f"{group}.safetensors"
@@ -170,12 +158,12 @@ def _write_files(folder: Path, snapshot: Snapshot, block_bytes: int) -> dict[str
             files[name] = write_hashed(folder / name, [encoded], block_bytes)
     name = f"head-{shard.rank:05d}-of-{shard.world_size:05d}.safetensors"
     row_range = {"start": str(shard.start), "stop": str(shard.stop), "total": str(shard.total)}
-    files[name] = write_hashed(folder / name, safetensors_pieces(snapshot.rows.tensors, row_range), block_bytes)
+    files[name] = write_hashed(folder / name, safetensors_pieces(snapshot.rows, row_range), block_bytes)
     return {
         "files": {name: asdict(record) for name, record in files.items()},
         "rows": {
             key: {"dtype": dtype_code(tensor.dtype), "shape": [shard.total, *tensor.shape[1:]]}
-            for key, tensor in snapshot.rows.tensors.items()
+            for key, tensor in snapshot.rows.items()
         },
         "part": {"file": name, "start": shard.start, "stop": shard.stop},
     }
@@ -183,12 +171,19 @@ def _write_files(folder: Path, snapshot: Snapshot, block_bytes: int) -> dict[str
 
 def _manifest(snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]]) -> Manifest:
     """The manifest of what all ranks report to have written."""
+    if any(report["rows"] != reports[0]["rows"] for report in reports):
+        raise ValueError(f"the ranks do not agree on the row tensors: {[report['rows'] for report in reports]}")
+    parts = [Part(**report["part"]) for report in reports if report["part"]["start"] < report["part"]["stop"]]
+    rows = {name: RowTensor(entry["dtype"], tuple(entry["shape"]), parts) for name, entry in reports[0]["rows"].items()}
     files = {name: FileRecord(**record) for report in reports for name, record in report["files"].items()}
-    return Manifest(snapshot.step, snapshot.state, block_bytes, _merge_rows(reports), files)
+    return Manifest(snapshot.step, snapshot.state, block_bytes, rows, files)
 
 
-def _commit(root: Path, writing: Path, manifest: Manifest, keep: int) -> None:
-    """Write the manifest last, flush and rename the folder, and delete the oldest checkpoints."""
+def _commit(writing: Path, snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]], keep: int) -> None:
+    """On rank 0 write the manifest last, flush and rename the folder, and delete the oldest checkpoints."""
+    if snapshot.shard.rank != 0:
+        return
+    root, manifest = writing.parent, _manifest(snapshot, block_bytes, reports)
     VerifiedFiles(writing, manifest).check_sizes()  # fails if a rank wrote to a disk of its own
     write_hashed(writing / MANIFEST, [manifest.encode()])
     fsync(writing)
@@ -201,18 +196,6 @@ def _commit(root: Path, writing: Path, manifest: Manifest, keep: int) -> None:
         _retire(root, manifest.step, keep)
     except OSError as error:
         _logger.warning("old checkpoints in %s could not be deleted (%s); this fills the disk", root, error)
-
-
-def _merge_rows(reports: list[dict[str, Any]]) -> dict[str, RowTensor]:
-    """For each row tensor its dtype, global shape, and the files that hold its rows."""
-    rows = reports[0]["rows"]
-    if any(report["rows"] != rows for report in reports):
-        raise ValueError(f"the ranks do not agree on the row tensors: {[report['rows'] for report in reports]}")
-    parts = [Part(**report["part"]) for report in reports if report["part"]["start"] < report["part"]["stop"]]
-    merged = {name: RowTensor(entry["dtype"], tuple(entry["shape"]), parts) for name, entry in rows.items()}
-    for name, tensor in merged.items():
-        tensor.check(name)
-    return merged
 
 
 def _retire(root: Path, step: int, keep: int) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when they are written, beside the training, and what happens if that fails."""
+"""The checkpoints of a run: how they are written beside the training, and what happens if that fails."""
 
 from __future__ import annotations
 
@@ -7,149 +7,118 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from partialfc.config.options import TrainConfig
-from partialfc.core.errors import JobError
 from partialfc.distributed.activity import activity
-from partialfc.distributed.collectives import Group, gather_json, rank_of
+from partialfc.distributed.collectives import Group
 from partialfc.distributed.sharded import full_tensor
-from partialfc.training.checkpoint.write import CheckpointNotWritten, RowTensors, Snapshot, save_checkpoint
-from partialfc.training.run.read import RunFolder
-from partialfc.training.state import TrainState
-
-
-class HostCopies:
-    """Copies of tensors in host memory that is reused from one copy to the next; pinned for tensors on a GPU."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def of(self, snapshot: Snapshot) -> Snapshot:
-        """The same snapshot on the host: its tensors may change afterwards, the copies not before the next call.
-
-        Tensors that all ranks share are copied on rank 0 alone, which writes them. A collective for each that is
-        sharded.
-        """
-        tensors = _full_tensors(snapshot, lambda name, tensor, full: self._copy(name, full))
-        rows = {name: self._copy(f"rows/{name}", tensor) for name, tensor in snapshot.rows.tensors.items()}
-        if torch.cuda.is_initialized():  # a run on the CPU of a machine with GPUs must not start CUDA
-            torch.cuda.current_stream().synchronize()
-        return replace(snapshot, tensors=tensors, rows=RowTensors(snapshot.rows.shard, rows))
-
-    def preallocate(self, rows: Mapping[str, Tensor]) -> None:
-        """Allocate the memory for copies of these row tensors: fresh pages cost more than the copy into them."""
-        for name, tensor in rows.items():
-            self._buffer(f"rows/{name}", tensor).zero_()
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        return self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
-
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
-            buffer = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-        return buffer
-
-
-def _full_tensors(snapshot: Snapshot, keep: Callable[[str, Tensor, Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors that rank 0 writes, as `keep(name, tensor, full tensor)` returns them; empty groups on other ranks.
-
-    They are gathered and kept one at a time, since a GPU may have no room for all of them. A collective for each
-    sharded tensor.
-    """
-    is_leader = snapshot.rows.shard.rank == 0
-    result: dict[str, dict[str, Tensor]] = {group: {} for group in snapshot.tensors}
-    for group, tensors in snapshot.tensors.items():
-        for name, tensor in tensors.items():
-            full = full_tensor(tensor)
-            if is_leader:
-                result[group][name] = keep(f"{group}/{name}", tensor, full)
-    return result
+from partialfc.training.checkpoint.write import CheckpointNotWritten, Snapshot, save_checkpoint
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time; every rank calls the same methods in the same order.
+    """Writes a run's checkpoints, one at a time; every rank calls the same methods after the same steps.
 
     Asynchronous, `save` returns after the copy to the host. A thread then runs `save_checkpoint`, with its collectives
     in a group of its own, so that they never mix with those of the training. An error there is the same on all ranks,
-    and `finish` raises it.
+    and the next `finish` raises or reports it.
 
     Args:
         root: the folder of checkpoints.
         keep: how many whole ones stay.
         asynchronous: False writes inside `save`, which needs no second copy in memory.
         group: all ranks, and used by nothing else.
+        report: called on every rank with a sentence about a checkpoint that could not be written, if the run continues
+            without it; None raises an error instead.
+
+    Attributes:
+        saved_at: when `save` was last called, by time.monotonic().
     """
 
-    def __init__(self, root: Path, keep: int, *, asynchronous: bool = True, group: Group | None = None) -> None:
-        self.root, self.keep, self.asynchronous, self.group = root, keep, asynchronous, group
-        self._copies = HostCopies()
-        self._thread: threading.Thread | None = None
+    def __init__(
+        self,
+        root: Path,
+        keep: int,
+        *,
+        asynchronous: bool = True,
+        group: Group | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self.root, self.keep, self.asynchronous, self.group, self.report = root, keep, asynchronous, group, report
+        self.saved_at = time.monotonic()
+        self._buffers: dict[str, Tensor] = {}
         self._preallocation: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self.step: int | None = None
 
     def preallocate(self, rows: Mapping[str, Tensor]) -> None:
         """Allocate the memory for the copies in a thread, so that the first `save` takes no longer than the others.
 
+        Fresh pages cost more than the copy into them.
+
         Args:
             rows: tensors of the shapes and dtypes that will be saved.
         """
+
+        def allocate() -> None:
+            for name, tensor in rows.items():
+                self._buffer(f"rows/{name}", tensor).zero_()
+
         if self.asynchronous:
-            self._preallocation = threading.Thread(target=self._copies.preallocate, args=(rows,), daemon=True)
+            self._preallocation = threading.Thread(target=allocate, daemon=True)
             self._preallocation.start()
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint, or start to; the one before must be finished.
+    def save(self, snapshot: Snapshot, *, last: bool = False) -> None:
+        """Write a checkpoint, or start to, after waiting for the one before if that is still being written.
 
         If asynchronous, the only collectives are those that gather sharded tensors.
 
-        Raises:
-            CheckpointNotWritten: not asynchronous, and it could not be written.
-        """
-        if self.pending:
-            raise ValueError("finish the checkpoint before first")
-        rows = replace(snapshot.rows, shard=replace(snapshot.rows.shard, group=self.group))
-        snapshot = replace(snapshot, rows=rows)
-        if not self.asynchronous:
-            tensors = _full_tensors(snapshot, lambda _, tensor, full: full if full is tensor else full.cpu())
-            save_checkpoint(self.root, replace(snapshot, tensors=tensors), keep=self.keep)
-            return
-        self.step = snapshot.step
-        if self._preallocation is not None:
-            self._preallocation.join()
-            self._preallocation = None
-        copies = self._copies.of(snapshot)
-        self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint", daemon=True)
-        self._thread.start()
+        Args:
+            snapshot: its tensors may change afterwards.
+            last: wait until it is in place, and always raise an error, since no later checkpoint repairs it.
 
-    @property
-    def pending(self) -> bool:
-        """Whether a checkpoint was started and not finished: the same on all ranks."""
-        return self._thread is not None
+        Raises:
+            CheckpointNotWritten: on all ranks alike, if the one before, or this one, could not be written.
+        """
+        self.finish()
+        self.saved_at = time.monotonic()
+        content = self._copy_to_host(snapshot)
+        if self.asynchronous:
+            name = f"checkpoint of step {snapshot.step}"
+            self._thread = threading.Thread(target=self._write, args=(content,), name=name, daemon=True)
+            self._thread.start()
+        else:
+            self._write(content)
+        if last or not self.asynchronous:
+            self.finish(always_raise=last)
 
     @property
     def busy(self) -> bool:
         """Whether this rank's thread is at work."""
         return self._thread is not None and self._thread.is_alive()
 
-    def finish(self) -> None:
+    def finish(self, *, always_raise: bool = False) -> None:
         """Wait until the checkpoint that was started is in place.
+
+        Args:
+            always_raise: raise an error even if the run could continue without the checkpoint.
 
         Raises:
             CheckpointNotWritten: on all ranks alike, if any could not write.
         """
         if self._thread is not None:
-            with activity(f"waiting for its checkpoint of step {self.step}", waits=True):
+            with activity(f"waiting for its {self._thread.name}", waits=True):
                 self._thread.join()
         self._thread, error, self._error = None, self._error, None
-        if error is not None:
+        if error is None:
+            return
+        if not isinstance(error, CheckpointNotWritten):
             raise error
+        if self.report is None or always_raise:
+            remedy = "put that right, and go on from the checkpoint before with --resume."
+            raise CheckpointNotWritten(f"{error}: {remedy}") from error
+        self.report(str(error))
 
     def abandon(self, seconds: float) -> None:
         """Wait at most `seconds` for the checkpoint that was started; for a run that ends with another error."""
@@ -162,82 +131,39 @@ class CheckpointWriter:
         except BaseException as error:  # `finish` raises it in the thread of the training
             self._error = error
 
+    # -- copies in host memory, which is reused from one checkpoint to the next ----------------------------------------
 
-class Saver:
-    """Saves the state and the models of a run; every rank calls the same methods after the same steps.
+    def _copy_to_host(self, snapshot: Snapshot) -> Snapshot:
+        """What `save_checkpoint` writes: a copy if asynchronous, and full tensors in any case.
 
-    Args:
-        config: of the run; it is stored with each checkpoint.
-        group: all ranks, and used by nothing else.
-        report: called on every rank with a sentence about a checkpoint or model that could not be written, if the run
-            continues without it.
-    """
-
-    def __init__(
-        self, config: TrainConfig, folder: RunFolder, group: Group | None, report: Callable[[str], None]
-    ) -> None:
-        self.config, self.output, self.report = config.to_dict(), config.output, report
-        self.writer = CheckpointWriter(
-            folder.checkpoints, config.output.keep, asynchronous=config.output.checkpoint_async, group=group
-        )
-        self._last_saved = time.monotonic()
-
-    @property
-    def minutes_passed(self) -> bool:
-        """Whether it is time for a checkpoint by rank 0's clock; False on the other ranks, which ask rank 0."""
-        due = self._last_saved + 60 * self.output.checkpoint_minutes
-        return self.output.checkpoint_minutes > 0 and rank_of() == 0 and time.monotonic() >= due
-
-    def save(self, state: TrainState) -> None:
-        """Save, after waiting for the checkpoint before if that is still being written.
-
-        Raises:
-            CheckpointNotWritten: on all ranks alike, unless the run continues without it.
+        Tensors that all ranks share stay on rank 0 alone, which writes them. They are gathered and copied one at a
+        time, since a GPU may have no room for all of them. A collective for each that is sharded.
         """
-        self.finish()
-        self._last_saved = time.monotonic()
-        self._tolerantly(lambda: self.writer.save(state.snapshot(self.config)))
+        if self._preallocation is not None:
+            self._preallocation.join()
+            self._preallocation = None
+        tensors: dict[str, dict[str, Tensor]] = {group: {} for group in snapshot.tensors}
+        for group, members in snapshot.tensors.items():
+            for name, tensor in members.items():
+                full = full_tensor(tensor)
+                if snapshot.shard.rank == 0 and self.asynchronous:
+                    tensors[group][name] = self._copy(f"{group}/{name}", full)
+                elif snapshot.shard.rank == 0:
+                    tensors[group][name] = full if full is tensor else full.cpu()
+        rows = snapshot.rows
+        if self.asynchronous:
+            rows = {name: self._copy(f"rows/{name}", tensor) for name, tensor in rows.items()}
+            if torch.cuda.is_initialized():  # a run on the CPU of a machine with GPUs must not start CUDA
+                torch.cuda.current_stream().synchronize()
+        return replace(snapshot, tensors=tensors, rows=rows, shard=replace(snapshot.shard, group=self.group))
 
-    def finish(self) -> None:
-        """Wait for what is being written. Raises as `save` does."""
-        self._tolerantly(self.writer.finish)
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        return self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
 
-    def save_and_wait(self, state: TrainState) -> None:
-        """Save before the process ends: here an error is always raised, since no later checkpoint repairs it."""
-        self.finish()
-        try:
-            self.writer.save(state.snapshot(self.config))
-            self.writer.finish()
-        except CheckpointNotWritten as error:
-            raise _with_remedy(error) from error
-
-    def write_models(self, write: Callable[[], None], group: Group | None) -> bool:
-        """Let rank 0 write models, and return whether it could. Two collectives.
-
-        Raises:
-            JobError: on all ranks alike, if it could not, unless the run continues without them.
-        """
-        message = None
-        if rank_of() == 0:
-            try:
-                write()
-            except OSError as error:
-                message = f"could not write a model ({error})"
-        message = gather_json(message, group=group)[0]
-        if message is not None and self.output.on_checkpoint_error == "stop":
-            raise JobError(f"{message}: make room, and go on with --resume.")
-        if message is not None:
-            self.report(message)
-        return message is None
-
-    def _tolerantly(self, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except CheckpointNotWritten as error:
-            if self.output.on_checkpoint_error == "stop":
-                raise _with_remedy(error) from error
-            self.report(str(error))
-
-
-def _with_remedy(error: CheckpointNotWritten) -> CheckpointNotWritten:
-    return CheckpointNotWritten(f"{error}: put that right, and go on from the checkpoint before with --resume.")
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        """Host memory for a copy of the tensor, pinned if the tensor is on a GPU."""
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
+            buffer = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer
+        return buffer

@@ -10,11 +10,11 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
-from partialfc.config.options import FREE_KEYS, TrainConfig
+from partialfc.config.options import FREE_KEYS, TrainConfig, flatten
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
 from partialfc.distributed.collectives import gather_json, rank_of
@@ -124,7 +124,9 @@ def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
         return  # a run that failed before its first step
     if not resume:
         raise InputError(f"{root} holds another run: continue it with --resume, or give another folder with --out.")
-    key = differing_key(with_defaults(read_settings(folder.config)[1]), config.to_dict())
+    # Options that did not exist when the configuration was written have their defaults.
+    stored = flatten(TrainConfig().to_dict()) | flatten(read_settings(folder.config)[1])
+    key = differing_key(stored, flatten(config.to_dict()), FREE_KEYS)
     if key is not None:
         raise InputError(
             f"{root} holds a run with another {key}: resume with the configuration in {folder.config}, "
@@ -132,30 +134,10 @@ def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
         )
 
 
-def with_defaults(values: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A configuration that may have been written before some options existed, with those options' defaults."""
-    complete = TrainConfig().to_dict() if defaults is None else dict(defaults)
-    for key, value in values.items():
-        inner = complete.get(key)
-        complete[key] = with_defaults(value, inner) if isinstance(value, dict) and isinstance(inner, dict) else value
-    return complete
-
-
-def differing_key(
-    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, free: frozenset[str] = FREE_KEYS
-) -> str | None:
-    """The first dotted key, free ones aside, at which two nested configurations differ."""
-    for key in {**old, **new}:
-        name = prefix + key
-        left, right = old.get(key), new.get(key)
-        if name in free or left == right:
-            continue
-        if not isinstance(left, dict) or not isinstance(right, dict):
-            return name
-        inner = differing_key(left, right, name + ".", free=free)
-        if inner is not None:
-            return inner
-    return None
+def differing_key(old: Mapping[str, Any], new: Mapping[str, Any], free: Set[str]) -> str | None:
+    """The first key at which two flat configurations differ, apart from `free` keys and sections."""
+    differing = (key for key in {**old, **new} if old.get(key) != new.get(key))
+    return next((key for key in differing if free.isdisjoint((key, key.partition(".")[0]))), None)
 
 
 def _check_shared(folder: Path, content: str | None) -> None:

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 import partialfc
-from partialfc.config.options import TrainConfig
+from partialfc.config.options import TrainConfig, flatten
 from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import gather_json, local_rank, local_world_size, process_group
-from partialfc.training.build import data_signature
+from partialfc.distributed.rendezvous import LaunchInfo
+from partialfc.training.build import check_config, data_signature
 from partialfc.training.run.folder import differing_key
 from partialfc.training.run.log import check_trackers
 
 # Keys that may differ between hosts: the path of the data, and the number of processes that read them.
 _KEYS_OF_A_HOST = frozenset({"config.data.path", "config.data.workers"})
-_LaunchInfo = Mapping[str, Any]
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def joined(
     """
     device, refusal = torch.device("cpu"), None
     try:
-        config.check()
+        check_config(config)
         if verify and not resume:
             raise InputError("--verify reads the checkpoint that a run goes on from: give --resume too.")
         check_trackers(config.output)
@@ -63,7 +63,7 @@ def joined(
         yield device
 
 
-def first_difference(infos: Sequence[_LaunchInfo]) -> str | None:
+def first_difference(infos: Sequence[LaunchInfo]) -> str | None:
     """The reason why processes with these infos, in rank order, cannot train together; None if they can."""
     first = infos[0]
     refusals = {rank: info["refusal"] for rank, info in enumerate(infos) if info["refusal"] is not None}
@@ -76,9 +76,10 @@ def first_difference(infos: Sequence[_LaunchInfo]) -> str | None:
             if info[package] != first[package]:
                 versions = pair.format(f"{package} {info[package]}", first[package])
                 return f"{versions}: install the same on all hosts."
-        key = differing_key(_options(first), _options(info), free=_KEYS_OF_A_HOST)
+        expected, own = _options(first), _options(info)
+        key = differing_key(expected, own, _KEYS_OF_A_HOST)
         if key is not None:
-            options = pair.format(f"{key.removeprefix('config.')} {_value(info, key)}", _value(first, key))
+            options = pair.format(f"{key.removeprefix('config.')} {own.get(key)}", expected.get(key))
             return f"{options}: start all processes with the same options, on the same kind of machine."
     return None
 
@@ -113,12 +114,5 @@ def _own_version() -> str:
     return f"{version} (code {digest.hexdigest()[:8]})"
 
 
-def _options(info: _LaunchInfo) -> dict[str, Any]:
-    return {name: info[name] for name in ("config", "benchmark", "resume", "verify", "device type")}
-
-
-def _value(info: _LaunchInfo, key: str) -> Any:
-    value: Any = info
-    for name in key.split("."):
-        value = value[name]
-    return value
+def _options(info: LaunchInfo) -> dict[str, Any]:
+    return flatten({name: info[name] for name in ("config", "benchmark", "resume", "verify", "device type")})

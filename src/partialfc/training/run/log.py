@@ -8,21 +8,20 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from partialfc.config.options import OutputConfig
+from partialfc.config.options import OutputConfig, TrainConfig
 from partialfc.core.errors import InputError, JobError
 from partialfc.core.files import write_file
 
+Tracker = Callable[[Mapping[str, Any]], None]
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """Appends lines to a metrics file; each can be read as soon as it is written.
+    """Appends lines to a metrics file, where each can be read as soon as it is written, and passes them to trackers.
 
     JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity", which
     `read_metrics` turns back into numbers.
@@ -36,6 +35,7 @@ class MetricsLog:
         evaluates_again: Collection[str] = (),
         patient: bool = False,
         enabled: bool = True,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Open the file, and remove the lines past the checkpoint that the run continues from.
 
@@ -46,12 +46,13 @@ class MetricsLog:
             evaluates_again: benchmarks that are run again after `resume_step`: their lines of this step are removed.
             patient: keep lines that cannot be written, as on a full disk, until they can.
             enabled: False on all ranks but the first, where nothing is read or written.
+            trackers: called with each line, after it is written.
 
         Raises:
             InputError: the file holds something other than metrics.
             JobError: it cannot be written.
         """
-        self.path, self.patient = path, patient
+        self.path, self.patient, self.trackers = path, patient, trackers
         self._file: io.FileIO | None = None
         self._waiting = b""
         if enabled:
@@ -80,6 +81,8 @@ class MetricsLog:
                     raise self._unwritten(error) from error
             else:
                 self._waiting = b""
+        for track in self.trackers:
+            track(line)
 
     def close(self) -> None:
         """Close the file.
@@ -102,9 +105,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with contextlib.suppress(JobError) if error is not None else contextlib.nullcontext():
             self.close()
 
@@ -184,59 +185,50 @@ def _map_items(convert: Callable[[Any], Any], value: Any) -> Any:
 # -- trackers --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tracker:
-    """Receives the same lines as metrics.jsonl."""
-
-    write: Callable[[Mapping[str, Any]], None]
-    close: Callable[[], None]
-
-
-def open_trackers(output: OutputConfig, folder: Path, config: Mapping[str, Any], resume_step: int) -> list[Tracker]:
-    """The trackers that the configuration asks for, which write into `folder`; called on the main process only.
+def open_trackers(config: TrainConfig, folder: Path, resume_step: int, stack: contextlib.ExitStack) -> list[Tracker]:
+    """The trackers that the configuration asks for, which write into `folder`, and which `stack` closes.
 
     In TensorBoard, a resumed run hides the events of the steps that it repeats. Weights & Biases uses the network in
     the mode "online" only.
     """
-    trackers = []
+    trackers: list[Tracker] = []
+    output = config.output
     if output.tensorboard:
-        module = _import("torch.utils.tensorboard", "output.tensorboard", "tensorboard")
+        module = importlib.import_module("torch.utils.tensorboard")
         board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
         def write(line: Mapping[str, Any]) -> None:
             for name, value in _scalars(line):
                 board.add_scalar(name, value, line["step"])
 
-        trackers.append(Tracker(write, board.close))
+        trackers.append(write)
+        stack.callback(board.close)
     if output.wandb != "off":
-        run = _import("wandb", "output.wandb", "wandb").init(
+        run = importlib.import_module("wandb").init(
             project="partialfc",
             name=folder.name,
             dir=str(folder),
-            config=dict(config),
+            config=config.to_dict(),
             mode=output.wandb,
             resume="allow",
         )
-        trackers.append(Tracker(lambda line: run.log({**dict(_scalars(line)), "step": line["step"]}), run.finish))
+        trackers.append(lambda line: run.log({**dict(_scalars(line)), "step": line["step"]}))
+        stack.callback(run.finish)
     return trackers
 
 
 def check_trackers(output: OutputConfig) -> None:
     """Raise an InputError that says what to install, if a package that the trackers need is missing."""
-    if output.tensorboard:
-        _import("torch.utils.tensorboard", "output.tensorboard", "tensorboard")
-    if output.wandb != "off":
-        _import("wandb", "output.wandb", "wandb")
-
-
-def _import(module: str, option: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(
-            f"{option} needs the package {extra}, which is not installed: pip install 'partialfc[{extra}]', or leave "
-            "the option out."
-        ) from error
+    modules = {"tensorboard": "torch.utils.tensorboard"} if output.tensorboard else {}
+    modules |= {"wandb": "wandb"} if output.wandb != "off" else {}
+    for extra, module in modules.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(
+                f"output.{extra} needs the package {extra}, which is not installed: pip install 'partialfc[{extra}]', "
+                "or leave the option out."
+            ) from error
 
 
 def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

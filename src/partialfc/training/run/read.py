@@ -25,23 +25,13 @@ _LARGEST, _SMALLEST = 1e100, 1e-100
 _LAST_STEP = 1 << 53  # to which floats represent every step
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `checkpoints/` and `model/{best,last}/` under one root."""
+    """The paths of `config.yaml`, `metrics.jsonl`, `checkpoints/` and `model/{best,last}/` under one root."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config, self.metrics = root / "config.yaml", root / "metrics.jsonl"
+        self.checkpoints = root / "checkpoints"
 
     def model(self, which: str) -> Path:
         """The folder of the "best" or "last" model."""
@@ -216,7 +206,7 @@ def _evaluations(lines: list[dict[str, Any]]) -> list[Evaluation]:
 
 def _read_counts(checkpoints: Path) -> dict[str, Any]:
     """The size of the training set by the newest readable checkpoint; a run may delete one while it is read."""
-    for step in reversed(steps_in(checkpoints)) if checkpoints.is_dir() else []:
+    for step in reversed(steps_in(checkpoints)):
         try:
             data = Checkpoint(checkpoints / folder_name(step)).state.get("data")
         except (InputError, OSError):

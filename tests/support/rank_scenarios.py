@@ -20,7 +20,7 @@ from partialfc.distributed.collectives import Group, Shard, rank_of, split_evenl
 from partialfc.head.inputs import GlobalLabels
 from partialfc.head.margins import ArcFace
 from partialfc.head.optim import RowwiseSGD
-from partialfc.head.partial_fc import PartialFC
+from partialfc.head.partial_fc import PartialFC, Update
 
 CLASSES, INPUTS, DIM, BATCH = 203, 7, 12, 13
 
@@ -202,7 +202,13 @@ def _disagreement(group: Group | None) -> dict[str, str]:
         "scale": {"scale": 32.0},
     }
     for name, other in settings.items():
-        options = {"num_classes": 50, "embedding_dim": 4, "sample_rate": 0.5, "margin": ArcFace(0.5), "group": group}
+        options: dict[str, Any] = {
+            "num_classes": 50,
+            "embedding_dim": 4,
+            "sample_rate": 0.5,
+            "margin": ArcFace(0.5),
+            "group": group,
+        }
         head = PartialFC(**(options | (other if is_last else {})))
         found[name] = _message(head, torch.ones(2, head.embedding_dim), torch.tensor([1, 49]))
     head = PartialFC(50, 4, 0.5, group=group)
@@ -227,10 +233,12 @@ def _disagreement(group: Group | None) -> dict[str, str]:
 
 def _scaler(group: Group | None) -> dict[str, Any]:
     """A scale that overflows on one rank alone, by its centers, and one that overflows on all."""
-    rank, found = rank_of(group), {}
-    for update in ("sparse", "deferred"):
+    rank = rank_of(group)
+    found: dict[str, Any] = {}
+    updates: tuple[Update, ...] = ("sparse", "deferred")
+    for update in updates:
         for case in ("one rank", "all"):
-            head = PartialFC(50, 4, 0.1, update=update, group=group)  # type: ignore[arg-type]
+            head = PartialFC(50, 4, 0.1, update=update, group=group)
             if case == "one rank" and rank == 0:
                 head.centers.data.mul_(1e-7)
             optimizer = RowwiseSGD(head.parameters(), lr=1e-3)

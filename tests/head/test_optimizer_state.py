@@ -50,20 +50,23 @@ def test_the_state_of_the_same_optimizer_of_torch_is_taken(torchs: Any, ours: An
     dense.step()
     torch.testing.assert_close(head.centers, centers)
     assert optimizer.param_groups[0]["lr"] == dense.param_groups[0]["lr"]
-    assert "foreach" not in optimizer.state_dict()["param_groups"][0]
 
 
 @pytest.mark.parametrize(
     ("torchs", "ours", "message"),
     [
-        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), RowwiseSGD, "saved with nesterov=True"),
-        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.5), RowwiseSGD, "saved with dampening=0.5"),
-        (lambda p: torch.optim.SGD(p, 0.1, maximize=True), RowwiseSGD, "saved with maximize=True"),
-        (lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True), RowwiseAdamW, "saved with amsgrad=True"),
+        (
+            lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+            RowwiseSGD,
+            "it has nesterov; begin",
+        ),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.5), RowwiseSGD, "it has dampening"),
+        (lambda p: torch.optim.SGD(p, 0.1, maximize=True), RowwiseSGD, "it has maximize"),
+        (lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True), RowwiseAdamW, "it has amsgrad, has max_exp_avg_sq"),
         (lambda p: torch.optim.Adam(p, 0.1), RowwiseAdamW, "couples its weight decay"),
-        (lambda p: torch.optim.SGD(p, 0.1), RowwiseAdamW, "RowwiseAdamW has no betas, eps: it was saved by another"),
-        (lambda p: torch.optim.AdamW(p, 0.1), RowwiseSGD, "RowwiseSGD has no momentum: it was saved by another"),
-        (lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9), RowwiseSGD, "saved with alpha=0.99, eps=1e-08"),
+        (lambda p: torch.optim.SGD(p, 0.1), RowwiseAdamW, "than RowwiseAdamW: it lacks betas, lacks eps"),
+        (lambda p: torch.optim.AdamW(p, 0.1), RowwiseSGD, "it has exp_avg, has exp_avg_sq, has step, lacks momentum"),
+        (lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9), RowwiseSGD, "it has square_avg, has step"),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused(torchs: Any, ours: Any, message: str) -> None:
@@ -76,11 +79,8 @@ def test_the_state_of_another_optimizer_is_refused(torchs: Any, ours: Any, messa
 def test_a_state_of_unknown_tensors_is_refused() -> None:
     optimizer = RowwiseSGD(PartialFC(CLASSES, DIM).parameters())
     state = optimizer.state_dict() | {"state": {0: {"square": torch.zeros(CLASSES, DIM)}}}
-    with pytest.raises(InputError, match="holds square, which RowwiseSGD does not have"):
+    with pytest.raises(InputError, match="it has square; begin"):
         optimizer.load_state_dict(state)
-    sparse = torch.zeros(CLASSES, DIM).to_sparse(1)
-    with pytest.raises(InputError, match="momentum_buffer is sparse"):
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: {"momentum_buffer": sparse}}})
 
 
 @pytest.mark.parametrize("unsampled", ["freeze", "lazy_dense"])

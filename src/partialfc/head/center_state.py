@@ -236,17 +236,6 @@ def center_state_of(parameter: Tensor) -> CenterState | None:
     return getattr(parameter, "center_state", None)
 
 
-def is_wanted(node: Any) -> bool:
-    """Whether the backward pass that runs now adds a gradient to the centers, whose node of the graph is `node`.
-
-    `autograd.grad` of other inputs, and `backward(inputs=…)` without the centers, do not.
-
-    Raises:
-        RuntimeError: `autograd.grad` returns the centers' gradient instead.
-    """
-    return bool(torch._C._will_engine_execute_node(node))
-
-
 def _changed_centers() -> InputError:
     return InputError(
         "the centers changed between backward and optimizer.step(), but update='deferred' computes their gradient in "

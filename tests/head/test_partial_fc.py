@@ -36,6 +36,26 @@ def embeddings(dtype: torch.dtype = torch.float32) -> Tensor:
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": math.inf}, "scale is inf"),
         ({"scale": 101.0}, "scale 101.0 would underflow"),
+        ({"num_classes": 2, "scale": 85.9}, "171.6 for 2 classes; the scale is at most 85.8"),
+        (
+            {"num_classes": 1_000_000, "embedding_dim": 1, "scale": 79.3},
+            "for 1000000 classes; the scale is at most 79.2",
+        ),
+        ({"scale": "64"}, "scale is '64'"),
+        ({"num_classes": 5.0}, "num_classes is 5.0; it is a whole number"),
+        ({"num_classes": True}, "num_classes is True"),
+        ({"embedding_dim": "8"}, "embedding_dim is '8'"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"scratch_bytes": 1e6}, "scratch_bytes is 1000000.0"),
+        ({"sample_rate": "0.1"}, "sample_rate is '0.1'"),
+        ({"margin": 0.4}, r"margin is 0.4; it is a Margin, such as CosFace\(0.4\)"),
+        ({"margin": "arcface"}, "margin is 'arcface'"),
+        ({"margin": ArcFace}, "it is a Margin"),
+        ({"dtype": torch.float16}, "dtype is torch.float16; centers are"),
+        ({"dtype": torch.int64}, "dtype is torch.int64"),
+        ({"operand_dtype": "bfloat16"}, "operand_dtype is bfloat16"),
+        ({"group": [0, 1]}, "no member of the head's group"),
+        ({"conflict_threshold": "0.4"}, "conflict_threshold is '0.4'"),
         ({"margin": Curricular(), "scale": 70.0}, "with Curricular the logits spread over 210"),
         ({"conflict_threshold": 1.5}, "conflict_threshold is 1.5"),
         ({"conflict_threshold": math.nan}, "conflict_threshold is nan"),
@@ -54,6 +74,9 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: st
     [
         ((embeddings()[:, :7], LABELS), r"embeddings are \(3, 7\)"),
         ((embeddings()[0], LABELS), r"embeddings are \(8,\)"),
+        ((embeddings().numpy(), LABELS), "embeddings are a ndarray; the head expects a torch.Tensor"),
+        ((embeddings(), LABELS.tolist()), "labels are a list; the head expects a torch.Tensor"),
+        ((embeddings(), LABELS.float()), r"of torch.float32; the head expects int64 of \(3,\), as labels.long\(\)"),
         ((embeddings().long(), LABELS), "expects floating point"),
         ((embeddings().to(torch.float8_e4m3fn), LABELS), "e4m3fn; the head expects floating point of 16"),
         ((embeddings(), LABELS[:2]), r"labels are \(2,\)"),
@@ -247,3 +270,39 @@ def test_noise_and_classes_of_a_micro_step_are_those_of_the_whole_step() -> None
         assert head.figures.sampled == sampled
     torch.testing.assert_close((2 * losses[0] + 4 * losses[1]) / 6, whole)
     assert not torch.isclose(head(embeddings[2:], labels[2:], step_labels=labels), losses[1])
+
+
+def test_labels_of_the_step_are_looked_at_too() -> None:
+    for labels in ([1], LABELS.int(), LABELS[:, None]):
+        with pytest.raises(InputError, match="step_labels are"):
+            PartialFC(5, 8)(embeddings(), LABELS, step_labels=labels)
+
+
+@pytest.mark.parametrize("classes", [2, 150, 1_000_000])
+def test_no_scale_that_is_allowed_underflows(classes: int) -> None:
+    """All negatives opposite to the embedding, at the largest scale, beside the exact loss."""
+    scale = math.floor((85.0 + 87.3 - math.log(classes)) / 2 * 100) / 100
+    head = PartialFC(classes, 2, 0.0 if classes > 1000 else 1.0, CosFace(0.4), scale)
+    with torch.no_grad():
+        head.centers[:] = torch.tensor([-1.0, 0.0])
+    sampled = min(classes, 150)
+    labels = torch.tensor([0]) if classes <= 1000 else torch.arange(150)
+    loss = head(torch.tensor([[1.0, 0.0]]).repeat(len(labels), 1), labels)
+    excess = math.log(sampled - 1) - scale + scale * 1.4
+    assert float(loss.detach()) == pytest.approx(excess + math.log1p(math.exp(-excess)), rel=1e-5)
+    assert PartialFC(50, 2, margin=Curricular(), scale=64.0).loss_config.scale == 64.0
+
+
+def test_a_conflict_threshold_of_one_keeps_duplicates() -> None:
+    """Rounding puts the cosine of some equal vectors above 1."""
+    torch.manual_seed(0)
+    batch = torch.randn(64, 8)
+    losses = []
+    for threshold in (None, 1.0):
+        head = PartialFC(64, 8, 1.0, conflict_threshold=threshold)
+        with torch.no_grad():
+            head.centers.copy_(batch[torch.arange(64) // 2 * 2])
+        losses.append(head(batch, torch.arange(64)).detach())
+        assert head.figures is not None
+        assert float(head.figures.conflict_share) == 0.0
+    assert torch.equal(*losses)

@@ -90,8 +90,8 @@ def test_the_optimizer_gets_its_options_back(tmp_path: Path) -> None:
     optimizer.step()
     scheduler.step()
     save_head(head, optimizer, tmp_path / "head")
-    other = RowwiseAdamW(head.parameters(), betas=(0.5, 0.5), lr=torch.tensor(0.1))
-    lr = other.param_groups[0]["lr"]
+    lr: Any = torch.tensor(0.1)
+    other = RowwiseAdamW(head.parameters(), lr, betas=(0.5, 0.5))
     load_head(tmp_path / "head", head, other)
     group = other.param_groups[0]
     assert group["lr"] is lr

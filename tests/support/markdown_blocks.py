@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if "_build" not in path.parts)
 
 _BLOCK = re.compile(
-    r"(?:<!-- (?:not run: (?P<reason>[^\n]+)|(?P<processes>\d+) process(?:es)?) -->\n)?(?P<indent> *)```(?P<language>[a-z]+)\n(?P<code>.*?)\n(?P=indent)```",
+    r"(?:<!-- (?:not run: (?P<reason>[^\n]+)|(?P<processes>\d+) process(?:es)?) -->\n)?"
+    r"(?P<indent> *)```(?P<language>[a-z]+)\n(?P<code>.*?)\n(?P=indent)```",
     re.DOTALL,
 )
 

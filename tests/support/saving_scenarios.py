@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,9 @@ def errors(folder: Path, group: Group | None) -> dict[str, str]:
         "head": make("sgd", group)[1],
         "kind": RowwiseAdamW(head.parameters()),
     }
-    found = {}
-    for name, other in others.items():
-        chosen = other if is_last else optimizer
-        found[name] = message(lambda chosen=chosen: load_head(folder / "sgd", head, chosen))
-    found["saving"] = message(lambda: save_head(head, others["optimizer"] if is_last else optimizer, folder / "new"))
+    chosen = {name: other if is_last else optimizer for name, other in others.items()}
+    found = {name: message(partial(load_head, folder / "sgd", head, one)) for name, one in chosen.items()}
+    found["saving"] = message(lambda: save_head(head, chosen["optimizer"], folder / "new"))
     margin, _ = make("sgd", group, ArcFace(0.5)) if is_last else make("sgd", group)
     found["margin"] = message(lambda: load_head(folder / "sgd", margin))
     return found | {"untouched": str(head.step == 0 and not (folder / "new").exists())}

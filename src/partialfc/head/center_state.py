@@ -29,7 +29,7 @@ class CenterState:
     """Step counter, pending gradients and hooks that a head shares with its optimizer: `center_state` of the parameter.
 
     Attributes:
-        optimizer_steps: steps of all optimizers of the process.
+        optimizer_steps: steps of all optimizers of the process that are not row-wise.
         step: optimizer steps taken; it seeds the negatives of a step.
         deferred: gradients that backward left for `step()` to compute, one per micro-step (update="deferred").
         prepare: called with the rows (n,) that the head is about to read, if the optimizer needs it.
@@ -236,17 +236,6 @@ def center_state_of(parameter: Tensor) -> CenterState | None:
     return getattr(parameter, "center_state", None)
 
 
-def is_wanted(node: Any) -> bool:
-    """Whether the backward pass that runs now adds a gradient to the centers, whose node of the graph is `node`.
-
-    `autograd.grad` of other inputs, and `backward(inputs=…)` without the centers, do not.
-
-    Raises:
-        RuntimeError: `autograd.grad` returns the centers' gradient instead.
-    """
-    return bool(torch._C._will_engine_execute_node(node))
-
-
 def _changed_centers() -> InputError:
     return InputError(
         "the centers changed between backward and optimizer.step(), but update='deferred' computes their gradient in "
@@ -255,16 +244,16 @@ def _changed_centers() -> InputError:
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    """Count the step of any optimizer, and refuse one that would not count the head's steps.
+    """Count the step of an optimizer that is not row-wise, and refuse it if it holds the centers of a head.
 
     It would repeat the same negatives in every step. torch.optim.SGD's momentum would moreover become a sparse tensor
     that grows in every step, and most of torch's optimizers take no sparse gradient at all.
     """
     if torch.compiler.is_compiling():
-        return  # a compiled step keeps its graph in one piece
-    CenterState.optimizer_steps += 1
+        return
     if getattr(optimizer, "updates_rows", False):
         return
+    CenterState.optimizer_steps += 1
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None and center_state_of(parameter) is not None:

@@ -68,6 +68,8 @@ def gather_labels(
         known = GlobalLabels(counts, all_gather_rows(labels, counts, shard.group))
     elif (problem := _batch_problem(embeddings, labels, step_labels, centers)) is not None:
         raise InputError(problem)
+    else:
+        _check_counts(known.counts, len(embeddings), shard)
     if sum(known.counts) == 0:
         raise InputError("the global batch is empty: the head needs at least one image on one rank.")
     return known
@@ -201,7 +203,7 @@ def _batch_problem(embeddings: Tensor, labels: Tensor, step_labels: Tensor | Non
     return None
 
 
-def check_counts(counts: list[int], samples: int, shard: Shard) -> None:
+def _check_counts(counts: list[int], samples: int, shard: Shard) -> None:
     """Raise InputError for sample counts of the ranks that do not match this rank's batch."""
     if len(counts) != shard.world_size or counts[shard.rank] != samples:
         raise InputError(

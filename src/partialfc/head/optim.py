@@ -22,8 +22,8 @@ from partialfc.head.backends.base import SGDRule
 from partialfc.head.backends.select import numba_kernels_for
 from partialfc.head.center_state import CenterState, center_state_of
 from partialfc.head.lazy_sgd import MissedSteps
-from partialfc.head.optimizer_state import first_rows, loaded_state
 from partialfc.head.rows import Rows, rounding_keys, visit_sparse, zero_state
+from partialfc.head.state_dict import check_first_rows, first_rows
 
 Unsampled = Literal["freeze", "lazy_dense"]
 
@@ -144,7 +144,6 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 torch.cuda.synchronize(parameter.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim; beside it, the global number of the first row of each parameter, which is a shard's."""
         self.flush()
         return {**super().state_dict(), "first_rows": first_rows(self)}
 
@@ -156,10 +155,15 @@ class _RowwiseOptimizer(Optimizer, ABC):
         Raises:
             InputError: the state belongs to another optimizer, or to other rows than the parameters have.
         """
-        groups, loaded = loaded_state(self, state_dict)
+        check_first_rows(self, state_dict)
+        loaded = [
+            (parameter, self._checked(parameter, saved, state_dict["state"].get(number, {})))
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+            for parameter, number in zip(group["params"], saved["params"], strict=False)
+        ]
         _RowwiseOptimizer.flush(self)  # no write to the host is pending afterwards
         # torch would cast the state to the parameter's dtype and move it to its device.
-        super().load_state_dict({"param_groups": groups, "state": {}})
+        super().load_state_dict({**state_dict, "state": {}})
         for parameter, state in loaded:
             for name, value in state.items():
                 own = self.row_state(parameter)
@@ -167,11 +171,28 @@ class _RowwiseOptimizer(Optimizer, ABC):
                     own[name] = self._zeros(parameter)
                 own[name].copy_(value)
 
-    def row_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state tensors of `parameter`, with a row for each of its rows; created if there are none yet.
+    def _checked(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
+        """The saved state of a parameter of the saved `group`, with a value for each row."""
+        unknown = {name for name, value in state.items() if value is not None} - set(self.state_names)
+        unknown |= {name for name in ("nesterov", "dampening", "maximize", "amsgrad") if group.get(name)}
+        missing = self.defaults.keys() - group.keys() - {"differentiable"}
+        if unknown or missing or group.get("decoupled_weight_decay") is False:  # as in torch.optim.Adam
+            differences = [f"has {name}" for name in sorted(unknown)] + [f"lacks {name}" for name in sorted(missing)]
+            raise InputError(
+                f"the state_dict was saved by another optimizer than {type(self).__name__}: it "
+                f"{', '.join(differences) or 'couples its weight decay'}; begin with a new state instead."
+            )
+        values = {name: torch.as_tensor(value) for name, value in state.items() if value is not None}
+        for name, value in values.items():
+            if value.ndim and len(value) != len(parameter):
+                raise InputError(
+                    f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was saved for "
+                    "another number of classes or processes."
+                )
+        return values
 
-        SGD without momentum has none.
-        """
+    def row_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state tensors of `parameter`, with a row for each of its rows; created if they do not exist yet."""
         state = self.state[parameter]
         if not state:
             state.update(self._initial_state(parameter))
@@ -220,8 +241,7 @@ class RowwiseSGD(_RowwiseOptimizer):
     ) -> None:
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):
             raise InputError(
-                "RowwiseSGD needs lr >= 0, momentum in [0, 1) and weight_decay >= 0, "
-                f"not {lr}, {momentum}, {weight_decay}."
+                f"RowwiseSGD needs lr >= 0, momentum in [0, 1), weight_decay >= 0, not {lr}, {momentum}, {weight_decay}."
             )
         if unsampled not in ("freeze", "lazy_dense"):
             raise InputError(f"unsampled is {unsampled!r}; it is 'freeze' or 'lazy_dense'.")

@@ -164,16 +164,15 @@ class PartialFC(Prediction, ShardStateDict):
             NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
             On a GPU with update="deferred" errors in values refer to an earlier batch; see `check`.
         """
+        inputs.check_shard(self.shard)
         rows = len(self.shard) * self.loss_config.margin.sub_centers
         inputs.check_not_wrapped(self.centers, rows, self.embedding_dim, getattr(self, "_is_replica", False))
-        inputs.check_shard(self.shard)
         if not self._ranks_agree:
             inputs.check_agreement(self._settings(), self.centers.device, self.shard.group)
             self._ranks_agree = True
         global_labels = inputs.gather_labels(
             embeddings, labels, step_labels, global_labels, self.centers, self.center_state, self.shard
         )
-        inputs.check_counts(global_labels.counts, len(embeddings), self.shard)
         # Triton's kernels and the flag's events use the current device, which need not be the centers'.
         with torch.cuda.device_of(self.centers):
             if self._flag is not None:

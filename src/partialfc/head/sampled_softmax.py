@@ -17,7 +17,6 @@ from partialfc.head import inputs
 from partialfc.head.backends.base import Backend, CenterGradient, NegativeSums, ShardBatch
 from partialfc.head.backends.select import select_backend
 from partialfc.head.backends.threads import single_threaded_if
-from partialfc.head.center_state import is_wanted
 from partialfc.head.inputs import GlobalLabels, InputFlag
 from partialfc.head.loss import (
     class_rows,
@@ -123,14 +122,14 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _centers_are_wanted(ctx: Any, head: PartialFC) -> bool:
-    """Whether this backward pass adds to `centers.grad`, or returns their gradient, which a deferred one cannot."""
+    """Whether this backward pass adds to `centers.grad` or returns it: not where it has other inputs only."""
     node = ctx.next_functions[1][0]
-    is_deferred, is_leaf = head.update == "deferred", "AccumulateGrad" in node.name()
+    returns = "AccumulateGrad" not in node.name()
     try:
-        wanted = is_wanted(node)
+        wanted = bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # torch.autograd.grad with the centers among its inputs
-        wanted, is_leaf = True, False
-    if wanted and is_deferred and not is_leaf:
+        wanted = returns = True
+    if wanted and returns and head.update == "deferred":
         raise InputError(
             "update='deferred' has no gradient of the centers for torch.autograd.grad or functional_call: build the "
             "head with update='sparse'."
@@ -204,13 +203,15 @@ class _Step:
         return finish
 
     def _overflows(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """() bool, whether the loss scale was too large for the centers' gradient: the same on all ranks.
+        """() bool, whether the loss scale was too large for the centers' gradient.
 
-        So all ranks skip the same steps, though each has other rows. A center of norm 0.001 is assumed to have the
-        largest gradient; an even shorter one may overflow by itself.
+        It is the same on all ranks, though each has other rows, so that their GradScalers agree: centers of norm 0.001
+        are assumed. Only an even shorter center can overflow by itself.
         """
         terms, scale = self.terms, self.batch.config.scale
-        largest = torch.stack([1e3 * scale * len(terms.loss) * factor, (terms.negative_factor * factor).abs().max()])
+        own = terms.target_slope / self.targets.center_norms
+        bound = own.new_full((), 1e3 * scale * len(own))
+        largest = torch.stack([terms.negative_factor.abs().max(), own.abs().max(), bound]) * factor
         narrower = torch.float64 if dtype == self.batch.embeddings.dtype == torch.float64 else torch.float32
         return ~largest.to(narrower).isfinite().all()
 

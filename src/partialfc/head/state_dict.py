@@ -1,4 +1,4 @@
-"""The `state_dict` of a head: its rows, with the step, the seed and the classes that they belong to."""
+"""What a `state_dict` of a head or of its optimizer belongs to: step, seed and classes, which loading compares."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Shard
-from partialfc.head.center_state import CenterState
+from partialfc.head.center_state import CenterState, center_state_of
 
 _EXTRA_BYTES = 256  # of one size, whatever the step: readers that load in place need that
 
@@ -80,3 +81,19 @@ class ShardStateDict(nn.Module):
 def _decode(state: Tensor) -> dict[str, Any]:
     decoded: dict[str, Any] = json.loads(bytes(state.cpu().numpy()))
     return decoded
+
+
+def first_rows(optimizer: Optimizer) -> list[int]:
+    """The global number of the first row of each parameter; 0 where no head holds it."""
+    states = [center_state_of(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    return [0 if state is None else state.first_row for state in states]
+
+
+def check_first_rows(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise InputError if a state_dict of the optimizer was made on another rank."""
+    saved, own = state_dict.get("first_rows"), first_rows(optimizer)
+    if saved not in (None, own):
+        raise InputError(
+            f"The state_dict belongs to rows from {saved} on, and these begin at {own}: save and load head and "
+            "optimizer with save_head and load_head, which serve any number of ranks."
+        )

@@ -66,7 +66,7 @@ def train(head: PartialFC, optimizer: torch.optim.Optimizer, micro_steps: int = 
         ({"conflict_threshold": 0.21, "conflict_as_zero_logit": True}, {"samples": 70}, 1),
         ({"sample_rate": 0.3}, {"width": 33}, 2),
         ({"sample_rate": 0.0}, {"samples": 3, "width": 7}, 1),
-        ({"scale": 99.0}, {}, 1),
+        ({"scale": 83.0}, {}, 1),
         ({"scratch_bytes": 40 * 6 * WIDTH, "conflict_threshold": 0.21}, {"samples": 40}, 1),
     ],
 )

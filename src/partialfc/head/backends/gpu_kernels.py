@@ -47,7 +47,8 @@ def unit_kernel(  # type: ignore[no-untyped-def]
     square = tl.sum(w * w, 1)
     # A center without a direction (zero, infinite or NaN) becomes NaN, which the loss then shows.
     sound = (square >= _SMALLEST_NORM * _SMALLEST_NORM) & (square < float("inf"))
-    scale = tl.where(sound, 1.0 / tl.sqrt(square), tl.where(sampled, float("nan"), 0.0))
+    inverses = 1.0 / tl.maximum(tl.sqrt(square), _SMALLEST_NORM)
+    scale = tl.where(sound, inverses, tl.where(sampled, float("nan"), 0.0))
     in_n = positions < N
     stored = (w * scale[:, None]).to(unit.dtype.element_ty)
     tl.store(unit + positions[:, None] * D + columns[None, :], stored, mask=in_n[:, None] & in_d)

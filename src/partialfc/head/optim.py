@@ -241,7 +241,7 @@ class RowwiseSGD(_RowwiseOptimizer):
     ) -> None:
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):
             raise InputError(
-                f"RowwiseSGD needs lr >= 0, momentum in [0, 1), weight_decay >= 0, not {lr}, {momentum}, {weight_decay}."
+                f"RowwiseSGD needs lr >= 0, 0 <= momentum < 1, weight_decay >= 0, not {lr}, {momentum}, {weight_decay}."
             )
         if unsampled not in ("freeze", "lazy_dense"):
             raise InputError(f"unsampled is {unsampled!r}; it is 'freeze' or 'lazy_dense'.")

@@ -54,7 +54,7 @@ def test_asking_changes_nothing() -> None:
     """Neither values nor step, figures, gradients or the next steps, in any mode, under autocast and inference mode."""
     heads = [make(margin=Curricular(), update=update) for update in ("sparse", "deferred") for _ in range(2)]
     optimizers = [RowwiseSGD(head.parameters()) for head in heads]
-    labels = torch.arange(9)
+    others, labels = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), torch.arange(9)
     for step in range(4):
         for number, (head, optimizer) in enumerate(zip(heads, optimizers, strict=True)):
             loss = head(batch().requires_grad_(), labels)
@@ -71,6 +71,10 @@ def test_asking_changes_nothing() -> None:
                     head(batch(), labels)
                 head.train()
             loss.backward()
+            others.step()  # of the backbone, say
+            if number % 2:
+                head.eval()(batch().requires_grad_(), labels)
+                head.train()
             optimizer.step()
             optimizer.zero_grad()
             assert head.step == step + 1

@@ -178,7 +178,9 @@ class PartialFC(Prediction, ShardStateDict):
             if self._flag is not None:
                 self._flag.poll(wait=self.shard.world_size > 1)
             if torch.is_grad_enabled() and self.centers.is_leaf:
-                self.center_state.before_forward(self.centers, self.update)
+                self.center_state.attach(self.centers)
+                if self.training:  # a validation in the middle of a step is no step
+                    self.center_state.before_forward(self.centers, self.update)
             arguments = step_labels, first_sample, global_labels
             loss: Tensor = SampledSoftmax.apply(embeddings, self.centers, self, *arguments)
         if not self.training:

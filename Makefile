@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests of one file run in one process, so that what a file prepares is prepared once.
-PARALLEL := --numprocesses 2 --dist loadfile
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo check test lint types docs faults bench-check clean
 .DEFAULT_GOAL := help

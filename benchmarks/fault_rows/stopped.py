@@ -16,7 +16,8 @@ from fault_rows.bench import STEPS, Bench, Injection, Outcome, Row, last_words
 from fault_rows.killed import on_rank
 from fault_rows.launch import Fault, Run
 from fault_rows.patches import terminate
-from partialfc.training import build, loop
+from partialfc.config import build
+from partialfc.training import loop
 
 STOPPED = 128 + signal.SIGTERM
 RANDOM_MOMENTS = 24

@@ -17,6 +17,8 @@ from partialfc.core.device import timed
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
+_LONG = 30.0  # seconds
+
 
 @dataclass(frozen=True)
 class HeadCase:
@@ -49,9 +51,11 @@ class HeadCase:
 
 
 def median_seconds(step: Callable[[], None], device: torch.device, *, steps: int = 3, warm_up: int = 1) -> float:
-    """Median seconds of a step, each waiting for the device."""
+    """Median seconds of a step, each waiting for the device; after half a minute of steps, of those measured so far."""
     seconds: dict[int, float] = {}
     for number in range(warm_up + steps):
+        if number > warm_up and sum(seconds.values()) > _LONG:
+            break
         with timed(seconds, number, device):
             step()
     return statistics.median(list(seconds.values())[warm_up:])

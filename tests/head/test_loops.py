@@ -103,6 +103,11 @@ def test_centers_that_nobody_steps_are_refused(zero: Callable[[Model], None], up
     zero(model)
     with pytest.raises(InputError, match=r"no optimizer steps the centers .* RowwiseSGD .* freeze .* head.step \+= 1"):
         model(images())
+    if update == "sparse":
+        model.head.requires_grad_(False)
+    else:
+        RowwiseSGD(model.head.parameters())
+    model(images())
 
 
 @both_updates

@@ -108,10 +108,10 @@ class CenterState:
                 self.prepare(rows)
 
     def stage(self, gradient: CenterGradient, centers: Tensor, overflow: Tensor) -> Tensor:
-        """Keep a deferred gradient for `step()`; the sparse one that stands for it in `centers.grad`.
+        """Keep a deferred gradient for `step()`, and return a sparse one that stands for it in `centers.grad`.
 
-        It is one row of zeros, or of infinity where `overflow` () bool is true: so a GradScaler sees the overflow, and
-        the loop drops it like any other gradient.
+        Its one row holds zeros, or infinity if `overflow` () bool is true, for a GradScaler to see. A loop that drops
+        it drops the deferred one.
         """
         self._drop_unwanted(centers)
         self._staged.append(gradient)
@@ -145,6 +145,7 @@ class CenterState:
         """
         self.attach(centers)
         self._drop_unwanted(centers)
+        self._is_waiting &= centers.requires_grad
         if not self._is_waiting:
             return
         is_deferred = update == "deferred"

@@ -89,8 +89,10 @@ def batch_counts(
         InputError: some rank's batch has a problem, or the ranks disagree in the dtype of embeddings or in the step.
     """
     problem = _batch_problem(embeddings, labels, step_labels, centers)
-    if problem is not None and shard.world_size == 1:
-        raise InputError(problem)
+    if shard.world_size == 1:
+        if problem is not None:
+            raise InputError(problem)
+        return [len(embeddings)]
     cards = torch.zeros(shard.world_size, 3, dtype=torch.int64, device=centers.device)
     own = (-1, 0, 0) if problem else (len(embeddings), _FLOATS.index(embeddings.dtype), state.step)
     cards[shard.rank] = torch.tensor(own)

@@ -4,6 +4,7 @@ benchmarks/hosts.py."""
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,8 @@ def test_a_host_is_cut_off(hosts: ModuleType, tmp_path: Path) -> None:
     assert outcome.as_written, outcome.said
     assert "rank 1 (on host-b, process " in outcome.messages["host-a"]
     assert "has sent no heartbeat for" in outcome.messages["host-a"]
-    assert "has not answered for" in outcome.messages["host-b"]
+    # On a busy machine the silence of rank 0 may be noticed before that of the store on the same host.
+    assert re.search("has not answered for|rank 0 .* has sent no heartbeat for", outcome.messages["host-b"])
 
 
 def test_a_killed_rank_starts_again_and_goes_on_by_itself(hosts: ModuleType, tmp_path: Path) -> None:

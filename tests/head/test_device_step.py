@@ -233,6 +233,7 @@ def test_counts_that_do_not_agree_with_the_batch_are_refused(counts: list[int]) 
         PartialFC(40, 4, 1.0)(torch.ones(2, 4), labels, global_labels=GlobalLabels(counts, labels))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, 1e25])
 @pytest.mark.parametrize("row", [1, 30])
 def test_a_center_without_a_direction_changes_nothing_and_is_told_later(

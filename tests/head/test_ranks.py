@@ -105,11 +105,14 @@ def test_heads_and_batches_that_differ_are_an_error_on_all_ranks(world_size: int
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_an_overflow_on_one_rank_skips_the_step_of_all(world_size: int, scenario: Scenario) -> None:
-    for found in scenario("scaler", world_size):
+    for rank, found in enumerate(scenario("scaler", world_size)):
         for update in ("sparse", "deferred"):
             for case in ("one rank", "all"):
                 assert found[f"{update}, {case}, 0"] == [0, True, True]
-                assert found[f"{update}, {case}, 1"] == [1, False, True]
+                step, untouched, finite = found[f"{update}, {case}, 1"]
+                assert step == 1
+                assert finite
+                assert not untouched or rank  # other ranks may have no sampled row
             assert found[f"{update}, all, scale"] == 2.0**66
 
 

@@ -288,7 +288,7 @@ class RowwiseSGD(_RowwiseOptimizer):
     def _fused_update(self, parameter: Tensor, center_state: CenterState, group: dict[str, Any]) -> None:
         (gradient,) = center_state.deferred
         skip, grad_scale = center_state.flag, getattr(self, "grad_scale", None)
-        if hasattr(self, "found_inf"):
+        if isinstance(getattr(self, "found_inf", None), Tensor):
             overflow = (self.found_inf != 0).long().view(1)
             skip = overflow if skip is None else skip + overflow
         if grad_scale is not None:

@@ -124,13 +124,19 @@ def test_an_optimizer_that_is_never_stepped_repeats_no_negatives(update: Any) ->
     assert len(seen) == 5
 
 
-@pytest.mark.parametrize("freeze", ["parameter", "module in eval mode"])
 @both_updates
-def test_frozen_centers_draw_new_negatives(update: Any, freeze: str) -> None:
+def test_frozen_centers_in_eval_mode_use_all_classes(update: Any) -> None:
+    model = Model(update=update)
+    model.head.requires_grad_(False).eval()
+    for _ in range(2):
+        model(images()).backward()
+        assert int(model.head.figures.sampled) == CLASSES
+
+
+@both_updates
+def test_frozen_centers_draw_new_negatives(update: Any) -> None:
     model = Model(update=update)
     model.head.requires_grad_(False)
-    if freeze != "parameter":
-        model.head.eval()
     before = model.head.centers.clone()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     losses = set()

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests of one file run in one process, so that what a file prepares is prepared once.
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: help install demo check test lint types docs faults clean
+.PHONY: help install demo check test lint types docs faults bench-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -40,6 +40,9 @@ types: .venv/dev  ## mypy
 
 faults: .venv/core  ## inject every fault into real training processes; writes the table of docs/reliability.md
 	$(BIN)/python benchmarks/faults.py --out runs/faults
+
+bench-check: .venv/core  ## compare the speed of head, sampler and loader with BASE (the parent commit); fails at +10 %
+	$(BIN)/python benchmarks/check.py $(if $(BASE),--base $(BASE)) $(ARGS)
 
 .venv/docs: .venv/core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

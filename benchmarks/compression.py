@@ -3,7 +3,7 @@
     python benchmarks/compression.py --out /tmp/compression
 
 300 steps of 64 procedural faces with the small network in float32, tested on pairs of other identities. Writes a table
-into docs/results/training.md and a plot beside it. Runs that are there are taken over, so an interrupted one goes on.
+into docs/results/training.md and a plot beside it. Runs in the folder are resumed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PICTURE = "images/compression.svg"
 
 
 def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainConfig:
-    base = RECIPES["demo"]()
+    base = RECIPES["demo"]
     epochs = steps * BATCH / (IDENTITIES * SHOTS)
     return replace(
         base,
@@ -51,13 +51,13 @@ def work(rank: int, gradients: str, seed: int, out: Path, steps: int) -> None:
     train(config, out / f"{gradients}-{seed}", benchmarks=pairs, resume=True, quiet=True)
 
 
-def picture(found: dict[tuple[str, ...], list[SeedRun]], steps: int) -> str:
+def picture(results: dict[tuple[str, ...], list[SeedRun]], steps: int) -> str:
     """The mean over the seeds of both, with the spread of float32's as a band."""
     lines, spreads = [], []
-    for (gradients,), runs in found.items():
+    for (gradients,), runs in results.items():
         points = list(zip(*(run.curve for run in runs), strict=True))
-        lines.append(Line(gradients, [(each[0][0], statistics.mean(y for _, y in each)) for each in points]))
-        spreads.append([statistics.stdev(y for _, y in each) for each in points])
+        lines.append(Line(gradients, [(point[0][0], statistics.mean(y for _, y in point)) for point in points]))
+        spreads.append([statistics.stdev(y for _, y in point) for point in points])
     return standalone_svg(line_chart(lines, name="loss", last_step=float(steps), spread=spreads[0]))
 
 
@@ -68,19 +68,24 @@ def main() -> None:
     options = parser.parse_args()
     world = FaceWorld(identities=IDENTITIES, shots=SHOTS, pairs=2000, pair_identities=500, image_size=SIZE)
     world.write(options.out / "data", resume=True)
-    found: dict[tuple[str, ...], list[SeedRun]] = {}
+    results: dict[tuple[str, ...], list[SeedRun]] = {}
     for gradients in GRADIENTS:
         for seed in SEEDS:
             run_processes(2, work, gradients, seed, options.out, options.steps)
             run = SeedRun.read(options.out / f"{gradients}-{seed}")
-            found.setdefault((gradients,), []).append(run)
+            results.setdefault((gradients,), []).append(run)
             print(gradients, seed, f"{run.accuracy:.2%}", flush=True)
     facts = describe("cpu")
-    lines = [f"{facts['cpu']}, torch {facts['torch']}, two gloo processes.", "", *seed_table(["gradients"], found), ""]
+    lines = [
+        f"{facts['cpu']}, torch {facts['torch']}, two gloo processes.",
+        "",
+        *seed_table(["gradients"], results),
+        "",
+    ]
     lines.append(f"![Mean loss over three seeds: float32 solid with its spread, bfloat16 dashed](../{PICTURE})")
     print("\n".join(lines))
     if options.steps == STEPS:
-        (DOCS / PICTURE).write_text(picture(found, options.steps))
+        (DOCS / PICTURE).write_text(picture(results, options.steps))
         write_between("results/training.md", "benchmarks/compression.py", lines)
 
 

@@ -1,12 +1,12 @@
-"""The same run at 1, 2, 3 and 4 processes, and on changing numbers of them: how far the loss curves are apart.
+"""The same run at 1, 2, 3 and 4 processes, and on a changing number: how far the loss curves are apart.
 
     python benchmarks/elastic.py --out runs/elastic
 
 IResNet (r18) with synchronised batch statistics and ViT (vit_t) on small images of identities that are patterns, in
 float64 and in float32, with a step cut into two micro-steps. Each process writes the classes that it sampled in every
-step. In float32 one more run of one process starts from weights that differ in the last place: it shows how far apart
-rounding alone takes this training. Writes its table into docs/results/training.md. The processes are gloo's, on this
-machine; runs that are there are taken over.
+step. In float32 one more run of one process starts from weights that differ in the last place: it shows how far
+rounding alone moves this training. Writes its table into docs/results/training.md. The processes are gloo's, on this
+machine; complete runs in the folder are reused.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Stopped(Exception):
 
 
 def run_part(rank: int, config: TrainConfig, folder: Path, stop: int, last_place: bool) -> None:
-    """One process of a run that goes on from its last checkpoint and stops after step `stop`.
+    """One process of a run that is resumed from its last checkpoint and stops after step `stop`.
 
     Args:
         last_place: start from weights that are one unit in float32's last place larger or smaller, at random.
@@ -207,9 +207,9 @@ def main() -> None:
     for name in options.backbones:
         data = write_patterns(options.out / f"images-{name}", SIZES[name])
         for precision, lr in STUDIES[name]:
-            for each in compare(data, options.out / f"{name}-{precision}-{lr:g}", name, precision, lr, options.steps):
-                print(each, flush=True)
-                lines.append(each)
+            for row in compare(data, options.out / f"{name}-{precision}-{lr:g}", name, precision, lr, options.steps):
+                print(row, flush=True)
+                lines.append(row)
     if options.steps == STEPS and options.backbones == list(SIZES):
         write_between("results/training.md", "benchmarks/elastic.py", lines)
 

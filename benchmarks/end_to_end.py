@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from partialfc.backbones import create_backbone
-from partialfc.bench.head_variants import DenseHead, HeadConfiguration
+from partialfc.bench.head_step import HeadCase
+from partialfc.bench.head_variants import DenseHead
 from partialfc.config.options import BackboneConfig, DataConfig, HeadConfig, OutputConfig, ScheduleConfig, TrainConfig
 from partialfc.core.device import choose_device
 from partialfc.data.sources import open_source
@@ -89,8 +90,8 @@ def usual(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     backbone: nn.Module = create_backbone(arguments.backbone, embedding_dim=EMBEDDING_DIM, image_size=112).to(device)
     network = DistributedDataParallel(backbone, find_unused_parameters=True)
-    sizes = HeadConfiguration(arguments.classes, EMBEDDING_DIM, arguments.batch, arguments.sample_rate, str(device))
-    head = DenseHead(sizes)
+    case = HeadCase(arguments.classes, EMBEDDING_DIM, arguments.batch, arguments.sample_rate, str(device))
+    head = DenseHead(case)
     parameters = [*(p for p in network.parameters() if p.requires_grad), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")

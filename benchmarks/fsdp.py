@@ -1,4 +1,4 @@
-"""What a process holds of a large ViT, with a replica in each and in parts over all: 1, 2 and 4 processes.
+"""The memory of a process that trains a large ViT, replicated (DDP) and sharded (FSDP): 1, 2 and 4 processes.
 
     python benchmarks/fsdp.py --backbone vit_l
 
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from documents import write_between
 from partialfc.backbones import create_backbone
-from partialfc.bench.machine import describe, peak_resident_bytes
+from partialfc.bench.machine import describe
 from partialfc.core import keyed_random
+from partialfc.core.device import peak_bytes
 from partialfc.distributed import collectives
-from partialfc.distributed.collectives import local_shard
-from partialfc.training.replicas import replicated, split_over_processes
+from partialfc.distributed.sharded import local_shard
+from partialfc.training.replicas import replicated, shard_over_processes
 from processes import run_processes
 
 WORLD_SIZES, STEPS, IMAGES = (1, 2, 4), 3, 4
@@ -55,7 +56,7 @@ def resident_bytes() -> int:
 
 
 def warm_up() -> None:
-    """Let torch import what it imports at the first step of an optimizer, which is no part of the network."""
+    """Let torch import what it imports at the first step of an optimizer, so that it is not counted."""
     layer = nn.Linear(1, 1)
     layer(torch.ones(1, 1)).backward()
     torch.optim.AdamW(layer.parameters()).step()
@@ -68,9 +69,9 @@ def measure(name: str, option: str) -> Held:
     before = resident_bytes()
     network = create_backbone(name, embedding_dim=512, image_size=112, checkpointing=True)
     if option == "fsdp" and collectives.world_size_of() > 1:
-        split_over_processes(network, torch.device("cpu"), torch.float32)
+        shard_over_processes(network, torch.device("cpu"), torch.float32)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: the whole network was here for a moment
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak: the whole network was here for a moment
     wrapped: nn.Module = replicated(network, torch.float32)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     loss, gradients = torch.zeros(()), 0
@@ -79,33 +80,33 @@ def measure(name: str, option: str) -> Held:
         images = keyed_random.normal_rows(key, 0, IMAGES, 3 * 112 * 112).view(IMAGES, 3, 112, 112)
         loss = (wrapped(images) - 1).square().mean()
         loss.backward()
-        gradients = size([each.grad for each in network.parameters() if each.grad is not None])
+        gradients = size([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
     averages = [value for state in optimizer.state.values() for value in state.values() if value.dim() > 0]
     mean = float(collectives.all_reduce(loss.detach().double())) / collectives.world_size_of()
     parameters = size(list(network.parameters()))
-    return Held(parameters, gradients, size(averages), peak_resident_bytes() - before, mean)
+    return Held(parameters, gradients, size(averages), peak_bytes(torch.device("cpu")) - before, mean)
 
 
 def work(rank: int, name: str, option: str, out: str) -> None:
-    everyone = collectives.gather_json(asdict(measure(name, option)))
+    ranks = collectives.gather_json(asdict(measure(name, option)))
     if rank == 0:
-        Path(out).write_text(json.dumps(everyone))
+        Path(out).write_text(json.dumps(ranks))
 
 
 def measured(name: str, option: str, world_size: int) -> list[Held]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "held.json"
         run_processes(world_size, work, name, option, str(out))
-        return [Held(**each) for each in json.loads(out.read_text())]
+        return [Held(**held) for held in json.loads(out.read_text())]
 
 
 def row(option: str, world_size: int, ranks: list[Held]) -> str:
-    """The rank that holds most: parts differ where rows do not divide."""
+    """The rank that holds most: shards differ in size where rows do not divide evenly."""
     most = max(ranks, key=lambda held: held.parameters)
     counted = (most.parameters, most.gradients, most.optimizer, most.parameters + most.gradients + most.optimizer)
-    cells = [f"{each / 2**20:,.0f}" for each in (*counted, max(held.peak for held in ranks))]
+    cells = [f"{count / 2**20:,.0f}" for count in (*counted, max(held.peak for held in ranks))]
     return f"| {option} | {world_size} | {' | '.join(cells)} | {most.loss:.6f} |"
 
 

@@ -1,9 +1,9 @@
-"""Measure the head beside the dense one and write the tables of docs/performance.md and the figures of README.md.
+"""Measure our head beside the dense one and write the tables of docs/performance.md and the figures of README.md.
 
     python benchmarks/head.py [--steps 5] [--device cpu] [--only step|growth|sampling|unsampled] [--configuration 0]
 
-Each configuration is one alternating run. JSON lines go to standard output; a part of the tables is written as soon as
-it is measured.
+The variants of a configuration alternate in one run. JSON lines go to standard output, and each table is written as
+soon as it is measured.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 
 from documents import paragraph, write_between
 from partialfc.bench.head import bench_head
-from partialfc.bench.head_variants import HeadConfiguration, Phases, our_steps
+from partialfc.bench.head_step import HeadCase
+from partialfc.bench.head_variants import Phases, our_steps
 from partialfc.bench.machine import describe
 from partialfc.head.optim import Unsampled
 from partialfc.head.sampling import sample_classes
 
-# The last one does not fit this memory with the dense head beside it.
 IN_README = 1
+# With the dense head beside it, the last one does not fit a small machine's memory.
 STEPS: list[dict[str, Any]] = [
     {"num_classes": 100_000, "sample_rate": 0.1, "batch_size": 128, "baseline": True},
     {"num_classes": 1_000_000, "sample_rate": 0.1, "batch_size": 128, "baseline": True},
@@ -69,26 +70,25 @@ def main() -> None:
 
 
 def measure_step(configuration: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
+    results = []
     for result in bench_head(**configuration, steps=options.steps, device=options.device):
         print(json.dumps(result), flush=True)
-        found.append(result)
-    return found
+        results.append(result)
+    return results
 
 
 def step_table(options: argparse.Namespace) -> Iterator[str]:
-    """A line a variant, times and memory beside the dense head's of the same run."""
+    """A line for each variant: time and memory, relative to the dense head of the same run."""
     phases = "sampling, forward, backward, optimizer"
     yield f"| classes | rate | batch | head | best step | median | {phases} | peak memory |"
     yield "|---|---|---|---|---|---|---|---|"
     for number, configuration in enumerate(STEPS):
-        found = measure_step(configuration, options)
-        dense = found[-1] if configuration.get("baseline") else None
+        results = measure_step(configuration, options)
+        dense = results[-1] if configuration.get("baseline") else None
         if number == IN_README:
-            write_between(
-                "../README.md", "benchmarks/head.py step", readme_sentence(configuration, found, options.device)
-            )
-        for result in found:
+            sentence = readme_sentence(configuration, results, options.device)
+            write_between("../README.md", "benchmarks/head.py step", sentence)
+        for result in results:
             faster = f" ({dense['step_ms_min'] / result['step_ms_min']:.1f} ×)" if dense else ""
             leaner = f" ({result['peak_bytes'] / dense['peak_bytes']:.2f} ×)" if dense else ""
             phases = " / ".join(f"{value:,.0f}" for value in result["phases_ms"].values())
@@ -117,7 +117,7 @@ def readme_sentence(configuration: dict[str, Any], results: list[dict[str, Any]]
 
 
 def growth_table(options: argparse.Namespace) -> Iterator[str]:
-    """The same number of sampled classes out of more and more."""
+    """A fixed number of sampled classes out of a growing number of classes."""
     yield f"| classes | sampled | best step | relative to {GROWTH[0]:,} classes |"
     yield "|---|---|---|---|"
     first = None
@@ -130,7 +130,7 @@ def growth_table(options: argparse.Namespace) -> Iterator[str]:
 
 
 def sampling_table(options: argparse.Namespace) -> Iterator[str]:
-    """Drawing the classes of a step, one process, best of the steps."""
+    """Sampling the classes of a step on one process, best of the steps."""
     yield "| classes | sampled | drawing them | rand, topk and sort |"
     yield "|---|---|---|---|"
     for classes, rate in SAMPLING:
@@ -158,19 +158,19 @@ def sampling_table(options: argparse.Namespace) -> Iterator[str]:
 
 
 def unsampled_table(options: argparse.Namespace) -> Iterator[str]:
-    """Steps in which unsampled rows are frozen, and in which they move as under dense SGD, in turns."""
+    """Alternating steps that leave unsampled rows unchanged, and that move them as dense SGD would."""
     yield "| classes | rate | batch | `freeze` | `lazy_dense` | factor |"
     yield "|---|---|---|---|---|---|"
     for classes in UNSAMPLED:
-        configuration = HeadConfiguration(classes, 512, 128, 0.1, options.device)
+        case = HeadCase(classes, 512, 128, 0.1, options.device)
         ways: tuple[Unsampled, ...] = ("freeze", "lazy_dense")
-        heads = {way: our_steps(configuration, unsampled=way)["deferred"] for way in ways}
+        heads = {way: our_steps(case, unsampled=way)["deferred"] for way in ways}
         seconds: dict[str, list[float]] = {way: [] for way in heads}
-        # A row is sampled every tenth step on average: after some tens of steps rows are behind as in a long run.
+        # A row is sampled every tenth step on average, so that rows have soon missed as many steps as in a long run.
         for step in range(30 + options.steps):
             for way, take in heads.items():
                 phases = Phases(options.device)
-                take(*configuration.batch(step), phases)
+                take(*case.batch(step), phases)
                 seconds[way].append(sum(phases.seconds.values()))
         frozen, dense = (1000 * min(seconds[way][30:]) for way in ways)
         print(json.dumps({"classes": classes, "freeze_ms": frozen, "lazy_dense_ms": dense}), flush=True)

@@ -18,12 +18,9 @@ from typing import Any
 
 import torch
 
-from partialfc.bench.head_variants import HeadConfiguration
+from partialfc.bench.head_step import HeadCase
 from partialfc.bench.machine import describe
 from partialfc.head.backends import gpu, tile_sizes
-from partialfc.head.margins import CosFace
-from partialfc.head.optim import RowwiseSGD
-from partialfc.head.partial_fc import PartialFC
 
 WIDTH = 512
 TILES = tuple(size << 20 for size in (16, 32, 64, 128, 256))
@@ -67,21 +64,10 @@ class Step:
     """One head and its steps, which read nothing back."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        dtype = getattr(torch, options.dtype)
-        self.head = PartialFC(
-            options.classes,
-            WIDTH,
-            options.sample_rate,
-            CosFace(0.4),
-            update="deferred",
-            operand_dtype=torch.bfloat16,
-            device="cuda",
-            dtype=dtype,
-        )
-        self.optimizer = RowwiseSGD(self.head.parameters(), lr=0.1)
-        sizes = HeadConfiguration(options.classes, WIDTH, options.batch, options.sample_rate, "cuda")
-        self.batches = [sizes.batch(step) for step in range(4)]
-        self.embeddings, self.labels = sizes.batch(5)
+        case = HeadCase(options.classes, WIDTH, options.batch, options.sample_rate, "cuda")
+        self.head, self.optimizer = case.build(update="deferred", operand_dtype="bfloat16", dtype=options.dtype)
+        self.batches = [case.batch(step) for step in range(4)]
+        self.embeddings, self.labels = case.batch(5)
         self.number = 0
 
     def whole(self) -> None:

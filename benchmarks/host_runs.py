@@ -28,8 +28,10 @@ SECONDS_OF_A_RUN = 300.0
 class Run:
     """One training.
 
-    `nodes`, `per_host` and `restarts` are torchrun's --nnodes, --nproc-per-node and --max-restarts, `silence` is
-    processes.heartbeat_timeout_seconds.
+    Attributes:
+        nodes, per_host, restarts: torchrun's --nnodes, --nproc-per-node and --max-restarts.
+        heartbeat_timeout: processes.heartbeat_timeout_seconds.
+        newest: the largest step ever seen in the metrics.
     """
 
     out: Path
@@ -38,12 +40,12 @@ class Run:
     nodes: str = "2"
     per_host: int = 1
     restarts: int = 0
-    silence: int = 30
+    heartbeat_timeout: int = 30
     started: dict[str, subprocess.Popen] = field(default_factory=dict)
     newest: int = 0
 
     def start(self, *hosts: Host) -> None:
-        """Start torchrun on these hosts; the first host ever started holds the rendezvous."""
+        """Start torchrun on these hosts; the host that was started first holds the rendezvous."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         for host in hosts:
             first = next(iter(self.started), host.name)
@@ -69,7 +71,7 @@ class Run:
             "optimizer.lr_scaling": "absolute",
             "schedule.epochs": self.steps * BATCH / IMAGES,
             "output.log_every": 1,
-            "processes.heartbeat_timeout_seconds": self.silence,
+            "processes.heartbeat_timeout_seconds": self.heartbeat_timeout,
             "output.checkpoint_every": max(1, self.steps // 8),
             "output.evaluate_every": 10**9,
             "precision": "float64",
@@ -92,14 +94,14 @@ class Run:
         ]
 
     def log(self, *hosts: Host) -> str:
-        """What these hosts' processes have printed; all hosts' without any."""
+        """What the processes of these hosts have printed; of all hosts without arguments."""
         return "".join(self._log(name).read_text() for name in [host.name for host in hosts] or self.started)
 
     def _log(self, name: str) -> Path:
         return self.out.parent / f"{self.out.name}-{name}.log"
 
     def step(self) -> int:
-        """The newest step in the metrics now; `newest` keeps the largest ever seen."""
+        """The newest step in the metrics."""
         path = self.out / "metrics.jsonl"
         lines = read_metrics(path) if path.is_file() else []
         step = lines[-1]["step"] if lines else 0
@@ -107,11 +109,11 @@ class Run:
         return step
 
     def resumed(self) -> list[int]:
-        """The steps that its processes said to have resumed at, in the order of the hosts' logs."""
+        """The steps that its processes report to have resumed at, in the order of the hosts' logs."""
         return [int(step.replace(",", "")) for step in re.findall(r"resumed at step ([\d,]+)", self.log())]
 
     def wait_for_resume(self) -> tuple[int, float]:
-        """Wait until it goes on; the steps that are to be done again, and the seconds it took."""
+        """Wait until it resumes; returns the steps that it repeats, and the seconds it took."""
         seconds = self.wait(lambda: bool(self.resumed()), SECONDS_OF_A_RUN, "the restart")
         return self.newest - self.resumed()[0], seconds
 
@@ -120,13 +122,13 @@ class Run:
         self.wait(lambda: self.step() >= step, SECONDS_OF_A_RUN, f"step {step}")
 
     def wait_for_end(self, host: Host, seconds: float) -> int:
-        """Wait for a host's torchrun; its exit status."""
+        """Wait for a host's torchrun and return its exit status."""
         process = self.started[host.name]
         self.wait(lambda: process.poll() is not None, seconds, f"the end of {host.name}")
         return process.returncode
 
     def wait(self, until: Callable[[], bool], seconds: float, what: str) -> float:
-        """Wait, and say how many seconds it took. TimeoutError with the last lines printed if it takes too long."""
+        """Wait and return the seconds it took; TimeoutError with the last lines printed if it takes too long."""
         begin = time.monotonic()
         while not until():
             self.step()
@@ -148,7 +150,7 @@ class Run:
         return [line["loss"] for line in read_metrics(self.out / "metrics.jsonl") if line["kind"] == "train"]
 
     def final_tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that the last checkpoint holds."""
+        """All tensors of the last checkpoint."""
         root = self.out / "checkpoints"
         checkpoint = Checkpoint(root / f"step-{steps_in(root)[-1]:08d}")
         groups = ("backbone", "backbone-optimizer")

@@ -3,8 +3,8 @@
     sudo python benchmarks/hosts.py --out runs/hosts
 
 The hosts are network namespaces of this machine (benchmarks/namespaces.py), each with a `torchrun -m partialfc train`
-of its own. A scenario injects one fault into a running training and sees what the processes do and what they say.
-Prints a table, and writes it into docs/results/reliability.md when all scenarios have run.
+of its own. A scenario injects one fault into a running training and records what the processes do and print. Prints a
+table, and writes it into docs/results/reliability.md when all scenarios have run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from namespaces import Host, network, why_not
 from partialfc.bench.machine import describe
 
 SIZE = 16  # pixels of benchmarks/elastic.py's patterns
-SECONDS_TO_NOTICE = 60.0  # for a lost process or host: heartbeat_timeout_seconds, a grace, and a busy machine
+SECONDS_TO_NOTICE = 60.0  # a lost process or host: heartbeat_timeout_seconds, time to end, and a busy machine
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Outcome:
         as_written: whether it is what docs/reliability.md says.
         said: what happened, in a sentence.
         messages: the error that the processes of a host ended with, by host, where they ended with one.
-        lost_steps: optimizer steps that had to be done again; None where no run went on.
+        lost_steps: optimizer steps that were repeated; None where no run resumed.
         seconds: from the fault to the end of the processes, or to the first new step; None without a fault.
     """
 
@@ -60,7 +60,7 @@ class Stage:
     Attributes:
         steps: of each run.
         fault_step: the step after which the fault comes.
-        silence: processes.heartbeat_timeout_seconds of each run.
+        heartbeat_timeout: processes.heartbeat_timeout_seconds of each run.
         hosts: two.
     """
 
@@ -68,12 +68,12 @@ class Stage:
     data: Path
     steps: int
     fault_step: int
-    silence: int
+    heartbeat_timeout: int
     hosts: list[Host]
 
     def run(self, name: str, **options: object) -> Run:
         """A new run of that name."""
-        return Run(self.folder / name, self.data, self.steps, silence=self.silence, **options)  # type: ignore[arg-type]
+        return Run(self.folder / name, self.data, self.steps, heartbeat_timeout=self.heartbeat_timeout, **options)  # type: ignore[arg-type]
 
     def straight(self, nodes: int, per_host: int) -> Run:
         """The uninterrupted run on so many hosts, made once."""
@@ -93,7 +93,7 @@ def two_hosts(stage: Stage) -> Outcome:
 
 
 def killed_rank(stage: Stage) -> Outcome:
-    """SIGKILL to a rank under torchrun with --max-restarts, on one host: the run goes on by itself."""
+    """SIGKILL to a rank under torchrun with --max-restarts, on one host: torchrun restarts the run."""
     host = stage.hosts[0]
     run = stage.run("killed-rank", nodes="1", per_host=2, restarts=3)
     run.start(host)
@@ -107,7 +107,7 @@ def killed_rank(stage: Stage) -> Outcome:
 
 
 def sigterm(stage: Stage) -> Outcome:
-    """SIGTERM to torchrun on both hosts, as a scheduler sends it; a new start goes on."""
+    """SIGTERM to torchrun on both hosts, as a scheduler sends it; a new start resumes."""
     run = stage.run("sigterm", nodes="2", restarts=3)
     run.start(*stage.hosts)
     run.wait_for_step(stage.fault_step)
@@ -259,14 +259,16 @@ SCENARIOS: dict[str, Callable[[Stage], Outcome]] = {
 
 
 @contextmanager
-def opened_stage(folder: Path, steps: int, fault_step: int | None = None, silence: int = 30) -> Iterator[Stage]:
+def opened_stage(
+    folder: Path, steps: int, fault_step: int | None = None, heartbeat_timeout: int = 30
+) -> Iterator[Stage]:
     """Data and two hosts in a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "images"
     if not data.exists():
         write_patterns(data, SIZE)
     with network(["host-a", "host-b"], folder) as hosts:
-        yield Stage(folder, data, steps, fault_step or steps // 2, silence, hosts)
+        yield Stage(folder, data, steps, fault_step or steps // 2, heartbeat_timeout, hosts)
 
 
 def main() -> int:

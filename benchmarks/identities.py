@@ -11,11 +11,9 @@ import time
 
 import torch
 
-from partialfc.bench.head_variants import HeadConfiguration
-from partialfc.bench.machine import describe, peak_resident_bytes
-from partialfc.head.margins import CosFace
-from partialfc.head.optim import RowwiseSGD
-from partialfc.head.partial_fc import PartialFC
+from partialfc.bench.head_step import HeadCase, wait_for
+from partialfc.bench.machine import describe
+from partialfc.core.device import peak_bytes
 
 WIDTH = 512
 
@@ -30,32 +28,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    on_gpu = torch.device(options.device).type == "cuda"
-    head = PartialFC(
-        options.classes,
-        WIDTH,
-        options.sample_rate,
-        CosFace(0.4),
-        update="deferred",
-        operand_dtype=torch.bfloat16,
-        device=options.device,
-        dtype=getattr(torch, options.dtype),
+    device = torch.device(options.device)
+    case = HeadCase(options.classes, WIDTH, options.batch, options.sample_rate, options.device)
+    head, optimizer = case.build(
+        update="deferred", operand_dtype="bfloat16", dtype=options.dtype, state_on_host=options.state_on_host
     )
-    optimizer = RowwiseSGD(head.parameters(), lr=0.1, state_on_host=options.state_on_host)
-    batches = HeadConfiguration(options.classes, WIDTH, options.batch, options.sample_rate, options.device)
     seconds, losses = [], []
     for step in range(options.steps + 2):
-        embeddings, labels = batches.batch(step)
-        if on_gpu:
-            torch.cuda.synchronize()
+        embeddings, labels = case.batch(step)
+        wait_for(device)
         start = time.perf_counter()
         loss = head(embeddings, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))  # waits for the device
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
     rows = int(head.figures.sampled) if head.figures else 0
     row_bytes = WIDTH * head.centers.element_size()
@@ -66,8 +54,8 @@ def main() -> None:
         "losses": losses,
         "center_bytes_moved": 3 * rows * row_bytes,  # read in both passes, written in the second
         "state_bytes_moved": 2 * rows * row_bytes,
-        "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "process_peak_bytes": peak_resident_bytes(),
+        "device_peak_bytes": peak_bytes(device) if device.type == "cuda" else None,
+        "process_peak_bytes": peak_bytes(torch.device("cpu")),
         "options": vars(options),
         "hardware": describe(options.device),
     }

@@ -55,11 +55,11 @@ def measure(source: Source, batch: int, workers: int) -> dict[str, float | int |
 def measure_reads(path: Path) -> dict[str, float | int | str]:
     """Random reads without decoding."""
     reader = RecordReader(path)
-    places = np.random.default_rng(0).permutation(len(reader)).tolist()
+    order = np.random.default_rng(0).permutation(len(reader)).tolist()
     start = time.perf_counter()
-    for place in places:
-        reader.read(place)
-    return {"variant": "read", "microseconds": round(1e6 * (time.perf_counter() - start) / len(places), 2)}
+    for index in order:
+        reader.read(index)
+    return {"variant": "read", "microseconds": round(1e6 * (time.perf_counter() - start) / len(order), 2)}
 
 
 def measure_augment(size: int, batch: int) -> dict[str, float | int | str]:

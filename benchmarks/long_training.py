@@ -32,7 +32,7 @@ def main() -> int:
     data, run = arguments.out / "data", arguments.out / "run"
     WORLD.write(data, resume=True)
     command = [sys.executable, "-m", "partialfc", "train", "--recipe", arguments.recipe, "--resume"]
-    command += ["--data.path", str(data / "train"), "--eval", f"pairs={data / 'pairs.bin'}", "--out", str(run)]
+    command += ["--data.path", str(data / "train"), "--benchmark", f"pairs={data / 'pairs.bin'}", "--out", str(run)]
     command += ["--output.checkpoint_every", "250", *arguments.options]
     try:
         status = subprocess.run(command, timeout=60 * arguments.minutes, check=False).returncode

@@ -55,11 +55,11 @@ class Host:
         return process
 
     def cut_off(self) -> None:
-        """Pull its cable out: packets vanish, connections are not closed, and whoever waits goes on waiting."""
+        """Unplug its cable: packets vanish, connections stay open, and processes that wait for it keep waiting."""
         _ip("-n", self.switch, "link", "set", f"to-{self.name}", "down")
 
     def put_back(self) -> None:
-        """Plug it in again."""
+        """Plug the cable in again."""
         _ip("-n", self.switch, "link", "set", f"to-{self.name}", "up")
 
 
@@ -96,7 +96,7 @@ def network(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
 
 
 def why_not(folder: Path) -> str | None:
-    """Why this machine cannot have such a network, or None if it can."""
+    """Why this machine cannot have network namespaces, or None if it can."""
     try:
         with network(["here"], folder) as (host,):
             said = folder / "said"
@@ -134,7 +134,7 @@ def _end_processes(host: Host) -> None:
 
 
 def _kill_all(namespace: str) -> None:
-    """Kill what runs there until nothing does: a launcher may start one more."""
+    """Kill its processes until none is left: a launcher may start another."""
     for _ in range(50):
         processes: list[str] = []
         with suppress(RuntimeError):

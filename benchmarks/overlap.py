@@ -62,7 +62,7 @@ def write_noise(folder: Path) -> Path:
 
 
 def configuration(name: str, backbone: Any, data: Path) -> TrainConfig:
-    base = RECIPES["demo"]()
+    base = RECIPES["demo"]
     steps = STOP + 1
     return replace(
         base,
@@ -99,7 +99,7 @@ def length(spans: list[Span]) -> float:
 
 
 def common(left: list[Span], right: list[Span]) -> list[Span]:
-    """Where both lists, each without overlap and in order, have something."""
+    """The intersection of two lists of spans, each ordered and without overlap."""
     result, at = [], 0
     for start, stop in left:
         while at < len(right) and right[at][1] <= start:
@@ -130,7 +130,7 @@ def read_steps(trace: Path) -> list[Step]:
             if event["name"].startswith("gloo:"):
                 collectives.setdefault(event["name"].removeprefix("gloo:"), []).append(span(event))
         backward = [span(event) for event in main if event["name"] == "backward pass"]
-        steps.append(Step(step["dur"] / 1000, backward, merged([span(each) for each in computing]), collectives))
+        steps.append(Step(step["dur"] / 1000, backward, merged([span(event) for event in computing]), collectives))
     return steps
 
 

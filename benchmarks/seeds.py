@@ -30,11 +30,11 @@ class SeedRun(NamedTuple):
         return statistics.mean(losses[:quarter]), statistics.mean(losses[-quarter:]), self.accuracy
 
 
-def seed_table(names: Sequence[str], found: Mapping[tuple[str, ...], Sequence[SeedRun]]) -> list[str]:
+def seed_table(names: Sequence[str], groups: Mapping[tuple[str, ...], Sequence[SeedRun]]) -> list[str]:
     """A line for each run, its seed from 0 on, and one with mean ± deviation for each group of runs."""
     columns = [*names, "seed", "loss, first quarter", "loss, last quarter", "accuracy"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for group, runs in found.items():
+    for group, runs in groups.items():
         begin = f"| {' | '.join(group)} |"
         rows = [run.row() for run in runs]
         for seed, (first, last, accuracy) in enumerate(rows):

@@ -34,7 +34,7 @@ STEPS, BATCH, IDENTITIES, SHOTS = 2_000, 32, 2_000, 8
 
 
 def configuration(centers: DType, momentum: DType, seed: int, data: Path) -> TrainConfig:
-    base = RECIPES["demo"]()
+    base = RECIPES["demo"]
     return replace(
         base,
         seed=seed,

@@ -106,7 +106,7 @@ class Bench:
             "device": "cpu",
         }
         words = [f"--{key}={value}" for key, value in fixed.items()]
-        return ["train", *words, *options, "--eval", f"pairs={self.pairs}", "--out", str(out)]
+        return ["train", *words, *options, "--benchmark", f"pairs={self.pairs}", "--out", str(out)]
 
     def start(
         self,

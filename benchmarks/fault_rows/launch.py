@@ -25,7 +25,7 @@ import torch
 from torch.distributed import TCPStore
 
 from partialfc import cli
-from partialfc.distributed.signals import end_at_once
+from partialfc.distributed.signals import exit_unsaved
 from partialfc.head.partial_fc import PartialFC
 
 Fault = Callable[[int], None]
@@ -150,7 +150,7 @@ def _fork(rank: int, world_size: int, port: int, log: Path, arguments: Sequence[
     status = 70
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, end_at_once)  # as partialfc/__main__.py does
+        signal.signal(signal.SIGTERM, exit_unsaved)  # as partialfc/__main__.py does
         signal.signal(signal.SIGINT, signal.default_int_handler)
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,6 @@ import torch
 
 from partialfc.data.loader import Batch
 from partialfc.training import loop
-from partialfc.training import step as step_module
 from partialfc.training.checkpoint import write as checkpoint
 from partialfc.training.checkpoint import writer
 from partialfc.training.checkpoint.format import MANIFEST
@@ -88,7 +88,7 @@ def in_micro_step(step: int, micro_step: int, act: Act) -> None:
     def chosen(_: Stepper, batch: Batch) -> bool:
         return (batch.step, batch.micro_step) == (step, micro_step)
 
-    wrap(Stepper, "_loss", before=act, when=chosen)
+    wrap(Stepper, "on_micro_batch", before=act, when=chosen)
 
 
 def between_optimizers(step: int, act: Act) -> None:
@@ -111,14 +111,14 @@ def in_evaluation(number: int, act: Act) -> None:
         begun += 1
         return False
 
-    wrap(loop, "evaluate_pair_set", when=begins)
+    wrap(loop, "embed_share", when=begins)
     first = nth(1)
-    wrap(loop._Trainer, "_between_batches", before=act, when=lambda _: begun == number and first())
+    wrap(loop._Trainer, "_agreed_signal", before=act, when=lambda _: begun == number and first())
 
 
 def after_evaluation(number: int, act: Act) -> None:
     """When the evaluation of this number, from 1, is done and nothing of it is written."""
-    wrap(loop, "evaluate_pair_set", after=act, when=nth(number))
+    wrap(loop, "evaluate_pairs", after=act, when=nth(number))
 
 
 def in_model(number: int, act: Act) -> None:
@@ -282,32 +282,31 @@ def kill_reader(step: int, number: int) -> None:
 
 def poison_images(steps: range) -> None:
     """Make the first image of this rank NaN in each of these steps."""
-    plain, now = step_module.augment, False
 
-    def watch(_: Stepper, batch: Batch) -> bool:
-        nonlocal now
-        now = batch.step in steps and batch.micro_step == 0
-        return False
+    def poison(_: Stepper, batch: Batch) -> Batch:
+        if batch.step not in steps or batch.micro_step != 0:
+            return batch
+        images = batch.images.float()
+        images[0] = float("nan")
+        return replace(batch, images=images)
 
-    def augmented(*arguments: Any, **options: Any) -> torch.Tensor:
-        result = plain(*arguments, **options)
-        if now:
-            result[0] = float("nan")
-        return result
-
-    wrap(Stepper, "_loss", when=watch)
-    step_module.augment = augmented
+    Stepper.on_micro_batch = poison  # type: ignore[method-assign]
 
 
 def poison_loss(steps: range) -> None:
     """Make the gradient of this rank's embeddings NaN in each of these steps."""
-    plain = Stepper._loss
 
-    def loss(self: Stepper, batch: Batch) -> torch.Tensor:
-        result = plain(self, batch)
-        return result * float("nan") if batch.step in steps and batch.micro_step == 0 else result
+    def poison(stepper: Stepper, batch: Batch) -> Batch:
+        if batch.step in steps and batch.micro_step == 0:
 
-    Stepper._loss = loss  # type: ignore[method-assign]
+            def poisoned(head: torch.nn.Module, inputs: Any, loss: torch.Tensor) -> torch.Tensor:
+                handle.remove()
+                return loss * float("nan")
+
+            handle = stepper.state.head.register_forward_hook(poisoned)
+        return batch
+
+    Stepper.on_micro_batch = poison  # type: ignore[method-assign]
 
 
 def poison_weights_gradient(steps: range) -> None:

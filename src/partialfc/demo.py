@@ -1,4 +1,4 @@
-"""The whole job on procedural faces: render them, train with a tenth of the centers, test on people never seen."""
+"""The whole job on procedural faces: render, train with a tenth of the centers, test on identities never seen."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ WORLD = FaceWorld(identities=10_000, shots=8, pairs=6_000, pair_identities=2_000
 
 @dataclass(frozen=True)
 class DemoSummary:
-    """What the demo found.
+    """The result of the demo.
 
     Attributes:
+        folder: of data, run and report.
+        world: what was rendered.
         accuracy, accuracy_std: ten-fold verification accuracy of the model on identities that it has never seen.
         pixel_accuracy, color_accuracy: the same of raw pixels and of colours.
+        training: what the training did.
         seconds: wall time by stage.
     """
 
@@ -48,7 +51,7 @@ class DemoSummary:
         return {**asdict(self), "folder": str(self.folder), "training": self.training.to_dict()}
 
     def text(self) -> str:
-        """One screen: what happened, what to look at, what to do next."""
+        """One screen: the result, what to look at, what to do next."""
         world, run = self.world, self.folder / "run"
         timing = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
         return f"""
@@ -70,13 +73,13 @@ Look at
 
 Next, with your own data (a .rec file, or one folder of aligned images for each identity)
     partialfc data inspect FOLDER
-    partialfc train --data.path FOLDER --backbone.name r50 --eval lfw=lfw.bin --out runs/mine
+    partialfc train --data.path FOLDER --backbone.name r50 --benchmark lfw=lfw.bin --out runs/mine
     partialfc evaluate runs/mine --benchmark lfw=lfw.bin
 """
 
 
 def _bar(accuracy: float, width: int = 24) -> str:
-    """A bar from guessing (50 %) to always right."""
+    """A bar from 50 %, which is guessing, to 100 %."""
     filled = round(max(0.0, accuracy - 0.5) * 2 * width)
     return "█" * filled + "·" * (width - filled)
 
@@ -84,10 +87,13 @@ def _bar(accuracy: float, width: int = 24) -> str:
 def demo(
     out: Path, *, seed: int = 0, world: FaceWorld = WORLD, recipe: TrainConfig | None = None, quiet: bool = False
 ) -> DemoSummary:
-    """Run the demo in `out`; what an interrupted one has finished there is taken over.
+    """Run the demo in `out`, or resume one that was interrupted there.
 
     Args:
+        out: new folder, or that of an interrupted demo.
+        seed: of faces and training.
         world, recipe: another size, for tests; by default `WORLD` and the recipe "demo".
+        quiet: show no progress.
 
     Raises:
         InputError: `out` holds something else.
@@ -104,7 +110,7 @@ def demo(
         pairs = read_pairs(data / "pairs.bin")
         pixels, colors = _baseline(pairs, pixel_embeddings), _baseline(pairs, color_embeddings)
     with stages.stage("training"):
-        config = recipe or RECIPES["demo"]()
+        config = recipe or RECIPES["demo"]
         config = replace(config, seed=seed, data=replace(config.data, path=str(data / "train")))
         result = train(config, out / "run", benchmarks={"pairs": data / "pairs.bin"}, resume=True, quiet=quiet)
     with stages.stage("report"):
@@ -138,7 +144,7 @@ def _baseline(pairs: PairSet, embed: Callable[..., Any]) -> float:
 
 
 class _Stages:
-    """How long each stage took."""
+    """Wall time of each stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The measurements measure what they say: the dense head is right, phases add up, memory is seen and refused."""
+"""What is measured: the dense head is right, phases add up, memory is counted and refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from reference import cosface, dense_loss, relative_error
 
 from partialfc.bench import head as bench
-from partialfc.bench import head_variants, machine
+from partialfc.bench import machine
 from partialfc.bench.head import bench_head
-from partialfc.bench.head_variants import DenseHead, HeadConfiguration, Phases, dense_step, our_steps
+from partialfc.bench.head_step import HeadCase
+from partialfc.bench.head_variants import DenseHead, Phases, dense_step, our_steps
+from partialfc.config.options import OptimizerConfig
 from partialfc.core.errors import InputError, JobError
-from partialfc.head.optim import RowwiseSGD
 
-SMALL = HeadConfiguration(num_classes=300, embedding_dim=16, batch_size=8, sample_rate=0.1, device="cpu")
+SMALL = HeadCase(num_classes=300, embedding_dim=16, batch_size=8, sample_rate=0.1, device="cpu")
 PHASES = {"sampling", "forward", "backward", "optimizer"}
 
 
@@ -47,7 +48,7 @@ def test_dense_head_computes_the_loss() -> None:
 
 @pytest.mark.parametrize(("rate", "count"), [(0.1, 30), (1.0, 300), (0.0, None)])
 def test_dense_head_samples_the_positives_and_fills_up(rate: float, count: int | None) -> None:
-    head = DenseHead(HeadConfiguration(300, 4, 8, rate, "cpu"))
+    head = DenseHead(HeadCase(300, 4, 8, rate, "cpu"))
     labels = torch.tensor([7, 7, 299, 0])
     classes, places = head.sample(labels)
     assert len(classes) == (count or 3)
@@ -56,20 +57,17 @@ def test_dense_head_samples_the_positives_and_fills_up(rate: float, count: int |
 
 
 def test_dense_step_moves_every_row_and_ours_only_the_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.nn.Parameter] = []
+    built: list[torch.nn.Parameter] = []
+    original = torch.nn.Module.register_parameter
 
-    def remembering(optimizer: Any) -> Any:
-        def make(parameters: Any, *args: Any, **options: Any) -> Any:
-            (parameter,) = parameters
-            seen.append(parameter)
-            return optimizer([parameter], *args, **options)
+    def remember(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if name == "centers" and parameter is not None:
+            built.append(parameter)
+        original(module, name, parameter)
 
-        return make
-
-    monkeypatch.setattr(head_variants, "RowwiseSGD", remembering(RowwiseSGD))
-    monkeypatch.setattr(torch.optim, "SGD", remembering(torch.optim.SGD))
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", remember)
     steps = our_steps(SMALL) | {"dense baseline": dense_step(SMALL)}
-    ours, dense = seen
+    ours, dense = built
     for variant, step in steps.items():
         parameter, count = (dense, 300) if variant == "dense baseline" else (ours, 30)
         before = parameter.detach().clone()
@@ -95,8 +93,9 @@ def test_results_of_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     ] == ["partialfc sparse bfloat16"]
 
 
+@pytest.mark.multiprocess
 def test_memory_is_that_of_the_variant_in_its_own_process() -> None:
-    configuration = HeadConfiguration(20_000, 256, 4, 0.0, "cpu")
+    configuration = HeadCase(20_000, 256, 4, 0.0, "cpu")
     centers = 20_000 * 256 * 4
     beyond_centers_and_momentum = bench.measure_peak(configuration, "deferred") - 2 * centers
     assert -(1 << 20) < beyond_centers_and_momentum < 150 << 20
@@ -106,13 +105,14 @@ def test_memory_can_be_measured_in_this_process() -> None:
     assert bench.run_for_memory(SMALL, "dense baseline") >= 0
 
 
+@pytest.mark.multiprocess
 def test_a_killed_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "run_for_memory", kill_itself)
     with pytest.raises(JobError, match="'sparse' was killed"):
         bench.measure_peak(SMALL, "sparse")
 
 
-def kill_itself(configuration: HeadConfiguration, variant: str) -> int:
+def kill_itself(configuration: HeadCase, variant: str) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return 0
 
@@ -128,7 +128,7 @@ def kill_itself(configuration: HeadConfiguration, variant: str) -> int:
         ({"sample_rate": float("nan")}, "--sample-rate is nan"),
         ({"device": "abacus"}, "'cpu' or 'cuda'"),
         ({"device": "meta"}, "'cpu' or 'cuda'"),
-        ({"device": "cuda:99"}, "PyTorch sees"),
+        ({"device": "cuda:99"}, "'cpu' or 'cuda'"),
         ({"num_classes": 10**10}, "GiB are free: lower --classes"),
         ({"num_classes": 10**10, "baseline": True}, "leave out --baseline or lower --classes"),
     ],
@@ -138,21 +138,26 @@ def test_wrong_input_is_refused_before_anything_is_allocated(arguments: dict[str
         next(bench_head(**({"num_classes": 100} | arguments)))
 
 
-def test_memory_facts_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 1 << 20 < machine.peak_resident_bytes() < 1 << 40
+def test_facts_of_the_machine_are_plausible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 << 20 < machine.available_bytes("cpu") < 1 << 50
     facts = machine.describe("cpu")
     assert facts["cpu"]
     assert int(facts["cores"]) >= 1
     # Where there is no /proc, the standard library answers.
-    monkeypatch.setattr(machine, "_first_field", lambda path, name: "")
-    assert 1 << 20 < machine.peak_resident_bytes() < 1 << 40
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert machine.describe("cpu")["cpu"]
     assert 1 << 20 < machine.available_bytes("cpu") < 1 << 50
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus: 10 beads\nmodel name\t: other\n")
+    (tmp_path / "meminfo").write_text("MemTotal:  64 kB\nMemAvailable:  8 kB\n")
+    assert machine.describe("cpu")["cpu"] == "Abacus: 10 beads"
+    assert machine.available_bytes("cpu") == 8 * 1024
 
 
-def test_fields_of_a_missing_file_are_empty(tmp_path: Path) -> None:
-    facts = tmp_path / "facts"
-    facts.write_text("a: 1\nb:\t2 kB\n")
-    assert machine._first_field(facts, "b") == "2 kB"
-    assert machine._first_field(facts, "c") == ""
-    assert machine._first_field(tmp_path / "none", "a") == ""
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_head_is_built_as_training_builds_it(optimizer: Any) -> None:
+    options: dict[str, Any] = {"margin": "arcface", "update": "deferred", "dtype": "bfloat16", "state_dtype": "float32"}
+    head, rowwise = HeadCase(20, 4, 8, 0.25, "cpu").build(OptimizerConfig(optimizer, lr=0.3), **options)
+    assert (head.num_classes, head.embedding_dim, head.sample_rate, head.update) == (20, 4, 0.25, "deferred")
+    assert (type(head.loss_config.margin).__name__, head.centers.dtype) == ("ArcFace", torch.bfloat16)
+    assert type(rowwise).__name__.lower() == f"rowwise{optimizer}"
+    assert rowwise.param_groups[0]["lr"] == 0.3

@@ -25,11 +25,11 @@ def hosts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def test_a_host_is_cut_off(hosts: ModuleType, tmp_path: Path) -> None:
-    with hosts.opened_stage(tmp_path, steps=10_000, fault_step=3, silence=5) as stage:
+    with hosts.opened_stage(tmp_path, steps=10_000, fault_step=3, heartbeat_timeout=5) as stage:
         outcome = hosts.cut_off(stage, leaving=1)
     assert outcome.as_written, outcome.said
     assert "rank 1 (on host-b, process " in outcome.messages["host-a"]
-    assert "has given no sign of life for" in outcome.messages["host-a"]
+    assert "has sent no heartbeat for" in outcome.messages["host-a"]
     assert "has not answered for" in outcome.messages["host-b"]
 
 

@@ -1,4 +1,4 @@
-"""What people see: checked as text, with a clock that the test moves."""
+"""The shown progress, checked as text with a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_lines_at_the_start_every_ten_seconds_and_at_the_end(clock: Clock, plain
     ]
 
 
-def test_the_last_line_is_not_said_twice(clock: Clock, plain: Console) -> None:
+def test_the_last_line_is_not_printed_twice(clock: Clock, plain: Console) -> None:
     with Progress("training", 20, unit=None, console=plain, clock=clock) as shown:
         shown.update(10)
         clock.now += 10.0
@@ -98,7 +98,7 @@ def test_a_terminal_gets_a_bar_with_figures_below(clock: Clock, terminal: Consol
         shown.update(1200, epoch=2.0, loss=12.0)
         clock.now += 10.0
         shown.update(1250, epoch=2.5, loss=11.5, images_per_second=1052.0)
-        shown.update(1251, loss=0.0)  # too soon to be drawn again
+        shown.update(1251, loss=0.0)  # too early for another drawing
         shown.message("step 1250: lfw accuracy 91.2%")
         shown.update(1250, epoch=2.5, loss=11.5, images_per_second=1052.0)
     seen = lines(terminal)
@@ -144,7 +144,7 @@ def test_on_a_terminal_it_is_one_line_even_before_the_total_is_known(clock: Cloc
     assert re.fullmatch(r"rendering  ━+  40/40 \(100%\)  7\.5 faces/s  in 0:04", lines(terminal)[-1])
 
 
-def test_what_has_not_begun_says_nothing(clock: Clock, plain: Console) -> None:
+def test_a_job_without_updates_shows_nothing(clock: Clock, plain: Console) -> None:
     with Progress("reading", 10, console=plain, clock=clock):
         pass
     assert lines(plain) == []
@@ -167,7 +167,7 @@ def test_standard_output_is_left_for_results(capsys: pytest.CaptureFixture[str])
     assert captured.err == "training: step 1/1 (100%), in 0:00\n"
 
 
-READERLESS = """
+CLOSED_READER = """
 import sys
 from partialfc.core.console import Progress
 sys.stdin.readline()
@@ -179,9 +179,10 @@ print("done")
 """
 
 
-def test_a_job_goes_on_when_nobody_reads_its_messages_any_more() -> None:
+@pytest.mark.multiprocess
+def test_a_job_continues_when_its_reader_has_closed() -> None:
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", READERLESS]
+    command = [sys.executable, "-c", CLOSED_READER]
     with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Processes of one start meet in a store that is empty, full of the past, or lacks somebody."""
+"""The rendezvous of one launch in a store that is empty, holds keys of earlier launches, or misses a rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fits(infos: Sequence[LaunchInfo]) -> str | None:
     return None
 
 
-def meeting(
+def rendezvous(
     store: dist.Store,
     ranks: Sequence[int],
     world_size: int,
@@ -39,26 +39,26 @@ def meeting(
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_all_get_one_word_and_a_new_one_each_time(world_size: int) -> None:
+def test_all_get_one_session_id_and_a_new_one_each_time(world_size: int) -> None:
     store = dist.HashStore()
-    words = set()
+    session_ids = set()
     for _ in range(3):  # torchrun's store stays the same when it starts again
-        found = meeting(store, range(world_size), world_size)
-        assert len(set(found)) == 1
-        words.add(found[0])
-    assert len(words) == 3
+        outcomes = rendezvous(store, range(world_size), world_size)
+        assert len(set(outcomes)) == 1
+        session_ids.add(outcomes[0])
+    assert len(session_ids) == 3
 
 
 def test_fewer_or_more_processes_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
     for world_size in (4, 2, 3):
-        assert len(set(meeting(store, range(world_size), world_size))) == 1
+        assert len(set(rendezvous(store, range(world_size), world_size))) == 1
 
 
-def test_rank_0_first_believes_the_past() -> None:
-    """It finds the word of a dead rank 1, answers that, and answers anew when the living one comes."""
+def test_rank_0_reads_a_message_of_an_earlier_launch_first() -> None:
+    """It finds the message of a dead rank 1, answers it, and answers anew when the living one sends its own."""
     store = dist.HashStore()
-    store.set("partialfc/meeting/hello/1", json.dumps({"nonce": "dead", "launch_info": {"rank": "dead"}}))
+    store.set("partialfc/rendezvous/hello/1", json.dumps({"nonce": "dead", "launch_info": {"rank": "dead"}}))
     asked: list[Any] = []
     answered = threading.Event()
 
@@ -75,8 +75,8 @@ def test_rank_0_first_believes_the_past() -> None:
     assert asked == [[0, "dead"], [0, 1]]
 
 
-def test_rank_0_may_be_in_its_next_meeting_already() -> None:
-    """Processes that meet again and again, none waiting for the slowest, still have the same words."""
+def test_rank_0_may_be_in_its_next_rendezvous_already() -> None:
+    """Processes in rendezvous after rendezvous, none waiting for the slowest, still agree on the session ids."""
     store = dist.HashStore()
 
     def often(rank: int) -> list[str]:
@@ -89,20 +89,20 @@ def test_rank_0_may_be_in_its_next_meeting_already() -> None:
 
 
 def test_a_refusal_reaches_all() -> None:
-    found = meeting(dist.HashStore(), range(3), 3, lambda infos: f"no room for {len(infos)}")
-    assert [(type(each), str(each)) for each in found] == [(InputError, "no room for 3")] * 3
+    outcomes = rendezvous(dist.HashStore(), range(3), 3, lambda infos: f"no room for {len(infos)}")
+    assert [(type(each), str(each)) for each in outcomes] == [(InputError, "no room for 3")] * 3
 
 
-def test_who_does_not_come_is_named() -> None:
-    first, second = meeting(dist.HashStore(), [0, 2], 4, seconds=0.3)
+def test_a_missing_rank_is_named() -> None:
+    first, second = rendezvous(dist.HashStore(), [0, 2], 4, seconds=0.3)
     assert isinstance(first, JobError)
     assert str(first).startswith("2 of 4 processes did not come (rank 1, 3): ")
     assert isinstance(second, JobError)
-    assert "Rank 2 has waited in vain" in str(second)
+    assert "Rank 2 has not reached rank 0 or others in time" in str(second)
 
 
-def test_the_dead_of_an_earlier_start_are_named_too() -> None:
+def test_the_dead_of_an_earlier_launch_are_named_too() -> None:
     store = dist.HashStore()
-    meeting(store, range(3), 3)
-    first, _ = meeting(store, [0, 1], 3, seconds=0.5)
+    rendezvous(store, range(3), 3)
+    first, _ = rendezvous(store, [0, 1], 3, seconds=0.5)
     assert str(first).startswith("1 of 3 processes did not come (rank 2): ")

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from distributed_workers import run_ranks
 
 from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet
 from partialfc.evaluation import pairs
-from partialfc.evaluation.pairs import PairResult, evaluate_pair_set, evaluate_pairs
+from partialfc.evaluation.pairs import PairResult, embed_share, evaluate_pair_set, evaluate_pairs
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model
@@ -97,17 +96,12 @@ def test_images_of_another_size_are_refused() -> None:
         evaluate_pair_set(small_model(), small_pairs(32))
 
 
-def evaluate_on_rank(rank: int, world_size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder / f'store{world_size}'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    try:
-        result = evaluate_pair_set(small_model(), small_pairs(), batch_size=10)
-        np.save(folder / f"scores-{world_size}-{rank}.npy", result.scores)
-    finally:
-        dist.destroy_process_group()
+def evaluate_on_rank(rank: int, folder: Path) -> None:
+    result = evaluate_pair_set(small_model(), small_pairs(), batch_size=10)
+    np.save(folder / f"scores-{rank}.npy", result.scores)
 
 
+@pytest.mark.multiprocess
 def test_result_is_identical_at_any_world_size(tmp_path: Path) -> None:
     """46 images in 5 batches over 3 ranks, the last batch incomplete: bit for bit what one process computes."""
     threads = torch.get_num_threads()
@@ -116,26 +110,25 @@ def test_result_is_identical_at_any_world_size(tmp_path: Path) -> None:
         alone: PairResult = evaluate_pair_set(small_model(), small_pairs(), batch_size=10)
     finally:
         torch.set_num_threads(threads)
-    mp.spawn(evaluate_on_rank, args=(3, tmp_path), nprocs=3)
+    run_ranks(3, evaluate_on_rank, tmp_path)
     for rank in range(3):
-        np.testing.assert_array_equal(np.load(tmp_path / f"scores-3-{rank}.npy"), alone.scores)
+        np.testing.assert_array_equal(np.load(tmp_path / f"scores-{rank}.npy"), alone.scores)
 
 
-@pytest.mark.parametrize(("images", "world_size", "calls"), [(40, 1, 5), (40, 2, 3), (40, 3, 2), (8, 3, 1)])
-def test_all_ranks_are_called_between_batches_equally_often(
-    images: int, world_size: int, calls: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("images", "world_size", "batches"), [(40, 1, 5), (40, 2, 3), (40, 3, 2), (8, 3, 1), (9, 2, 1)]
+)
+def test_all_ranks_embed_equally_many_batches(
+    images: int, world_size: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank with fewer batches of eight images is called after its last one too: what is called may communicate."""
-    model = Model(create_backbone("mini", embedding_dim=8, image_size=16), ModelConfig("mini", 8, 16))
-    pixels = np.zeros((images, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(pairs, "world_size_of", lambda group: world_size)
-    monkeypatch.setattr(pairs, "all_gather_rows", lambda own, counts, group: own)
-    counts = []
+    """A rank with fewer batches of eight images yields empty ones at the end, so that all may communicate between."""
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
+    model = small_model()
+    monkeypatch.setattr(pairs, "world_size_of", lambda: world_size)
+    shares = []
     for rank in range(world_size):
-        monkeypatch.setattr(pairs, "rank_of", lambda group, rank=rank: rank)
-        seen: list[None] = []
-        pairs.embed_across_ranks(
-            model, pixels, flip=False, batch_size=8, group=None, between=lambda seen=seen: seen.append(None)
-        )
-        counts.append(len(seen))
-    assert counts == [calls] * world_size
+        monkeypatch.setattr(pairs, "rank_of", lambda rank=rank: rank)
+        shares.append(list(embed_share(model, pixels, batch_size=8)))
+    assert [len(share) for share in shares] == [batches] * world_size
+    together = torch.cat([batch for share in shares for batch in share])
+    assert torch.equal(together, embed(model, pixels, batch_size=8))

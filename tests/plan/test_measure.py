@@ -1,59 +1,65 @@
-"""Rates from measured seconds: whatever made the seconds must come out again."""
+"""Rates of this machine: the planned step is what is timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from workloads import changed, workload
 
+from partialfc.bench.head_step import median_seconds
 from partialfc.plan import measure
-from partialfc.plan.request import PlanRequest
-from partialfc.plan.step_time import backbone_flops, head_work
+from partialfc.plan.step_time import backbone_flops, head_time, step_time
 
-SMALL = PlanRequest(
-    classes=50_000, gpus=1, device="cpu", backbone="mini", image_size=32, embedding_dim=16, batch_size=64
-)
+SMALL = workload(5_000, 16, device="cpu")
 
 
-def test_three_sizes_of_the_head_give_its_three_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    works = [
-        head_work(replace(SMALL, batch_size=batch, sample_rate=sampled / 50_000))
-        for sampled, batch in ((1_000, 32), (20_000, 32), (20_000, 256))
+def test_a_planned_step_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "measure_seconds", lambda asked, precision: (0.25, 0.125))
+    rates = measure.measure_rates(SMALL, "float32")
+    time = step_time(SMALL, rates, "float32")
+    assert (time.backbone, time.head, time.communication) == pytest.approx((0.25, 0.125, 0.0))
+    # Other sizes follow in proportion to their operations.
+    doubled = changed(SMALL, head__sample_rate=0.2)
+    assert head_time(doubled, rates) == pytest.approx(2 * 0.125)
+    assert rates.backbone_flops == pytest.approx(backbone_flops(SMALL, "float32") / 0.25)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer__name": "adamw", "data__micro_batch_size": 8, "gpus": 1}])
+def test_steps_are_those_of_the_workload(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """One step of backbone and head each: their batches, micro-steps and optimizers."""
+    asked = changed(SMALL, **options)
+    seen: list[tuple[int, ...]] = []
+    stepped: list[str] = []
+
+    def once(step: Callable[[], None], device: torch.device) -> float:
+        step()
+        return 1.0
+
+    def watch(module: nn.Module, arguments: Any) -> None:
+        if type(module).__name__ in ("Mini", "PartialFC"):
+            seen.append(tuple(arguments[0].shape))
+
+    monkeypatch.setattr(measure, "median_seconds", once)
+    hooks = [
+        torch.nn.modules.module.register_module_forward_pre_hook(watch),
+        register_optimizer_step_post_hook(lambda optimizer, *_: stepped.append(type(optimizer).__name__)),
     ]
-    seconds = [0.003 + work.flops / 2e11 + work.row_bytes / 3e10 for work in works]
-
-    def timed(steps: Sequence[Callable[[], None]], device: torch.device, rounds: int, warm_up: int) -> list[float]:
-        assert len(steps) == 4
-        for step in steps:
-            step()
-        return [*seconds, 0.5]
-
-    monkeypatch.setattr(measure, "median_seconds", timed)
-    ran: list[int] = []
-    rates, beside = measure.measure_head(SMALL, [lambda: ran.append(1)])
-    assert (rates.flops, rates.row_bytes, rates.seconds) == pytest.approx((2e11, 3e10, 0.003))
-    assert (beside, ran) == ([0.5], [1])
+    try:
+        assert measure.measure_seconds(asked, "float32") == (1.0, 1.0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    batch, micro_steps = (16, 1) if not options else (8, 2)
+    assert seen == [(batch, 3, 32, 32)] * micro_steps + [(batch, 64)] * micro_steps
+    assert stepped == (["SGD", "RowwiseSGD"] if not options else ["AdamW", "RowwiseAdamW"])
 
 
-def test_noise_does_not_make_a_rate_negative(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "median_seconds", lambda *_: [0.3, 0.2, 0.1])
-    rates, _ = measure.measure_head(SMALL)
-    assert rates.flops > 0
-    assert rates.row_bytes > 0
-    assert rates.seconds >= 0
-
-
-def test_two_batches_of_the_backbone_give_its_two_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    each = backbone_flops(SMALL, "float32") / 64
-    monkeypatch.setattr(measure, "_backbone_seconds", lambda request, precision, images: 0.001 + images * each / 5e11)
-    assert measure.measure_backbone(SMALL, "float32") == pytest.approx((5e11, 0.001))
-
-
-def test_steps_take_turns() -> None:
-    order: list[str] = []
-    steps = [lambda: order.append("a"), lambda: order.append("b")]
-    seconds = measure.median_seconds(steps, torch.device("cpu"), 2, 1)
-    assert order == ["a", "b"] * 3
-    assert all(0 <= each < 1 for each in seconds)
+def test_the_median_leaves_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 22.0, 30.0, 37.0])
+    monkeypatch.setattr("partialfc.bench.head_step.time.perf_counter", lambda: next(clock))
+    assert median_seconds(lambda: None, torch.device("cpu"), steps=3, warm_up=1) == 2.0

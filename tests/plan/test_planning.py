@@ -1,74 +1,89 @@
-"""Plans: which rates fit, what limits a step, what is advised, and what people read."""
+"""Plans: which rates fit, what limits a step, what is advised, and the text."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from workloads import changed, workload
 
-from partialfc.config.recipes import RECIPES, recipe_plan_request
+from partialfc.config.recipes import RECIPES, data_set
 from partialfc.core.errors import InputError
+from partialfc.plan import planning
 from partialfc.plan.memory import plan_memory, weights_memory
 from partialfc.plan.network import network_size
-from partialfc.plan.planning import largest_rate, leanest_that_fits, make_plan, usable_bytes
-from partialfc.plan.rates import MachineRates
-from partialfc.plan.request import PlanRequest
+from partialfc.plan.planning import Plan, largest_rate, make_plan, plan_workload, recipe_memory
+from partialfc.plan.rates import GIB, MachineRates
 from partialfc.plan.step_time import backbone_flops, communication_time, head_time, head_work, step_time
 from partialfc.plan.text import plan_text
+from partialfc.plan.workload import Workload
 
-MINI = PlanRequest(classes=1_000_000, gpus=8, backbone="mini", image_size=32, embedding_dim=64, batch_size=16)
-# Round figures, so that the times below can be reckoned by hand.
-ROUND = MachineRates("round", "by hand", 8 << 30, 1e12, 0.5, 1e9, 1e6, 2.0, 0.0, 1e3, 1e6, 0.25, 1e3, 4.0, 100.0)
+MINI = workload(1_000_000, 16, gpus=8)
+# Round figures, so that the times below can be computed by hand.
+ROUND = MachineRates("round", "by hand", 1e12, 1e9, 1e6, 1e3, 2.0, 1e6, 0.25, 1e3, 4.0)
+
+
+def planned(asked: Workload, rates: MachineRates = ROUND, gib: float = 8) -> Plan:
+    return plan_workload(asked, "bfloat16", rates, int(gib * GIB))
 
 
 def test_the_head_is_some_products_and_the_rows_it_moves() -> None:
-    request = replace(MINI, sample_rate=0.1, head_update="deferred")
-    work = head_work(request)
-    assert request.sampled == 12_500
-    assert work.flops == 4 * 2 * 128 * 12_500 * 64  # a GPU computes the cosines twice
-    assert work.row_bytes == 12_500 * 64 * (3 + 2) * 4
-    assert head_work(replace(request, head_update="sparse")).row_bytes == 12_500 * 64 * (2 + 2 + 2 + 2) * 4
-    assert head_work(replace(request, state_on_host=True)).host_bytes == 12_500 * 64 * 2 * 4
-    assert head_time(request, ROUND) == pytest.approx(2.0 + work.flops / 1e9 + work.row_bytes / 1e6)
-    on_cpu = replace(request, device="cpu")
-    assert head_work(on_cpu).flops == 3 * 2 * 128 * 12_500 * 64
+    asked = changed(MINI, head__update="deferred")
+    flops, row_bytes, _ = head_work(asked)
+    assert asked.sampled == 12_500
+    assert flops == 4 * 2 * 128 * 12_500 * 64  # a GPU computes the cosines twice
+    assert row_bytes == 12_500 * 64 * (3 + 2) * 4
+    assert head_work(changed(asked, head__update="sparse"))[1] == 12_500 * 64 * (2 + 2 + 2 + 2) * 4
+    assert head_work(changed(asked, head__state_on_host=True))[2] == 12_500 * 64 * 2 * 4
+    assert head_time(asked, ROUND) == pytest.approx(2.0 + flops / 1e9 + row_bytes / 1e6)
+    without_rows = head_time(asked, replace(ROUND, memory_rate=None))
+    assert without_rows == pytest.approx(2.0 + flops / 1e9)
+    on_cpu = changed(asked, device="cpu")
+    assert head_work(on_cpu)[0] == 3 * 2 * 128 * 12_500 * 64
     # Half of these cosines fit the scratch memory, and the others are computed twice.
-    twice = replace(request, device="cpu", gpus=1, sample_rate=1.0, batch_size=128, head_dtype="float32")
+    twice = workload(1_000_000, 128, device="cpu", head__update="deferred", head__sample_rate=1.0)
     kept = (256 << 20) // (4 * 128)  # classes
-    assert head_work(twice).flops == pytest.approx((4 - kept / 1_000_000) * 2 * 128 * 1_000_000 * 64)
+    assert head_work(twice)[0] == pytest.approx((4 - kept / 1_000_000) * 2 * 128 * 1_000_000 * 64)
 
 
 def test_the_backbone_runs_forward_once_and_backward_twice_as_long() -> None:
-    once = backbone_flops(replace(MINI, backbone="r18"), "float32")
-    assert backbone_flops(replace(MINI, backbone="r18", checkpointing=True), "float32") == once * 4 / 3
-    assert backbone_flops(replace(MINI, backbone="r18", micro_steps=5), "float32") == 5 * once
-    assert step_time(MINI, ROUND, "float32").backbone == pytest.approx(0.5 + backbone_flops(MINI, "float32") / 1e12)
+    once = backbone_flops(changed(MINI, backbone__name="r18"), "float32")
+    assert backbone_flops(changed(MINI, backbone__name="r18", backbone__checkpointing=True), "float32") == once * 4 / 3
+    assert backbone_flops(changed(MINI, backbone__name="r18", data__global_batch_size=128 * 5), "float32") == 5 * once
+    passes = backbone_flops(MINI, "float32") / 1e12
+    update = 4 * network_size(MINI).trained * 5 / 1e6
+    assert step_time(MINI, ROUND, "float32").backbone == pytest.approx(2.0 + passes + update)
+    measured = replace(ROUND, memory_rate=None, overhead=0.0)
+    assert step_time(MINI, measured, "float32").backbone == pytest.approx(passes)
 
 
 def test_collectives_pass_the_slowest_link() -> None:
-    assert communication_time(replace(MINI, gpus=1), ROUND, 1.0) == 0.0
-    hidden = communication_time(replace(MINI, gpus=2), ROUND, 1e9)
+    assert communication_time(workload(), ROUND, 1.0) == 0.0
+    two, many = workload(1_000_000, 16, gpus=2), workload(1_000_000, 16, gpus=16)
+    hidden = communication_time(two, ROUND, 1e9)
     embeddings = 2 * 0.5 * 4 * 32 * 64 / 1e6
     figures = 2 * 0.5 * 16 * 32 / 1e6
     latency = 0.25
     last_bucket = min(25 << 20, 4 * network_size(MINI).trained) / 1e6 + latency
     assert hidden == pytest.approx(embeddings + figures + 6 * latency + last_bucket)
-    rounded = communication_time(replace(MINI, gpus=2, gradients="bfloat16"), ROUND, 1e9)
+    rounded = communication_time(changed(two, processes__gradients="bfloat16"), ROUND, 1e9)
     assert rounded == pytest.approx(hidden - 2 * network_size(MINI).trained / 1e6)
-    in_parts = communication_time(replace(MINI, gpus=2, processes_backbone="fsdp"), ROUND, 0.0)
+    in_parts = communication_time(changed(two, processes__backbone="fsdp"), ROUND, 0.0)
     size = network_size(MINI)
     moved = 0.5 * 4 * (2 * size.parameters + size.trained)
     assert in_parts == pytest.approx(hidden - last_bucket + moved / 1e6)
-    assert communication_time(replace(MINI, gpus=16), ROUND, 1e9) > 100 * hidden  # over the network
+    assert communication_time(many, ROUND, 1e9) > 100 * hidden  # over the network
 
 
 def test_a_slow_loader_is_the_limit() -> None:
-    time = step_time(MINI, replace(ROUND, decode_rate=1e-3), "float32")
+    quick = replace(ROUND, backbone_flops=1e30, head_flops=1e30, memory_rate=None, overhead=0.0, node_rate=1e30)
+    time = step_time(MINI, replace(quick, node_latency=0.0), "float32")
     assert time.limit == "loader"
-    assert time.step == time.loader
-    assert step_time(MINI, replace(ROUND, head_seconds=1e6), "float32").limit == "head"
+    assert time.step == time.loader == pytest.approx(16 / (4 * 5000 * (112 / 32) ** 2))
+    assert step_time(MINI, replace(quick, head_flops=1.0), "float32").limit == "head"
 
 
 @given(limit=st.floats(0, 1))
@@ -86,46 +101,61 @@ def test_no_rate_may_hold() -> None:
 @settings(deadline=None, max_examples=30)
 @given(classes=st.integers(1_000_000, 300_000_000), gib=st.floats(2, 40))
 def test_the_rate_that_fits_fits_and_more_does_not(classes: int, gib: float) -> None:
-    request = replace(MINI, classes=classes, gpu_memory=gib)
-    plan = make_plan(request, rates=ROUND)
+    asked = changed(MINI, classes=classes)
+    plan = planned(asked, gib=gib)
     if plan.fitting_rate is None:
-        assert plan_memory(request.with_rate(0.0), "bfloat16").peak > plan.capacity
+        assert plan_memory(asked.with_rate(0.0), "bfloat16").peak > plan.capacity
         return
-    assert plan_memory(request.with_rate(plan.fitting_rate), plan.precision).peak <= usable_bytes(request, ROUND)
+    assert plan_memory(asked.with_rate(plan.fitting_rate), "bfloat16").peak <= plan.capacity
     if plan.fitting_rate < 0.98:
-        assert plan_memory(request.with_rate(1.02 * plan.fitting_rate + 0.001), "bfloat16").peak > plan.capacity
+        assert plan_memory(asked.with_rate(1.02 * plan.fitting_rate + 0.001), "bfloat16").peak > plan.capacity
 
 
 def test_every_advice_fits() -> None:
-    request = replace(MINI, classes=40_000_000, gpus=1, gpu_memory=20)
-    plan = make_plan(request, rates=ROUND)
+    asked = workload(40_000_000, 16)
+    plan = planned(asked, gib=19)
     assert not plan.fits
     assert plan.advice[-1] == "--gpus 2"
-    assert "--head-update deferred --head-dtype bfloat16" in plan.advice
-    assert plan_memory(replace(request, gpus=2), "bfloat16").peak <= plan.capacity
-    half = replace(request, head_update="deferred", head_dtype="bfloat16")
+    assert "--head.update deferred --head.dtype bfloat16" in plan.advice
+    assert plan_memory(changed(asked, gpus=2), "bfloat16").peak <= plan.capacity
+    half = changed(asked, head__update="deferred", head__dtype="bfloat16")
     assert plan_memory(half, "bfloat16").peak <= plan.capacity
-    name, leanest = leanest_that_fits(request, lambda asked: make_plan(asked, rates=ROUND))
-    assert name == "bfloat16, deferred"
-    assert leanest.fits
     text = plan_text(plan)
     assert "It does not fit" in text
     assert "No sample rate fits" in text
 
 
+def test_a_large_batch_is_cut_or_recomputed() -> None:
+    asked = workload(1000, 256, backbone__name="r18", image_size=64)
+    plan = planned(asked, gib=2.5)
+    assert plan.advice[0] == "--backbone.checkpointing true"
+    assert plan.advice[1].startswith("--data.micro_batch_size ")
+    smaller = changed(asked, data__micro_batch_size=int(plan.advice[1].split()[1]))
+    assert smaller.micro_steps > 1
+    assert plan_memory(smaller, "bfloat16").peak <= plan.capacity
+    in_one = planned(changed(asked, backbone__sync_batch_norm=True), gib=2.5)
+    assert not any("micro_batch_size" in advice for advice in in_one.advice)
+
+
+def test_no_more_gpus_than_images_for_them() -> None:
+    assert planned(workload(1_000_000_000, 4), gib=20).advice == []
+
+
 def test_the_rate_of_equal_cost() -> None:
-    quick = replace(ROUND, head_seconds=0.0, head_row_bytes=1e12, backbone_flops=1e10)
-    plan = make_plan(MINI, rates=quick)
+    quick = replace(ROUND, overhead=0.0, memory_rate=None, backbone_flops=1e10)
+    plan = planned(MINI, quick)
+    assert plan.time is not None
     assert plan.equal_rate is not None
     at_that_rate = head_time(MINI.with_rate(plan.equal_rate), quick)
     assert 0.97 * plan.time.backbone < at_that_rate <= plan.time.backbone
     assert f"Beyond a sample rate of {plan.equal_rate:g}" in plan_text(plan)
-    assert make_plan(MINI, rates=replace(quick, head_flops=1e15)).equal_rate is None
-    assert make_plan(MINI, rates=ROUND).equal_rate == 0
+    assert planned(MINI, replace(quick, head_flops=1e15)).equal_rate is None
+    assert planned(MINI, replace(quick, head_flops=1.0)).equal_rate == 0
 
 
 def test_text_and_values_agree() -> None:
-    plan = make_plan(MINI)
+    plan = make_plan(MINI.config, classes=1_000_000, image_size=32)
+    assert plan.workload == MINI  # by default as many GPUs as hold the batch at once
     values, text = plan.to_dict(), plan_text(plan)
     assert values["memory"]["peak_bytes"] == sum(values["memory"]["parts"].values())
     assert "not measured" in text.splitlines()[2]
@@ -134,28 +164,71 @@ def test_text_and_values_agree() -> None:
         assert part in text
 
 
+def test_what_does_not_fit_this_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure_rates", None)
+    plan = make_plan(MINI.config, classes=1_000_000, image_size=32, device="cpu", gpu_memory=0.01)
+    assert plan.time is plan.rates is plan.equal_rate is None
+    text = plan_text(plan)
+    assert "rates: not measured, since it does not fit this machine" in text
+    assert "time of a step" not in text
+    assert plan.to_dict()["images_per_second"] is None
+
+
+def test_what_this_machine_has_free_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "available_bytes", lambda device: 100 * GIB)
+    asked = changed(MINI, device="cpu")
+    assert planning.usable_bytes(asked, None) == pytest.approx(0.95 * 100 * GIB / 8, abs=8)
+    assert planning.usable_bytes(asked, 4) == int(0.95 * 4 * GIB)
+    assert planning.usable_bytes(asked, 400) == planning.usable_bytes(asked, None)
+    assert planning.usable_bytes(MINI, 400) == int(0.95 * 400 * GIB)
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("demo")])
 def test_every_recipe_plans(name: str) -> None:
-    request = recipe_plan_request(name)
-    request.check()
-    assert request.gathered * request.micro_steps == RECIPES[name]().data.global_batch_size
-    assert weights_memory(request)["centers"] == 2048 * request.local_classes  # passes: test_every_backbone_is_counted
+    config, data = RECIPES[name], data_set(name)
+    assert data is not None
+    asked = Workload(config, data[1], config.data.global_batch_size // config.data.micro_batch_size)
+    asked.check()
+    assert asked.gathered * asked.micro_steps == config.data.global_batch_size
+    assert asked.batch_size == config.data.micro_batch_size
+    memory = recipe_memory(name)
+    assert memory is not None
+    assert memory["centers"] == 2048 * asked.local_classes  # passes: test_every_backbone_is_counted
+    assert memory["total"] == sum(weights_memory(asked).values())
+
+
+def test_shares_are_those_of_training() -> None:
+    asked = workload(1000, 16, gpus=3, data__global_batch_size=100)
+    assert (asked.micro_steps, asked.gathered, asked.batch_size) == (3, 34, 12)
+    assert changed(asked, data__micro_steps=4).gathered == 25
+    assert changed(asked, data__micro_batch_size=50, backbone__sync_batch_norm=True).micro_steps == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"gpus": 0}, "--gpus is 0; it must be at least 1"),
-        ({"classes": 0}, "--classes is missing"),
         ({"classes": -3}, "--classes is -3"),
-        ({"sample_rate": 1.5}, "from 0 to 1"),
-        ({"sample_rate": float("nan")}, "from 0 to 1"),
-        ({"backbone": "r51"}, "Did you mean 'r50'"),
-        ({"gpu_memory": 0.0}, "a number of GiB above 0"),
-        ({"workers": -1}, "--workers is -1"),
+        ({"image_size": 0}, "--image-size is 0"),
+        ({"head__sample_rate": 1.5}, "head.sample_rate is 1.5; it is a part of the classes"),
+        ({"head__sample_rate": float("nan")}, "head.sample_rate is nan"),
+        ({"head__scale": -1.0}, "head.scale is -1.0"),
+        ({"head__margin_value": -1.0}, "CosFace's margin is -1.0"),
+        ({"backbone__name": "r51"}, "Did you mean 'r50'"),
+        ({"data__workers": -1}, "data.workers is -1"),
         ({"image_size": 33}, "choose a multiple of 16"),
+        ({"device": "tpu"}, "--device is 'tpu': choose one of v100,"),
+        ({"precision": "float64"}, "precision float64 is for proofs"),
+        ({"data__micro_steps": 1, "gpus": 2}, "on 2 GPUs that hold at most 16 each do not fit 1 micro-steps"),
     ],
 )
-def test_impossible_requests(changes: dict[str, object], sentence: str) -> None:
+def test_impossible_workloads(changes: dict[str, Any], sentence: str) -> None:
+    asked = changed(MINI, **changes)
+    options: dict[str, Any] = {"classes": asked.classes, "gpus": asked.gpus, "image_size": asked.image_size}
     with pytest.raises(InputError, match=sentence):
-        make_plan(replace(MINI, **changes), rates=ROUND)  # type: ignore[arg-type]
+        make_plan(asked.config, **options, device=asked.device)
+
+
+def test_impossible_memory() -> None:
+    with pytest.raises(InputError, match="a number of GiB above 0"):
+        make_plan(MINI.config, classes=10, gpu_memory=0.0)

@@ -110,7 +110,7 @@ def test_counts_come_from_the_newest_readable_checkpoint(tmp_path: Path) -> None
     rows = RowTensors(Shard.of(3), {"centers": torch.zeros(3, 2)})
     for step, images in ((1, 4321), (2, 9999)):
         counts = {"images": images, "classes": 1234, "image_size": 64}
-        save_checkpoint(run / "checkpoints", Snapshot(step, {}, rows, {"facts": counts}))
+        save_checkpoint(run / "checkpoints", Snapshot(step, {}, rows, {"data": counts}))
     (run / "checkpoints" / "step-00000002" / "manifest.json").write_text("{", encoding="utf-8")
     known = facts(report(run))
     assert known["Training images"] == "4,321"

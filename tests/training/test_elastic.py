@@ -1,10 +1,11 @@
-"""The same run at 1 and 3 processes, and on from 3 to 1: loss curve, sampled classes and final tensors, in float64.
+"""The same run at 1 and 3 processes, and from 3 resumed at 1: losses, sampled classes and final tensors, in float64.
 
 The long form, with more world sizes, r18 and float32, is benchmarks/elastic.py.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 from distributed_workers import run_ranks
-from small_runs import final_tensors, tiny_config, write_images
+from small_runs import final_tensors, interrupt_at, losses, tiny_config, write_images
 from torch import Tensor
 
 from partialfc.config.options import BackboneConfig, TrainConfig
 from partialfc.head import partial_fc
 from partialfc.training.loop import train
-from partialfc.training.run.log import read_metrics
 
 NETWORKS: dict[str, dict[str, Any]] = {"mini": {}, "vit_t": {"drop_path": 0.2}}
 STEPS, STOP = 6, 4
@@ -34,38 +34,31 @@ def config_of(name: str, images: Path) -> TrainConfig:
     return replace(config, data=data, optimizer=optimizer, schedule=schedule, output=replace(config.output, keep=9))
 
 
-class Stopped(Exception):
-    """The run was stopped on purpose."""
-
-
-def recorded_run(config: TrainConfig, out: Path, stop: int = -1) -> list[list[int]]:
+def recorded_run(config: TrainConfig, out: Path, stop: int | None = None) -> list[list[int]]:
     """Train, from the last checkpoint on and up to step `stop`; this rank's classes of each micro-step."""
-    original, seen = partial_fc.sample_classes, []
+    original, sampled = partial_fc.sample_classes, []
 
-    def sample(positives: Tensor, *, step: int, **others: Any) -> Tensor:
-        if step == stop:
-            raise Stopped
-        classes = original(positives, step=step, **others)
-        seen.append(classes.tolist())
+    def sample(*arguments: Any, **options: Any) -> Tensor:
+        classes: Tensor = original(*arguments, **options)
+        sampled.append(classes.tolist())
         return classes
 
     partial_fc.sample_classes = sample
     try:
-        train(config, out, resume=True, quiet=True)
-    except Stopped:
-        pass
+        with nullcontext() if stop is None else interrupt_at(stop):
+            train(config, out, resume=True, quiet=True)
     finally:
         partial_fc.sample_classes = original
-    return seen
+    return sampled
 
 
 def on_three(rank: int, folder: Path) -> None:
-    found = {}
+    sampled = {}
     for name in NETWORKS:
         config = config_of(name, folder / "images")
-        found[name] = recorded_run(config, folder / f"{name}-3")
+        sampled[name] = recorded_run(config, folder / f"{name}-3")
         recorded_run(config, folder / f"{name}-3-1", stop=STOP)
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(sampled, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +69,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", NETWORKS)
 def test_three_processes_and_three_then_one_are_one(folder: Path, name: str) -> None:
     config = config_of(name, folder / "images")
     alone = recorded_run(config, folder / f"{name}-1")
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=True)[name] for rank in range(3)]
     assert len(alone) == 2 * STEPS
-    assert [[each for part in parts for each in part] for parts in zip(*ranks, strict=True)] == alone
+    assert [[label for part in parts for label in part] for parts in zip(*ranks, strict=True)] == alone
     assert all(first == second for first, second in zip(alone[::2], alone[1::2], strict=True))  # micro-steps of a step
     recorded_run(config, folder / f"{name}-3-1")
     expected = final_tensors(folder / f"{name}-1")
@@ -92,7 +87,3 @@ def test_three_processes_and_three_then_one_are_one(folder: Path, name: str) -> 
         assert losses(folder / other) == pytest.approx(curve, rel=1e-9)
         for key, value in final_tensors(folder / other).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9, msg=f"{other}: {key}")
-
-
-def losses(root: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(root / "metrics.jsonl") if line["kind"] == "train"]

@@ -1,4 +1,4 @@
-"""A trained head goes on with other identities."""
+"""A trained head is continued with other identities."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from partialfc.data.images import decode_image
 from partialfc.model.embed import embed
 from partialfc.model.files import load_model
 from partialfc.training.build import build_state, open_loader
-from partialfc.training.identities import match_identities
-from partialfc.training.initialize import apply_start, read_start
+from partialfc.training.initialize import fill_with_class_means, initialize, match_identities
 from partialfc.training.loop import train
 from partialfc.training.state import TrainState
 
@@ -43,9 +42,10 @@ def extending(folder: Path, **head: str) -> TrainConfig:
 
 def state_at_start(config: TrainConfig) -> TrainState:
     loader = open_loader(config)
-    start = read_start(config, loader)
     state = build_state(config, loader, torch.device("cpu"))
-    apply_start(start, state, config, loader)
+    old_classes = initialize(state, config, loader)
+    if old_classes is not None and config.head.new_centers == "mean":
+        fill_with_class_means(state, old_classes, config, loader)
     return state
 
 
@@ -78,6 +78,7 @@ def start_on_ranks(rank: int, folder: Path) -> None:
     torch.save(state.head.centers.detach().clone(), folder / f"centers-{rank}.pt")
 
 
+@pytest.mark.multiprocess
 def test_three_ranks_start_from_the_same_centers_as_one(folder: Path) -> None:
     run_ranks(3, start_on_ranks, folder)
     together = torch.cat([torch.load(folder / f"centers-{rank}.pt", weights_only=True) for rank in range(3)])

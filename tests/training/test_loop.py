@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import PAIRS, final_tensors, small_config, timeless
+from small_runs import PAIRS, final_tensors, interrupt_at, poison_images_at, small_config, timeless
 
 from partialfc.config.options import HeadConfig, ScheduleConfig
 from partialfc.core.errors import InputError, JobError
 from partialfc.data.images import encode_png
-from partialfc.data.loader import Batch
 from partialfc.model.files import load_model
 from partialfc.training import loop
 from partialfc.training.checkpoint.read import steps_in
 from partialfc.training.run.log import read_metrics
-from partialfc.training.step import Stepper
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +49,11 @@ def test_a_run_writes_what_it_should(straight: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 8])
-def test_an_interrupted_run_goes_on_bit_by_bit(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
-) -> None:
-    """Stopped inside the step after `stop_after`, in the middle of its micro-steps, and resumed."""
-    original, seen = Stepper._loss, []
-
-    def failing(self: Stepper, batch: Batch) -> torch.Tensor:
-        seen.append(batch)
-        if batch.step == stop_after and batch.micro_step == 1:
-            raise KeyboardInterrupt
-        return original(self, batch)
-
+def test_an_interrupted_run_is_resumed_bit_by_bit(straight: Path, tmp_path: Path, stop_after: int) -> None:
+    """Interrupted inside the step after `stop_after`, in the middle of its micro-steps, and resumed."""
     root = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "_loss", failing)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(small_config(), root, benchmarks=PAIRS, quiet=True)
+    with interrupt_at(stop_after, micro_step=1):
+        loop.train(small_config(), root, benchmarks=PAIRS, quiet=True)
     result = loop.train(small_config(), root, benchmarks=PAIRS, resume=True, quiet=True)
     assert result.steps == 10
     expected, actual = final_tensors(straight), final_tensors(root)
@@ -103,29 +89,16 @@ def test_other_data_is_refused_at_resume(straight: Path, tmp_path: Path) -> None
         loop.train(config, straight, resume=True, quiet=True)
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Stepper._loss
-
-    def poisoned(self: Stepper, batch: Batch) -> torch.Tensor:
-        if batch.step == 2:
-            batch = replace(batch, images=batch.images.float() * float("nan"))
-        return original(self, batch)
-
-    monkeypatch.setattr(Stepper, "_loss", poisoned)
-    loop.train(small_config(), tmp_path / "run", quiet=True)
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
+    with poison_images_at([2]):
+        loop.train(small_config(), tmp_path / "run", quiet=True)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["skipped_steps"] for line in lines if line["kind"] == "train"] == [0, 0] + [1] * 8
     assert all(torch.isfinite(tensor).all() for tensor in final_tensors(tmp_path / "run").values())
 
 
-def test_ten_skipped_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Stepper._loss
-    monkeypatch.setattr(
-        Stepper,
-        "_loss",
-        lambda self, batch: original(self, replace(batch, images=batch.images.float() * float("inf"))),
-    )
-    with pytest.raises(JobError, match=r"10 steps in a row"):
+def test_ten_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    with poison_images_at(range(20), value=torch.inf), pytest.raises(JobError, match=r"10 steps in a row"):
         loop.train(small_config(schedule=ScheduleConfig(epochs=4)), tmp_path / "run", quiet=True)
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed_workers import run_ranks
-from small_runs import tiny_config, write_images
+from small_runs import on_micro_batch, poison_images_at, tiny_config, write_images
 from torch import Tensor
 
 from partialfc.config.options import TrainConfig
 from partialfc.data.loader import Batch
 from partialfc.training.build import open_loader
 from partialfc.training.loop import train
-from partialfc.training.nonfinite import MOST_NAMED, Skip, describe_skip, locate
+from partialfc.training.nonfinite import MOST_NAMED, describe_skip, locate
 from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
 
@@ -54,40 +53,29 @@ def test_a_rank_finds_the_rows_that_are_not_finite(
     outputs = [
         (torch.arange(10 + 2 * number, 12 + 2 * number), output(*rows)) for number, rows in enumerate(micro_steps)
     ]
-    assert locate(outputs) == Skip(where, positions)  # type: ignore[arg-type]
+    assert locate(outputs) == (where, positions)
 
 
-def test_the_names_are_those_of_the_endless_order_and_not_too_many(config: TrainConfig) -> None:
+def test_the_names_are_those_of_the_sample_stream_and_not_too_many(config: TrainConfig) -> None:
     loader = open_loader(config)
     seen = {}
     for batch in loader.batches(0, 6):
         for place, label in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True):
             seen[place] = f"person {label}"
-    line, sentence = describe_skip(Skip("embeddings", list(range(60))), 7, loader, None)
+    line, sentence = describe_skip("embeddings", list(range(60)), 7, loader, None)
     assert line["images"] == 60
     assert line["positions"] == list(range(MOST_NAMED))
     assert [Path(name).parent.name for name in line["samples"]] == [seen[place] for place in range(MOST_NAMED)]
     assert sentence.startswith("step 7 is skipped: embeddings not finite on rank 0, 60 images such as /")
 
 
-def poisoned(plain: Callable[[Stepper, Batch], Tensor], steps: range) -> Callable[[Stepper, Batch], Tensor]:
-    def loss(self: Stepper, batch: Batch) -> Tensor:
-        if batch.step in steps and batch.micro_step == 1:
-            batch = replace(batch, images=batch.images.float() * nan)
-        return plain(self, batch)
-
-    return loss
-
-
 def skips(out: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "skipped_step"]
 
 
-def test_a_run_logs_and_says_it(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(Stepper, "_loss", poisoned(Stepper._loss, range(2, 3)))
-    train(config, tmp_path / "run")
+def test_a_run_logs_and_says_it(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with poison_images_at([2], micro_step=1):
+        train(config, tmp_path / "run")
     [line] = skips(tmp_path / "run")
     assert (line["step"], line["where"], line["ranks"]) == (3, "embeddings", [0])
     assert line["positions"] == [23, 24, 25]  # the second of three micro-steps of the positions 20 to 29
@@ -97,21 +85,21 @@ def test_a_run_logs_and_says_it(
 def poisoned_rank(rank: int, folder: Path) -> None:
     """In step 1 the images of rank 1 are NaN; in step 3 its gradient of a weight."""
     config = tiny_config(folder / "images", precision="float32")
-    if rank == 1:
-        Stepper._loss = poisoned(Stepper._loss, range(1, 2))  # type: ignore[method-assign]
-    plain, now = Stepper.step, [False]
+    is_poisoned = False
 
-    def step(self: Stepper, batches: list[Batch]) -> dict[str, Tensor]:
-        weight = next(self.state.backbone.parameters())
-        if self.state.done == 0:
-            weight.register_hook(lambda gradient: gradient * nan if now[0] else gradient)
-        now[0] = rank == 1 and self.state.done == 3
-        return plain(self, batches)
+    def poison_weight(stepper: Stepper, batch: Batch) -> None:
+        nonlocal is_poisoned
+        if (batch.step, batch.micro_step) == (0, 0):
+            weight = next(stepper.state.backbone.parameters())
+            weight.register_hook(lambda gradient: gradient * nan if is_poisoned else gradient)
+        is_poisoned = rank == 1 and batch.step == 3
 
-    Stepper.step = step  # type: ignore[method-assign]
-    train(config, folder / "run", quiet=True)
+    with poison_images_at([1], micro_step=1) if rank == 1 else nullcontext(), on_micro_batch(poison_weight):
+        train(config, folder / "run", quiet=True)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_only_the_rank_that_knows_names_its_images(tmp_path: Path) -> None:
     write_images(tmp_path / "images", [f"person {number}" for number in range(8)])
     run_ranks(2, poisoned_rank, tmp_path)

@@ -10,18 +10,25 @@ from typing import Any
 import pytest
 import torch
 from distributed_workers import run_ranks
-from small_runs import final_tensors, timeless, tiny_config, write_images
-from torch import Tensor
+from small_runs import (
+    after_each_step,
+    final_tensors,
+    interrupt_at,
+    on_micro_batch,
+    timeless,
+    tiny_config,
+    write_images,
+)
 
 from partialfc.config.options import HeadConfig
+from partialfc.core.device import compute_dtype
 from partialfc.data.loader import Batch
 from partialfc.training import build
 from partialfc.training import step as step_module
-from partialfc.training.build import compute_dtype
 from partialfc.training.checkpoint.read import Checkpoint
 from partialfc.training.loop import train
+from partialfc.training.nonfinite import LossScale, scale_gradient
 from partialfc.training.run.log import read_metrics
-from partialfc.training.scaling import LossScale, scale_gradient
 from partialfc.training.step import Stepper
 
 OVERFLOW_STEP = 1
@@ -60,38 +67,36 @@ def test_what_auto_means_depends_on_the_device() -> None:
 
 def overflow_on_rank_1(rank: int, folder: Path) -> None:
     """Four steps in float16 with both updates of the head; on rank 1, one step's gradient leaves float16's range."""
-    original_loss, original_step = Stepper._loss, Stepper.step
     plain = step_module.scale_gradient
     seen: list[dict[str, Any]] = []
 
-    def loss(self: Stepper, batch: Batch) -> Tensor:
+    def overflow(_: Stepper, batch: Batch) -> None:
         overflows = rank == 1 and batch.step == OVERFLOW_STEP
         step_module.scale_gradient = (lambda x, factor: plain(x, 2.0**60)) if overflows else plain
-        return original_loss(self, batch)
 
-    def step(self: Stepper, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        figures = original_step(self, micro_batches)
-        backbone = {name: value.clone() for name, value in self.state.backbone.named_parameters()}
-        momentum = self.state.head_optimizer.row_state(self.state.head.centers)["momentum_buffer"]
+    def record(stepper: Stepper) -> None:
+        state = stepper.state
+        backbone = {name: value.clone() for name, value in state.backbone.named_parameters()}
+        momentum = state.head_optimizer.row_state(state.head.centers)["momentum_buffer"]
         seen.append(
             {
                 "parameters": {name: value.detach() for name, value in backbone.items()},
-                "centers": self.state.head.centers.detach().clone(),
+                "centers": state.head.centers.detach().clone(),
                 "momentum": momentum.clone(),
-                "scale": self.state.loss_scale.value if self.state.loss_scale else None,
-                "skipped": self.state.skipped,
+                "scale": state.loss_scale.value if state.loss_scale else None,
+                "skipped": state.skipped,
             }
         )
-        return figures
 
-    Stepper._loss, Stepper.step = loss, step  # type: ignore[method-assign]
     build.LossScale = partial(LossScale, FIRST_SCALE)  # type: ignore[assignment, misc]
     results = {}
     for update in ("sparse", "deferred"):
         head = HeadConfig(0.5, scale=16.0, update=update)
         config = tiny_config(folder / "images", precision="float16", device="cpu", head=head)
         data = replace(config.data, global_batch_size=13, micro_batch_size=3)
-        train(replace(config, data=data, schedule=replace(config.schedule, epochs=1.6)), folder / update, quiet=True)
+        config = replace(config, data=data, schedule=replace(config.schedule, epochs=1.6))
+        with on_micro_batch(overflow), after_each_step(record):
+            train(config, folder / update, quiet=True)
         results[update] = list(seen)
         seen.clear()
     torch.save(results, folder / f"{rank}.pt")
@@ -105,6 +110,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[dict[
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
 def test_an_overflow_on_one_rank_is_skipped_by_all_in_both_optimizers(
     ranks: list[dict[str, list[dict[str, Any]]]], update: str
@@ -120,6 +127,8 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_in_both_optimizers(
         assert not torch.equal(after["centers"], rank[update][OVERFLOW_STEP + 1]["centers"])
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
 def test_replicas_stay_identical(ranks: list[dict[str, list[dict[str, Any]]]], update: str) -> None:
     for number, first in enumerate(ranks[0][update]):
@@ -128,6 +137,8 @@ def test_replicas_stay_identical(ranks: list[dict[str, list[dict[str, Any]]]], u
                 assert torch.equal(value, other[update][number]["parameters"][name]), (number, name)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_both_updates_of_the_head_give_the_same_run(ranks: list[dict[str, list[dict[str, Any]]]]) -> None:
     for rank in ranks:
         torch.testing.assert_close(rank["sparse"][-1]["centers"], rank["deferred"][-1]["centers"])
@@ -139,17 +150,8 @@ def test_fp16_follows_float32_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch
     monkeypatch.setattr(build, "LossScale", partial(LossScale, FIRST_SCALE))
     train(config, tmp_path / "straight", quiet=True)
     train(tiny_config(images, precision="float32"), tmp_path / "float32", quiet=True)
-    original = Stepper._loss
-
-    def stop(self: Stepper, batch: Batch) -> Tensor:
-        if batch.step == 4:
-            raise KeyboardInterrupt
-        return original(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "_loss", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "resumed", quiet=True)
+    with interrupt_at(4):
+        train(config, tmp_path / "resumed", quiet=True)
     train(config, tmp_path / "resumed", resume=True, quiet=True)
     straight, resumed = final_tensors(tmp_path / "straight"), final_tensors(tmp_path / "resumed")
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())

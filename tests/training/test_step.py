@@ -51,6 +51,7 @@ def test_each_sample_has_its_key_however_the_batch_is_cut(
     assert not torch.equal(cut, keys_of_a_run(replace(whole, seed=1), tmp_path / "other", monkeypatch))
 
 
+@pytest.mark.slow
 def test_dropout_reaches_the_network_and_survives_a_resume(images: Path, tmp_path: Path) -> None:
     backbone = BackboneConfig("r18", 16, dropout=0.4)
     config = tiny_config(images, backbone=backbone)

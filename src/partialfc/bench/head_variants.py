@@ -1,11 +1,11 @@
-"""What `bench head` measures: a training step of our head, and of the dense one written the usual way."""
+"""The variants that `bench head` measures: a step of our head, and of the dense head as it is usually written."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,34 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from partialfc.core import keyed_random
-from partialfc.head.margins import CosFace
-from partialfc.head.optim import RowwiseSGD, Unsampled
-from partialfc.head.partial_fc import PartialFC
+from partialfc.bench.head_step import HeadCase, wait_for
+from partialfc.config.options import OptimizerConfig
 from partialfc.head.sampling import sample_classes, sample_size
 
 Variant = Literal["sparse", "deferred", "sparse bfloat16", "deferred bfloat16", "dense baseline"]
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
-MARGIN, SCALE = 0.4, 64.0
-
-
-@dataclass(frozen=True)
-class HeadConfiguration:
-    """Sizes of a measured head: C, D, B (all on one process), the sample rate, and the device's name."""
-
-    num_classes: int
-    embedding_dim: int
-    batch_size: int
-    sample_rate: float
-    device: str
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D) float32 that want a gradient, and labels (B,): functions of the step."""
-        places = torch.arange(self.batch_size)
-        labels = (keyed_random.uniform(keyed_random.derive_key("labels", step), places) * self.num_classes).long()
-        key = keyed_random.derive_key("embeddings", step)
-        embeddings = keyed_random.normal_rows(key, 0, self.batch_size, self.embedding_dim)
-        return embeddings.to(self.device).requires_grad_(), labels.to(self.device)
+OURS: tuple[Variant, ...] = ("sparse", "deferred", "sparse bfloat16", "deferred bfloat16")
+SGD = OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-4)
+MARGIN, SCALE = 0.4, 64.0  # CosFace
 
 
 class Phases:
@@ -48,35 +28,23 @@ class Phases:
 
     def __init__(self, device: str) -> None:
         self.seconds: dict[str, float] = {}
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._wait()
+        wait_for(self._device)
         start = time.perf_counter()
         yield
-        self._wait()
+        wait_for(self._device)
         self.seconds[name] = time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
 
 
 StepFunction = Callable[[Tensor, Tensor, Phases], None]
 
 
-def our_steps(configuration: HeadConfiguration, unsampled: Unsampled = "freeze") -> dict[Variant, StepFunction]:
-    """A step of each variant; all train one head, so that the memory of others is not needed."""
-    head = PartialFC(
-        configuration.num_classes,
-        configuration.embedding_dim,
-        configuration.sample_rate,
-        CosFace(MARGIN),
-        SCALE,
-        device=configuration.device,
-    )
-    optimizer = RowwiseSGD(head.parameters(), LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, unsampled=unsampled)
+def our_steps(case: HeadCase, unsampled: Literal["freeze", "lazy_dense"] = "freeze") -> dict[Variant, StepFunction]:
+    """A step of each of our variants; all train one head, so that memory is needed only once."""
+    head, optimizer = case.build(SGD, margin="cosface", margin_value=MARGIN, scale=SCALE, unsampled=unsampled)
 
     def step(variant: Variant, embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
         head.update = "deferred" if variant.startswith("deferred") else "sparse"
@@ -93,32 +61,30 @@ def our_steps(configuration: HeadConfiguration, unsampled: Unsampled = "freeze")
         with phases("sampling"):
             sample_classes(
                 labels.unique(),
-                num_classes=configuration.num_classes,
-                sample_rate=configuration.sample_rate,
+                num_classes=case.num_classes,
+                sample_rate=case.sample_rate,
                 seed=0,
                 step=head.step,
                 start=0,
-                stop=configuration.num_classes,
+                stop=case.num_classes,
             )
         phases.seconds["forward"] = max(0.0, phases.seconds["forward"] - phases.seconds["sampling"])
 
-    variants: tuple[Variant, ...] = ("sparse", "deferred", "sparse bfloat16", "deferred bfloat16")
-    return {variant: partial(step, variant) for variant in variants}
+    return {variant: partial(step, variant) for variant in OURS}
 
 
 class DenseHead(nn.Module):
-    """The head as it is usually written: the sampled rows are gathered by autograd, so the gradient is dense (C, D)."""
+    """The usual head: autograd gathers the sampled rows, so that the gradient is dense (C, D)."""
 
-    def __init__(self, configuration: HeadConfiguration) -> None:
+    def __init__(self, case: HeadCase) -> None:
         super().__init__()
-        self.sampled = sample_size(configuration.num_classes, configuration.sample_rate)
-        shape = configuration.num_classes, configuration.embedding_dim
-        self.centers = nn.Parameter(torch.empty(shape, device=configuration.device))
+        self.sampled = sample_size(case.num_classes, case.sample_rate)
+        self.centers = nn.Parameter(torch.empty(case.num_classes, case.embedding_dim, device=case.device))
         with torch.no_grad():
-            self.centers.normal_(0, 0.01, generator=torch.Generator(configuration.device).manual_seed(0))
+            self.centers.normal_(0, 0.01, generator=torch.Generator(case.device).manual_seed(0))
 
     def sample(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sorted classes (S,) and the places of the labels among them: the highest random numbers, positives first."""
+        """Sorted classes (S,), the positives and those with the highest random scores, and the index of each label."""
         positives = labels.unique()
         if self.sampled >= len(self.centers):
             return torch.arange(len(self.centers), device=labels.device), labels
@@ -128,42 +94,42 @@ class DenseHead(nn.Module):
             positives = torch.topk(scores, self.sampled).indices.sort().values
         return positives, torch.searchsorted(positives, labels)
 
-    def forward(self, embeddings: Tensor, classes: Tensor, places: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of CosFace over the classes."""
         centers = self.centers[classes]
         cosine = functional.linear(functional.normalize(embeddings), functional.normalize(centers)).clamp(-1, 1)
         with torch.no_grad():
-            cosine[torch.arange(len(places), device=places.device), places] -= MARGIN
-        return _ClampedCrossEntropy.apply(cosine * SCALE, places)
+            cosine[torch.arange(len(targets), device=targets.device), targets] -= MARGIN
+        return _ClampedCrossEntropy.apply(cosine * SCALE, targets)
 
 
 class _ClampedCrossEntropy(torch.autograd.Function):
-    """−log of the target's probability, which is kept above 1e-30; softmax in place."""
+    """−log of the target's probability, clamped to at least 1e-30; the softmax is computed in place."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         probabilities = (logits - logits.max(dim=1, keepdim=True).values).exp_()
         probabilities /= probabilities.sum(dim=1, keepdim=True)
-        ctx.save_for_backward(probabilities, places)
-        return probabilities.gather(1, places[:, None]).clamp_min_(1e-30).log_().mean().neg_()
+        ctx.save_for_backward(probabilities, targets)
+        return probabilities.gather(1, targets[:, None]).clamp_min_(1e-30).log_().mean().neg_()
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, None]:
-        probabilities, places = ctx.saved_tensors
-        one_hot = torch.zeros_like(probabilities).scatter_(1, places[:, None], 1.0)
-        return (probabilities - one_hot).div_(len(places)).mul_(loss_gradient), None
+        probabilities, targets = ctx.saved_tensors
+        one_hot = torch.zeros_like(probabilities).scatter_(1, targets[:, None], 1.0)
+        return (probabilities - one_hot).div_(len(targets)).mul_(loss_gradient), None
 
 
-def dense_step(configuration: HeadConfiguration) -> StepFunction:
-    """A step of the dense head under torch.optim.SGD."""
-    head = DenseHead(configuration)
-    optimizer = torch.optim.SGD(head.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+def dense_step(case: HeadCase) -> StepFunction:
+    """A step of the dense head with torch.optim.SGD."""
+    head = DenseHead(case)
+    optimizer = torch.optim.SGD(head.parameters(), SGD.lr, SGD.momentum, weight_decay=SGD.weight_decay)
 
     def step(embeddings: Tensor, labels: Tensor, phases: Phases) -> None:
         with phases("sampling"):
-            classes, places = head.sample(labels)
+            classes, targets = head.sample(labels)
         with phases("forward"):
-            loss = head(embeddings, classes, places)
+            loss = head(embeddings, classes, targets)
         with phases("backward"):
             loss.backward()
         with phases("optimizer"):

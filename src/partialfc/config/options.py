@@ -1,4 +1,4 @@
-"""The configuration of a training run: one frozen dataclass a component; a field's docstring is its help text."""
+"""The configuration of a training run: a frozen dataclass for each component; a field's docstring is its help."""
 
 from __future__ import annotations
 
@@ -6,45 +6,39 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 import yaml
 
-from partialfc.backbones import create_backbone
-from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
 from partialfc.core.errors import InputError
 from partialfc.head.margins import MARGINS, Margin
-from partialfc.head.partial_fc import PartialFC
-from partialfc.training.freezing import freeze
-from partialfc.training.profiling import parse_steps
 
-LR_BATCH = 512
+LR_BATCH = 512  # the global batch that lr_scaling "per_512" refers to
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training images and the order they are seen in."""
+    """The training images and how they are batched."""
 
     path: str = ""
-    """A folder with a .rec file, a .rec file, or a folder of one folder an identity."""
+    """A .rec file, a folder that holds one, or a folder with one folder for each identity."""
     global_batch_size: int = 128
-    """Images an optimizer step takes, over all processes."""
+    """Images of one optimizer step, over all processes."""
     micro_batch_size: int = 128
-    """The most images a process holds at once; smaller than its share means accumulation."""
+    """The most images in a process at once; gradients are accumulated if its share of the step is larger."""
     micro_steps: int | None = None
-    """Parts a step is cut into, one after the other; null takes as few as micro_batch_size allows, and 1 with
-    backbone.sync_batch_norm. A fixed number lets more or fewer processes go on with the very same run."""
+    """Micro-batches of a step; null is as few as micro_batch_size allows, and 1 with backbone.sync_batch_norm. With a
+    fixed number, the same run can continue on more or fewer processes."""
     workers: int = 2
-    """Reading processes beside each training process; 0 reads in the training process."""
+    """Loader processes for each training process; 0 loads in the training process itself."""
     flip: bool = True
-    """Mirror every other image, drawn anew each epoch."""
+    """Mirror images at random, with probability one half."""
     color_order: Literal["rgb", "bgr"] = "rgb"
-    """The order of the channels in the stored images."""
+    """Channel order of the stored images."""
     min_images: int = 0
-    """Identities with fewer images are left out, and the others renumbered; 0 keeps all."""
+    """Leave out identities with fewer images and renumber the others; 0 keeps all."""
     num_classes: int | None = None
-    """Classes of the head; null takes them from the data."""
+    """Classes of the head; null takes their number from the data."""
     max_unreadable: int | None = None
-    """Unreadable images that are skipped before the run stops; null means a thousandth of the set, at least 10."""
+    """Unreadable images to skip before the run stops; null is a thousandth of the set, and at least 10."""
 
 
 @dataclass(frozen=True)
@@ -52,78 +46,77 @@ class BackboneConfig:
     """The network from images to embeddings."""
 
     name: str = "r50"
-    """Its name, such as r18, r50, r100 or mini."""
+    """Name of the network, such as r18, r50, r100, vit_b or mini."""
     embedding_dim: int = 512
-    """Width of the embedding."""
+    """Dimension of the embedding."""
     dropout: float | None = None
-    """IResNet and others that know it: share of the features dropped in training; null leaves it to the network."""
+    """Dropout rate of the features, for networks that have it, such as IResNet; null is the network's default."""
     mask_ratio: float | None = None
-    """ViT: share of the tokens left out in training; null leaves it to the network."""
+    """ViT: part of the tokens left out in training; null is the network's default."""
     drop_path: float | None = None
-    """ViT: the largest rate at which a residual branch is left out for an image; null leaves it to the network."""
+    """ViT: the largest drop rate of a residual branch (stochastic depth); null is the network's default."""
     checkpointing: bool = False
-    """Compute activations again in the backward pass rather than keep them: less memory, more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, more time."""
     init: str | None = None
-    """Start from the weights of this model folder or run folder; null is fresh weights, or those of head.from_run."""
+    """Model folder or run folder whose weights to start from; null is random weights, or those of head.from_run."""
     freeze: list[str] = field(default_factory=list)
-    """Layers or parameters that keep their weights, by name, such as conv1 or layer1."""
+    """Names of layers or parameters that are not trained, such as conv1 or layer1."""
     channels_last: bool = True
-    """Keep the weights of convolutions with the channels last, which is quicker."""
+    """Store the weights of convolutions in channels-last order, which is faster."""
     sync_batch_norm: bool = False
-    """Normalise over the images of all processes, so that the run is the same at any number of them."""
+    """Compute batch statistics over all processes, so that the run is the same at any number of them."""
     compile: bool = False
-    """Compile the network with torch.compile; needs a C++ compiler on a CPU, and pays in long runs."""
+    """Compile the network with torch.compile; on a CPU this needs a C++ compiler. It pays off in long runs."""
 
     def options(self) -> dict[str, Any]:
-        """The options of the network itself, those that are set."""
-        chosen = {
+        """The keyword arguments of `create_backbone` that are set."""
+        options = {
             "dropout": self.dropout,
             "mask_ratio": self.mask_ratio,
             "drop_path": self.drop_path,
             "checkpointing": self.checkpointing or None,
         }
-        return {name: value for name, value in chosen.items() if value is not None}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The sampled margin softmax."""
+    """The sampled margin softmax (Partial FC)."""
 
     sample_rate: float = 0.1
-    """Part of the classes that a step uses: 0 for positives only, 1 for all."""
+    """Fraction of the classes that a step uses, from 0 (positives only) to 1 (all)."""
     margin: Literal["cosface", "arcface", "none"] = "cosface"
-    """Which margin the target class gets."""
+    """Margin of the target class."""
     margin_value: float | None = None
-    """The margin: a cosine for cosface (null is 0.4), radians for arcface (null is 0.5)."""
+    """Size of the margin: a cosine for cosface (null is 0.4), radians for arcface (null is 0.5)."""
     margin_gradient: Literal["exact", "straight_through"] = "exact"
-    """ArcFace only: the exact gradient, or 1 as in the reference implementation."""
+    """ArcFace only: the exact derivative of the margin, or 1 as in the reference implementation."""
     scale: float = 64.0
-    """What cosines are multiplied with before the softmax."""
+    """Factor of the cosines before the softmax."""
     conflict_threshold: float | None = None
-    """Leave out negatives with a cosine above it, as the same person under another label; the paper uses 0.4."""
+    """Leave out negatives with a higher cosine, as the same person under another label (PFC*); the paper uses 0.4."""
     conflict_as_zero_logit: bool = False
-    """Count such negatives with logit 0, as the reference implementation does."""
+    """Keep those negatives with logit 0 instead, as the reference implementation does."""
     update: Literal["sparse", "deferred"] = "sparse"
-    """Store the gradient of the sampled rows, or compute it inside the optimizer's step."""
+    """Store the gradient of the sampled centers, or compute it inside the optimizer's step."""
     operand_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the operands of the large products are rounded to; bfloat16 is about twice as fast where there are units."""
+    """Dtype of the operands of the large products; bfloat16 takes about half the time on hardware that supports it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """How centers are stored; bfloat16 is rounded stochastically and takes half the memory."""
+    """Dtype of the centers; bfloat16 takes half the memory and is rounded stochastically."""
     state_dtype: Literal["float32", "bfloat16"] | None = None
-    """How their momentum or averages are stored; null for as the centers."""
+    """Dtype of the optimizer state of the centers; null is the dtype of the centers."""
     state_on_host: bool = False
-    """Keep momentum or averages of centers on a GPU in page-locked host memory."""
+    """On a GPU, keep the optimizer state of the centers in page-locked host memory."""
     unsampled: Literal["freeze", "lazy_dense"] = "freeze"
-    """What a step does to centers that it does not sample: nothing, or what dense SGD would do (SGD only)."""
-
+    """Centers that a step does not sample: leave them unchanged, or move them as dense SGD would (SGD only)."""
     from_run: str | None = None
-    """Run folder whose centers are kept for the identities that it knows, and its backbone unless backbone.init is set;
-    its identities that are not in the data are dropped."""
+    """Run folder whose centers to keep for the identities that the data still has, and whose backbone to start from
+    unless backbone.init is set."""
     new_centers: Literal["mean", "random"] = "mean"
-    """With from_run: new identities start from the mean of their embeddings, or at random."""
+    """With from_run: start new identities from the mean of their embeddings, or at random."""
 
     def build_margin(self) -> Margin:
-        """The margin object; InputError for an impossible value."""
+        """The margin; InputError if its value is out of range."""
         arguments: dict[str, Any] = {}
         if self.margin_value is not None and self.margin != "none":
             arguments["m"] = self.margin_value
@@ -134,54 +127,54 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer of backbone and head."""
+    """The optimizers of backbone and head."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: float = 0.05
     """Peak learning rate."""
     lr_scaling: Literal["per_512", "absolute"] = "per_512"
-    """Whether lr is for 512 images of global batch, and grows in proportion, or holds as it stands."""
+    """Whether lr is given for a global batch of 512 images and scales in proportion, or is used as it is."""
     head_lr_factor: float = 1.0
-    """The head's learning rate over the backbone's."""
+    """Learning rate of the head, as a multiple of the backbone's."""
     momentum: float = 0.9
-    """SGD only."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """Weight decay of backbone and sampled centers."""
+    """Weight decay of the backbone and of the sampled centers."""
     max_grad_norm: float = 5.0
-    """The backbone's gradient is scaled down to this norm; 0 for never."""
+    """Clip the norm of the backbone's gradient to this value; 0 never clips."""
     ema_decay: float = 0.0
-    """Evaluate and save the moving average of the backbone's weights with this decay, such as 0.9999; 0 for none."""
+    """Evaluate and save a moving average of the backbone's weights with this decay, such as 0.9999; 0 keeps none."""
     fused: bool = False
-    """Use PyTorch's fused update of the backbone."""
+    """Use PyTorch's fused optimizer for the backbone."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Length of the run and course of the learning rate."""
+    """Length of the run and learning-rate schedule."""
 
     epochs: float = 20.0
     """Passes over the data."""
     warmup_epochs: float = 0.0
-    """Linear rise at the start."""
+    """Epochs of linear warm-up."""
     kind: Literal["polynomial", "cosine", "constant"] = "polynomial"
-    """How it falls afterwards."""
+    """Decay of the learning rate after the warm-up."""
     power: float = 2.0
-    """Exponent of the polynomial."""
+    """Exponent of the polynomial decay."""
 
 
 @dataclass(frozen=True)
 class ProcessesConfig:
-    """How several processes work together."""
+    """Training on several processes."""
 
     timeout_seconds: float = 600.0
-    """How long a process may be at one thing without progress, waiting for others included, before the run fails."""
+    """How long a process may make no progress, waiting for others included, before the run fails."""
     heartbeat_timeout_seconds: float = 30.0
-    """How long a process may give no sign of life before it is taken for dead and the run fails."""
+    """How long a process may send no heartbeat before it counts as dead and the run fails."""
     backbone: Literal["ddp", "fsdp"] = "ddp"
-    """Each process holds all of the backbone, or a part of it and of its optimizer's state (FSDP2), for large ones."""
+    """Replicate the backbone in each process, or shard it and its optimizer state (FSDP2), for large networks."""
     gradients: Literal["float32", "bfloat16"] = "float32"
-    """What the backbone's gradients are exchanged in; bfloat16 halves the traffic and rounds them."""
+    """Dtype in which the backbone's gradients are exchanged; bfloat16 halves the traffic and rounds them."""
 
 
 @dataclass(frozen=True)
@@ -189,25 +182,25 @@ class OutputConfig:
     """What a run writes, and how often."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl."""
     evaluate_every: int = 0
-    """Steps between evaluations; 0 is once an epoch. There is always one at the end."""
+    """Steps between evaluations; 0 is once per epoch. The run always ends with one."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 is once an epoch. There is always one at the end."""
+    """Steps between checkpoints; 0 is once per epoch. The run always ends with one."""
     checkpoint_minutes: float = 0.0
-    """Also a checkpoint whenever so many minutes have passed since the last; 0 is never."""
+    """Also write a checkpoint when this many minutes have passed since the last one; 0 is never."""
     checkpoint_async: bool = True
-    """Write checkpoints beside the training, from a copy in host memory; false holds the training up instead."""
+    """Write checkpoints in the background, from a copy in host memory; false pauses training instead."""
     on_checkpoint_error: Literal["stop", "continue"] = "stop"
-    """When a checkpoint cannot be written, as on a full disk: stop, or log it and train on."""
+    """When a checkpoint cannot be written, such as on a full disk: stop, or log the error and continue."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     tensorboard: bool = False
-    """Write the figures for TensorBoard too, into the run folder; needs the extra tensorboard."""
+    """Also log to TensorBoard, in the run folder; needs the extra tensorboard."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Write them for Weights & Biases too; offline stays on this machine. Needs the extra wandb."""
+    """Also log to Weights & Biases; offline stays on this machine. Needs the extra wandb."""
     profile_steps: str | None = None
-    """Steps to record a trace of, such as 10:15, counted from 0; it goes into the run folder."""
+    """Steps to profile, such as 10:15, counted from 0; the trace is written into the run folder."""
 
 
 @dataclass(frozen=True)
@@ -217,140 +210,86 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Training images."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    """Network."""
+    """Backbone."""
     head: HeadConfig = field(default_factory=HeadConfig)
-    """Softmax."""
+    """Head."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Length and learning rate."""
+    """Length and learning-rate schedule."""
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
-    """Working together."""
+    """Several processes."""
     output: OutputConfig = field(default_factory=OutputConfig)
-    """What is written."""
+    """Logs, evaluations and checkpoints."""
     seed: int = 0
-    """Initial weights, order, augmentation and sampled classes are functions of it."""
+    """Seed of initial weights, sample order, augmentation and sampled classes."""
     precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Arithmetic of the backbone; auto is bfloat16 where the processor multiplies it faster, and float32 elsewhere.
-    float64 is for proofs: weights, centers and all arithmetic."""
+    """Compute dtype of the backbone; auto is bfloat16 on hardware where it is faster, and float32 elsewhere. float64 is
+    for proofs and covers weights, centers and all arithmetic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    """Device to train on; auto is a GPU if there is one."""
 
     def check(self) -> None:
-        """Raise InputError, naming the key, for values that no run can have."""
-        at_least = [
-            ("data.global_batch_size", self.data.global_batch_size, 1),
-            ("data.micro_batch_size", self.data.micro_batch_size, 1),
-            ("data.micro_steps", self.data.micro_steps, 1),
-            ("data.workers", self.data.workers, 0),
-            ("data.min_images", self.data.min_images, 0),
-            ("data.num_classes", self.data.num_classes, 1),
-            ("data.max_unreadable", self.data.max_unreadable, 0),
-            ("backbone.embedding_dim", self.backbone.embedding_dim, 1),
-            ("optimizer.lr", self.optimizer.lr, 0),
-            ("optimizer.head_lr_factor", self.optimizer.head_lr_factor, 0),
-            ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
-            ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
-            ("schedule.warmup_epochs", self.schedule.warmup_epochs, 0),
-            ("schedule.power", self.schedule.power, 0),
-            ("processes.timeout_seconds", self.processes.timeout_seconds, 10),
-            ("processes.heartbeat_timeout_seconds", self.processes.heartbeat_timeout_seconds, 5),
-            ("output.log_every", self.output.log_every, 1),
-            ("output.evaluate_every", self.output.evaluate_every, 0),
-            ("output.checkpoint_every", self.output.checkpoint_every, 0),
-            ("output.checkpoint_minutes", self.output.checkpoint_minutes, 0),
-            ("output.keep", self.output.keep, 1),
-        ]
-        for key, value, least in at_least:
-            if value is not None and not value >= least:
+        """Raise InputError, naming the key, for values that no run can have.
+
+        What only the backbone or the head can tell is refused when they are built (`config.build`).
+        """
+        for key, value in flatten(self.to_dict()).items():
+            if isinstance(value, float) and not math.isfinite(value):  # YAML has them; a checkpoint's JSON has not
+                raise InputError(f"{key} is {value}; it must be a finite number.")
+            least = _AT_LEAST.get(key)
+            if least is not None and value is not None and value < least:
                 raise InputError(f"{key} is {value}; it must be at least {least}.")
-        _check_finite(self.to_dict())
-        if self.data.micro_steps is not None and self.data.micro_steps > self.data.global_batch_size:
-            raise InputError(
-                f"data.micro_steps is {self.data.micro_steps}, more than the {self.data.global_batch_size} images of "
-                "data.global_batch_size: take fewer."
-            )
-        if not self.data.path:
-            raise InputError("data.path is missing: give the training images with --data.path.")
-        self._check_backbone()
-        if not 0 <= self.head.sample_rate <= 1:
-            raise InputError(f"head.sample_rate is {self.head.sample_rate}; it is a part, from 0 to 1.")
-        if not 0 <= self.optimizer.momentum < 1:
-            raise InputError(f"optimizer.momentum is {self.optimizer.momentum}; it must lie in [0, 1).")
-        if not self.schedule.epochs > 0:
-            raise InputError(f"schedule.epochs is {self.schedule.epochs}; it must be more than 0.")
-        if self.schedule.warmup_epochs > self.schedule.epochs:
-            raise InputError(
-                f"schedule.warmup_epochs is {self.schedule.warmup_epochs}, more than the {self.schedule.epochs} epochs "
-                "of the run: shorten it."
-            )
-        if not 0 <= self.optimizer.ema_decay < 1:
-            raise InputError(f"optimizer.ema_decay is {self.optimizer.ema_decay}; it must lie in [0, 1).")
-        head = self.head
-        if head.unsampled == "lazy_dense" and self.optimizer.name != "sgd":
-            raise InputError("head.unsampled is lazy_dense, which is made up for exactly with optimizer.name sgd only.")
-        # The head's own checks, on one of a single class.
-        PartialFC(1, 1, head.sample_rate, head.build_margin(), head.scale, head.conflict_threshold, update=head.update)
+        optimizer, schedule = self.optimizer, self.schedule
+        for name, value in (("momentum", optimizer.momentum), ("ema_decay", optimizer.ema_decay)):
+            if value >= 1:
+                raise InputError(f"optimizer.{name} is {value}; it must lie in [0, 1).")
+        if schedule.epochs <= 0:
+            raise InputError(f"schedule.epochs is {schedule.epochs}; it must be more than 0.")
+        if schedule.warmup_epochs > schedule.epochs:
+            many = f"schedule.warmup_epochs is {schedule.warmup_epochs}, more than the {schedule.epochs} epochs"
+            raise InputError(f"{many} of the run: shorten it.")
         parse_steps(self.output.profile_steps)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         """Refuse options that contradict each other or would do nothing."""
-        head, backbone = self.head, self.backbone
-        starts = backbone.init is not None or head.from_run is not None
-        refused = {
-            "backbone.freeze keeps layers as they start, at random: give backbone.init or head.from_run too": (
-                bool(backbone.freeze) and not starts
-            ),
-            "head.conflict_as_zero_logit needs head.conflict_threshold: set it, to 0.4 for example": (
-                head.conflict_as_zero_logit and head.conflict_threshold is None
-            ),
-            "head.margin_gradient straight_through is for the margin arcface: choose that, or exact": (
-                head.margin_gradient != "exact" and head.margin != "arcface"
-            ),
-            "head.margin_value is set, but head.margin is none: leave one out": (
-                head.margin_value is not None and head.margin == "none"
-            ),
-            "data.min_images renumbers the classes and data.num_classes counts them: leave one out": (
-                self.data.min_images > 0 and self.data.num_classes is not None
-            ),
-        }
-        refused |= {
-            "backbone.compile cannot compile the exchange of backbone.sync_batch_norm: leave one out": (
-                backbone.compile and backbone.sync_batch_norm
-            ),
-            "backbone.compile does not go together with processes.backbone fsdp: leave one out": (
-                backbone.compile and self.processes.backbone == "fsdp"
-            ),
-            "precision float64 is for proofs, and processes.gradients bfloat16 rounds: leave one out": (
-                self.precision == "float64" and self.processes.gradients != "float32"
-            ),
-            "precision float64 sets the head too: leave head.dtype, head.state_dtype and head.operand_dtype out": (
-                self.precision == "float64"
-                and (head.dtype != "float32" or head.state_dtype is not None or head.operand_dtype != "float32")
-            ),
-        }
-        for sentence, applies in refused.items():
-            if applies:
-                raise InputError(sentence + ".")
-
-    def _check_backbone(self) -> None:
-        """Build the network without numbers, at the usual image size: that refuses its unknown options and values."""
-        chosen = self.backbone
-        with torch.device("meta"):
-            network = create_backbone(chosen.name, embedding_dim=chosen.embedding_dim, **chosen.options())
-        if chosen.sync_batch_norm:
-            synchronise_batch_norm(network)
-        freeze(network, chosen.freeze)
+        data, backbone, head = self.data, self.backbone, self.head
+        if data.micro_steps is not None and data.micro_steps > data.global_batch_size:
+            many = f"data.micro_steps is {data.micro_steps}, more than the {data.global_batch_size} images"
+            raise InputError(f"{many} of data.global_batch_size: take fewer.")
+        if data.min_images > 0 and data.num_classes is not None:
+            raise InputError("data.min_images renumbers the classes and data.num_classes counts them: leave one out.")
+        if backbone.freeze and backbone.init is None and head.from_run is None:
+            remedy = "give backbone.init or head.from_run too"
+            raise InputError(f"backbone.freeze keeps layers as they start, at random: {remedy}.")
+        if backbone.compile and backbone.sync_batch_norm:
+            raise InputError("backbone.compile cannot compile the exchange of backbone.sync_batch_norm: leave one out.")
+        if backbone.compile and self.processes.backbone == "fsdp":
+            raise InputError("backbone.compile does not go together with processes.backbone fsdp: leave one out.")
+        if head.conflict_as_zero_logit and head.conflict_threshold is None:
+            raise InputError("head.conflict_as_zero_logit needs head.conflict_threshold: set it, to 0.4 for example.")
+        if head.margin_gradient != "exact" and head.margin != "arcface":
+            raise InputError("head.margin_gradient straight_through is for the margin arcface: choose that, or exact.")
+        if head.margin_value is not None and head.margin == "none":
+            raise InputError("head.margin_value is set, but head.margin is none: leave one out.")
+        if head.unsampled == "lazy_dense" and self.optimizer.name != "sgd":
+            raise InputError("head.unsampled lazy_dense is exact for optimizer.name sgd only: choose that, or freeze.")
+        if self.precision == "float64" and self.processes.gradients != "float32":
+            raise InputError("precision float64 is for proofs, and processes.gradients bfloat16 rounds: leave one out.")
+        dtypes = (head.dtype, head.state_dtype, head.operand_dtype)
+        if self.precision == "float64" and dtypes != ("float32", None, "float32"):
+            keys = "head.dtype, head.state_dtype and head.operand_dtype"
+            raise InputError(f"precision float64 sets the head too: leave {keys} out.")
 
     def micro_steps(self) -> int | None:
-        """The parts a step is cut into, None for as few as fit: batch statistics belong to a part."""
+        """Micro-batches of a step, None for as few as fit; 1 by default where batch statistics span all of a step."""
         if self.data.micro_steps is None and self.backbone.sync_batch_norm:
             return 1
         return self.data.micro_steps
 
     def peak_lr(self) -> float:
-        """The learning rate at the top of the schedule for this global batch."""
+        """The peak learning rate for this global batch."""
         if self.optimizer.lr_scaling == "absolute":
             return self.optimizer.lr
         return self.optimizer.lr * self.data.global_batch_size / LR_BATCH
@@ -373,16 +312,57 @@ class TrainConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _check_finite(values: dict[str, Any], prefix: str = "") -> None:
-    """Refuse infinity and NaN, which YAML has and a checkpoint, in JSON, has not."""
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            _check_finite(value, f"{prefix}{key}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{prefix}{key} is {value}; it must be a finite number.")
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
-# Keys that may differ between a run and its continuation: they change where, how fast and how often, not what.
+def parse_steps(text: str | None) -> range:
+    """The steps of "first:stop" (output.profile_steps), none for None.
+
+    Raises:
+        InputError: the text is not such a range.
+    """
+    if text is None:
+        return range(0)
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
+        raise InputError(
+            f"output.profile_steps is {text!r}; write the first step and the one after the last, as in 10:15."
+        )
+    return range(int(first), int(stop))
+
+
+_AT_LEAST: dict[str, int] = {
+    "data.global_batch_size": 1,
+    "data.micro_batch_size": 1,
+    "data.micro_steps": 1,
+    "data.workers": 0,
+    "data.min_images": 0,
+    "data.num_classes": 1,
+    "data.max_unreadable": 0,
+    "backbone.embedding_dim": 1,
+    "optimizer.lr": 0,
+    "optimizer.head_lr_factor": 0,
+    "optimizer.momentum": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.max_grad_norm": 0,
+    "optimizer.ema_decay": 0,
+    "schedule.warmup_epochs": 0,
+    "schedule.power": 0,
+    "processes.timeout_seconds": 10,
+    "processes.heartbeat_timeout_seconds": 5,
+    "output.log_every": 1,
+    "output.evaluate_every": 0,
+    "output.checkpoint_every": 0,
+    "output.checkpoint_minutes": 0,
+    "output.keep": 1,
+}
+
+# Keys that may differ between a run and its continuation: they do not change what is computed.
 FREE_KEYS = frozenset(
     {
         "data.path",

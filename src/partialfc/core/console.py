@@ -1,4 +1,4 @@
-"""What people see while something runs: a bar on a terminal, sparse lines anywhere else, all of it on stderr."""
+"""Progress of a job on standard error: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FIGURES: dict[str, Callable[[float], str]] = {
 
 
 class _LastingConsole(Console):
-    """A console that goes silent, instead of ending the process as rich does, once its reader (`tee`) is gone."""
+    """A console that goes quiet, instead of ending the process as rich does, once its reader (`tee`) has closed."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -36,17 +36,17 @@ class _LastingConsole(Console):
 
 
 class Progress:
-    """The progress of one job, as a context manager: how much is done, figures, rate and time left.
+    """The progress of one job, as a context manager: amount done, figures, rate and time left.
 
     On a terminal it is a bar with the figures below it; otherwise a line at the start, about every ten seconds, and at
-    the end. It is drawn within `update`: no thread of its own competes with the job.
+    the end. `update` draws it, so that no other thread competes with the job.
 
     Args:
         description: a word or two in front of the bar, such as "reading".
-        total: how much there is in all, what an earlier process has done included; 0 if `update` tells it.
-        unit: what is counted, in the singular; its rate is shown then. None counts steps.
+        total: the amount to do, including what an earlier process has done; 0 if only `update` knows it.
+        unit: the counted item, in the singular, whose rate is shown; None counts steps and shows no rate.
         quiet: show nothing (for --json, and on ranks other than the first).
-        console: where to show it; None is standard error.
+        console: the output; None is standard error.
         clock: seconds, monotonic.
     """
 
@@ -90,10 +90,13 @@ class Progress:
             self._print_line()
 
     def update(self, done: int, total: int | None = None, **figures: float) -> None:
-        """Show that `done` is done, of `total` where that was not known before, with what is known of the last part.
+        """Show the amount done and the figures of the last part.
 
-        Known figures are shown with their units: epoch, loss, target_cosine, lr, images_per_second and data_wait (the
-        share of time, 0 to 1, that a step waits for data). Any other is shown under its name.
+        Args:
+            done: amount done.
+            total: the amount to do, where it was not known before.
+            figures: epoch, loss, target_cosine, lr, images_per_second and data_wait (the share of time, 0 to 1, that a
+                step waits for data) are shown with their units, any other under its name.
         """
         now = self._clock()
         self._samples.append((now, done))
@@ -114,12 +117,12 @@ class Progress:
                 self._live.refresh()
 
     def message(self, text: str) -> None:
-        """Print a line that stays, above the bar."""
+        """Print a permanent line above the bar."""
         if self._shown:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _rate(self) -> float | None:
-        """Units a second over the last half minute, None while that is unknown."""
+        """Units per second over the last half minute, None while unknown."""
         if len(self._samples) < 2:
             return None
         (then, first), (now, last) = self._samples[0], self._samples[-1]
@@ -168,7 +171,7 @@ def _count(value: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Such as 0:07, 12:34 or 3:12:45."""
+    """0:07, 12:34 or 3:12:45."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,6 +1,11 @@
-"""The device of a process, and what it computes in."""
+"""The device of a process, the dtype it computes in, and the memory it has used."""
 
 from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
@@ -49,3 +54,15 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         faster = bool(capabilities.get("avx512_bf16", False))
     return torch.bfloat16 if faster else torch.float32
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: of its GPU, or resident in host memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux; getrusage would count what the parent held before exec
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

@@ -88,7 +88,7 @@ def temporary_name(path: Path) -> Path:
 
 def previous_name(folder: Path) -> Path:
     """Where a folder stands while its successor takes its place."""
-    return folder.with_name(f".{folder.name}.old")
+    return folder.parent / f".{folder.name}.old"  # also of the root, which has no name
 
 
 def fsync(path: str | Path) -> None:

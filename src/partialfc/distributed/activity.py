@@ -1,4 +1,4 @@
-"""What this process is doing right now, for whoever must say what a stuck run waits for."""
+"""What each thread of this process is doing, so that a stuck run can say what it waits for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Activity:
 
     Attributes:
         what: in words that follow "has been", such as "reading the images of step 12".
-        since: when it began, or last gave a sign of progress, by time.monotonic().
-        waits: whether it needs other processes to get on, and so is not to blame if it does not.
+        since: when it began or last made progress, by time.monotonic().
+        waits: whether it depends on other processes, and is not the cause when it makes no progress.
     """
 
     what: str
@@ -25,7 +25,7 @@ class Activity:
 
     @property
     def seconds(self) -> float:
-        """For how long there was no progress."""
+        """The time without progress."""
         return time.monotonic() - self.since
 
 
@@ -33,8 +33,8 @@ _by_thread: dict[str, Activity] = {}
 
 
 @contextmanager
-def doing(what: str, *, waits: bool = False) -> Iterator[None]:
-    """Say what this thread does inside; it may be nested, and the outer activity counts anew afterwards."""
+def activity(what: str, *, waits: bool = False) -> Iterator[None]:
+    """Declare what this thread does inside; activities nest, and the time of the outer one restarts afterwards."""
     thread = threading.current_thread().name
     outer = _by_thread.get(thread)
     _by_thread[thread] = Activity(f"{outer.what}, {what}" if outer else what, time.monotonic(), waits)
@@ -47,8 +47,8 @@ def doing(what: str, *, waits: bool = False) -> Iterator[None]:
             _by_thread[thread] = Activity(outer.what, time.monotonic(), outer.waits)
 
 
-def progress() -> None:
-    """What this thread does takes long, and gets on."""
+def report_progress() -> None:
+    """Restart the time without progress of this thread's activity."""
     thread = threading.current_thread().name
     now = _by_thread.get(thread)
     if now is not None:
@@ -56,5 +56,5 @@ def progress() -> None:
 
 
 def activities() -> list[Activity]:
-    """What all threads do that have said so."""
+    """The current activities of all threads."""
     return list(_by_thread.values())

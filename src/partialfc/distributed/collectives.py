@@ -1,7 +1,7 @@
-"""Process groups and collectives: the only module that talks to torch.distributed.
+"""Process groups and collectives over torch.distributed.
 
-Every function takes the process group it works on; None means "the default group, if one was started". With one
-process, or none started, each is the same code path without communication. Functions that communicate say how often.
+Every function takes the process group it works on; None is the default group, if one was started. With one process, or
+no group, each is the same code path without communication. Docstrings count the collectives.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from partialfc.core.errors import InputError, JobError
-from partialfc.distributed.activity import doing
+from partialfc.distributed.activity import activity
 from partialfc.distributed.rendezvous import agree_on_session
 
 Group = dist.ProcessGroup
-_WORDS_OF_COLLECTIVES = ("gloo", "nccl", "connection closed by peer")
+_ERRORS_OF_COLLECTIVES = ("gloo", "nccl", "connection closed by peer")
 
-# torch 2.13 gave the two a new name and deprecated the one that 2.11 has.
+# torch 2.13 renamed these two and deprecated the names that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def rank_of(group: Group | None = None) -> int:
-    """This process's number in `group`, 0 without a process group."""
+    """This process's rank in `group`, 0 without a process group."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
@@ -43,25 +43,25 @@ def world_size_of(group: Group | None = None) -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, as torchrun tells it; 0 without torchrun."""
+    """This process's rank on its machine, from torchrun's environment; 0 without torchrun."""
     return _launched("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
-    """How many processes torchrun started on this machine; 1 without torchrun."""
+    """The number of processes that torchrun started on this machine; 1 without torchrun."""
     return _launched("LOCAL_WORLD_SIZE", 1)
 
 
 def launched_rank() -> int:
-    """This process's number among all that torchrun started, also while no process group is up; 0 without torchrun."""
+    """This process's rank from torchrun's environment, also without a process group; 0 without torchrun."""
     return _launched("RANK", 0)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The contiguous rows [start, stop) of `total` that this process owns; `group` owns all of them together.
+    """The contiguous rows [start, stop) of `total` that this process owns; the ranks of `group` own all of them.
 
-    Ranks differ by at most one row, whatever divides what, and a rank may own none.
+    Shares differ by at most one row, and a rank may own none.
     """
 
     start: int
@@ -79,7 +79,7 @@ class Shard:
         return self.stop - self.start
 
     def rows(self, each: int) -> range:
-        """The rows of this share where each of the `total` things has `each` rows."""
+        """The rows of this share where every one of the `total` items has `each` rows."""
         return range(self.start * each, self.stop * each)
 
     @property
@@ -92,7 +92,7 @@ class Shard:
 
 
 def split_evenly(total: int, parts: int, part: int) -> tuple[int, int]:
-    """Start and stop of one of `parts` contiguous parts of range(total) whose sizes differ by at most one."""
+    """Start and stop of one of `parts` contiguous parts of range(total), whose sizes differ by at most one."""
     return total * part // parts, total * (part + 1) // parts
 
 
@@ -104,17 +104,17 @@ def process_group(
     launch_info: Mapping[str, Any] | None = None,
     validate: Callable[[Sequence[Mapping[str, Any]]], str | None] = lambda infos: None,
 ) -> Iterator[None]:
-    """Start the default group from torchrun's environment (gloo on the CPU, NCCL on CUDA), and end it afterwards.
+    """Start the default group from torchrun's environment (gloo on the CPU, NCCL on CUDA), and destroy it at the end.
 
     Without torchrun's variables, or with one process, it starts nothing.
 
     Args:
-        launch_info: what this process says of itself, for `validate`.
-        validate: called on rank 0 with the infos of all ranks; a sentence if they do not fit together.
+        timeout_seconds: of the start, and of every collective.
+        launch_info, validate: see `agree_on_session`.
 
     Raises:
-        InputError: on all ranks, with that sentence; or torchrun's variables are not complete.
-        JobError: the processes did not meet in time.
+        InputError: on all ranks, with the sentence of `validate`; or torchrun's variables are incomplete.
+        JobError: a process is missing at the timeout, or cannot be reached.
     """
     if dist.is_initialized() or (_launched_size() == 1 and launched_rank() == 0):
         yield
@@ -129,7 +129,7 @@ def process_group(
             f"RANK is {launched_rank()} and WORLD_SIZE {_launched_size()}, but ranks count from 0: start the processes "
             "with torchrun."
         )
-    # Beside a GPU's NCCL, gloo carries what lives on the host, such as the checkpoints' agreements.
+    # Beside NCCL, gloo carries host tensors, such as those that ranks agree on a checkpoint with.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         timeout = timedelta(seconds=timeout_seconds)
@@ -147,9 +147,9 @@ def process_group(
             raise
         reason = " ".join(str(error).splitlines()[0].split())
         raise JobError(
-            f"Rank {launched_rank()} cannot connect to the other {_launched_size() - 1} processes, which meet at "
-            f"{_store_name()} ({reason}): start all of them, let the network pass them, and name its interface "
-            "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) if the names of the hosts lead elsewhere."
+            f"Rank {launched_rank()} cannot connect to the other {_launched_size() - 1} processes, whose store is "
+            f"{_store_address()} ({reason}): start all of them, allow their connections, and name the interface "
+            "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) if the hosts' names resolve to another."
         ) from error
     try:
         yield
@@ -162,7 +162,7 @@ def _launched_size() -> int:
 
 
 def _launched(name: str, default: int) -> int:
-    """A number that the launcher gives in the environment."""
+    """A number that the launcher sets in the environment."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise InputError(
@@ -171,28 +171,32 @@ def _launched(name: str, default: int) -> int:
     return int(value)
 
 
-def _store_name() -> str:
+def _store_address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def is_broken_exchange(error: BaseException) -> bool:
-    """Whether an error comes from a collective: NCCL's and the store's have types, gloo's are known by their words."""
+    """Whether an error comes from a collective: NCCL's and the store's have types, gloo's have known messages."""
     if isinstance(error, dist.DistError):
         return True
-    words = str(error).lower()
+    message = str(error).lower()
     ours = isinstance(error, JobError)
-    return isinstance(error, RuntimeError) and not ours and any(word in words for word in _WORDS_OF_COLLECTIVES)
+    return isinstance(error, RuntimeError) and not ours and any(part in message for part in _ERRORS_OF_COLLECTIVES)
 
 
 class KeyValueStore:
-    """The launcher's store of small values, over a connection of its own, which blocks no one else's.
+    """The launcher's key-value store, over a connection of its own, so that its calls do not block those of others.
+
+    Args:
+        prefix: of all keys.
+        timeout_seconds: of a call.
 
     Attributes:
-        name: where it is, for people.
+        name: its address, for messages.
     """
 
     def __init__(self, prefix: str, timeout_seconds: float) -> None:
-        self.name = f"the processes' meeting point {_store_name()}"
+        self.name = f"the processes' store {_store_address()}"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         connection = TCPStore(
             host, port, is_master=False, timeout=timedelta(seconds=timeout_seconds), wait_for_workers=False
@@ -203,30 +207,30 @@ class KeyValueStore:
         self._store.set(key, value)
 
     def get(self, keys: list[str]) -> list[str]:
-        """The values of keys that were set before, in one round trip."""
+        """The values of keys that exist, in one round trip."""
         return [value.decode() for value in self._store.multi_get(keys)]
 
 
 def has_store() -> bool:
-    """Whether the processes were started through a store that `KeyValueStore` can reach."""
+    """Whether the launcher has a store that `KeyValueStore` can reach."""
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
-def _exchange(name: str) -> AbstractContextManager[None]:
-    return doing(f"in {name}", waits=True)
+def _waiting_in(collective: str) -> AbstractContextManager[None]:
+    return activity(f"in {collective}", waits=True)
 
 
 def all_reduce(tensor: Tensor, op: str = "sum", group: Group | None = None) -> Tensor:
     """Replace `tensor`, in place, by its "sum", "max" or "min" over the ranks. One collective."""
     if world_size_of(group) > 1:
         ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        with _exchange("an all-reduce"):
+        with _waiting_in("an all-reduce"):
             dist.all_reduce(tensor, ops[op], group=group)
     return tensor
 
 
 def row_counts(rows: int, device: torch.device, group: Group | None = None) -> list[int]:
-    """How many rows each rank brings, in rank order. One collective, and a host read."""
+    """The number of rows of each rank, in rank order. One collective, and a host read."""
     world_size = world_size_of(group)
     if world_size == 1:
         return [rows]
@@ -246,7 +250,7 @@ def all_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = Non
 
 
 def start_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Callable[[], Tensor]:
-    """Begin `all_gather_rows`; what is returned waits for it. One collective, beside what the caller does meanwhile."""
+    """Start `all_gather_rows`; the returned function waits for its result. One collective, asynchronous."""
     if world_size_of(group) == 1:
         return lambda: tensor
     widest = max(counts)
@@ -256,7 +260,7 @@ def start_gather_rows(tensor: Tensor, counts: list[int], group: Group | None = N
     work = _all_gather(gathered, padded, group=group, async_op=True)
 
     def finish() -> Tensor:
-        with _exchange("an all-gather"):
+        with _waiting_in("an all-gather"):
             work.wait()
         if min(counts) == widest:
             return gathered
@@ -271,7 +275,7 @@ def reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None =
 
 
 def start_reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | None = None) -> Callable[[], Tensor]:
-    """Begin `reduce_scatter_rows`; what is returned waits for it. One collective, beside what the caller does."""
+    """Start `reduce_scatter_rows`; the returned function waits for its result. One collective, asynchronous."""
     if world_size_of(group) == 1:
         return lambda: tensor
     widest = max(counts)
@@ -285,7 +289,7 @@ def start_reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | 
     work = _reduce_scatter(result, tensor.contiguous(), group=group, async_op=True)
 
     def finish() -> Tensor:
-        with _exchange("a reduce-scatter"):
+        with _waiting_in("a reduce-scatter"):
             work.wait()
         return result[:own]
 
@@ -295,44 +299,37 @@ def start_reduce_scatter_rows(tensor: Tensor, counts: list[int], group: Group | 
 def broadcast(tensor: Tensor, source: int = 0, group: Group | None = None) -> Tensor:
     """Replace `tensor`, in place, by the one of rank `source`. One collective."""
     if world_size_of(group) > 1:
-        with _exchange("a broadcast"):
+        with _waiting_in("a broadcast"):
             dist.broadcast(tensor, group_src=source, group=group)
     return tensor
-
-
-def any_rank(flag: bool, device: torch.device | None = None, group: Group | None = None) -> bool:
-    """Whether `flag` is true on any rank: the same answer everywhere. One collective, and a host read."""
-    if world_size_of(group) == 1:
-        return flag
-    return bool(all_reduce(torch.tensor([int(flag)], device=device), "max", group).item())
 
 
 def barrier(group: Group | None = None) -> None:
     """Wait for all ranks. One collective."""
     if world_size_of(group) > 1:
-        with _exchange("a barrier"):
+        with _waiting_in("a barrier"):
             dist.barrier(group=group)
 
 
 def gather_json(value: Any, device: torch.device | None = None, group: Group | None = None) -> list[Any]:
-    """Every rank's `value` (anything JSON can hold), in rank order, on every rank. Two collectives.
+    """Every rank's JSON-serialisable `value`, in rank order, on every rank. Two collectives.
 
-    JSON rather than torch's object collectives, which pickle.
+    torch's object collectives would unpickle what they receive.
     """
     if world_size_of(group) == 1:
         return [value]
     device = device or torch.device("cpu")
     encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     counts = row_counts(len(encoded), device, group)
-    everything = bytes(all_gather_rows(encoded, counts, group).cpu().numpy())
+    received = bytes(all_gather_rows(encoded, counts, group).cpu().numpy())
     stops = torch.tensor(counts).cumsum(0).tolist()
-    return [json.loads(everything[stop - count : stop]) for count, stop in zip(counts, stops, strict=True)]
+    return [json.loads(received[stop - count : stop]) for count, stop in zip(counts, stops, strict=True)]
 
 
 def host_group(timeout_seconds: float = 600.0) -> Group | None:
-    """A group of all processes whose collectives meet no others: gloo, on the host; None for one process.
+    """A second group of all processes, gloo on the host, that a thread may use beside the default group's collectives.
 
-    Every rank calls it, in the same order as other groups. A thread may use it while the default group is at work.
+    Every rank calls it, in the same order as other groups. None for one process.
     """
     if world_size_of() == 1:
         return None
@@ -340,58 +337,15 @@ def host_group(timeout_seconds: float = 600.0) -> Group | None:
 
 
 def start_max(values: list[int], group: Group | None = None) -> Callable[[], list[int]]:
-    """Begin to find the largest of each value over the ranks; what is returned waits for it. One collective.
-
-    It runs beside whatever the caller does before it asks for the result.
-    """
+    """Start an element-wise maximum over ranks; the returned function waits for it. One collective, asynchronous."""
     largest = torch.tensor(values, dtype=torch.int64)
     if world_size_of(group) == 1:
         return largest.tolist
     work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
 
     def finish() -> list[int]:
-        with _exchange("an all-reduce"):
+        with _waiting_in("an all-reduce"):
             work.wait()
         return largest.tolist()
 
     return finish
-
-
-# -- tensors in parts: DTensors, each rank with some of the rows -----------------------------------------------------
-# Their module takes half a second to import, so it is imported where such a tensor may appear.
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor only."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """This process's part, in the same memory; a tensor that is not in parts is its own."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor in parts put together, on every rank; others as they are. One collective for one in parts."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with _exchange("an all-gather of a tensor"):
-        result: Tensor = tensor.full_tensor().detach()
-    return result
-
-
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor the part that `like` is of its own, in memory of its own; itself if `like` is whole."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
-        return tensor
-    # Without a source rank, each rank cuts its part out of its own copy; a view of it would keep all of it in memory.
-    part: Tensor = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
-    return part

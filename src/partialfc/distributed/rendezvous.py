@@ -16,12 +16,13 @@ from typing import Any, Protocol
 from partialfc.core.errors import InputError, JobError
 
 LaunchInfo = Mapping[str, Any]
+Validate = Callable[[Sequence[LaunchInfo]], str | None]
 _SLEEP, _LONGEST_SLEEP = 0.02, 0.5
 _LISTED = 8  # ranks named in one message
 
 
 class Store(Protocol):
-    """What is used of a torch.distributed store."""
+    """The methods used of a torch.distributed store."""
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -33,12 +34,7 @@ class Store(Protocol):
 
 
 def agree_on_session(
-    store: Store,
-    rank: int,
-    world_size: int,
-    launch_info: LaunchInfo,
-    validate: Callable[[Sequence[LaunchInfo]], str | None],
-    seconds: float,
+    store: Store, rank: int, world_size: int, launch_info: LaunchInfo, validate: Validate, seconds: float
 ) -> str:
     """Wait for all ranks of this launch and return their session id, the same on all ranks and new in each launch.
 
@@ -55,82 +51,66 @@ def agree_on_session(
         InputError: on all ranks alike, with the sentence of `validate`.
         JobError: a rank is missing at the timeout; rank 0 names the missing ones.
     """
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     if rank == 0:
-        session_id, refusal = _receive(store, world_size, launch_info, validate, until)
+        session_id, refusal = _lead(store, world_size, launch_info, validate, deadline)
     else:
-        session_id, refusal = _arrive(store, rank, launch_info, until)
+        session_id, refusal = _follow(store, rank, launch_info, deadline)
     if refusal is not None:
         raise InputError(refusal)
     return session_id
 
 
-def _receive(
-    store: Store,
-    world_size: int,
-    launch_info: LaunchInfo,
-    validate: Callable[[Sequence[LaunchInfo]], str | None],
-    until: float,
+def _lead(
+    store: Store, world_size: int, launch_info: LaunchInfo, validate: Validate, deadline: float
 ) -> tuple[str, str | None]:
-    """Rank 0's part."""
+    """The part of rank 0."""
     others = range(1, world_size)
-    seen: list[bytes] = []
+    hellos = [_key("hello", rank) for rank in others]
+    answered: list[bytes] = []
     session_id, refusal, pause = "", None, _SLEEP
     while True:
-        if store.check([_hello(rank) for rank in others]):
-            found = store.multi_get([_hello(rank) for rank in others])
-            if found != seen:
-                seen, session_id, pause = found, secrets.token_hex(8), _SLEEP
-                said = [json.loads(each) for each in found]
-                refusal = validate([launch_info, *(each["launch_info"] for each in said)])
-                answers = [json.dumps([each["nonce"], session_id, refusal]) for each in said]
-                store.multi_set([_answer(rank) for rank in others], answers)
-            if store.check([_confirmation(session_id, rank) for rank in others]):
-                store.set(_end(session_id), "")
+        if store.check(hellos):
+            received = store.multi_get(hellos)
+            if received != answered:
+                answered, session_id, pause = received, secrets.token_hex(8), _SLEEP
+                messages = [json.loads(message) for message in received]
+                refusal = validate([launch_info, *(message["launch_info"] for message in messages)])
+                answers = [json.dumps([message["nonce"], session_id, refusal]) for message in messages]
+                store.multi_set([_key("answer", rank) for rank in others], answers)
+            if store.check([_key(session_id, rank) for rank in others]):
+                store.set(_key(session_id, "end"), "")
                 return session_id, refusal
-        if time.monotonic() > until:
-            keys = {rank: _confirmation(session_id, rank) if session_id else _hello(rank) for rank in others}
-            raise JobError(_missing(store, keys, world_size))
+        if time.monotonic() > deadline:
+            missing = [rank for rank in others if not store.check([_key(session_id or "hello", rank)])]
+            named = ", ".join(map(str, missing[:_LISTED])) + (" and others" if len(missing) > _LISTED else "")
+            raise JobError(
+                f"{len(missing)} of {world_size} processes did not come (rank {named}): see what they or their hosts "
+                "print."
+            )
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_SLEEP)
 
 
-def _missing(store: Store, keys: Mapping[int, str], world_size: int) -> str:
-    missing = [rank for rank, key in keys.items() if not store.check([key])]
-    named = ", ".join(map(str, missing[:_LISTED])) + (" and others" if len(missing) > _LISTED else "")
-    return f"{len(missing)} of {world_size} processes did not come (rank {named}): see what they or their hosts print."
-
-
-def _arrive(store: Store, rank: int, launch_info: LaunchInfo, until: float) -> tuple[str, str | None]:
+def _follow(store: Store, rank: int, launch_info: LaunchInfo, deadline: float) -> tuple[str, str | None]:
     """The part of another rank."""
-    mine = secrets.token_hex(8)
-    store.set(_hello(rank), json.dumps({"nonce": mine, "launch_info": launch_info}))
+    own_nonce = secrets.token_hex(8)
+    store.set(_key("hello", rank), json.dumps({"nonce": own_nonce, "launch_info": launch_info}))
     confirmed, refusal, pause = "", None, _SLEEP
-    while time.monotonic() <= until:
-        # First, since rank 0 may already be in its next meeting and answer what it finds of this one.
-        if confirmed and store.check([_end(confirmed)]):
+    while time.monotonic() <= deadline:
+        # First, since rank 0 may already be in its next rendezvous and answer what it finds of this one.
+        if confirmed and store.check([_key(confirmed, "end")]):
             return confirmed, refusal
-        if store.check([_answer(rank)]):
-            nonce, session_id, validated = json.loads(store.multi_get([_answer(rank)])[0])
-            if nonce == mine and session_id != confirmed:
-                store.set(_confirmation(session_id, rank), "")
+        if store.check([_key("answer", rank)]):
+            nonce, session_id, validated = json.loads(store.multi_get([_key("answer", rank)])[0])
+            if nonce == own_nonce and session_id != confirmed:
+                store.set(_key(session_id, rank), "")
                 confirmed, refusal, pause = session_id, validated, _SLEEP
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_SLEEP)
-    raise JobError(f"Rank {rank} has waited in vain for rank 0 or others: see what the other processes print.")
+    raise JobError(f"Rank {rank} has not reached rank 0 or others in time: see what the other processes print.")
 
 
-def _hello(rank: int) -> str:
-    return f"partialfc/meeting/hello/{rank}"
-
-
-def _answer(rank: int) -> str:
-    return f"partialfc/meeting/answer/{rank}"
-
-
-def _confirmation(session_id: str, rank: int) -> str:
-    return f"partialfc/meeting/{session_id}/{rank}"
-
-
-def _end(session_id: str) -> str:
-    return f"partialfc/meeting/{session_id}/end"
+def _key(part: str, name: int | str) -> str:
+    """The key of a rank's message, or of a session's confirmations and end."""
+    return f"partialfc/rendezvous/{part}/{name}"

@@ -1,6 +1,6 @@
-"""What raw pixels and colours achieve: the measure below which a benchmark would be too easy.
+"""Baselines without learning, raw pixels and colours: a benchmark that they solve is too easy.
 
-Each function turns images into "embeddings" without any learning; the same protocol as for a model evaluates them.
+Each function turns images into "embeddings", which are evaluated by the same protocol as those of a model.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 Images = NDArray[np.uint8]
 
-_AT_ONCE = 512
+_BATCH_SIZE = 512
 
 
 def pixel_embeddings(images: Images, *, size: int = 32, window: int = 9) -> Tensor:
-    """Grey images at `size` × `size` with locally normalised contrast, so that brightness and light cancel.
+    """Grey images at `size` × `size` with locally normalised contrast, which cancels brightness and light.
 
-    From each pixel the mean of the window around it is subtracted, and the difference divided by the window's standard
-    deviation. As for a model, the mirror image's embedding is added.
+    A pixel becomes (pixel - mean) / standard deviation over the window around it. As for a model, the embedding of the
+    mirrored image is added.
 
     Args:
         images: uint8 (N, H, W, 3) RGB, aligned.
@@ -30,7 +30,7 @@ def pixel_embeddings(images: Images, *, size: int = 32, window: int = 9) -> Tens
     Returns:
         float32 (N, size²).
     """
-    return torch.cat([_pixels(images[start : start + _AT_ONCE], size, window) for start in _starts(images)])
+    return torch.cat([_pixels(images[start : start + _BATCH_SIZE], size, window) for start in _batch_starts(images)])
 
 
 def _pixels(images: Images, size: int, window: int) -> Tensor:
@@ -38,21 +38,21 @@ def _pixels(images: Images, size: int, window: int) -> Tensor:
     grey = F.adaptive_avg_pool2d(torch.from_numpy(images.astype(np.float32) @ weights)[:, None], size)
     deviation = grey - _window_mean(grey, window)
     contrast = _window_mean(deviation.square(), window).sqrt()
-    # Below a few grey levels, contrast is noise: it is not blown up to that of a feature.
+    # Contrast of a few grey levels is noise, and is not amplified to that of a feature.
     normalised = deviation / (contrast + 4.0)
     return (normalised + normalised.flip(3)).flatten(1)
 
 
 def _window_mean(maps: Tensor, window: int) -> Tensor:
-    """The mean over the window around each pixel, as far as it lies in the image: (N, 1, S, S) to the same."""
+    """The mean over the part of the window that lies in the image: (N, 1, S, S) to the same shape."""
     return F.avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
 
 
 def color_embeddings(images: Images, *, bins: int = 8) -> Tensor:
     """The square roots of each image's joint RGB histogram, less their mean over all images.
 
-    The inner product of two such roots is the Bhattacharyya coefficient of the histograms; without the mean, it is what
-    sets the two apart from the rest that counts.
+    The inner product of two roots is the Bhattacharyya coefficient of the histograms. Without the mean, it compares
+    only what is not common to all images.
 
     Args:
         images: uint8 (N, H, W, 3) RGB.
@@ -61,7 +61,7 @@ def color_embeddings(images: Images, *, bins: int = 8) -> Tensor:
     Returns:
         float32 (N, bins³).
     """
-    roots = torch.cat([_root_histograms(images[start : start + _AT_ONCE], bins) for start in _starts(images)])
+    roots = torch.cat([_root_histograms(images[start : start + _BATCH_SIZE], bins) for start in _batch_starts(images)])
     return roots - roots.mean(dim=0)
 
 
@@ -73,6 +73,6 @@ def _root_histograms(images: Images, bins: int) -> Tensor:
     return torch.from_numpy(np.sqrt(counts / codes.shape[1]).astype(np.float32))
 
 
-def _starts(images: Images) -> range:
-    """Where each part of the images begins that is small enough to be turned into wider numbers."""
-    return range(0, len(images), _AT_ONCE)
+def _batch_starts(images: Images) -> range:
+    """The first image of each batch: wider numbers than uint8 take room."""
+    return range(0, len(images), _BATCH_SIZE)

@@ -2,8 +2,7 @@
 
 A score is a similarity: a pair is accepted as "same" if its score is at or above the threshold. `genuine` holds the
 scores of pairs of one person, `impostor` those of two. TAR (true accept rate) is the accepted share of genuine pairs,
-FAR (false accept rate) that of impostor pairs. Equal scores lie on the same side of every threshold, so they move
-together.
+FAR (false accept rate) that of impostor pairs. Equal scores are accepted or rejected together.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def tar_at_far(genuine: ArrayLike, impostor: ArrayLike, far: float) -> float:
         allowed -= 1
     if allowed == count:
         return 1.0
-    # Not one more may pass: the threshold lies just above the first impostor score that is one too many.
+    # The threshold lies just above the highest impostor score that must be rejected.
     blocked = np.partition(rejected, count - 1 - allowed)[count - 1 - allowed]
     return float(np.mean(accepted > blocked))
 
@@ -148,7 +147,7 @@ def fold_accuracy(squared_distances: ArrayLike, is_same: ArrayLike, *, folds: in
 
 
 def _correct(distances: Floats, same: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """How many pairs each of DISTANCE_THRESHOLDS decides rightly: (thresholds,)."""
+    """The number of pairs that each of DISTANCE_THRESHOLDS classifies correctly: (thresholds,)."""
     accepted = np.searchsorted(np.sort(distances[same]), DISTANCE_THRESHOLDS, side="left")
     false_accepted = np.searchsorted(np.sort(distances[~same]), DISTANCE_THRESHOLDS, side="left")
     return accepted + np.count_nonzero(~same) - false_accepted

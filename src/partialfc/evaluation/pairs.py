@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet
-from partialfc.distributed.collectives import Group, all_gather_rows, rank_of, split_evenly, world_size_of
+from partialfc.distributed.collectives import all_gather_rows, rank_of, split_evenly, world_size_of
 from partialfc.evaluation.metrics import fold_accuracy, roc, tar_at_far
-from partialfc.model.embed import check_images, embed
+from partialfc.model.embed import embed_batches
 from partialfc.model.files import Model
 
 FARS = (1e-3, 1e-2, 1e-1)
@@ -22,13 +23,13 @@ FARS = (1e-3, 1e-2, 1e-1)
 
 @dataclass(frozen=True)
 class PairResult:
-    """How well embeddings tell pairs of one person from pairs of two.
+    """The result of the verification protocol.
 
     Args:
         accuracy, accuracy_std: mean and population standard deviation over the 10 test folds.
         thresholds: (10,) squared distances below which the folds called a pair "same".
         auc: area under the ROC.
-        equal_error_rate: where false accepts and false rejects are equally frequent.
+        equal_error_rate: the rate at which false accepts and false rejects are equally frequent.
         tar_at_far: from each rate of `FARS` to the highest TAR whose FAR does not exceed it.
         scores: float64 (P,), the cosine of each pair.
         is_same: bool (P,), the truth.
@@ -49,7 +50,7 @@ class PairResult:
         return 1.0 - float(self.thresholds.mean()) / 2.0
 
     def summary(self) -> dict[str, Any]:
-        """The result without its scores, as JSON can hold it."""
+        """The result without its scores, in plain values that JSON can hold."""
         return {
             "pairs": len(self.is_same),
             "accuracy": self.accuracy,
@@ -98,50 +99,43 @@ def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairRe
     )
 
 
-def evaluate_pair_set(
-    model: Model,
-    pairs: PairSet,
-    *,
-    flip: bool = True,
-    batch_size: int = 256,
-    group: Group | None = None,
-    between: Callable[[], None] | None = None,
-) -> PairResult:
-    """The protocol on images, which the ranks of `group` embed together; every rank returns the same result.
+def evaluate_pair_set(model: Model, pairs: PairSet, *, flip: bool = True, batch_size: int = 256) -> PairResult:
+    """The protocol on images, which all ranks embed together; every rank returns the same result.
 
     The images are cut into the same batches at any world size, and a rank takes whole batches: the result does not
-    depend on the world size, as long as the ranks compute alike (same device, same number of threads).
-    One collective, and those of `between`, which all ranks call equally often: after every batch.
+    depend on the world size, as long as the ranks compute alike (same device, same number of threads). One collective.
 
     Raises:
         InputError: images of another size than the model's, and what `evaluate_pairs` refuses.
     """
-    check_images(pairs.images, model.config)
-    embeddings = embed_across_ranks(model, pairs.images, flip=flip, batch_size=batch_size, group=group, between=between)
-    return evaluate_pairs(embeddings, pairs.is_same)
+    batches = embed_share(model, pairs.images, flip=flip, batch_size=batch_size)
+    return evaluate_pairs(gather_shares(list(batches), len(pairs.images), batch_size), pairs.is_same)
 
 
-def embed_across_ranks(
-    model: Model,
-    images: NDArray[np.uint8] | Tensor,
-    *,
-    flip: bool,
-    batch_size: int,
-    group: Group | None,
-    between: Callable[[], None] | None = None,
-) -> Tensor:
-    """`embed` with the batches shared out over the ranks of `group`: all embeddings (N, D) on every rank.
+def embed_share(
+    model: Model, images: NDArray[np.uint8] | Tensor, *, flip: bool = True, batch_size: int = 256
+) -> Generator[Tensor, None, None]:
+    """This rank's share of the embeddings of `images`, (B, D) a batch, for `gather_shares`.
 
-    One collective, and those of `between`: called after every batch, and as often on a rank that has fewer of them.
+    Every rank yields equally often, with empty batches at the end of a shorter share: between two batches, the ranks
+    may communicate. See `embed_batches` for the mode of the backbone.
     """
-    batches = -(-len(images) // batch_size)
-    world_size = world_size_of(group)
+    shares = _shares(len(images), batch_size)
+    start, stop = shares[rank_of()]
+    yield from embed_batches(model, images[start:stop], flip=flip, batch_size=batch_size)
+    counts = [len(range(*share, batch_size)) for share in shares]
+    for _ in range(max(1, *counts) - counts[rank_of()]):
+        yield torch.empty(0, model.config.embedding_dim, device=model.device)
+
+
+def gather_shares(batches: list[Tensor], images: int, batch_size: int = 256) -> Tensor:
+    """All embeddings (images, D) on every rank, from what `embed_share` yielded there. One collective."""
+    counts = [stop - start for start, stop in _shares(images, batch_size)]
+    return all_gather_rows(torch.cat(batches), counts)
+
+
+def _shares(images: int, batch_size: int) -> list[tuple[int, int]]:
+    """Start and stop of each rank's share of the images, in whole batches."""
+    batches, world_size = -(-images // batch_size), world_size_of()
     cuts = [split_evenly(batches, world_size, rank) for rank in range(world_size)]
-    counts = [min(stop * batch_size, len(images)) - min(start * batch_size, len(images)) for start, stop in cuts]
-    start, stop = cuts[rank_of(group)]
-    chosen = images[start * batch_size : stop * batch_size]
-    own = embed(model, chosen, flip=flip, batch_size=batch_size, between=between)
-    if between is not None:
-        for _ in range(max(last - first for first, last in cuts) - (stop - start)):
-            between()
-    return all_gather_rows(own, counts, group)
+    return [(min(start * batch_size, images), min(stop * batch_size, images)) for start, stop in cuts]

@@ -1,4 +1,4 @@
-"""Benchmarks by name and file: read, run, shown as a table, kept as files."""
+"""Benchmarks by name and file: read, run, shown as a table, written to files."""
 
 from __future__ import annotations
 
@@ -32,17 +32,15 @@ def read_benchmarks(benchmarks: Mapping[str, Path], model_config: ModelConfig) -
 
 
 def evaluate_benchmarks(
-    model: Model, benchmarks: Mapping[str, Path], *, flip: bool = True, batch_size: int = 256
+    model: Model, benchmarks: Mapping[str, Path], *, batch_size: int = 256
 ) -> dict[str, PairResult]:
     """Run verification files on a model; all of them are read and checked before the first is run."""
-    return {
-        name: evaluate_pair_set(model, pairs, flip=flip, batch_size=batch_size)
-        for name, pairs in read_benchmarks(benchmarks, model.config).items()
-    }
+    pair_sets = read_benchmarks(benchmarks, model.config)
+    return {name: evaluate_pair_set(model, pairs, batch_size=batch_size) for name, pairs in pair_sets.items()}
 
 
 def table(results: Mapping[str, PairResult]) -> str:
-    """The results for people, a line a benchmark."""
+    """The results as text, a line a benchmark."""
     lines = [f"{'benchmark':<16} {'pairs':>7} {'accuracy':>18} {'EER':>7} {'TAR@FAR=1e-3':>13} {'threshold':>10}"]
     for name, result in results.items():
         accuracy = f"{result.accuracy:.2%} ± {result.accuracy_std:.2%}"

@@ -1,4 +1,4 @@
-"""What must be known to use a model's weights, and its file."""
+"""The configuration of a trained model: what one needs beside its weights to use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATES = ("arcface-112",)
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What must be known to use a backbone's weights.
+    """Architecture and input of a backbone.
 
     Args:
         backbone: a name of `partialfc.backbones.BACKBONES`.

@@ -1,13 +1,12 @@
-"""A trained model as a folder, and images to embeddings.
+"""Save and load a trained model.
 
-A model folder holds `model.safetensors` (the backbone's state_dict, float32) and `config.json` (what must be known to
-use it: architecture, size, colour order, normalisation, alignment template). Nothing in it is pickled.
+A model folder holds `model.safetensors` (the backbone's state_dict, float32) and `config.json` (architecture, size,
+colour order, normalisation, alignment template). Nothing in it is pickled.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
+from partialfc.core.files import atomic_folder, previous_name, recover_folder
 from partialfc.model.config import CONFIG_NAME, FORMAT, ModelConfig, read_config
 from partialfc.model.recognise import recognise, without_prefixes
 
@@ -28,7 +28,7 @@ STATE_DICT_SUFFIXES = (".pt", ".pth")
 
 @dataclass
 class Model:
-    """A backbone, what must be known to use it, and in words where it comes from and what was recognised in it."""
+    """A backbone, its configuration, and in words where both come from."""
 
     backbone: nn.Module
     config: ModelConfig
@@ -42,12 +42,12 @@ class Model:
 def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> None:
     """Write a model folder, replacing the model that is there.
 
-    At any moment, a whole model can be loaded from `folder`: the new one is written beside it, flushed and renamed, and
-    until that is done the old one stays, in `folder` or, for an instant, where `load_model` also looks. Other files in
-    the folder are kept.
+    At any moment, a whole model can be loaded from `folder`: the old one stays until the new one is on the disk, for
+    the instant between two renames under another name, where `load_model` looks too. Other files in the folder are
+    kept.
 
     Args:
-        folder: the model folder; its parents are made if need be.
+        folder: the model folder; missing parents are created.
         backbone: the network itself, without a wrapper.
         config: what the network is.
 
@@ -61,48 +61,27 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
     if differences:
         raise ValueError(f"the backbone is no {config.backbone} as its config says (is it wrapped?): {differences}")
     folder = Path(folder).resolve()
-    recover(folder)
-    replaces = folder.exists()
-    if replaces and not (folder / CONFIG_NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
+    recover_folder(folder)
+    if folder.exists() and not (folder / CONFIG_NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder} is not a model folder and would be overwritten: give a new path to save to.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = folder.parent / f".{folder.name}.new", _old(folder)
-    if new.exists():
-        shutil.rmtree(new)  # left by a save that was interrupted
-    try:
-        if replaces:
-            shutil.copytree(folder, new, ignore=shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME))
-        else:
-            new.mkdir()
-        _write(new, weights, config)
-    except OSError:
-        shutil.rmtree(new, ignore_errors=True)  # on a full disk, what is there of it is in the way
-        raise
-    if replaces:
-        folder.rename(old)
-    new.rename(folder)
-    _flush(folder.parent)
-    if replaces:
-        shutil.rmtree(old)
-
-
-def _write(folder: Path, weights: dict[str, Tensor], config: ModelConfig) -> None:
-    try:
-        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    except SafetensorError as error:  # so it calls a full disk
-        raise OSError(f"{folder / WEIGHTS_NAME} cannot be written ({error})") from error
-    text = json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-    for path in (folder / WEIGHTS_NAME, folder / CONFIG_NAME, folder):
-        _flush(path)
+    with atomic_folder(folder) as new:
+        if folder.exists():
+            own = shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME)
+            shutil.copytree(folder, new, ignore=own, dirs_exist_ok=True)
+        try:
+            save_file(weights, new / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{new / WEIGHTS_NAME} cannot be written ({error})") from error
+        text = json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
+        (new / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """The model of a model folder, of a run folder (its best model, else its last), or of a .pt or .pth file.
 
-    Such a file is a bare state_dict as the reference implementation writes it (`model.pt`, `backbone.pth`); backbone,
-    embedding_dim and image_size are recognised by its keys and shapes, and the rest is taken as usual there: RGB,
-    (x/255 - 0.5) / 0.5. The model is in evaluation mode, and its `origin` says what was recognised.
+    Such a file is a bare state_dict as the reference implementation writes it (`model.pt`, `backbone.pth`): its keys
+    and shapes tell backbone, embedding_dim and image_size, and the input is RGB, (x/255 - 0.5) / 0.5, as there. The
+    model is in evaluation mode, and its `origin` says what was recognised.
 
     Raises:
         InputError: there is no model, its configuration has an unknown key or an impossible value, or its weights do
@@ -117,12 +96,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
 
 
 def _load_state_dict(path: Path, device: str | torch.device) -> Model:
-    """The model of a bare state_dict; only tensors are read from the file, nothing in it is run."""
+    """The model of a bare state_dict. Reading it executes no code from the file."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # a file that is something else ends in any error of the reader
+    except Exception as error:  # for a file of another kind, torch's reader raises anything
         raise InputError(f"{path} is no readable file of weights alone: give a state_dict saved by torch.") from error
     named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
     if not weights or not named or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -144,7 +123,7 @@ def find_model(path: Path) -> Path:
     """The model folder that `path` is, or that the run folder `path` holds; InputError if neither."""
     resolved = path.resolve()
     for folder in (resolved, resolved / "model" / "best", resolved / "model" / "last"):
-        for candidate in (folder, _old(folder)):
+        for candidate in (folder, previous_name(folder)):
             if (candidate / CONFIG_NAME).is_file():
                 return candidate
     if not path.exists():
@@ -170,7 +149,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def build(
     config: ModelConfig, weights: dict[str, Tensor], *, name: str, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """The backbone that `config` names, with `weights`, in evaluation mode; `name` is what an error calls the model.
+    """The backbone that `config` names, with `weights`, in evaluation mode; errors call the model `name`.
 
     Raises:
         InputError: a weight is missing, is left over, or has another shape.
@@ -189,40 +168,19 @@ def build(
 
 
 def _architecture(config: ModelConfig) -> nn.Module:
-    """The backbone that `config` names, on the meta device: shapes without numbers."""
+    """The backbone that `config` names, on the meta device."""
     with torch.device("meta"):
         return create_backbone(config.backbone, embedding_dim=config.embedding_dim, image_size=config.image_size)
 
 
 def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """What tells the names and shapes of two state_dicts apart, in a few words; nothing if they agree."""
-    found = [f"{key} is missing" for key in expected if key not in weights]
-    found += [f"{key} is left over" for key in weights if key not in expected]
-    found += [
+    """The first differences in names and shapes of two state_dicts, in words; "" if they agree."""
+    differences = [f"{key} is missing" for key in expected if key not in weights]
+    differences += [f"{key} is left over" for key in weights if key not in expected]
+    differences += [
         f"{key} is {tuple(weights[key].shape)} and should be {tuple(expected[key].shape)}"
         for key in expected
         if key in weights and weights[key].shape != expected[key].shape
     ]
-    return ", ".join(found[:3]) + (f", and {len(found) - 3} more differences" if len(found) > 3 else "")
-
-
-def recover(folder: Path) -> None:
-    """Finish what an interrupted save left: if `folder` was moved aside and never replaced, move it back."""
-    if not folder.exists() and _old(folder).exists():
-        _old(folder).rename(folder)
-    elif _old(folder).exists():
-        shutil.rmtree(_old(folder))
-
-
-def _old(folder: Path) -> Path:
-    """Where a model stands while its successor takes its place."""
-    return folder.parent / f".{folder.name}.old"
-
-
-def _flush(path: Path) -> None:
-    """Make what was written to a file or folder survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    more = len(differences) - 3
+    return ", ".join(differences[:3]) + (f", and {more} more differences" if more > 0 else "")

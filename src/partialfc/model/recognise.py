@@ -1,4 +1,4 @@
-"""Which backbone a bare state_dict belongs to, from its keys and shapes: for files that say nothing else."""
+"""Recognise the backbone of a bare state_dict by its keys and shapes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
 def without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under the network's own names, where wrappers had put a prefix before all of them."""
+    """The same weights without the prefixes that wrappers put before every name."""
     plain = dict(weights)
-    while prefix := next((each for each in _PREFIXES if plain and all(key.startswith(each) for key in plain)), None):
+    while prefix := next((p for p in _PREFIXES if plain and all(key.startswith(p) for key in plain)), None):
         plain = {key.removeprefix(prefix): tensor for key, tensor in plain.items()}
     return plain
 
@@ -27,7 +27,7 @@ def recognise(weights: Mapping[str, Tensor]) -> tuple[str, int, int]:
     """Name of the backbone, embedding_dim and image_size of a state_dict without prefixes.
 
     Raises:
-        InputError: no backbone of the published ones has such keys and shapes; the message says what was found.
+        InputError: no published backbone has these keys and shapes; the message names the difference.
     """
     try:
         if "layer4.0.conv1.weight" in weights:
@@ -58,14 +58,12 @@ def _iresnet(weights: Mapping[str, Tensor]) -> tuple[str, int, int]:
 
 
 def _vit(weights: Mapping[str, Tensor]) -> tuple[str, int, int]:
-    found = weights["patch_embed.proj.weight"].shape[0], _children(weights, "blocks.")
-    name = next((name for name, known in WIDTHS_AND_DEPTHS.items() if known == found), None)
+    width, depth = weights["patch_embed.proj.weight"].shape[0], _children(weights, "blocks.")
+    name = next((name for name, known in WIDTHS_AND_DEPTHS.items() if known == (width, depth)), None)
     if name is None:
-        raise InputError(
-            f"it is a ViT of width {found[0]} and depth {found[1]}, none of {', '.join(WIDTHS_AND_DEPTHS)}"
-        )
+        raise InputError(f"it is a ViT of width {width} and depth {depth}, none of {', '.join(WIDTHS_AND_DEPTHS)}")
     side = math.isqrt(weights["pos_embed"].shape[1])
-    # Sizes with as many whole patches have the same weights: 112, if it is one of them, else the smallest.
+    # Several image sizes have this number of whole patches: 112 if it is among them, else the smallest.
     return name, weights["feature.2.weight"].shape[0], 112 if side == 112 // PATCH else side * PATCH
 
 

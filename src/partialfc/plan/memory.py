@@ -1,8 +1,7 @@
 """The memory of a training step, part by part; the formulas of docs/scaling.md.
 
-A step has four moments at which memory may be highest: the head, after the backbone's forward pass; the backward pass;
-the two updates; and, on a CPU whose checkpoints are copied in the same memory, always the same plus those copies. What
-is there in all of them is counted once, and the moment that needs the most makes the peak.
+A step has three moments at which memory may be highest: the head, after the backbone's forward pass; the backward pass;
+and the two updates. What all of them need is counted once, and the moment that needs the most makes the peak.
 """
 
 from __future__ import annotations
@@ -11,27 +10,24 @@ from dataclasses import dataclass
 
 import torch
 
+from partialfc.data.loader import PREFETCH
+from partialfc.head.backends import tile_sizes
+from partialfc.head.optim import CPU_UPDATE_ELEMENTS, GPU_UPDATE_ELEMENTS
 from partialfc.plan.network import network_pass, network_size
-from partialfc.plan.request import PlanRequest
+from partialfc.plan.workload import Workload
 
-SCRATCH = 256 << 20  # PartialFC's scratch_bytes
-_CHUNKED_SCRATCH = 32 << 20  # of the plain path on a CPU
-_CPU_TILE = 3 << 20
-_GPU_TILE = 64 << 20
-_CPU_PARTS = 16  # sums of the first pass that are kept apart
-_NUMBERS_CPU, _NUMBERS_GPU = 1 << 18, 1 << 26  # of a sparse gradient that are updated at once
-CLASS_BYTES = 49  # of class numbers and of drawing them, for each sampled class
-GATHERED_BYTES = 60  # of each element of the gathered embeddings, and of their target centers in float64
+CLASS_BYTES = 49  # class numbers and their sampling, for each sampled class
+GATHERED_BYTES = 60  # for each element of the gathered embeddings, with their target centers in float64
+# Temporaries for each updated element, by optimizer and whether a stored value is rounded to bfloat16.
 UPDATE_BYTES = {("sgd", False): 20, ("sgd", True): 32, ("adamw", False): 24, ("adamw", True): 34}
-CONTEXT_BYTES = 1 << 30  # of CUDA, its libraries and NCCL on each GPU; assumed
-FRAGMENTATION = 0.05  # of a GPU's memory that its allocator cannot use; assumed
-HEAP = 0.35  # of the activations, that a CPU's heap holds between them; from the trainings of benchmarks/plan.py
-_PREFETCH = 2
+CONTEXT_BYTES = 1 << 30  # CUDA, its libraries and NCCL on each GPU; assumed
+FRAGMENTATION = 0.05  # part of a GPU's memory that its allocator cannot use; assumed
+HEAP = 0.35  # memory that a CPU's heap holds between the activations, as a part of them; from benchmarks/plan.py
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one process at the moment of its peak.
+    """Bytes of one process at its peak.
 
     Attributes:
         moment: when that is.
@@ -48,46 +44,49 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
-def weights_memory(request: PlanRequest) -> dict[str, int]:
-    """Everything whose size is exact: weights, gradients and states of backbone and head, in bytes a process."""
-    size = network_size(request)
-    trained = -(-size.trained // request.backbone_parts)
-    centers = request.local_classes * request.embedding_dim
+def weights_memory(workload: Workload) -> dict[str, int]:
+    """Everything whose size is exact: weights, gradients and states of backbone and head, in bytes per process."""
+    size, shards = network_size(workload), workload.backbone_shards
+    parameters, trained = -(-size.parameters // shards), -(-size.trained // shards)
+    centers = workload.local_classes * workload.config.backbone.embedding_dim
+    steps = 4 * workload.local_classes * (workload.config.optimizer.name == "adamw")
+    average = workload.config.optimizer.ema_decay > 0
     return {
-        "backbone weights": 4 * -(-size.parameters // request.backbone_parts),
+        "backbone weights": 4 * parameters,
         "backbone statistics": 2 * 4 * size.buffers,  # twice: a copy undoes a skipped step
         "backbone gradient": 4 * trained,
-        "backbone optimizer": 4 * request.states * trained,
-        "backbone average": 4 * (-(-size.parameters // request.backbone_parts) + size.buffers) * request.ema,
-        "centers": request.center_bytes * centers,
-        "centers' optimizer": request.states * request.state_bytes * centers
-        + 4 * request.local_classes * (request.optimizer == "adamw"),
-        "sampled rows' gradient": _sparse_gradient(request),
+        "backbone optimizer": 4 * workload.states * trained,
+        "backbone average": 4 * (parameters + size.buffers) * average,
+        "centers": workload.center_bytes * centers,
+        "centers' optimizer": workload.states * workload.state_bytes * centers + steps,
+        "sampled rows' gradient": _sparse_gradient(workload),
     }
 
 
-def plan_memory(request: PlanRequest, precision: str, threads: int = 1) -> MemoryPlan:
-    """Memory of each process; `precision` is a key of `DTYPES`, `threads` those of a CPU."""
-    exact = weights_memory(request)
-    size, both = network_size(request), network_pass(request, precision)
+def plan_memory(workload: Workload, precision: str) -> MemoryPlan:
+    """Memory of each process; `precision` is a key of `DTYPES`. On a CPU, the process has this one's threads."""
+    exact = weights_memory(workload)
+    size, both = network_size(workload), network_pass(workload, precision)
     gradient, sparse = exact.pop("backbone gradient"), exact.pop("sampled rows' gradient")
     # DistributedDataParallel keeps the gradients in its buckets, and accumulation those of the micro-step before.
-    stays = request.gpus > 1 or request.micro_steps > 1
-    persistent = exact | {"head's scratch": _scratch(request, threads)}
-    if request.backbone_parts > 1:  # the unit at work, the next one, and the gradient of one
-        persistent["backbone put together"] = 3 * 4 * size.largest
-    host = _host_memory(request, exact)
-    if request.state_on_host and not request.on_cpu:
+    stays = workload.gpus > 1 or workload.micro_steps > 1
+    persistent = exact | {"head's scratch": scratch_memory(workload)}
+    if workload.backbone_shards > 1:  # the unit at work, the next one, and the gradient of one
+        persistent["gathered backbone"] = 3 * 4 * size.largest
+    host = _host_memory(workload, exact)
+    if workload.state_on_host:
         host["centers' optimizer"] = persistent.pop("centers' optimizer")
-    if request.on_cpu:
+    if workload.on_cpu:
         persistent, host = persistent | host, {}
     else:
         persistent["CUDA and NCCL"] = CONTEXT_BYTES
+    # On a GPU all parameters are updated at once, with a temporary for each; on a CPU in sequence.
+    backbone_update = 4 * -(-size.largest // workload.backbone_shards) if workload.on_cpu else gradient
     moments = {
         "the head": {
             "backbone gradient": gradient * stays,
             "activations": both.saved_bytes,
-            "head at work": _head_at_work(request, threads),
+            "head at work": head_pass_memory(workload),
             "sampled rows' gradient": sparse,
         },
         "the backward pass": {
@@ -97,11 +96,11 @@ def plan_memory(request: PlanRequest, precision: str, threads: int = 1) -> Memor
         },
         "the update": {
             "backbone gradient": gradient,
-            "update at work": max(_backbone_update(request, gradient, size.largest), _head_update(request, threads)),
-            "sampled rows' gradient": sparse * (2 if request.micro_steps > 1 else 1),
+            "update at work": max(backbone_update, head_update_memory(workload)),
+            "sampled rows' gradient": sparse * (2 if workload.micro_steps > 1 else 1),
         },
     }
-    if request.on_cpu:
+    if workload.on_cpu:
         moments["the head"]["heap between them"] = int(HEAP * both.saved_bytes)
         moments["the backward pass"]["heap between them"] = int(HEAP * both.peak_bytes)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
@@ -109,108 +108,85 @@ def plan_memory(request: PlanRequest, precision: str, threads: int = 1) -> Memor
     return MemoryPlan(moment, parts, {name: size for name, size in host.items() if size})
 
 
-def head_memory(request: PlanRequest, threads: int = 1) -> int:
-    """Peak bytes of a head's steps alone, as `partialfc bench head` measures them."""
-    exact = weights_memory(request)
-    sparse = exact["sampled rows' gradient"]
-    on_device = exact["centers"] + exact["centers' optimizer"] * (request.on_cpu or not request.state_on_host)
-    update = _head_update(request, threads)
-    return on_device + _scratch(request, threads) + sparse + max(_head_at_work(request, threads), update)
-
-
-def _sparse_gradient(request: PlanRequest) -> int:
-    """Rows of each micro-step stay apart until the update puts them together."""
-    if request.head_update == "deferred":
+def scratch_memory(workload: Workload) -> int:
+    """Bytes that the head keeps from step to step on a CPU: the weights kept, and a tile for each thread."""
+    if not workload.compiled_head:
         return 0
-    return request.micro_steps * request.sampled * request.embedding_dim * request.center_bytes
+    samples, width, operand = workload.gathered, _width(workload), workload.operand_bytes
+    tile = _tile_classes(workload) * (width + samples) * (4 + operand)
+    return kept_classes(workload) * samples * operand + torch.get_num_threads() * tile
 
 
-def _tile_numbers(request: PlanRequest) -> int:
-    """Elements of the gradient of one tile of classes."""
-    samples, width = request.gathered, request.embedding_dim
-    if not request.on_cpu:
-        classes = _GPU_TILE // ((samples + width) * request.operand_bytes + 4 * width)
-    elif request.compiled_head:
-        classes = _CPU_TILE // (6 * (samples + width))
+def kept_classes(workload: Workload) -> int:
+    """Classes whose cosines are not recomputed for the centers' gradient."""
+    if not workload.on_cpu:
+        return 0
+    if workload.compiled_head:
+        kept = tile_sizes.cpu_kept_classes(workload.gathered, workload.operand_bytes, tile_sizes.SCRATCH_BYTES)
     else:
-        classes = _CHUNKED_SCRATCH // (4 * (4 * samples + 3 * width))
-    return min(request.sampled, max(1, classes)) * width
+        kept = tile_sizes.CHUNKED_CPU_SCRATCH_BYTES // (4 * (workload.gathered + _width(workload)))
+    return min(workload.sampled, kept)
 
 
-def _scratch(request: PlanRequest, threads: int) -> int:
-    """What the head keeps from step to step on a CPU with compiled loops: the weights kept, and each thread's tile."""
-    if not request.compiled_head:
+def head_pass_memory(workload: Workload) -> int:
+    """Bytes of the head's forward and backward pass: batch, class numbers, partial sums, tiles."""
+    samples, width, sampled = workload.gathered, _width(workload), workload.sampled
+    common = GATHERED_BYTES * samples * width + CLASS_BYTES * sampled
+    if not workload.on_cpu:
+        return common + tile_sizes.GPU_TILE_BYTES
+    if workload.compiled_head:
+        converted = torch.get_num_threads() * (workload.operand_bytes == 2)
+        return common + (tile_sizes.CPU_PARTS + converted) * 4 * samples * width
+    if _tile_classes(workload) < sampled:
+        return common + 2 * tile_sizes.CHUNKED_CPU_SCRATCH_BYTES
+    return common + 4 * (5 * samples + 5 * width) * sampled
+
+
+def head_update_memory(workload: Workload) -> int:
+    """Bytes of temporaries of the rows that are updated at once."""
+    head, optimizer = workload.config.head, workload.config.optimizer.name
+    sparse, width = head.update == "sparse", _width(workload)
+    in_kernel = not workload.on_cpu and not sparse and workload.micro_steps == 1
+    if optimizer == "sgd" and (in_kernel or (workload.compiled_head and workload.state_bytes == 4)):
         return 0
-    kept = kept_classes(request) * request.gathered * request.operand_bytes
-    classes = _tile_numbers(request) // request.embedding_dim
-    return kept + threads * classes * (request.embedding_dim + request.gathered) * (4 + request.operand_bytes)
-
-
-def kept_classes(request: PlanRequest) -> int:
-    """Classes whose cosines are not computed again for the centers' gradient."""
-    if not request.on_cpu:
-        return 0
-    bytes_a_class = request.gathered * request.operand_bytes
-    budget = SCRATCH
-    if not request.compiled_head:
-        bytes_a_class, budget = 4 * (request.gathered + request.embedding_dim), _CHUNKED_SCRATCH
-    return min(request.sampled, budget // bytes_a_class)
-
-
-def _head_at_work(request: PlanRequest, threads: int) -> int:
-    """Forward and backward pass of the head: batch, class numbers, sums kept apart, tiles."""
-    width, gathered = request.embedding_dim, request.gathered
-    batch = GATHERED_BYTES * gathered * width
-    classes = CLASS_BYTES * request.sampled
-    if not request.on_cpu:
-        return batch + classes + _GPU_TILE
-    if request.compiled_head:
-        return batch + classes + (_CPU_PARTS + threads * (request.operand_bytes == 2)) * 4 * gathered * width
-    full = _tile_numbers(request) // width < request.sampled
-    tiles = 2 * _CHUNKED_SCRATCH if full else 4 * (5 * gathered + 5 * width) * request.sampled
-    return batch + classes + tiles
-
-
-def _backbone_update(request: PlanRequest, gradient: int, largest: int) -> int:
-    """On a GPU all parameters are updated at once, with a temporary for each; on a CPU one after the other."""
-    return 4 * -(-largest // request.backbone_parts) if request.on_cpu else gradient
-
-
-def _head_update(request: PlanRequest, threads: int) -> int:
-    """Temporaries of the rows that are updated at once."""
-    sparse, tile = request.head_update == "sparse", _tile_numbers(request)
-    in_kernel = not request.on_cpu and not sparse and request.micro_steps == 1
-    fused = request.optimizer == "sgd" and (in_kernel or (request.compiled_head and request.state_bytes == 4))
-    if fused:
-        return 0
-    rounded = 2 in (request.center_bytes, request.state_bytes)
-    each = UPDATE_BYTES[request.optimizer, rounded]
-    everything = request.sampled * request.embedding_dim
+    temporaries = UPDATE_BYTES[optimizer, 2 in (workload.center_bytes, workload.state_bytes)]
+    elements, threads = workload.sampled * width, torch.get_num_threads()
     if sparse:
-        at_once = min(everything, _NUMBERS_CPU * threads if request.on_cpu else _NUMBERS_GPU)
-        return each * at_once
-    at_work = tile * (threads if request.compiled_head else 1)
-    return (each + 4) * min(everything, at_work)
+        at_once = CPU_UPDATE_ELEMENTS * threads if workload.on_cpu else GPU_UPDATE_ELEMENTS
+        return temporaries * min(elements, at_once)
+    tiles = threads if workload.compiled_head else 1
+    return (temporaries + 4) * min(elements, tiles * _tile_classes(workload) * width)
 
 
-def _host_memory(request: PlanRequest, exact: dict[str, int]) -> dict[str, int]:
-    """The copy of an asynchronous checkpoint, of which rank 0 has the backbone's part, and images read ahead."""
-    names = (
-        "backbone weights",
-        "backbone statistics",
-        "backbone optimizer",
-        "backbone average",
-        "centers",
-        "centers' optimizer",
-    )
-    image = 3 * request.image_size**2
-    copied = sum(exact[name] for name in names) - exact["backbone statistics"] // 2
+def _width(workload: Workload) -> int:
+    return workload.config.backbone.embedding_dim
+
+
+def _sparse_gradient(workload: Workload) -> int:
+    """Rows of each micro-step stay apart until the update adds them."""
+    if workload.config.head.update == "deferred":
+        return 0
+    return workload.micro_steps * workload.sampled * _width(workload) * workload.center_bytes
+
+
+def _tile_classes(workload: Workload) -> int:
+    """Classes of one tile of the backend that takes this head."""
+    samples, width = workload.gathered, _width(workload)
+    if not workload.on_cpu:
+        classes = tile_sizes.gpu_tile_classes(samples, width, workload.operand_bytes, tile_sizes.SCRATCH_BYTES)
+    elif workload.compiled_head:
+        classes = tile_sizes.cpu_tile_classes(samples, width, tile_sizes.SCRATCH_BYTES)
+    else:
+        classes = tile_sizes.chunked_tile_classes(samples, width, 4, tile_sizes.CHUNKED_CPU_SCRATCH_BYTES)
+    return min(workload.sampled, classes)
+
+
+def _host_memory(workload: Workload, exact: dict[str, int]) -> dict[str, int]:
+    """The copy of an asynchronous checkpoint, with the backbone's part as on rank 0, and images read ahead."""
+    copied = sum(exact.values()) - exact["backbone statistics"] // 2
+    image = 3 * workload.image_size**2
+    batches = max(1, workload.config.data.workers * PREFETCH) + 2
     return {
-        "checkpoint copy": copied * request.checkpoint_async,
-        "images read ahead": (max(1, request.workers * _PREFETCH) + 2) * request.batch_size * image,
+        "checkpoint copy": copied * workload.config.output.checkpoint_async,
+        "images read ahead": batches * workload.batch_size * image,
     }
-
-
-def cpu_threads() -> int:
-    """Threads that the head spreads its tiles over."""
-    return torch.get_num_threads()

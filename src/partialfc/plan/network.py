@@ -1,4 +1,4 @@
-"""What a backbone costs: counted by running it on tensors without numbers, so that nothing is allocated."""
+"""What a backbone costs: counted by running it on tensors without values, so that nothing is allocated."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from partialfc.backbones import create_backbone
+from partialfc.config.build import build_backbone
+from partialfc.config.options import BackboneConfig, TrainConfig
 from partialfc.core.device import DTYPES
-from partialfc.plan.request import PlanRequest
+from partialfc.plan.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class NetworkSize:
 
     Attributes:
         parameters, buffers: all of them.
-        trained: parameters that get a gradient.
+        trained: parameters with a gradient.
         largest: elements of the largest parameter.
     """
 
@@ -44,7 +45,7 @@ class NetworkPass:
         flops: operations of the forward pass; backward takes twice as many, recomputed activations as many again.
         saved_bytes: alive between forward and backward, images included.
         peak_bytes: the most alive at any time, gradients included.
-        working_bytes: the most alive at any time, without the gradients that are done.
+        working_bytes: the most alive at any time, without finished gradients.
     """
 
     flops: int
@@ -54,12 +55,12 @@ class NetworkPass:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations inside the context make, while they are alive.
+    """Counts the bytes of the storages that operations inside the context allocate, while they are alive.
 
     Attributes:
         now: alive at present.
         peak: the most at any time.
-        working_peak: the most at any time, without gradients that the module's parameters have.
+        working_peak: the most at any time, without gradients of the module's parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -69,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._set_aside)
-        self._known = {each.untyped_storage()._cdata for each in (*module.parameters(), *module.buffers())}
+        self._known = {value.untyped_storage()._cdata for value in (*module.parameters(), *module.buffers())}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -97,64 +98,55 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@dataclass(frozen=True)
-class _Network:
-    """What a network's cost depends on."""
-
-    name: str
-    embedding_dim: int
-    image_size: int
-    options: tuple[tuple[str, Any], ...]
-
-    def build(self) -> nn.Module:
-        with torch.device("meta"):
-            return create_backbone(
-                self.name, embedding_dim=self.embedding_dim, image_size=self.image_size, **dict(self.options)
-            )
-
-
-def _network(request: PlanRequest) -> _Network:
-    chosen = {"checkpointing": request.checkpointing or None, "mask_ratio": request.mask_ratio}
-    options = tuple((name, value) for name, value in chosen.items() if value is not None)
-    return _Network(request.backbone, request.embedding_dim, request.image_size, options)
-
-
-def network_size(request: PlanRequest) -> NetworkSize:
+def network_size(workload: Workload) -> NetworkSize:
     """Parameters and buffers of the backbone; InputError for an option that it does not take."""
-    return _size(_network(request))
+    return _size(*_network(workload))
+
+
+def network_pass(workload: Workload, precision: str) -> NetworkPass:
+    """Operations and memory of one micro-batch, of 2 images at least; `precision` is a key of `DTYPES`."""
+    return _pass(*_network(workload), max(2, workload.batch_size), DTYPES[precision])
+
+
+_Key = tuple[tuple[str, Any], ...]
+
+
+def _network(workload: Workload) -> tuple[_Key, int]:
+    """What a network's cost depends on, as keys of a cache."""
+    backbone = workload.config.backbone
+    options = {"name": backbone.name, "embedding_dim": backbone.embedding_dim} | backbone.options()
+    return tuple((options | {"sync_batch_norm": backbone.sync_batch_norm}).items()), workload.image_size
+
+
+def _build(options: _Key, image_size: int) -> nn.Module:
+    config = TrainConfig(backbone=BackboneConfig(**dict(options)))
+    return build_backbone(config, image_size, device=torch.device("meta"))
 
 
 @cache
-def _size(network: _Network) -> NetworkSize:
-    module = network.build()
+def _size(options: _Key, image_size: int) -> NetworkSize:
+    module = _build(options, image_size)
     sizes = [parameter.numel() for parameter in module.parameters()]
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return NetworkSize(sum(sizes), sum(buffer.numel() for buffer in module.buffers()), trained, max(sizes))
 
 
-def network_pass(request: PlanRequest, precision: str) -> NetworkPass:
-    """Operations and memory of one batch of the request, of 2 images at least; `precision` is a key of `DTYPES`."""
-    return _pass(_network(request), max(2, request.batch_size), DTYPES[precision])
-
-
 @cache
-def _pass(network: _Network, images: int, dtype: torch.dtype) -> NetworkPass:
-    """Both passes with tensors that have shapes and no numbers; autocast is the CPU's, for want of a GPU to ask."""
-    built = network.build()
+def _pass(options: _Key, image_size: int, images: int, dtype: torch.dtype) -> NetworkPass:
+    """Both passes with tensors that have shapes and no values; autocast is the CPU's, since no GPU may be there."""
+    built = _build(options, image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        built(_images(network, 2, "meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
+        built(
+            torch.zeros(2, 3, image_size, image_size, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+        )
     flops = counter.get_total_flops() * images // 2
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = built.to_empty(device="cpu")
         keys = torch.zeros(images, dtype=torch.int64)
         with LiveBytes(module) as live:
-            batch = _images(network, images, "cpu")
+            batch = torch.zeros(images, 3, image_size, image_size)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 embeddings = module(batch, keys).float()
             saved = live.now
             embeddings.backward(torch.ones_like(embeddings))
         return NetworkPass(flops, saved, live.peak, live.working_peak)
-
-
-def _images(network: _Network, count: int, device: str) -> Tensor:
-    return torch.zeros(count, 3, network.image_size, network.image_size, device=device)

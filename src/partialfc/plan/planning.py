@@ -1,30 +1,33 @@
-"""The plan: memory and time of a request, whether it fits, and which sample rates do."""
+"""The plan: memory and time of a training, whether it fits, and which sample rates do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from partialfc.plan.measure import measure_rates
-from partialfc.plan.memory import FRAGMENTATION, MemoryPlan, cpu_threads, plan_memory
-from partialfc.plan.network import network_size
-from partialfc.plan.rates import GIB, MachineRates, preset
-from partialfc.plan.request import PlanRequest
-from partialfc.plan.step_time import StepTime, head_time, step_time
+import torch
 
-_MOST_GPUS = 1 << 14
-# Ways to store the head, each leaner than the one before; the first is what a request says.
-STORAGE: dict[str, dict[str, Any]] = {
-    "float32, sparse": {},
-    "float32, deferred": {"head_update": "deferred"},
-    "bfloat16, deferred": {"head_update": "deferred", "head_dtype": "bfloat16"},
-    "bfloat16, deferred, state on the host": {
-        "head_update": "deferred",
-        "head_dtype": "bfloat16",
-        "state_on_host": True,
-    },
-}
+from partialfc.bench.machine import available_bytes
+from partialfc.config.build import build_head
+from partialfc.config.options import TrainConfig
+from partialfc.config.recipes import data_set, recipe_config
+from partialfc.core.device import choose_device, compute_dtype, dtype_name
+from partialfc.core.errors import InputError
+from partialfc.plan.measure import measure_rates
+from partialfc.plan.memory import FRAGMENTATION, MemoryPlan, plan_memory, weights_memory
+from partialfc.plan.network import network_size
+from partialfc.plan.rates import DATA_SHEETS, GIB, MachineRates, preset
+from partialfc.plan.step_time import StepTime, head_time, step_time
+from partialfc.plan.workload import Device, Workload
+
+# Changes to `HeadConfig` that save memory, each leaner than the one before.
+LEANER_HEADS: tuple[dict[str, Any], ...] = (
+    {"update": "deferred"},
+    {"update": "deferred", "dtype": "bfloat16"},
+    {"update": "deferred", "dtype": "bfloat16", "state_on_host": True},
+)
 
 
 @dataclass(frozen=True)
@@ -32,23 +35,24 @@ class Plan:
     """What a training needs.
 
     Attributes:
-        request: what was planned.
+        workload: what was planned.
         precision: of the backbone.
-        rates: of the machine.
+        rates: of the machine; None if this machine was to be measured and the workload does not fit it.
         memory: of each process.
         capacity: bytes that a process may use.
-        time: of a step.
+        time: of a step; None without rates.
         fitting_rate: the largest sample rate whose memory fits; None if none does.
-        equal_rate: the sample rate at which the head takes as long as the backbone; None if it takes less at 1.
-        advice: what would fit, where the request does not.
+        equal_rate: the sample rate at which the head takes as long as the backbone; None if it takes less at 1, and
+            without rates.
+        advice: options that would each make it fit, if it does not.
     """
 
-    request: PlanRequest
+    workload: Workload
     precision: str
-    rates: MachineRates
+    rates: MachineRates | None
     memory: MemoryPlan
     capacity: int
-    time: StepTime
+    time: StepTime | None
     fitting_rate: float | None
     equal_rate: float | None
     advice: list[str]
@@ -58,80 +62,113 @@ class Plan:
         return self.memory.peak <= self.capacity
 
     @property
-    def images_per_second(self) -> float:
-        """Of all processes together."""
-        return self.request.gathered * self.request.micro_steps / self.time.step
+    def images_per_second(self) -> float | None:
+        """Over all processes."""
+        return None if self.time is None else self.workload.config.data.global_batch_size / self.time.step
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: bytes and seconds."""
-        return {
-            "request": asdict(self.request),
-            "precision": self.precision,
-            "rates": asdict(self.rates),
-            "sampled_classes": self.request.sampled,
-            "memory": {
-                "peak_bytes": self.memory.peak,
-                "moment": self.memory.moment,
-                "parts": self.memory.parts,
-                "host": self.memory.host,
-            },
+        time = self.time
+        return asdict(self) | {
+            "sampled_classes": self.workload.sampled,
+            "memory": {"peak_bytes": self.memory.peak} | asdict(self.memory),
             "capacity_bytes": self.capacity,
             "fits": self.fits,
-            "time": asdict(self.time) | {"step": self.time.step, "limit": self.time.limit},
+            "time": None if time is None else asdict(time) | {"step": time.step, "limit": time.limit},
             "images_per_second": self.images_per_second,
-            "fitting_rate": self.fitting_rate,
-            "equal_rate": self.equal_rate,
-            "advice": self.advice,
         }
 
 
-def make_plan(request: PlanRequest, *, auto_precision: str = "bfloat16", rates: MachineRates | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    *,
+    classes: int,
+    gpus: int | None = None,
+    device: Device = "h100",
+    image_size: int = 112,
+    gpus_per_node: int = 8,
+    gpu_memory: float | None = None,
+) -> Plan:
     """Plan a training.
 
     Args:
-        request: what to plan.
-        auto_precision: what the precision "auto" means on this machine; other GPUs take bfloat16, a V100 float32.
-        rates: of the machine; by default measured, or from the device's data sheet.
+        config: the training; its `device` is not used.
+        classes: identities of the data.
+        gpus: processes, one for each GPU; by default as many as hold the global batch at once.
+        device: kind of GPU, from its data sheet; "cpu" or "cuda" times some steps on this machine, if they fit it.
+        image_size: side of the images in pixels.
+        gpus_per_node: GPUs of one machine.
+        gpu_memory: GiB that a process may use; by default what the device has, or what is free on this machine.
 
     Raises:
-        InputError: the request names something that cannot be.
+        InputError: an option is out of range, or contradicts another.
     """
-    request.check()
-    precision = _precision(request, auto_precision)
-    network_size(request)  # refuses an option of the backbone before anything is measured
-    if rates is None:
-        rates = measure_rates(request, precision) if request.device in ("cpu", "cuda") else preset(request, precision)
-    capacity = usable_bytes(request, rates)
+    data = config.data
+    gpus = -(-data.global_batch_size // max(1, data.micro_batch_size)) if gpus is None else gpus
+    workload = Workload(config, classes, gpus, device, image_size, gpus_per_node)
+    workload.check()
+    if gpu_memory is not None and not gpu_memory > 0:
+        raise InputError(f"--gpu-memory is {gpu_memory}; it is a number of GiB above 0.")
+    build_head(config, 1, device=torch.device("cpu"))  # refuses what no head takes
+    network_size(workload)  # and what no backbone takes
+    here = device in ("cpu", "cuda")
+    precision: str = config.precision
+    if precision == "auto" and here:
+        precision = dtype_name(compute_dtype("auto", choose_device(device)))
+    elif precision == "auto":
+        precision = "float32" if device == "v100" else "bfloat16"
+    capacity = usable_bytes(workload, gpu_memory)
+    rates: MachineRates | None = None
+    if not here:
+        rates = preset(device, precision, config.head.operand_dtype)
+    elif plan_memory(workload, precision).peak <= capacity:
+        rates = measure_rates(workload, precision)
+    return plan_workload(workload, precision, rates, capacity)
 
-    def fits(asked: PlanRequest) -> bool:
-        return plan_memory(asked, precision, cpu_threads()).peak <= capacity
 
-    time = step_time(request, rates, precision)
+def plan_workload(workload: Workload, precision: str, rates: MachineRates | None, capacity: int) -> Plan:
+    """The plan of a checked workload on processes with these rates and `capacity` bytes."""
+
+    def fits(changed: Workload) -> bool:
+        return plan_memory(changed, precision).peak <= capacity
+
+    time = None if rates is None else step_time(workload, rates, precision)
     return Plan(
-        request=request,
+        workload=workload,
         precision=precision,
         rates=rates,
-        memory=plan_memory(request, precision, cpu_threads()),
+        memory=plan_memory(workload, precision),
         capacity=capacity,
         time=time,
-        fitting_rate=largest_rate(lambda rate: fits(request.with_rate(rate))),
-        equal_rate=_equal_rate(request, rates, time.backbone),
-        advice=[] if fits(request) else _advice(request, fits),
+        fitting_rate=largest_rate(lambda rate: fits(workload.with_rate(rate))),
+        equal_rate=None if rates is None or time is None else _equal_rate(workload, rates, time.backbone),
+        advice=[] if fits(workload) else _advice(workload, fits),
     )
 
 
-def _precision(request: PlanRequest, auto_precision: str) -> str:
-    if request.precision != "auto":
-        return request.precision
-    if request.device in ("cpu", "cuda"):
-        return auto_precision
-    return "float32" if request.device == "v100" else "bfloat16"
+def recipe_memory(name: str) -> dict[str, int] | None:
+    """Bytes of weights, gradients and optimizers on each GPU of a recipe; None for procedural faces.
+
+    Raises:
+        InputError: unknown name.
+    """
+    config, data = recipe_config(name), data_set(name)
+    if data is None:
+        return None
+    gpus = config.data.global_batch_size // config.data.micro_batch_size
+    parts = {part: size for part, size in weights_memory(Workload(config, data[1], gpus)).items() if size}
+    return parts | {"total": sum(parts.values())}
 
 
-def usable_bytes(request: PlanRequest, rates: MachineRates) -> int:
-    """What a process may use of its device's memory."""
-    whole = rates.memory_bytes if request.gpu_memory is None else int(request.gpu_memory * GIB)
-    return int(whole * (1 - FRAGMENTATION))
+def usable_bytes(workload: Workload, gpu_memory: float | None) -> int:
+    """Bytes of its device that a process may use: the GiB given, or all there are, and on this machine what is free."""
+    asked = None if gpu_memory is None else int(gpu_memory * GIB)
+    if workload.device in DATA_SHEETS:
+        most = int(DATA_SHEETS[workload.device].gib * GIB) if asked is None else asked
+    else:
+        free = available_bytes(workload.device) // (workload.gpus if workload.on_cpu else 1)
+        most = free if asked is None else min(free, asked)
+    return int(most * (1 - FRAGMENTATION))
 
 
 def largest_rate(holds: Callable[[float], bool]) -> float | None:
@@ -148,50 +185,40 @@ def largest_rate(holds: Callable[[float], bool]) -> float | None:
     return low // rounded * rounded / 10**9
 
 
-def _equal_rate(request: PlanRequest, rates: MachineRates, backbone: float) -> float | None:
-    rate = largest_rate(lambda rate: head_time(request.with_rate(rate), rates) <= backbone)
+def _equal_rate(workload: Workload, rates: MachineRates, backbone: float) -> float | None:
+    rate = largest_rate(lambda rate: head_time(workload.with_rate(rate), rates) <= backbone)
     return None if rate == 1.0 else rate or 0.0
 
 
-def _advice(request: PlanRequest, fits: Callable[[PlanRequest], bool]) -> list[str]:
-    """Changes each of which alone makes a request fit, the mildest first."""
-    found = []
-    lower = largest_rate(lambda rate: fits(request.with_rate(rate)))
+def _advice(workload: Workload, fits: Callable[[Workload], bool]) -> list[str]:
+    """Options each of which alone makes a workload fit, the mildest first."""
+    advice = []
+    config, data = workload.config, workload.config.data
+    lower = largest_rate(lambda rate: fits(workload.with_rate(rate)))
     if lower is not None:
-        found.append(f"--sample-rate {lower:g}")
-    for changes in list(STORAGE.values())[1:]:
-        if fits(replace(request, **changes)):
-            found.append(
-                " ".join(f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in changes.items())
-            )
+        advice.append(f"--head.sample_rate {lower:g}")
+    for changes in LEANER_HEADS:
+        if fits(workload.with_head(replace(config.head, **changes))):
+            advice.append(" ".join(f"--head.{name} {str(value).lower()}" for name, value in changes.items()))
             break
-    recomputes = not request.checkpointing and not request.backbone.startswith(("mini", "mbf", "timm:"))
-    if recomputes and fits(replace(request, checkpointing=True)):
-        found.append("--checkpointing true")
-    batch = request.batch_size
-    while batch > 2:
-        batch //= 2
-        if fits(replace(request, batch_size=batch)):
-            found.append(f"--batch-size {batch}")
+    with suppress(InputError):  # not every backbone can recompute its activations
+        recomputing = replace(config, backbone=replace(config.backbone, checkpointing=True))
+        if not config.backbone.checkpointing and fits(replace(workload, config=recomputing)):
+            advice.append("--backbone.checkpointing true")
+    images = workload.batch_size
+    while config.micro_steps() is None and images > 2:
+        images //= 2
+        if fits(replace(workload, config=replace(config, data=replace(data, micro_batch_size=images)))):
+            advice.append(f"--data.micro_batch_size {images}")
             break
-    gpus = fewest_gpus(request, fits)
-    return found if gpus is None else [*found, f"--gpus {gpus}"]
+    gpus = fewest_gpus(workload, fits)
+    return advice if gpus is None else [*advice, f"--gpus {gpus}"]
 
 
-def fewest_gpus(request: PlanRequest, fits: Callable[[PlanRequest], bool]) -> int | None:
-    """The smallest power of two times the asked GPUs that fits; None up to 16,384."""
-    gpus = request.gpus
-    while (gpus := 2 * gpus) <= _MOST_GPUS:
-        if fits(replace(request, gpus=gpus)):
+def fewest_gpus(workload: Workload, fits: Callable[[Workload], bool]) -> int | None:
+    """The smallest power of two times the planned GPUs that fits; None if each would have fewer than 2 images."""
+    gpus = workload.gpus
+    while 2 * (gpus := 2 * gpus) <= workload.config.data.global_batch_size:
+        if fits(replace(workload, gpus=gpus)):
             return gpus
     return None
-
-
-def leanest_that_fits(request: PlanRequest, make: Callable[[PlanRequest], Plan]) -> tuple[str, Plan]:
-    """The first way of `STORAGE` with which a request fits, and its plan; the last way if none does."""
-    found = {}
-    for name, changes in STORAGE.items():
-        found = {name: make(replace(request, **changes))}
-        if found[name].fits:
-            break
-    return next(iter(found.items()))

@@ -1,14 +1,13 @@
-"""How fast a machine is: measured here (`measure.py`), or from a data sheet times an assumed efficiency."""
+"""How fast a GPU is, from its data sheet times an assumed efficiency; `measure.py` measures this machine instead."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from partialfc.plan.request import PlanRequest
+from typing import NamedTuple
 
 GIB = 1 << 30
 
-# What part of its data sheet a device reaches. Assumed, not measured.
+# The part of its data sheet that a device reaches; assumed, not measured.
 BACKBONE_EFFICIENCY = 0.35
 HEAD_EFFICIENCY = 0.5
 MEMORY_EFFICIENCY = 0.7
@@ -24,49 +23,35 @@ class MachineRates:
     """What a process reaches in training steps.
 
     Attributes:
-        name: of the device, and `origin` of the figures.
-        memory_bytes: of the device.
-        backbone_flops: operations a second of the backbone's passes.
-        backbone_seconds: of a step whatever its batch, without the weights' update where that is counted in bytes.
-        head_flops: operations a second of the head's products, its exponentials included.
-        head_row_bytes: bytes a second of the sampled rows that the head reads and writes.
-        head_seconds: of the head's step whatever its size.
-        memory_rate: bytes a second, for the update of the backbone's weights; 0 where backbone_seconds has it.
-        host_rate: bytes a second between host and device.
-        node_rate, node_latency: bytes a second and seconds of a collective's step inside a machine.
-        network_rate, network_latency: the same between machines, for one process of them.
-        decode_rate: images a second that one reading process decodes.
+        name: of the device.
+        origin: of the figures.
+        backbone_flops: operations per second of the backbone's passes.
+        head_flops: operations per second of the head's products, its exponentials included.
+        memory_rate: bytes per second of rows, weights and states; None if the rates above cover them.
+        host_rate: bytes per second between host and device.
+        overhead: seconds of backbone and of head that do not depend on their size.
+        node_rate, node_latency: bytes per second and seconds of a collective's step inside a machine.
+        network_rate, network_latency: the same between machines, for one of their processes.
     """
 
     name: str
     origin: str
-    memory_bytes: int
     backbone_flops: float
-    backbone_seconds: float
     head_flops: float
-    head_row_bytes: float
-    head_seconds: float
-    memory_rate: float
+    memory_rate: float | None
     host_rate: float
+    overhead: float
     node_rate: float
     node_latency: float
     network_rate: float
     network_latency: float
-    decode_rate: float
 
 
-@dataclass(frozen=True)
-class DataSheet:
-    """Published figures of a GPU: dense matrix rates, memory, and rates in one direction.
+class DataSheet(NamedTuple):
+    """Published figures of a GPU: GiB of memory, dense TFLOP/s, and GB/s in one direction.
 
-    Attributes:
-        name: and form factor.
-        gib: of device memory.
-        half, single: TFLOP/s of 16 bits, and of float32 without TF32.
-        memory: GB/s of the device memory.
-        host: GB/s of the host's bus.
-        node: GB/s of NVLink for one GPU.
-        network: GB/s for one GPU, of the network adapters that such a machine usually has.
+    `half` is for 16-bit numbers, `single` for float32 without TF32; `node` is NVLink, and `network` one GPU's share of
+    the adapters that machines with it usually have.
     """
 
     name: str
@@ -85,29 +70,24 @@ DATA_SHEETS = {
     "h100": DataSheet("H100 SXM 80 GB", 80, 989, 67, 3350, 64, 450, 50),
     "h200": DataSheet("H200 SXM 141 GB", 141, 989, 67, 4800, 64, 450, 50),
 }
-_LAUNCH_SECONDS = 0.005  # of a step's kernel launches and host work, assumed
-_DECODE_RATE = 5000.0  # 112 x 112 JPEGs of one core, Pillow, loader included, assumed
+_LAUNCH_SECONDS = 0.005  # kernel launches and host work of a step, assumed
 
 
-def preset(request: PlanRequest, precision: str) -> MachineRates:
-    """The rates of a GPU that is not here."""
-    sheet = DATA_SHEETS[request.device]
+def preset(device: str, precision: str, operand_dtype: str) -> MachineRates:
+    """The rates of a GPU, from its data sheet; the precision is the backbone's, the dtype of operands the head's."""
+    sheet = DATA_SHEETS[device]
     backbone = sheet.single if precision == "float32" else sheet.half
-    head = sheet.single if request.head_operand_dtype == "float32" else sheet.half
+    head = sheet.single if operand_dtype == "float32" else sheet.half
     return MachineRates(
         name=sheet.name,
         origin=DATA_SHEET,
-        memory_bytes=int(sheet.gib * GIB),
         backbone_flops=backbone * 1e12 * BACKBONE_EFFICIENCY,
-        backbone_seconds=_LAUNCH_SECONDS,
         head_flops=head * 1e12 * HEAD_EFFICIENCY,
-        head_row_bytes=sheet.memory * 1e9 * MEMORY_EFFICIENCY,
-        head_seconds=_LAUNCH_SECONDS,
         memory_rate=sheet.memory * 1e9 * MEMORY_EFFICIENCY,
         host_rate=sheet.host * 1e9 * LINK_EFFICIENCY,
+        overhead=_LAUNCH_SECONDS,
         node_rate=sheet.node * 1e9 * LINK_EFFICIENCY,
         node_latency=10e-6,
         network_rate=sheet.network * 1e9 * LINK_EFFICIENCY,
         network_latency=20e-6,
-        decode_rate=_DECODE_RATE,
     )

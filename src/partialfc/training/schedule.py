@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs nothing but its step."""
+"""The learning rate, a pure function of the step: a resumed run needs no other state."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def learning_rate(
 ) -> float:
     """The learning rate of optimizer step `step`, the first step being 0.
 
-    In the warm-up, step s has base · (s + 1) / warmup_steps, so that no step is wasted on a rate of 0 and the last one
-    has `base`. After it, with p = (s - warmup_steps) / (total_steps - warmup_steps) in [0, 1):
+    In the warm-up, step s has base · (s + 1) / warmup_steps: no step is wasted on a rate of 0, and the last one has
+    `base`. After it, with p = (s - warmup_steps) / (total_steps - warmup_steps) in [0, 1):
 
     - polynomial: base · (1 - p) ** power. The published logs of Partial FC (arXiv 2203.15565) have power 2.
     - cosine: base · (1 + cos(π p)) / 2 (SGDR, arXiv 1608.03983, without restarts).
     - constant: base.
 
-    The step after the last, total_steps, would have a rate of 0 (constant: base), and so do all past it.
+    From step total_steps on, the rate is 0 (constant: base).
 
     Args:
         step: 0 or more.

@@ -1,8 +1,8 @@
-"""Everything that a run must remember, and its way into a checkpoint and back."""
+"""The state of a run, and how it is saved to a checkpoint and restored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import Shard, shard_like
+from partialfc.distributed.collectives import Shard
+from partialfc.distributed.sharded import shard_like
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 from partialfc.training.checkpoint.read import Checkpoint
 from partialfc.training.checkpoint.write import RowTensors, Snapshot
+from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import load_weights, whole_network
-from partialfc.training.scaling import LossScale
+
+_SAVED_COUNTERS = ("skipped", "best_score", "best_step", "pending_evaluation")
 
 
 @dataclass
@@ -24,21 +27,22 @@ class TrainState:
     """Tensors and counters of a run.
 
     Attributes:
+        data: what must be the same when the run is resumed, such as the number of images (`build.data_signature`).
+        identities: their names in the order of the classes, None if the data has none.
+        loss_scale: of float16, None in other precisions.
+        average: the backbone with averaged weights, None if they are not averaged.
+        skeleton: the backbone on the meta device if the backbone is sharded, None if each process has all of it.
         done: optimizer steps done; with the seed it is also the position in the data and in the sampling.
         skipped: steps left out because a gradient was not finite.
-        best_score, best_step: the best mean accuracy over the benchmarks, and when.
-        loss_scale: of float16, None in other precisions.
-        pending_evaluation: the run was stopped where an evaluation was due, which comes first when it goes on.
-        average: the backbone with averaged weights, None where they are not averaged.
-        skeleton: the backbone on the meta device if it is in parts over the processes, None if each has all of it.
-        facts: what must be the same when the run goes on, such as the number of images.
+        best_score, best_step: the best mean accuracy over the benchmarks, and after which step.
+        pending_evaluation: the run was stopped where an evaluation was due; on resume it comes first.
     """
 
     backbone: nn.Module
     head: PartialFC
     backbone_optimizer: Optimizer
     head_optimizer: RowwiseSGD | RowwiseAdamW
-    facts: dict[str, Any]
+    data: dict[str, Any]
     identities: list[str] | None = None
     loss_scale: LossScale | None = None
     average: nn.Module | None = None
@@ -50,15 +54,15 @@ class TrainState:
     pending_evaluation: bool = False
 
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and saved as model: the average if there is one. All ranks call it.
+        """The network that is evaluated and saved as the model: the average if there is one.
 
-        If the networks are in parts it is a copy, which takes a collective for each parameter.
+        All ranks call it. Of a sharded backbone it is a full copy, which takes a collective for each parameter.
         """
         return whole_network(self.backbone if self.average is None else self.average, self.skeleton)
 
     def row_tensors(self) -> RowTensors:
-        """The centers and their optimizer state, all up to date, with the global rows they are."""
-        self.head_optimizer.flush()  # which also waits for a GPU that still writes state in host memory
+        """The centers and their optimizer state, after all pending updates, with their range of global rows."""
+        self.head_optimizer.flush()  # also waits for a GPU that still writes state in host memory
         shard, k = self.head.shard, self.head.loss_config.margin.sub_centers
         rows = Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
         return RowTensors(
@@ -66,8 +70,7 @@ class TrainState:
         )
 
     def snapshot(self, config: dict[str, Any]) -> Snapshot:
-        """What a checkpoint of this moment holds; its tensors are those of the run, no copies, maybe in parts."""
-        margin_state = {name: value.tolist() for name, value in self.head.margin_state().items()}
+        """What a checkpoint of this moment holds; its tensors are those of the run, not copies, and may be sharded."""
         return Snapshot(
             self.done,
             tensors={
@@ -77,26 +80,23 @@ class TrainState:
             },
             rows=self.row_tensors(),
             state={
-                "facts": self.facts,
-                "skipped": self.skipped,
+                "data": self.data,
                 "head_step": self.head.step,
-                "best_score": self.best_score,
-                "best_step": self.best_step,
-                "pending_evaluation": self.pending_evaluation,
-                "margin_state": margin_state,
-                "loss_scale": None if self.loss_scale is None else self.loss_scale.to_dict(),
+                **{name: getattr(self, name) for name in _SAVED_COUNTERS},
+                "margin_state": {name: value.tolist() for name, value in self.head.margin_state().items()},
+                "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
                 "config": config,
             },
             documents={} if self.identities is None else {"identities": self.identities},
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take everything from a checkpoint written at any world size.
+        """Restore a checkpoint, written at any world size.
 
         Raises:
             InputError: it belongs to other data.
         """
-        check_facts(checkpoint, self.facts)
+        check_data_matches(checkpoint, self.data)
         load_weights(self.backbone, checkpoint.tensors("backbone"))
         if self.average is not None:
             load_weights(self.average, checkpoint.tensors("backbone-ema"))
@@ -111,16 +111,14 @@ class TrainState:
             self.loss_scale = LossScale(**checkpoint.state["loss_scale"])
         self.done = checkpoint.step
         self.head.step = checkpoint.state["head_step"]
-        self.skipped = checkpoint.state["skipped"]
-        self.best_score = checkpoint.state["best_score"]
-        self.best_step = checkpoint.state["best_step"]
-        self.pending_evaluation = checkpoint.state.get("pending_evaluation", False)
+        for name in _SAVED_COUNTERS:
+            setattr(self, name, checkpoint.state[name])
 
 
-def check_facts(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-    """Raise an InputError if the checkpoint was trained on other data than `facts` tell of."""
-    for name, value in facts.items():
-        saved = checkpoint.state["facts"].get(name)
+def check_data_matches(checkpoint: Checkpoint, data: dict[str, Any]) -> None:
+    """Raise an InputError if the checkpoint was trained on other data than `data` describes."""
+    for name, value in data.items():
+        saved = checkpoint.state["data"].get(name)
         if saved != value:
             raise InputError(
                 f"{checkpoint.folder} was trained on data with {name} {saved}, but now {name} is {value}: resume with "
@@ -143,8 +141,9 @@ def load_optimizer_tensors(module: nn.Module, optimizer: Optimizer, tensors: dic
     names = dict(module.named_parameters())
     for full_name, value in tensors.items():
         name, key = full_name.rsplit(".", 1)
-        # A count of steps stays on the host unless a fused update reads it; all else lives beside its parameter.
-        beside = key != "step" or bool(optimizer.defaults.get("fused"))
         parameter = names[name]
-        moved = value.to(parameter.device if beside else value.device)
-        optimizer.state[parameter][key] = shard_like(moved, parameter) if key != "step" else moved
+        if key != "step":
+            value = shard_like(value.to(parameter.device), parameter)
+        elif optimizer.defaults.get("fused"):  # otherwise the count of steps stays on the host
+            value = value.to(parameter.device)
+        optimizer.state[parameter][key] = value

@@ -1,4 +1,4 @@
-"""What a finished run leaves to say, and where its time went."""
+"""The result of a finished run, and where its time went: step clock and trace."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from partialfc.data.loader import Batch
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves to say; its models and metrics are in the folder.
+    """The result of a finished run; its models and metrics are in the folder.
 
     Attributes:
         steps, images: optimizer steps and images in all, those before a resume included.
         seconds: wall time of this process, start-up included.
-        images_per_second: of this process's training steps alone, over all ranks; None if there was none to do.
+        images_per_second: of this process's training steps alone, over all ranks; None if there were no steps left.
         benchmarks: the last result on each benchmark, by name.
         best_score, best_step: the best mean accuracy over the benchmarks, and after which step; None if no model could
             be written.
@@ -39,7 +41,7 @@ class TrainResult:
         return {**asdict(self), "folder": str(self.folder)}
 
     def text(self) -> str:
-        """The result for people."""
+        """The result as text of a few lines."""
         speed = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
         lines = [f"{self.steps:,} steps, {self.images:,} images in {self.seconds:,.0f} s{speed}"]
         for name, result in self.benchmarks.items():
@@ -49,31 +51,80 @@ class TrainResult:
         return "\n".join(lines)
 
 
-@dataclass
-class Clock:
-    """Where the time between two lines of the log went; evaluation and checkpoints stop it."""
+class StepClock:
+    """Times the training steps, since the last line of the log and in all; evaluation and checkpoints stop it.
 
-    started: float
-    waited: float = 0.0
-    images: int = 0
+    Attributes:
+        images: trained on since the last line.
+    """
 
-    @staticmethod
-    def start() -> Clock:
-        return Clock(time.monotonic())
+    def __init__(self) -> None:
+        self.images = self._all_images = 0
+        self._started, self._waited, self._all_seconds = time.monotonic(), 0.0, 0.0
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """The next micro-batch, the wait for it counted."""
+        """The next micro-batch; the wait for it is counted."""
         before = time.monotonic()
         batch = next(batches)
-        self.waited += time.monotonic() - before
+        self._waited += time.monotonic() - before
         return batch
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
+        """Exclude the time of the block."""
         before = time.monotonic()
         yield
-        self.started += time.monotonic() - before
+        self._started += time.monotonic() - before
+
+    def figures(self) -> dict[str, float]:
+        """Images a second, and the share of the time spent waiting for data, since the last line."""
+        seconds = time.monotonic() - self._started
+        return {"images_per_second": self.images / seconds, "data_wait": self._waited / seconds}
+
+    def restart(self) -> None:
+        """Begin a new line."""
+        now = time.monotonic()
+        self._all_images += self.images
+        self._all_seconds += now - self._started
+        self.images, self._started, self._waited = 0, now, 0.0
 
     @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
+    def images_per_second(self) -> float | None:
+        """Over all lines; None before the first."""
+        return self._all_images / self._all_seconds if self._all_seconds else None
+
+
+class StepProfiler:
+    """Records a range of steps and writes `trace-<first>-<stop>.json`, for chrome://tracing or ui.perfetto.dev.
+
+    Args:
+        steps: counted from 0; an empty range records nothing. A resumed run records those that are left.
+        folder: where the trace is written.
+    """
+
+    def __init__(self, steps: range, folder: Path) -> None:
+        self._steps, self._folder = steps, folder
+        self._profile: torch.profiler.profile | None = None
+        self._first = steps.start
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the optimizer step `number`, the wait for its data included."""
+        if number not in self._steps:
+            yield
+            return
+        if self._profile is None:
+            self._first = number
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+        with torch.profiler.record_function(f"step {number}"):
+            yield
+        if number == self._steps[-1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace of a run that ends within the range."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(self._folder / f"trace-{self._first}-{self._steps.stop}.json"))
+            self._profile = None

@@ -19,7 +19,13 @@ from partialfc.training.run.launch import first_difference
 
 def launch_info(host: str = "a", **changes: Any) -> dict[str, Any]:
     config = changes.pop("config", small_config())
-    facts = {"partialfc": "0.1.0 (code 12345678)", "torch": "2.13.0", "eval": ["lfw"], "resume": True, "verify": False}
+    facts = {
+        "partialfc": "0.1.0 (code 12345678)",
+        "torch": "2.13.0",
+        "benchmark": ["lfw"],
+        "resume": True,
+        "verify": False,
+    }
     return {"host": host, "refusal": None, "config": config.to_dict(), "device type": "cpu", **facts, **changes}
 
 
@@ -41,7 +47,7 @@ def test_what_a_host_may_have_of_its_own() -> None:
             {"config": with_rate(0.25)},
             "rank 2 on b has head.sample_rate 0.25, but rank 0 on a has 0.5: start all processes with the same options",
         ),
-        ({"eval": []}, r"rank 2 on b has eval \[\], but rank 0 on a has \['lfw'\]: "),
+        ({"benchmark": []}, r"rank 2 on b has benchmark \[\], but rank 0 on a has \['lfw'\]: "),
         ({"resume": False}, "rank 2 on b has resume False, but rank 0 on a has True: "),
         ({"device type": "cuda"}, "rank 2 on b has device type cuda, but rank 0 on a has cpu: "),
         (

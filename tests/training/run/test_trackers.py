@@ -16,7 +16,6 @@ from small_runs import PAIRS, small_config, tiny_config, write_images
 from partialfc.config.options import OutputConfig
 from partialfc.core.errors import InputError
 from partialfc.training.loop import train
-from partialfc.training.profiling import parse_steps
 from partialfc.training.run.log import read_metrics
 
 
@@ -125,18 +124,10 @@ def test_a_trace_of_the_steps_asked_for(tmp_path: Path, steps: str, name: str) -
     assert recorded == [f"step {first}", f"step {first + 1}"]
 
 
-def test_no_range_of_steps_is_refused() -> None:
-    assert parse_steps(None) == range(0)
-    assert parse_steps("10:15") == range(10, 15)
-    for text in ("10", "5:5", "a:b", ":3"):
-        with pytest.raises(InputError, match="as in 10:15"):
-            parse_steps(text)
-
-
 @pytest.mark.multiprocess
 def test_memory_is_counted_in_bytes_and_grows_with_what_is_touched() -> None:
     code = (
-        "import torch; from partialfc.training.profiling import peak_bytes; cpu = torch.device('cpu'); "
+        "import torch; from partialfc.core.device import peak_bytes; cpu = torch.device('cpu'); "
         "before = peak_bytes(cpu); kept = torch.ones(64 << 18); print(peak_bytes(cpu) - before)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from partialfc.distributed.activity import progress
+from partialfc.distributed.activity import report_progress
 from partialfc.distributed.collectives import split_evenly
 from partialfc.training.checkpoint.format import (
     DamagedCheckpoint,
@@ -45,7 +45,7 @@ def write_hashed(path: Path, pieces: Iterable[bytes | memoryview], block_bytes: 
                 size += len(part)
                 room -= len(part)
                 if room == 0:
-                    progress()
+                    report_progress()
                     digests.append(block.hexdigest())
                     block, room = hashlib.sha256(), block_bytes
         if room < block_bytes:
@@ -183,7 +183,7 @@ class VerifiedFiles:
         if hashlib.sha256(block).hexdigest() != record.sha256[number]:
             raise self._damaged(name, f"differs from what was written in block {number} (bytes {start:,} to {stop:,})")
         self._last = (name, number, block)
-        progress()
+        report_progress()
         return block
 
     def _damaged(self, name: str, what: str) -> DamagedCheckpoint:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from partialfc.core.errors import JobError
 from partialfc.core.files import fsync
-from partialfc.distributed.activity import doing
+from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import Group, Shard, gather_json
 from partialfc.training.checkpoint.blocks import BLOCK_BYTES, VerifiedFiles, safetensors_pieces, write_hashed
 from partialfc.training.checkpoint.format import MANIFEST, FileRecord, Manifest, Part, RowTensor, dtype_code
@@ -105,7 +105,7 @@ def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int = 3, block_byte
             _commit(root, writing, _manifest(snapshot, block_bytes, reports), keep)
 
     try:
-        with doing(f"writing {writing}"):
+        with activity(f"writing {writing}"):
             reports = _together("write", lambda: _write_files(writing, snapshot, block_bytes), group)
         _together("complete", complete, group)
     except CheckpointNotWritten:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import JobError
-from partialfc.distributed.activity import doing
-from partialfc.distributed.collectives import Group, full_tensor, gather_json, rank_of
+from partialfc.distributed.activity import activity
+from partialfc.distributed.collectives import Group, gather_json, rank_of
+from partialfc.distributed.sharded import full_tensor
 from partialfc.training.checkpoint.write import CheckpointNotWritten, RowTensors, Snapshot, save_checkpoint
 from partialfc.training.run.read import RunFolder
 from partialfc.training.state import TrainState
@@ -144,7 +145,7 @@ class CheckpointWriter:
             CheckpointNotWritten: on all ranks alike, if any could not write.
         """
         if self._thread is not None:
-            with doing(f"waiting for its checkpoint of step {self.step}", waits=True):
+            with activity(f"waiting for its checkpoint of step {self.step}", waits=True):
                 self._thread.join()
         self._thread, error, self._error = None, self._error, None
         if error is not None:

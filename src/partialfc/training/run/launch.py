@@ -18,7 +18,7 @@ from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import gather_json, local_rank, local_world_size, process_group
-from partialfc.training.build import facts_of
+from partialfc.training.build import data_signature
 from partialfc.training.run.folder import differing_key
 from partialfc.training.run.log import check_trackers
 
@@ -52,7 +52,7 @@ def joined(
         "partialfc": _own_version(),
         "torch": torch.__version__,
         "config": config.to_dict(),
-        "eval": sorted(benchmarks),
+        "benchmark": sorted(benchmarks),
         "resume": resume,
         "verify": verify,
         "device type": device.type,
@@ -89,13 +89,13 @@ def check_same_data(loader: Loader) -> None:
     Raises:
         InputError: on all ranks, naming the first that differs.
     """
-    own = {"host": socket.gethostname(), "path": str(loader.source.path), "facts": facts_of(loader)}
+    own = {"host": socket.gethostname(), "path": str(loader.source.path), "data": data_signature(loader)}
     first, *others = gather_json(own)
     for rank, other in enumerate(others, start=1):
-        for name, value in first["facts"].items():
-            if other["facts"][name] != value:
+        for name, value in first["data"].items():
+            if other["data"][name] != value:
                 raise InputError(
-                    f"rank {rank} on {other['host']} finds {other['facts'][name]:,} as {name} in {other['path']}, but "
+                    f"rank {rank} on {other['host']} finds {other['data'][name]:,} as {name} in {other['path']}, but "
                     f"rank 0 on {first['host']} finds {value:,} in {first['path']}: give all hosts the same data."
                 )
 
@@ -114,7 +114,7 @@ def _own_version() -> str:
 
 
 def _options(info: _LaunchInfo) -> dict[str, Any]:
-    return {name: info[name] for name in ("config", "eval", "resume", "verify", "device type")}
+    return {name: info[name] for name in ("config", "benchmark", "resume", "verify", "device type")}
 
 
 def _value(info: _LaunchInfo, key: str) -> Any:

@@ -218,11 +218,11 @@ def _read_counts(checkpoints: Path) -> dict[str, Any]:
     """The size of the training set by the newest readable checkpoint; a run may delete one while it is read."""
     for step in reversed(steps_in(checkpoints)) if checkpoints.is_dir() else []:
         try:
-            facts = Checkpoint(checkpoints / folder_name(step)).state.get("facts")
+            data = Checkpoint(checkpoints / folder_name(step)).state.get("data")
         except (InputError, OSError):
             continue
-        if isinstance(facts, dict):
-            return facts
+        if isinstance(data, dict):
+            return data
     return {}
 
 

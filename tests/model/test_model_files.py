@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
+from partialfc.core import files as core_files
 from partialfc.core.errors import InputError
 from partialfc.model import files as model_module
 from partialfc.model.config import ModelConfig
-from partialfc.model.embed import embed, prepare
+from partialfc.model.embed import embed, embed_batches, prepare
 from partialfc.model.files import Model, load_model, save_model
 
 CONFIG = ModelConfig("mini", embedding_dim=8, image_size=16)
@@ -86,41 +87,42 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("failing", range(8))
-def test_an_interrupted_save_leaves_a_whole_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
-    """The save is stopped at each of its steps in turn: before it, the old model loads; after the last, the new one."""
+def test_an_interrupted_save_leaves_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save is interrupted at each of its steps in turn: the old model loads, or the new one."""
     folder = tmp_path / "model"
     old, new = make_backbone(1), make_backbone(2)
     save_model(folder, old, CONFIG)
-    done = 0
+    steps_done, failing = 0, -1
 
     def stop_at(owner: object, name: str) -> None:
         original = getattr(owner, name)
 
         def step(*args: object, **kwargs: object) -> object:
-            nonlocal done
-            if done == failing:
+            nonlocal steps_done
+            steps_done += 1
+            if steps_done == failing:
                 raise KeyboardInterrupt
-            done += 1
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, step)
 
-    stop_at(model_module, "save_file")
-    stop_at(model_module, "_flush")  # four times
-    stop_at(Path, "rename")  # twice
-    stop_at(shutil, "rmtree")
-    with pytest.raises(KeyboardInterrupt):
-        save_model(folder, new, CONFIG)
-    monkeypatch.undo()
-    loaded = load_model(folder).backbone
-    replaced = failing >= 6  # save_file, three flushes, two renames
-    assert same_weights(loaded, new if replaced else old)
-    save_model(folder, new, CONFIG)
-    assert same_weights(load_model(folder).backbone, new)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    for owner, name in ((model_module, "save_file"), (core_files, "fsync"), (Path, "rename"), (shutil, "rmtree")):
+        stop_at(owner, name)
+    save_model(folder, old, CONFIG)
+    total, replaced = steps_done, []
+    assert total >= 8  # the weights, two files and two folders flushed, two renames, an old folder removed
+    for failing in range(1, total + 1):
+        steps_done = 0
+        with pytest.raises(KeyboardInterrupt):
+            save_model(folder, new, CONFIG)
+        replaced.append(same_weights(load_model(folder).backbone, new))
+        assert replaced[-1] or same_weights(load_model(folder).backbone, old)
+        steps_done, failing = 0, -1
+        save_model(folder, old, CONFIG)
+        assert same_weights(load_model(folder).backbone, old)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert replaced == sorted(replaced)  # the old one up to a rename, the new one from there on
+    assert {False, True} == set(replaced)
 
 
 def test_saving_over_something_else_is_refused(tmp_path: Path) -> None:
@@ -253,6 +255,15 @@ def test_embed_takes_any_number_of_images_and_read_only_arrays() -> None:
     together = embed(model, pictures)
     one_by_one = torch.cat([embed(model, pictures[number : number + 1]) for number in range(5)])
     assert torch.allclose(together, one_by_one, atol=1e-5)
+
+
+def test_batches_put_the_mode_back_when_they_are_abandoned() -> None:
+    model = Model(make_backbone().train(), CONFIG)
+    batches = embed_batches(model, images(5), batch_size=2)
+    assert [len(next(batches)), len(next(batches))] == [2, 2]
+    assert not model.backbone.training
+    batches.close()
+    assert model.backbone.training
 
 
 def test_embed_puts_the_mode_back_after_an_error() -> None:

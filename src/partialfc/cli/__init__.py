@@ -1,0 +1,53 @@
+"""The command line: one file a command, each of which calls one function of the package and shows what it returns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from partialfc.cli import bench, data, demo, evaluate, plan, recipes, report, train
+from partialfc.cli.parser import Parser, add_commands
+from partialfc.core.errors import InputError, JobError, StoppedBySignal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0 done, 1 the job failed, 2 the input was wrong, 130 interrupted, 143 stopped by SIGTERM
+        after saving.
+    """
+    try:
+        options = build_parser().parse_args(arguments)
+        options.run(options)
+    except InputError as error:
+        return _failed(error, 2)
+    except StoppedBySignal as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends another while this process exits
+        print(f"partialfc: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (JobError, OSError) as error:
+        return _failed(error, 1)
+    except KeyboardInterrupt:
+        return _failed("interrupted; a training run goes on from its last checkpoint with --resume", 130)
+    return 0
+
+
+def _failed(message: object, status: int) -> int:
+    print(f"partialfc: error: {message}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line; what it parses has a function `run`."""
+    parser = Parser(prog="partialfc", description="Train face recognition with Partial FC, and see how good it is.")
+    parser.add_argument("--version", action="version", version=f"partialfc {metadata.version('partialfc')}")
+    commands = add_commands(parser)
+    for command in (demo, train, recipes, plan, evaluate, report, data, bench):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,49 @@
+"""`partialfc data inspect` and `partialfc data faces`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from partialfc.cli.parser import add_command, add_commands, facts_text, show
+from partialfc.core.console import Progress
+from partialfc.data.inspect import inspect
+from partialfc.faces.sets import FaceWorld, Layout
+
+
+def add_parser(commands: Any) -> None:
+    commands = add_commands(commands.add_parser("data", help="look at data sets, or write procedural ones"))
+
+    parser = add_command(commands, "inspect", run_inspect)
+    parser.add_argument("path", type=Path, help="folder with a .rec file, .rec file, or folder of identity folders")
+
+    parser = add_command(commands, "faces", run_faces)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for train/ and pairs.bin")
+    for name, sentence in {
+        "identities": "people of the training set",
+        "shots": "images of each",
+        "pairs": "test pairs, half of them genuine, a multiple of 20",
+        "pair-identities": "other people, of the pairs alone",
+        "image-size": "side of the images in pixels",
+        "seed": "the images are a function of it",
+    }.items():
+        default = getattr(FaceWorld, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=sentence)
+    layouts, default = get_args(Layout), FaceWorld.layout
+    parser.add_argument("--layout", choices=layouts, default=default, help="format of the training set")
+
+
+def run_inspect(options: Namespace) -> None:
+    """Count, check and hash the images of a training set."""
+    with Progress("inspecting", quiet=options.json) as progress:
+        facts = inspect(options.path, progress=progress.update)
+    show(options, facts, facts_text(facts))
+
+
+def run_faces(options: Namespace) -> None:
+    """Write procedural faces: a training set, and pairs of other identities."""
+    world = FaceWorld(**{field.name: getattr(options, field.name) for field in fields(FaceWorld)})
+    facts = world.write(options.out, quiet=options.json)
+    show(options, facts, facts_text(facts))

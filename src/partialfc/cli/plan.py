@@ -1,0 +1,51 @@
+"""`partialfc plan`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any, get_args
+
+from partialfc.cli.parser import add_command, add_config_options, build_config, show
+from partialfc.config.options import TrainConfig
+from partialfc.config.recipes import data_set
+from partialfc.core.errors import InputError
+from partialfc.plan.planning import make_plan
+from partialfc.plan.text import plan_text
+from partialfc.plan.workload import Device
+
+_USAGE = "partialfc plan [--recipe NAME] [--classes N] [--device KIND] [options]"
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_command(commands, "plan", run, usage=_USAGE)
+    parser.add_argument("--classes", type=int, metavar="N", help="identities of the data; a recipe knows its own")
+    gpus = "processes, one a GPU; by default as many as hold the global batch at once"
+    parser.add_argument("--gpus", type=int, metavar="N", help=gpus)
+    kind = "kind of GPU; auto is h100, and cpu or cuda times steps on this machine"
+    parser.add_argument("--device", choices=["auto", *get_args(Device)], default="auto", help=kind)
+    parser.add_argument("--image-size", type=int, metavar="N", default=112, help="side of the images in pixels")
+    nodes = "GPUs of one machine; more are joined by the network"
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", default=8, help=nodes)
+    memory = "GiB of a GPU; by default what the device has"
+    parser.add_argument("--gpu-memory", type=float, metavar="X", help=memory)
+    add_config_options(parser, TrainConfig, skip="device")
+
+
+def run(options: Namespace) -> None:
+    """Predict the memory of each GPU and the time of a step of a training, and the largest sample rate that fits."""
+    config = build_config(TrainConfig, options)
+    data = None if options.recipe is None else data_set(options.recipe)
+    known = config.data.num_classes if data is None else data[1]
+    classes = known if options.classes is None else options.classes
+    if classes is None:
+        raise InputError("--classes is missing: give the number of identities, or a recipe of known data.")
+    plan = make_plan(
+        config,
+        classes=classes,
+        gpus=options.gpus,
+        device="h100" if options.device == "auto" else options.device,
+        image_size=options.image_size,
+        gpus_per_node=options.gpus_per_node,
+        gpu_memory=options.gpu_memory,
+    )
+    show(options, plan.to_dict(), plan_text(plan))

@@ -1,0 +1,39 @@
+"""`partialfc data` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import IM2REC, INSIGHTFACE, QUICK, complaint, run
+
+
+def test_inspect_gives_the_same_facts_for_all_layouts(capsys: pytest.CaptureFixture[str], folder_of_pngs: Path) -> None:
+    facts: list[dict[str, Any]] = []
+    for path in (INSIGHTFACE, IM2REC, folder_of_pngs):
+        assert run("data", "inspect", path, "--json") == 0
+        facts.append(json.loads(capsys.readouterr().out))
+    keys = ("images", "classes", "unreadable", "min_per_class", "max_per_class", "sha256_of_decoded")
+    assert len({json.dumps([fact[key] for key in keys]) for fact in facts}) == 1
+    assert facts[0]["images"] == 48
+    assert len({fact["format"] for fact in facts}) >= 2
+
+
+def test_inspect_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "inspect", INSIGHTFACE) == 0
+    assert "classes" in capsys.readouterr().out
+
+
+def test_data_faces_writes_real_formats(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "faces"
+    options = ["--identities=6", "--shots=3", "--pairs=20", "--pair_identities=8", "--image_size=32"]
+    assert run("data", "faces", "--out", out, *options, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["images"] == 18
+    assert run("data", "inspect", out / "train", "--json") == 0
+    inspected = json.loads(capsys.readouterr().out)
+    assert (inspected["images"], inspected["classes"], inspected["unreadable"]) == (18, 6, 0)
+    assert "exists" in complaint(capsys, "data", "faces", "--out", out, *options)
+    assert run("train", "--data.path", out / "train", *QUICK, "--out", tmp_path / "run", "--json") == 0

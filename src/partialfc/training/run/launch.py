@@ -18,7 +18,7 @@ from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
 from partialfc.distributed.collectives import gather_json, local_rank, local_world_size, process_group
-from partialfc.training.build import data_signature
+from partialfc.training.build import check_config, data_signature
 from partialfc.training.run.folder import differing_key
 from partialfc.training.run.log import check_trackers
 
@@ -39,7 +39,7 @@ def joined(
     """
     device, refusal = torch.device("cpu"), None
     try:
-        config.check()
+        check_config(config)
         if verify and not resume:
             raise InputError("--verify reads the checkpoint that a run goes on from: give --resume too.")
         check_trackers(config.output)

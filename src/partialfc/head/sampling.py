@@ -96,9 +96,7 @@ def sample_padded(
     return classes.sort().values[: min(stop - start, most + len(positives))], count
 
 
-def _negatives(
-    positives: Tensor, is_first: Tensor, blocks: range, size: int, num_classes: int, keys: Tensor
-) -> Tensor:
+def _negatives(positives: Tensor, is_first: Tensor, blocks: range, size: int, num_classes: int, keys: Tensor) -> Tensor:
     """(n,) int64: the negatives of the blocks, and −1 in between: of each, the first of its permutation.
 
     Where a positive is among them, a spare class from further behind in the permutation takes its place.

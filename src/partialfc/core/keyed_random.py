@@ -120,3 +120,17 @@ def permute_bits(values: Tensor, width: int, keys: list[int] | list[Tensor]) -> 
         values = (values * ((key & mask) | 1) + high) & mask
         values = values ^ (values >> ((width + 1) // 2))
     return values
+
+
+def permute_bits_back(values: Tensor, width: int, keys: list[int] | list[Tensor]) -> Tensor:
+    """The inverse of `permute_bits` with the same arguments."""
+    mask = (1 << width) - 1
+    for key in reversed(keys):
+        high = (key >> 32) & mask if isinstance(key, int) else _shift_right(key, 32) & mask
+        values = values ^ (values >> ((width + 1) // 2))  # undoes itself, since the shift is at least half the width
+        factor = (key & mask) | 1
+        inverse, right_bits = factor, 3
+        while right_bits < width:  # a Newton step doubles them
+            inverse, right_bits = inverse * (2 - factor * inverse), 2 * right_bits
+        values = ((values - high) * inverse) & mask
+    return values

@@ -76,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not value.is_sparse:  # whose parts are tensors of their own
                 self._count(value.untyped_storage())
         return result
 

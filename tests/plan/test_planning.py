@@ -124,6 +124,7 @@ def test_every_advice_fits() -> None:
     assert "No sample rate fits" in text
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_cut_or_recomputed() -> None:
     asked = workload(1000, 256, backbone__name="r18", image_size=64)
     plan = planned(asked, gib=2.5)

@@ -91,6 +91,7 @@ def test_permute_bits_is_a_permutation_for_numbers_and_tensors_alike(width: int,
     assert torch.equal(image, keyed_random.permute_bits(values, width, [torch.tensor(key) for key in keys]))
 
 
+@pytest.mark.slow
 def test_permute_sends_each_position_everywhere() -> None:
     size, draws = 23, 4600
     counts = torch.zeros(size, size)

@@ -62,6 +62,7 @@ def test_every_backbone_is_counted(backbone: str) -> None:
     assert counted.flops > 1e6
 
 
+@pytest.mark.slow
 def test_what_lowers_the_memory_of_activations() -> None:
     asked = changed(SMALL, image_size=64)
     full, recomputed = (network_pass(changed(asked, backbone__checkpointing=c)) for c in (False, True))

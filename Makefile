@@ -1,6 +1,8 @@
 # Every target works in .venv of this checkout and sets up what it needs. PYTHON chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# Each of several hundred processes would compile everything anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests of one file run in one process, so that what a file prepares is prepared once.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -8,7 +8,7 @@ from html import escape
 
 from partialfc.pages.axes import linear_axis, number_format
 from partialfc.pages.plots import horizontal_axis
-from partialfc.pages.template import LIGHT, RULES
+from partialfc.pages.template import STYLE
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 560.0, 118.0, 548.0, 8.0, 20.0
 
@@ -50,9 +50,9 @@ def timeline(rows: Sequence[Row], *, name: str, stop: float) -> str:
 
 
 def standalone_svg(svg: str) -> str:
-    """A plot of `partialfc.pages` or a timeline as a file of its own, in light colours on white."""
+    """A plot of `partialfc.pages` or a timeline as a file of its own."""
     opening, rest = svg.split(">", 1)
-    style = f"svg {{ {LIGHT} background: #ffffff; font-family: sans-serif; }} {RULES}"
+    style = f"{STYLE}svg {{ background: var(--card); font-family: sans-serif; }}"
     return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
 
 

@@ -63,6 +63,7 @@ def test_its_model_knows_more_than_pixels_and_colours_of_identities_never_seen(t
     assert max(summary.pixel_accuracy, summary.color_accuracy) <= 0.6
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "demo"
     with monkeypatch.context() as patch:

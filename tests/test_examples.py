@@ -71,6 +71,7 @@ def test_the_slurm_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (tmp_path / "requeued").exists()
 
 
+@pytest.mark.slow
 def test_slurm_ends_the_job_and_it_is_queued_again(tmp_path: Path) -> None:
     """USR1 to the script: both nodes' processes save and end, and the job goes back into the queue."""
     run = tmp_path / "run"

@@ -34,6 +34,7 @@ print(len(modules))
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_every_module_imports_with_the_core_dependencies() -> None:
     done = subprocess.run([sys.executable, "-c", CORE_ONLY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

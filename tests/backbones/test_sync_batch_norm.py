@@ -96,6 +96,7 @@ def on_each_rank(rank: int, folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_three_ranks_with_uneven_batches_are_one_process(tmp_path: Path) -> None:
     run_ranks(3, on_each_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]

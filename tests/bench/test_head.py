@@ -92,6 +92,7 @@ def test_results_of_all_variants(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_memory_is_that_of_the_variant_in_its_own_process() -> None:
     configuration = HeadCase(20_000, 256, 4, 0.0, "cpu")
     centers = 20_000 * 256 * 4
@@ -107,6 +108,7 @@ def test_memory_is_what_the_steps_add_to_the_peak(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_killed_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "run_for_memory", kill_itself)
     with pytest.raises(JobError, match="'sparse' was killed"):

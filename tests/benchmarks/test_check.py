@@ -62,6 +62,7 @@ def test_both_sides_measure_in_turns(benchmark: ModuleType, tmp_path: Path) -> N
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_side_without_the_package_is_an_error(benchmark: ModuleType, tmp_path: Path) -> None:
     with benchmark.side("sampler", tmp_path, tmp_path) as process, pytest.raises(SystemExit, match="process ended"):
         process.median_seconds(1)

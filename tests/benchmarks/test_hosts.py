@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

@@ -19,6 +19,7 @@ from partialfc.plan.planning import recipe_memory
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 
+MINI = BackboneConfig("mini", 64)
 PUBLISHED = [name for name in RECIPES if not name.startswith("demo")]
 
 
@@ -91,10 +92,10 @@ def test_docstrings_give_command_cost_and_score_as_described(family: Callable[..
 @pytest.mark.parametrize(
     ("recipe", "backbone"),
     [
-        ("wf12m-r100-pfc0.1", BackboneConfig("mini", 64)),
-        ("ms1mv3-r50", BackboneConfig("mini", 64)),
-        ("wf12m-conflict-r50-pfcstar0.3", BackboneConfig("mini", 64)),
-        ("wf42m-mbf-batch8192", BackboneConfig("mini", 64)),
+        ("wf12m-r100-pfc0.1", MINI),
+        pytest.param("ms1mv3-r50", MINI, marks=pytest.mark.slow),
+        pytest.param("wf12m-conflict-r50-pfcstar0.3", MINI, marks=pytest.mark.slow),
+        pytest.param("wf42m-mbf-batch8192", MINI, marks=pytest.mark.slow),
         pytest.param(
             "wf42m-vit_b", BackboneConfig("vit_t", 64, mask_ratio=0.1, drop_path=0.05), marks=pytest.mark.slow
         ),

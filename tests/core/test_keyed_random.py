@@ -94,6 +94,7 @@ def test_permute_bits_is_a_permutation_for_numbers_and_tensors_alike(width: int,
     assert torch.equal(keyed_random.permute_bits_back(image, width, tensors), values)
 
 
+@pytest.mark.slow
 def test_permute_sends_each_position_everywhere() -> None:
     size, draws = 23, 4600
     counts = torch.zeros(size, size)

@@ -21,6 +21,7 @@ print("received", signals.received)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_others_ends_by_itself() -> None:
     """Its main thread sits in a call that a signal does not end; where the others come, the signal is remembered."""
     command = [sys.executable, "-c", LONE]

@@ -138,6 +138,7 @@ def test_a_state_goes_back_into_the_optimizer_it_came_from() -> None:
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_bfloat16_rows_that_rest_decay_too(state_dtype: torch.dtype) -> None:
     """Weight decay alone, far below half a unit in the last place from one sampling to the next."""
     lengths = []

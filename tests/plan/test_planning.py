@@ -48,6 +48,7 @@ def test_the_head_is_some_products_and_the_rows_it_moves() -> None:
     assert head_work(twice)[0] == pytest.approx((4 - kept / 1_000_000) * 2 * 128 * 1_000_000 * 64)
 
 
+@pytest.mark.slow
 def test_the_backbone_runs_forward_once_and_backward_twice_as_long() -> None:
     once = backbone_flops(changed(MINI, backbone__name="r18"))
     assert backbone_flops(changed(MINI, backbone__name="r18", backbone__checkpointing=True)) == once * 4 / 3
@@ -124,6 +125,7 @@ def test_every_advice_fits() -> None:
     assert "No sample rate fits" in text
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_cut_or_recomputed() -> None:
     asked = workload(1000, 256, backbone__name="r18", image_size=64)
     plan = planned(asked, gib=2.5)

@@ -21,6 +21,8 @@ from partialfc.training import saver as writer_module
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_full_disk_spares_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config_without_saves(), tmp_path, quiet=True)

@@ -80,6 +80,7 @@ def start_on_ranks(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_three_ranks_start_from_the_same_centers_as_one(folder: Path) -> None:
     run_ranks(3, start_on_ranks, folder)
     together = torch.cat([torch.load(folder / f"centers-{rank}.pt", weights_only=True) for rank in range(3)])

@@ -48,7 +48,7 @@ def test_a_run_writes_what_it_should(straight: Path) -> None:
     assert (straight / "model" / "last" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 8])
+@pytest.mark.parametrize("stop_after", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 8))])
 def test_an_interrupted_run_is_resumed_bit_by_bit(straight: Path, tmp_path: Path, stop_after: int) -> None:
     """Interrupted inside the step after `stop_after`, in the middle of its micro-steps, and resumed."""
     root = tmp_path / "run"

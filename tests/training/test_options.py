@@ -136,6 +136,7 @@ def test_recomputed_activations_give_the_same_run(name: str, tmp_path: Path) -> 
     assert curves[0][0] != pytest.approx(curves[0][-1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_the_same_run(
     images: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

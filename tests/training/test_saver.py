@@ -46,6 +46,7 @@ def test_the_others_wait_for_a_slow_checkpoint(tmp_path: Path) -> None:
     assert steps_in(tmp_path / "run" / "checkpoints") == [10]
 
 
+@pytest.mark.slow
 def test_minutes_make_checkpoints_too(tmp_path: Path) -> None:
     config = config_without_saves(checkpoint_minutes=1e-9)
     train(replace(config, output=replace(config.output, keep=50)), tmp_path, quiet=True)

@@ -40,7 +40,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("number", [0, 3, 7])
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 7))])
 def test_a_signal_saves_and_the_run_is_resumed_bit_for_bit(
     which: signal.Signals, number: int, whole: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import textwrap
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -137,7 +137,7 @@ def add_config_options(parser: Parser, *, skip: str = "") -> None:
 
 
 def _add_fields(parser: Parser, config_class: type, prefix: str, skip: str = "") -> None:
-    types, sections = get_type_hints(config_class), []
+    types, sections = _type_hints(config_class), []
     group = parser.add_argument_group((config_class.__doc__ or "").rstrip("."))
     for name, sentence in _docstrings(config_class).items():
         if name == skip:
@@ -157,6 +157,10 @@ def _add_fields(parser: Parser, config_class: type, prefix: str, skip: str = "")
         _add_fields(parser, types[name], f"{prefix}{name}.")
 
 
+_type_hints = cache(get_type_hints)
+
+
+@cache
 def _docstrings(config_class: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, as one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body

@@ -63,11 +63,15 @@ def train(head: PartialFC, optimizer: torch.optim.Optimizer, micro_steps: int = 
     [
         ({}, {}, 1),
         ({"conflict_threshold": 0.21}, {"samples": 1}, 1),
-        ({"conflict_threshold": 0.21, "conflict_as_zero_logit": True}, {"samples": 70}, 1),
+        pytest.param(
+            {"conflict_threshold": 0.21, "conflict_as_zero_logit": True}, {"samples": 70}, 1, marks=pytest.mark.slow
+        ),
         ({"sample_rate": 0.3}, {"width": 33}, 2),
-        ({"sample_rate": 0.0}, {"samples": 3, "width": 7}, 1),
-        ({"scale": 83.0}, {}, 1),
-        ({"scratch_bytes": 40 * 6 * WIDTH, "conflict_threshold": 0.21}, {"samples": 40}, 1),
+        pytest.param({"sample_rate": 0.0}, {"samples": 3, "width": 7}, 1, marks=pytest.mark.slow),
+        pytest.param({"scale": 83.0}, {}, 1, marks=pytest.mark.slow),
+        pytest.param(
+            {"scratch_bytes": 40 * 6 * WIDTH, "conflict_threshold": 0.21}, {"samples": 40}, 1, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_same_as_the_chunked_backend(

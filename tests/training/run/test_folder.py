@@ -17,6 +17,7 @@ from partialfc.training.loop import train
 from partialfc.training.run.folder import lock_folder
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     holder = "import sys; from pathlib import Path; from partialfc.training.run.folder import lock_folder\n"
     holder += "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"

@@ -54,6 +54,7 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_report_imports_no_trainer() -> None:
     code = "import json, sys, partialfc.report.page; print(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -102,6 +102,7 @@ def test_a_missing_package_is_named_before_anything_is_opened(
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_neither_is_imported_unless_asked_for() -> None:
     code = (
         "import sys, partialfc.training.loop; "
@@ -125,6 +126,7 @@ def test_a_trace_of_the_steps_asked_for(tmp_path: Path, steps: str, name: str) -
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_memory_is_counted_in_bytes_and_grows_with_what_is_touched() -> None:
     code = (
         "import torch; from partialfc.core.device import peak_bytes; cpu = torch.device('cpu'); "

@@ -131,6 +131,6 @@ def permute_bits_back(values: Tensor, width: int, keys: list[int] | list[Tensor]
         factor = (key & mask) | 1
         inverse, right_bits = factor, 3
         while right_bits < width:  # a Newton step doubles them
-            inverse, right_bits = inverse * (2 - factor * inverse), 2 * right_bits
+            inverse, right_bits = inverse * (2 - factor * inverse) & mask, 2 * right_bits
         values = ((values - high) * inverse) & mask
     return values

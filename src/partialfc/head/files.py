@@ -72,8 +72,8 @@ def load_head(
     Args:
         folder: the one given to `save_head`, or a checkpoint of a training.
         head: the head to load into; None builds one as the saved one was.
-        optimizer: as for `save_head`; its learning rate and other options become the saved ones. None leaves the
-            optimizer state out.
+        optimizer: as for `save_head`; its learning rate and other options become the saved ones, of which a checkpoint
+            of a training has none. None leaves the optimizer state out.
         group, device: of a new head.
 
     Returns:

@@ -72,7 +72,8 @@ class TrainState:
             rows=head_rows(self.head, self.head_optimizer),
             state={
                 "data": self.data,
-                "head": head_state(self.head, self.head_optimizer),
+                # The options follow from the configuration and the step.
+                "head": {**head_state(self.head, self.head_optimizer), "optimizer_options": {}},
                 **{name: getattr(self, name) for name in _SAVED_COUNTERS},
                 "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
                 "config": config,

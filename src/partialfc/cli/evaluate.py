@@ -9,6 +9,7 @@ from typing import Any
 
 from partialfc.cli.parser import add_benchmarks, add_command, add_device, named_paths, show
 from partialfc.core.device import choose_device
+from partialfc.core.errors import InputError
 from partialfc.evaluation.run import evaluate_benchmarks, table, write_results
 from partialfc.model.files import load_model
 
@@ -24,6 +25,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: Namespace) -> None:
     """Run benchmarks on a trained model."""
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size is {options.batch_size}: give a positive number.")
     model = load_model(options.model, choose_device(options.device))
     print(f"model: {model.origin}", file=sys.stderr)
     results = evaluate_benchmarks(model, named_paths(options.benchmark), batch_size=options.batch_size)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.figures import Figure
+from partialfc.evaluation.figures import Figure, rate_name
 from partialfc.evaluation.metrics import Scores, allowed_false_accepts, fold_accuracy, roc_of, threshold_at_far
 
 Floats = NDArray[np.float64]
@@ -45,6 +45,16 @@ def interval_facts(scores: Scores) -> dict[str, Any]:
     }
 
 
+def why_unresolvable(scores: Scores, far: float) -> str | None:
+    """Why the scores do not determine the threshold at a FAR, as a sentence; None if they do."""
+    allowed = allowed_false_accepts(far, scores.impostors)
+    if allowed < 1:
+        return f"{scores.impostors:,} impostor pairs cannot resolve a rate of {rate_name(far)}."
+    if allowed >= len(scores.impostor) < scores.impostors:
+        return f"Only {len(scores.impostor):,} impostor scores were kept, too few for a rate of {rate_name(far)}."
+    return None
+
+
 def tar_figure(scores: Scores, far: float) -> Figure:
     """The highest TAR at a FAR that does not exceed `far`, with its percentile interval.
 
@@ -55,13 +65,10 @@ def tar_figure(scores: Scores, far: float) -> Figure:
     Raises:
         InputError: `far` lies outside [0, 1].
     """
+    if (unresolvable := why_unresolvable(scores, far)) is not None:
+        return Figure(None, reason=unresolvable)
     allowed = allowed_false_accepts(far, scores.impostors)
-    if allowed < 1:
-        return Figure(None, reason=f"{scores.impostors:,} impostor pairs cannot resolve a rate of {far:g}.")
-    if allowed >= len(scores.impostor) < scores.impostors:
-        return Figure(None, reason=f"Only {len(scores.impostor):,} impostor scores were kept, too few for {far:g}.")
-    threshold = threshold_at_far(scores, far)
-    value = scores.tar(threshold)
+    value = scores.tar(threshold_at_far(scores, far))
     deviation = math.sqrt(_false_accept_variance(scores, _above_rank(scores, np.array([allowed])))[0])
     reach = math.ceil(_REACH * max(deviation, 1.0))
     last = scores.impostors if scores.complete else len(scores.impostor) - 1
@@ -128,10 +135,10 @@ def fmr_at(scores: Scores, threshold: float) -> Figure:
 
     The effective number is that of independent pairs with the same variance (Korn and Graubard 1998); the variance is
     the limit of the bootstrap over identities. Unlike the bootstrap's, this interval also holds for no false accepts.
-
-    Raises:
-        InputError: the threshold lies below the kept tail.
+    The figure is null if the threshold lies below the kept tail.
     """
+    if not scores.complete and threshold <= scores.sorted_impostor[0]:
+        return Figure(None, reason=f"The {len(scores.impostor):,} kept impostor scores end above {threshold:.4g}.")
     count = scores.false_accepts(threshold)
     variance = float(_false_accept_variance(scores, np.array([threshold]))[0])
     effective = scores.impostors * min(1.0, count * (1.0 - count / scores.impostors) / variance) if variance else 0.0

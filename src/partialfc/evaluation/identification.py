@@ -1,0 +1,161 @@
+"""1:N: probes are searched in a gallery, closed set (ranks) and open set (TPIR at FPIR).
+
+A probe is mated if its identity is in the gallery. FPIR is the share of the non-mated probes of which some candidate
+scores at or above the threshold; TPIR is the share of the mated probes whose own identity is the best candidate, at or
+above the threshold. As everywhere, TPIR at a FPIR is the highest over all thresholds whose FPIR does not exceed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.core.errors import InputError
+from partialfc.evaluation.figures import Figure, Result, rate_name
+from partialfc.evaluation.ijb_files import Integers, Subjects
+from partialfc.evaluation.intervals import share_figure, tar_figure
+from partialfc.evaluation.metrics import Scores
+from partialfc.evaluation.templates import rows_of
+
+RANKS = (1, 5, 10)
+FPIRS = (0.01, 0.1)
+_ROWS_AT_A_TIME = 2048  # of probes and of gallery: 32 MiB of products
+_MISS = -2.0  # below every cosine
+
+
+def identify(
+    gallery_units: NDArray[np.float32],
+    gallery_ids: Integers,
+    probe_units: NDArray[np.float32],
+    probe_ids: Integers,
+    failures: int = 0,
+) -> dict[str, Figure]:
+    """rank-1, rank-5, rank-10, tpir@fpir=0.01 and tpir@fpir=0.1 of one gallery.
+
+    Distractors, as those of MegaFace, are rows of the gallery with identities that no probe has.
+
+    Args:
+        gallery_units: (G, D) unit rows; an identity with several counts with the best of them.
+        gallery_ids: (G,) identity of each row.
+        probe_units: (Q, D) unit rows.
+        probe_ids: (Q,) identity of each probe; one that the gallery lacks makes the probe non-mated.
+        failures: mated probes beyond the Q that could not be enrolled: misses without candidates.
+
+    Returns:
+        The figures by name; those of ranks are null without mated probes, those of FPIR too few non-mated probes.
+
+    Raises:
+        InputError: the gallery is empty.
+    """
+    if not len(gallery_ids):
+        raise InputError("The gallery is empty: give at least one person to find.")
+    ranks, best = search(gallery_units, gallery_ids, probe_units, probe_ids)
+    mated = ranks > 0
+    figures = {f"rank-{k}": share_figure(ranks[mated] <= k, probe_ids[mated], failures) for k in RANKS}
+    measured = Scores(
+        np.where(ranks == 1, best, _MISS)[mated].astype(np.float64),
+        best[~mated].astype(np.float64),
+        int(np.count_nonzero(~mated)),
+        probe_ids[mated],
+        np.stack([probe_ids[~mated]] * 2, axis=1),
+        failures,
+    )
+    return figures | {f"tpir@fpir={rate_name(fpir)}": tar_figure(measured, fpir) for fpir in FPIRS}
+
+
+def search(
+    gallery_units: NDArray[np.float32], gallery_ids: Integers, probe_units: NDArray[np.float32], probe_ids: Integers
+) -> tuple[Integers, NDArray[np.float32]]:
+    """The rank of each probe's own identity, and the score of its best candidate.
+
+    An identity scores as its best row. The rank counts the other identities that score as much or more, so that equal
+    scores never help. Similarities are dot products in float64, rounded to float32; only blocks of them are in memory.
+
+    Args:
+        gallery_units, gallery_ids, probe_units, probe_ids: see `identify`.
+
+    Returns:
+        int64 (Q,), from 1, and 0 for a non-mated probe; float32 (Q,).
+    """
+    order = np.argsort(gallery_ids, kind="stable")
+    identities, starts = np.unique(gallery_ids[order], return_index=True)
+    own = np.minimum(np.searchsorted(identities, probe_ids), len(identities) - 1)
+    mated = identities[own] == probe_ids
+    ranks, best = mated.astype(np.int64), np.full(len(probe_ids), -np.inf, np.float32)
+    bounds = np.append(starts, len(order))
+    cuts = np.searchsorted(starts, np.arange(0, len(order), _ROWS_AT_A_TIME))  # between two identities
+    cuts = np.unique(np.append(cuts, len(identities)))
+    for first in range(0, len(probe_ids), _ROWS_AT_A_TIME):
+        rows = slice(first, first + _ROWS_AT_A_TIME)
+        probes = probe_units[rows].astype(np.float64)
+        own_scores = np.array(
+            [
+                (gallery_units[order[bounds[identity] : bounds[identity + 1]]].astype(np.float64) @ probe).max()
+                for identity, probe in zip(own[rows], probes, strict=True)
+            ],
+            np.float32,
+        )
+        for start, stop in pairwise(cuts):
+            gallery = gallery_units[order[bounds[start] : bounds[stop]]].astype(np.float64)
+            products = (probes @ gallery.T).astype(np.float32)
+            scores = np.maximum.reduceat(products, starts[start:stop] - starts[start], axis=1)
+            ahead = scores >= own_scores[:, None]
+            here = (own[rows] >= start) & (own[rows] < stop)
+            ahead[here, own[rows][here] - start] = False
+            ranks[rows] += mated[rows] * ahead.sum(axis=1)
+            best[rows] = np.maximum(best[rows], scores.max(axis=1))
+    return ranks, best
+
+
+def identify_templates(
+    templates: Integers, units: NDArray[np.float32], galleries: Mapping[str, Subjects], probes: Subjects
+) -> Result:
+    """IJB-B and IJB-C 1:N: each gallery is searched on its own, and the figures are the averages over the galleries.
+
+    Args:
+        templates: (T,) numbers of the templates, ascending.
+        units: (T, D) of `template_features`.
+        galleries: of `read_galleries`.
+        probes: of `read_probes`.
+
+    Returns:
+        The figures; the facts hold those of each gallery. The interval of an average takes the galleries as
+        independent, since their persons are distinct.
+
+    Raises:
+        InputError: a gallery or the probes name an unknown template.
+    """
+    probe_units = units[rows_of(templates, probes.templates, "The list of probes")]
+    each: dict[str, dict[str, Figure]] = {}
+    facts: dict[str, Any] = {}
+    for name, gallery in galleries.items():
+        gallery_units = units[rows_of(templates, gallery.templates, f"Gallery {name}")]
+        each[name] = identify(gallery_units, gallery.subjects, probe_units, probes.subjects)
+        mated = int(np.isin(probes.subjects, gallery.subjects).sum())
+        facts[name] = {
+            "templates": len(gallery.templates),
+            "mated": mated,
+            "non_mated": len(probes.subjects) - mated,
+            "figures": {figure: value.to_dict() for figure, value in each[name].items()},
+        }
+    figures = {name: _average([of_gallery[name] for of_gallery in each.values()]) for name in next(iter(each.values()))}
+    return Result("ijb-1:n", figures, {"probes": len(probes.templates), "galleries": facts})
+
+
+def _average(figures: Sequence[Figure]) -> Figure:
+    """The mean of independent figures; the half-widths of their intervals add as the root of the sum of squares."""
+    missing = next((figure for figure in figures if figure.value is None), None)
+    if missing is not None:
+        return missing
+    values, lows, highs = (
+        np.array([getattr(figure, end) for figure in figures], dtype=np.float64) for end in ("value", "low", "high")
+    )
+    mean = float(values.mean())
+    below, above = (float(np.linalg.norm(values - ends) / len(values)) for ends in (lows, highs))
+    if np.isnan([below, above]).any():
+        return Figure(mean)
+    return Figure(mean, max(0.0, mean - below), min(1.0, mean + above))

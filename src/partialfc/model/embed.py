@@ -177,45 +177,39 @@ def embed_source(
     """Embed any number of images, on all ranks, into a feature file, and go on where an interrupted call was.
 
     The images are cut into the same batches at any world size, and the ranks take whole batches in turn: the file does
-    not depend on the world size, as long as the ranks compute alike. `FeatureWriter` says what an interrupted call
-    leaves; it is continued if model, names of the images, precision and batch size are the same, at any world size, and
-    the images must be too. An image that cannot be read is a failure to enrol: a row of zeros, listed as failed. One
-    collective for a batch of every rank, and four small ones.
+    not depend on the world size, as long as the ranks compute alike. An interrupted call, see `FeatureWriter`, is
+    continued, at any world size, if model, names of the images, precision and batch size are the same; the images must
+    be too. An image that cannot be read gets a row of zeros and is listed as failed. One collective for a batch of
+    every rank, and four small ones.
 
     Args:
         path: the `.npy` file, in a folder that all ranks see; a finished one is replaced.
         source: what the images are, in words, for the sidecar.
         names: a name for each row, for the sidecar.
-        batch_size: images in one pass.
         precision: of the backbone's arithmetic; less than float32 makes a variant of the model's contract.
         workers: reading processes of each rank; 0 reads in the rank itself.
         quiet: no progress display.
 
     Raises:
-        InputError: there are no images, an image has another size than the model's, or an embedding is not finite; on
-            all ranks alike.
+        InputError: on all ranks alike: an image is not of the model's size, an embedding is not finite, or an argument
+            is impossible.
         OSError: the file cannot be written.
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision is {precision!r}: choose one of {', '.join(get_args(Precision))}.")
-    if batch_size < 1 or not len(images):
-        raise InputError(f"{len(images)} images of {source} in batches of {batch_size}: give at least one of each.")
-    path, contract = Path(path), contract_of(model)
-    facts = describe(
-        (len(images), model.config.embedding_dim),
-        contract if precision == "float32" else variant_of(contract, precision),
-        mirrored=model.config.flip,
-        source=source,
-    )
+    if batch_size < 1 or not len(images) or len(names or images) != len(images):
+        raise InputError(f"{source} has {len(images)} images: give at least one, a name for each or none, and batches.")
+    path, contract, is_main_process = Path(path), contract_of(model), rank_of() == 0
+    variant = contract if precision == "float32" else variant_of(contract, precision)
+    shape = (len(images), model.config.embedding_dim)
+    facts = describe(shape, variant, mirrored=model.config.flip, source=source)
+    work = {"batch_size": batch_size, "images": _hash_of_names(images)}
     with ExitStack() as stack:
-        writer = None
-        if rank_of() == 0:
-            work = {"batch_size": batch_size, "images": _hash_of_names(images)}
-            writer = stack.enter_context(closing(FeatureWriter(path, facts, work)))
-        first: int = gather_json(writer.rows if writer else 0)[0]
-        rounds = stack.enter_context(closing(_embed_rounds(model, images, first, batch_size, precision, workers)))
-        progress = stack.enter_context(Progress("embedding", len(images), quiet=quiet or writer is None))
-        progress.update(done := first)
+        writer = stack.enter_context(closing(FeatureWriter(path, facts, work))) if is_main_process else None
+        done: int = gather_json(writer.rows if writer else 0)[0]
+        rounds = stack.enter_context(closing(_embed_rounds(model, images, done, batch_size, precision, workers)))
+        progress = stack.enter_context(Progress("embedding", len(images), quiet=quiet or not is_main_process))
+        progress.update(done)
         for embeddings, failed in rounds:
             if writer:
                 writer.append(embeddings.numpy(), failed)

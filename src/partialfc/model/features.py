@@ -72,7 +72,7 @@ def write_features(
 
     Raises:
         ValueError: the embeddings are not float32 (N, D), or the rows or names do not fit them.
-        OSError: the files cannot be written; those that were there stay.
+        OSError: the files cannot be written.
     """
     path = Path(path)
     if embeddings.dtype != np.float32 or embeddings.ndim != 2:
@@ -166,7 +166,7 @@ def publish(part: Path, path: Path, facts: dict[str, Any], failed: list[int], na
         raise ValueError(f"the features cannot be described: {reason}")
     fsync(part)
     with atomic_file(sidecar_path(path)) as file:
-        file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(values).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())  # whatever may fail for lack of room comes before the old features go
         path.unlink(missing_ok=True)
@@ -217,9 +217,10 @@ def _read_array(path: Path) -> NDArray[np.float32]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}): give a .npy file.") from error
-    except (ValueError, EOFError) as error:  # a bad header, objects, or fewer bytes than the header says
+    except Exception as error:  # for a file of another kind, NumPy's reader raises anything
         raise InputError(f"{path} is no whole .npy file of numbers: write it again, with numpy.save.") from error
-    if not isinstance(array, np.memmap):  # a .npz
+    if not isinstance(array, np.memmap):
+        array.close()  # a .npz
         raise InputError(f"{path} is an archive of arrays: save the features alone, with numpy.save.")
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{path} has the shape {array.shape}: features are (N, D), one row an image.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ def add_parser(commands: Any) -> None:
     add_benchmarks(parser, required=True)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json and score files there")
     parser.add_argument("--batch-size", type=int, metavar="N", default=256, help="images at once")
+    help_ = "add the embeddings of mirrored images, or do not; by default as the model's configuration says"
+    parser.add_argument("--flip", action=BooleanOptionalAction, default=None, help=help_)
     add_device(parser)
 
 
 def run(options: Namespace) -> None:
     """Run benchmarks on a trained model."""
-    model = load_model(options.model, choose_device(options.device))
+    model = load_model(options.model, choose_device(options.device)).with_flip(options.flip)
     print(f"model: {model.origin}", file=sys.stderr)
     results = evaluate_benchmarks(model, named_paths(options.benchmark), batch_size=options.batch_size)
     if options.out is not None:

@@ -99,7 +99,7 @@ def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairRe
     )
 
 
-def evaluate_pair_set(model: Model, pairs: PairSet, *, flip: bool = True, batch_size: int = 256) -> PairResult:
+def evaluate_pair_set(model: Model, pairs: PairSet, *, batch_size: int = 256) -> PairResult:
     """The protocol on images, which all ranks embed together; every rank returns the same result.
 
     The images are cut into the same batches at any world size, and a rank takes whole batches: the result does not
@@ -108,12 +108,12 @@ def evaluate_pair_set(model: Model, pairs: PairSet, *, flip: bool = True, batch_
     Raises:
         InputError: images of another size than the model's, and what `evaluate_pairs` refuses.
     """
-    batches = embed_share(model, pairs.images, flip=flip, batch_size=batch_size)
+    batches = embed_share(model, pairs.images, batch_size=batch_size)
     return evaluate_pairs(gather_shares(list(batches), len(pairs.images), batch_size), pairs.is_same)
 
 
 def embed_share(
-    model: Model, images: NDArray[np.uint8] | Tensor, *, flip: bool = True, batch_size: int = 256
+    model: Model, images: NDArray[np.uint8] | Tensor, *, batch_size: int = 256
 ) -> Generator[Tensor, None, None]:
     """This rank's share of the embeddings of `images`, (B, D) a batch, for `gather_shares`.
 
@@ -122,7 +122,7 @@ def embed_share(
     """
     shares = _shares(len(images), batch_size)
     start, stop = shares[rank_of()]
-    yield from embed_batches(model, images[start:stop], flip=flip, batch_size=batch_size)
+    yield from embed_batches(model, images[start:stop], batch_size=batch_size)
     counts = [len(range(*share, batch_size)) for share in shares]
     for _ in range(max(1, *counts) - counts[rank_of()]):
         yield torch.empty(0, model.config.embedding_dim, device=model.device)

@@ -218,21 +218,23 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
 
 
-def add_benchmarks(parser: Parser, *, required: bool = False) -> None:
+def add_benchmarks(parser: Parser, *, required: bool = False, what: str = "verification .bin files") -> None:
     """Add --benchmark, which `named_paths` reads."""
-    help_ = "verification .bin files, each under a name"
-    parser.add_argument("--benchmark", nargs="+", required=required, default=[], metavar="NAME=PATH", help=help_)
+    help_ = f"{what}, each under a name; by default that of its path"
+    parser.add_argument("--benchmark", nargs="+", required=required, default=[], metavar="[NAME=]PATH", help=help_)
 
 
 def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
-    """NAME=PATH words as a dictionary.
+    """[NAME=]PATH words as a dictionary; the name of a path is that of its file or folder.
 
     Raises:
         InputError: a word has no name or no path, or a name is repeated.
     """
     named: dict[str, Path] = {}
     for pair in pairs:
-        name, _, path = pair.partition("=")
+        name, equals, path = pair.partition("=")
+        if not equals:
+            name, path = Path(pair).stem, pair
         if not (name and path):
             raise InputError(f"benchmark {pair!r} is not NAME=PATH: write for example lfw=data/lfw.bin.")
         if name in named:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partialfc.evaluation.metrics import Scores
 
 COLUMNS = 80
 _GAP = 2
@@ -42,11 +45,13 @@ class Result:
         figures: by name: accuracy, tar@far=1e-4, fnmr@fmr=1e-3, eer, auc, rank-1, tpir@fpir=0.01, cllr, min-cllr; a
             part of the benchmark is a prefix, such as "mask/tar@far=1e-4".
         facts: counts and notes, values that JSON can hold.
+        scores: of 1:1, by part of the benchmark, "" for all of it; not part of `to_dict`.
     """
 
     kind: str
     figures: dict[str, Figure]
     facts: dict[str, Any]
+    scores: dict[str, Scores] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON: the kind, the figures, and every fact under its own name."""

@@ -20,6 +20,8 @@ from partialfc.evaluation.ijb_files import Integers, Subjects
 from partialfc.evaluation.intervals import share_figure, tar_figure
 from partialfc.evaluation.metrics import Scores
 from partialfc.evaluation.templates import rows_of
+from partialfc.evaluation.verification import failure_to_enrol
+from partialfc.model.features import Features
 
 RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
@@ -159,3 +161,35 @@ def _average(figures: Sequence[Figure]) -> Figure:
     if np.isnan([below, above]).any():
         return Figure(mean)
     return Figure(mean, max(0.0, mean - below), min(1.0, mean + above))
+
+
+def evaluate_gallery(features: Features, identities: Integers, in_gallery: NDArray[np.bool_]) -> Result:
+    """1:N on one's own people.
+
+    An image that could not be used is a failure to enrol. A probe is mated if its identity has images of the gallery,
+    even if none of them could be used; it is then a miss without candidates, as is a mated probe that could not be
+    used. A non-mated probe that could not be used was not searched and does not count.
+
+    Args:
+        identities: (N,) of each row of the features.
+        in_gallery: bool (N,), whether a row belongs to the gallery; the others are probes.
+
+    Raises:
+        InputError: no image of the gallery could be used.
+    """
+    units, usable = features.units(), ~features.failed
+    mated = np.isin(identities, identities[in_gallery]) & ~in_gallery
+    gallery = in_gallery & usable
+    if not gallery.any():
+        raise InputError("None of the images of the gallery could be read: give images that Pillow reads.")
+    findable = np.isin(identities, identities[gallery])
+    searched = ~in_gallery & usable & (findable | ~mated)
+    lost = mated & ~searched
+    figures = identify(units[gallery], identities[gallery], units[searched], identities[searched], int(lost.sum()))
+    facts = {
+        "gallery": {"images": int(in_gallery.sum()), "identities": len(np.unique(identities[in_gallery]))},
+        "mated": int(mated.sum()),
+        "non_mated": int((~in_gallery & ~mated).sum()),
+        "failures": int(features.failed.sum()),
+    }
+    return Result("1:n", figures | failure_to_enrol(features.failed), facts)

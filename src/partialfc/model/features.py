@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,20 @@ class Features:
     mirrored: bool | None = None
     source: str = ""
     names: list[str] | None = None
+
+    def take(self, rows: NDArray[np.int64]) -> Features:
+        """Those of some rows."""
+        names = None if self.names is None else [self.names[row] for row in rows]
+        return replace(self, embeddings=self.embeddings[rows], failed=self.failed[rows], names=names)
+
+    def units(self) -> NDArray[np.float32]:
+        """float32 (N, D): the embeddings scaled to length 1, in float64; rows of zeros stay."""
+        result = np.empty(self.embeddings.shape, np.float32)
+        for start in range(0, len(result), _ROWS_AT_ONCE):
+            rows = self.embeddings[start : start + _ROWS_AT_ONCE].astype(np.float64)
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+            result[start : start + _ROWS_AT_ONCE] = rows / np.where(norms > 0, norms, 1.0)
+        return result
 
 
 def sidecar_path(path: Path) -> Path:

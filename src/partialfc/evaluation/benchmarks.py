@@ -45,7 +45,6 @@ from partialfc.evaluation.verification import verify_listed_pairs
 from partialfc.model.embed import Images, SourceImages
 from partialfc.model.features import Features
 
-LIST_COLUMNS = ["path", "identity", "group", "mask"]
 PAIR_COLUMNS = ["left", "right", "is_same"]
 GALLERY, PROBE, UNKNOWN = "gallery", "probe", "unknown"
 

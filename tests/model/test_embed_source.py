@@ -184,9 +184,10 @@ def test_other_work_starts_anew(changed: Model, pictures: Pictures, options: Any
 def test_progress_of_overwritten_rows_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Interrupted):
         run(model(), Pictures(interrupt_at=13), tmp_path / "a.npy")
-    with pytest.raises(Interrupted), monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(features, "_SECONDS_BETWEEN_SAVES", 1000.0)
-        run(model(1), Pictures(interrupt_at=21), tmp_path / "a.npy")
+        with pytest.raises(Interrupted):
+            run(model(1), Pictures(interrupt_at=21), tmp_path / "a.npy")
     pictures = Pictures()
     result = run(model(), pictures, tmp_path / "a.npy")
     assert pictures.seen == list(range(COUNT))
@@ -194,13 +195,13 @@ def test_progress_of_overwritten_rows_is_forgotten(tmp_path: Path, monkeypatch: 
 
 
 def test_a_run_that_was_killed_at_its_end_only_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Interrupted), monkeypatch.context() as patch:
+    def publish(*_: Any) -> None:
+        raise Interrupted
 
-        def publish(*_: Any) -> None:
-            raise Interrupted
-
+    with monkeypatch.context() as patch:
         patch.setattr(features, "publish", publish)
-        run(model(), Pictures(), tmp_path / "a.npy")
+        with pytest.raises(Interrupted):
+            run(model(), Pictures(), tmp_path / "a.npy")
     assert not (tmp_path / "a.npy").exists()
     pictures = Pictures()
     result = run(model(), pictures, tmp_path / "a.npy")
@@ -292,6 +293,7 @@ def refuse_on_ranks(rank: int, folder: Path) -> None:
     (folder / f"{rank}.txt").write_text(str(caught.value))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_run_goes_on_to_the_same_bytes_on_two_processes(tmp_path: Path) -> None:
     for name in ("one", "two", "killed"):

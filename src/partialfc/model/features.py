@@ -216,14 +216,11 @@ def read_features(path: str | Path, expected_contract: str | None = None) -> Fea
 def _read_array(path: Path) -> NDArray[np.float32]:
     """The array of a feature file, float32 (N, D)."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses objects
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}): give a .npy file.") from error
     except Exception as error:  # for a file of another kind, NumPy's reader raises anything
         raise InputError(f"{path} is no whole .npy file of numbers: write it again, with numpy.save.") from error
-    if not isinstance(array, np.memmap):
-        array.close()  # a .npz
-        raise InputError(f"{path} is an archive of arrays: save the features alone, with numpy.save.")
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{path} has the shape {array.shape}: features are (N, D), one row an image.")
     if path.stat().st_size != array.offset + array.nbytes:

@@ -134,7 +134,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(stop: int, leftover: bytes
     with pytest.raises(Interrupted):
         run(model(), Pictures(unreadable=(1, 15), interrupt_at=stop), path, **options)
     assert not path.exists()
-    with (tmp_path / "parts" / ".a.npy.writing").open("ab") as file:
+    with (tmp_path / "parts" / ".a.npy.part").open("ab") as file:
         file.write(leftover)  # what was written after the last save
     pictures = Pictures(unreadable=(1, 15))
     run(model(), pictures, path, **options)
@@ -179,6 +179,34 @@ def test_other_work_starts_anew(changed: Model, pictures: Pictures, options: Any
     assert pictures.seen == list(range(len(pictures)))
     run(changed, pictures, tmp_path / "alone" / "a.npy", **options)
     assert contents(tmp_path / "after") == contents(tmp_path / "alone")
+
+
+def test_progress_of_overwritten_rows_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        run(model(), Pictures(interrupt_at=13), tmp_path / "a.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "_SECONDS_BETWEEN_SAVES", 1000.0)
+        with pytest.raises(Interrupted):
+            run(model(1), Pictures(interrupt_at=21), tmp_path / "a.npy")
+    pictures = Pictures()
+    result = run(model(), pictures, tmp_path / "a.npy")
+    assert pictures.seen == list(range(COUNT))
+    np.testing.assert_array_equal(result.embeddings, run(model(), Pictures(), tmp_path / "b.npy").embeddings)
+
+
+def test_a_run_that_was_killed_at_its_end_only_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish(*_: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "publish", publish)
+        with pytest.raises(Interrupted):
+            run(model(), Pictures(), tmp_path / "a.npy")
+    assert not (tmp_path / "a.npy").exists()
+    pictures = Pictures()
+    result = run(model(), pictures, tmp_path / "a.npy")
+    assert pictures.seen == []
+    np.testing.assert_array_equal(result.embeddings, run(model(), Pictures(), tmp_path / "b.npy").embeddings)
 
 
 def test_damaged_progress_starts_anew(tmp_path: Path) -> None:
@@ -265,6 +293,7 @@ def refuse_on_ranks(rank: int, folder: Path) -> None:
     (folder / f"{rank}.txt").write_text(str(caught.value))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_run_goes_on_to_the_same_bytes_on_two_processes(tmp_path: Path) -> None:
     for name in ("one", "two", "killed"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partialfc.core.errors import InputError
@@ -121,12 +121,12 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content + b"x")
     with pytest.raises(InputError, match="longer than its header says"):
         read_features(path)
-    with path.open("wb") as file:
-        np.savez(file, a=ROWS)
-    with pytest.raises(InputError, match="an archive of arrays"):
-        read_features(path)
+    np.savez(tmp_path / "a.npz", a=ROWS)
+    with pytest.raises(InputError, match=r"a.npz is no whole \.npy file of numbers"):
+        read_features(tmp_path / "a.npz")
 
 
+@settings(deadline=None)
 @given(st.integers(0, 127), st.integers(0, 255))
 def test_any_byte_of_the_header_may_be_damaged(tmp_path_factory: pytest.TempPathFactory, place: int, byte: int) -> None:
     path = tmp_path_factory.mktemp("damaged") / "a.npy"

@@ -40,10 +40,10 @@ def letters(pairs: int = 60) -> PairSet:
     """Pictures of which the mirror image is another identity, like the letters b and d; half of the pairs are alike."""
     generator = np.random.default_rng(0)
     is_same = np.arange(pairs) % 2 == 0
-    first = generator.integers(0, 200, (pairs, SIZE, SIZE, 3))
+    first = generator.integers(0, 236, (pairs, SIZE, SIZE, 3))
     second = np.where(is_same[:, None, None, None], first, first[:, :, ::-1])
     images = np.stack([first, second], axis=1).reshape(2 * pairs, SIZE, SIZE, 3)
-    noise = generator.integers(0, 50, images.shape)
+    noise = generator.integers(0, 20, images.shape)
     return PairSet((images + noise).astype(np.uint8), is_same)
 
 
@@ -79,6 +79,7 @@ def test_it_is_stored_and_an_older_model_is_mirrored(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_training_without_mirroring_gives_a_model_without(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for flip in ("true", "false"):
         options = [*QUICK, f"--data.flip={flip}", "--out", tmp_path / flip]

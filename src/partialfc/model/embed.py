@@ -216,6 +216,11 @@ def embed_source(
             progress.update(done := done + len(embeddings))
             report_progress()
         if writer:
+            if writer.failed:
+                first = images.name(writer.failed[0])
+                progress.message(
+                    f"{len(writer.failed):,} of {len(images):,} images cannot be read; the first is {first}"
+                )
             writer.publish(names)
     gather_json(None)  # the file is there
     return read_features(path, contract)

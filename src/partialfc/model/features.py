@@ -110,7 +110,7 @@ def describe(shape: tuple[int, ...], contract: str, *, mirrored: bool, source: s
 class FeatureWriter:
     """Appends the rows of a feature file, so that another process can go on if this one is killed.
 
-    The rows are in `.NAME.writing`, and `.NAME.progress.json` says every few seconds how many of them are on the
+    The rows are in `.NAME.part`, and `.NAME.progress.json` says every few seconds how many of them are on the
     storage. They are written and not mapped into memory: a full disk is then an ordinary error.
 
     Attributes:
@@ -127,9 +127,11 @@ class FeatureWriter:
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], work: dict[str, Any]) -> None:
-        self._path, self._part, self._facts = path, temporary_name(path), facts
-        self._progress, self._work = path.with_name(f".{path.name}.progress.json"), {**facts, **work}
+        self._path, self._facts, self._work = path, facts, {**facts, **work}
+        self._part, self._progress = (path.with_name(f".{path.name}.{end}") for end in ("part", "progress.json"))
         state = self._read_progress() if self._part.is_file() else {}
+        if not state:
+            self._progress.unlink(missing_ok=True)  # before the rows that it counts are overwritten
         self.rows, self.failed = int(state.get("rows", 0)), list[int](state.get("failed", []))
         self._file = self._part.open("r+b" if state else "wb")
         header = {"descr": "<f4", "fortran_order": False, "shape": (facts["count"], facts["width"])}
@@ -228,14 +230,11 @@ def read_features(path: str | Path, expected_contract: str | None = None) -> Fea
 def _read_array(path: Path) -> NDArray[np.float32]:
     """The array of a feature file, float32 (N, D)."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses objects
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}): give a .npy file.") from error
     except Exception as error:  # for a file of another kind, NumPy's reader raises anything
         raise InputError(f"{path} is no whole .npy file of numbers: write it again, with numpy.save.") from error
-    if not isinstance(array, np.memmap):
-        array.close()  # a .npz
-        raise InputError(f"{path} is an archive of arrays: save the features alone, with numpy.save.")
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{path} has the shape {array.shape}: features are (N, D), one row an image.")
     if path.stat().st_size != array.offset + array.nbytes:

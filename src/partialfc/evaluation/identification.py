@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from partialfc.core.errors import InputError
 from partialfc.evaluation.figures import Figure, Result, rate_name
 from partialfc.evaluation.ijb_files import Integers, Subjects
-from partialfc.evaluation.intervals import share_figure, tar_figure
-from partialfc.evaluation.metrics import Scores
+from partialfc.evaluation.intervals import fnmr_at, tar_figure
+from partialfc.evaluation.metrics import Scores, is_resolvable
 from partialfc.evaluation.templates import rows_of
 
 RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
 _ROWS_AT_A_TIME = 2048  # of probes and of gallery: 32 MiB of products
 _MISS = -2.0  # below every cosine
+_NO_MATES = "No probe shows a person of the gallery."
 
 
 def identify(
@@ -54,17 +55,48 @@ def identify(
     if not len(gallery_ids):
         raise InputError("The gallery is empty: give at least one person to find.")
     ranks, best = search(gallery_units, gallery_ids, probe_units, probe_ids)
+    mated, others = ranks > 0, int(np.count_nonzero(ranks == 0))
+    found = ranks[mated], probe_ids[mated], failures
+    figures = {f"rank-{k}": _share_within(*found, k) for k in RANKS}
+    for fpir in FPIRS:
+        name = f"tpir@fpir={rate_name(fpir)}"
+        if not len(found[0]) + failures:
+            figures[name] = Figure(None, reason=_NO_MATES)
+        elif not is_resolvable(fpir, others):
+            figures[name] = Figure(
+                None, reason=f"{others:,} non-mated probes cannot resolve a rate of {rate_name(fpir)}."
+            )
+        else:
+            figures[name] = tar_figure(_open_set(ranks, best, probe_ids, failures), fpir)
+    return figures
+
+
+def _share_within(ranks: Integers, ids: Integers, failures: int, k: int) -> Figure:
+    """The share of the mated probes that are found at rank k or better: with the score -rank, those accepted at -k."""
+    if not len(ranks) + failures:
+        return Figure(None, reason=_NO_MATES)
+    unused = np.array([-1])  # Scores has an impostor, which the misses at a given threshold do not depend on
+    scores = Scores(
+        -ranks.astype(np.float64), unused.astype(np.float64), 1, ids, unused[:, None].repeat(2, 1), failures
+    )
+    misses = fnmr_at(scores, -k)
+    assert misses.value is not None
+    assert misses.low is not None
+    assert misses.high is not None
+    return Figure(1.0 - misses.value, 1.0 - misses.high, 1.0 - misses.low)
+
+
+def _open_set(ranks: Integers, best: NDArray[np.float32], ids: Integers, failures: int) -> Scores:
+    """Scores whose TAR at FAR is TPIR at FPIR: the best candidates', and of mated probes only where it is right."""
     mated = ranks > 0
-    figures = {f"rank-{k}": share_figure(ranks[mated] <= k, probe_ids[mated], failures) for k in RANKS}
-    measured = Scores(
+    return Scores(
         np.where(ranks == 1, best, _MISS)[mated].astype(np.float64),
         best[~mated].astype(np.float64),
         int(np.count_nonzero(~mated)),
-        probe_ids[mated],
-        np.stack([probe_ids[~mated]] * 2, axis=1),
+        ids[mated],
+        ids[~mated, None].repeat(2, axis=1),
         failures,
     )
-    return figures | {f"tpir@fpir={rate_name(fpir)}": tar_figure(measured, fpir) for fpir in FPIRS}
 
 
 def search(

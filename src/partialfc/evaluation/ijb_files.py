@@ -178,7 +178,10 @@ def read_template_pairs(folder: str | Path) -> TemplatePairs:
     """
     path = _find_file(folder, PAIRS)
     content = path.read_bytes()
-    chunks, start = [], 0
+    if not content.strip():
+        raise InputError(f"{path} is empty: its lines must be “template template 0-or-1”.")
+    chunks: list[list[NDArray[np.int32]]] = []
+    start = 0
     while start < len(content):
         stop = content.rfind(b"\n", start, start + _CHUNK) + 1 or len(content)
         text = np.frombuffer(content, np.uint8, stop - start, start)
@@ -187,9 +190,7 @@ def read_template_pairs(folder: str | Path) -> TemplatePairs:
             chunk = _parse_lines(path, content[start:stop], content.count(b"\n", 0, start) + 1)
         chunks.append(chunk)
         start = stop
-    left, right, labels = (np.concatenate(column) for column in zip(*chunks, strict=True)) if chunks else ([],) * 3
-    if not len(labels):
-        raise InputError(f"{path} is empty: its lines must be “template template 0-or-1”.")
+    left, right, labels = (np.concatenate(column) for column in zip(*chunks, strict=True))
     return TemplatePairs(left, right, labels != 0)
 
 
@@ -199,17 +200,16 @@ def _parse_plain(text: NDArray[np.uint8]) -> list[NDArray[np.int32]] | None:
     ends = np.flatnonzero(digits > 9)
     if not len(ends) or len(ends) % 3 or ends[-1] != len(text) - 1:
         return None
+    table = ends.reshape(-1, 3)
     lengths = np.diff(ends, prepend=-1).reshape(-1, 3) - 1
-    ends = ends.reshape(-1, 3)
-    if (text[ends] != np.frombuffer(b"  \n", np.uint8)).any() or lengths.min() < 1 or lengths.max() > _MOST_DIGITS:
+    if (text[table] != np.frombuffer(b"  \n", np.uint8)).any() or lengths.min() < 1 or lengths.max() > _MOST_DIGITS:
         return None
     columns = []
     for column in range(3):
-        last, length = ends[:, column] - 1, lengths[:, column]
+        last, length = table[:, column] - 1, lengths[:, column]
         values = digits[last].astype(np.int32)
         for place in range(1, int(length.max())):
-            digit = digits[np.maximum(last - place, 0)] * (length > place)
-            values += digit * np.int32(10**place)
+            values += digits[np.maximum(last - place, 0)] * (length > place) * np.int32(10**place)
         columns.append(values)
     return columns if columns[2].max() <= 1 else None
 

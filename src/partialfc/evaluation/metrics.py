@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from partialfc.core.errors import InputError
+from partialfc.evaluation.identities import Identities, number_identities
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -111,6 +112,14 @@ class Scores:
     def sorted_impostor(self) -> Floats:
         """(K,), ascending."""
         return np.sort(self.impostor)
+
+    @cached_property
+    def identities(self) -> Identities | None:
+        """The identities in compact numbers; None where they are not known."""
+        if self.genuine_ids is None or self.impostor_ids is None:
+            return None
+        failures = self.failures if self.failure_ids is None else self.failure_ids
+        return number_identities(self.genuine_ids, self.impostor_ids, self.impostors, failures, self.scanned)
 
     def tar(self, threshold: float) -> float:
         """The accepted share of genuine pairs."""

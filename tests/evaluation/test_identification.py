@@ -9,15 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ijb_sets import random_set, write_identification, write_set
+from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.evaluation import identification as module
 from partialfc.evaluation.identification import identify, identify_templates, search
-from partialfc.evaluation.ijb_files import Subjects, read_faces, read_galleries, read_members, read_probes
+from partialfc.evaluation.ijb_files import read_faces, read_galleries, read_members, read_probes
 from partialfc.evaluation.templates import template_features
 
 
-def unit_rows(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: NDArray[np.float64]) -> NDArray[np.float32]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -40,11 +41,11 @@ def looped_figures(
     for k in (1, 5, 10):
         figures[f"rank-{k}"] = sum(rank <= k for rank, _ in mated) / count if count else None
     for fpir in (0.01, 0.1):
-        tpirs = [0.0]
+        hits = [0]
         for threshold in [score for _, score in mated]:
             if sum(score >= threshold for score in non_mated) <= fpir * len(non_mated):
-                tpirs.append(sum(rank == 1 and score >= threshold for rank, score in mated) / max(count, 1))
-        figures[f"tpir@fpir={fpir}"] = max(tpirs) if fpir * len(non_mated) >= 1 and count else None
+                hits += [sum(rank == 1 and score >= threshold for rank, score in mated)]
+        figures[f"tpir@fpir={fpir}"] = max(hits) / count if fpir * len(non_mated) >= 1 and count else None
     return figures
 
 
@@ -67,14 +68,12 @@ def test_figures_equal_the_protocol_in_loops(
     gallery = centers[ids] + generator.normal(size=(len(ids), 8))
     probe_rows = centers[probe_ids] + generator.normal(size=(probes, 8))
     if grid:  # few distinct rows: equal scores are the rule
-        gallery, probe_rows = (np.sign(rows) * np.array([1, 1, 1, 1, 0, 0, 0, 0]) / 2 for rows in (gallery, probe_rows))
-    else:
-        gallery, probe_rows = unit_rows(gallery), unit_rows(probe_rows)
-    gallery, probe_rows = gallery.astype(np.float32), probe_rows.astype(np.float32)
+        gallery, probe_rows = (np.sign(rows) * [1, 1, 1, 1, 0, 0, 0, 0] for rows in (gallery, probe_rows))
+    gallery_units, probe_units = unit_rows(gallery), unit_rows(probe_rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_ROWS_AT_A_TIME", 16)
-        figures = identify(gallery, ids, probe_rows, probe_ids, failures)
-    expected = looped_figures(gallery, ids.tolist(), probe_rows, probe_ids.tolist(), failures)
+        figures = identify(gallery_units, ids, probe_units, probe_ids, failures)
+    expected = looped_figures(gallery_units, ids.tolist(), probe_units, probe_ids.tolist(), failures)
     assert set(figures) == set(expected)
     for name, value in expected.items():
         if value is None:
@@ -90,7 +89,7 @@ def test_figures_equal_the_protocol_in_loops(
 
 
 def test_equal_scores_never_help() -> None:
-    same = np.ones((3, 4), np.float32) / 2
+    same = np.full((3, 4), 0.5, np.float32)
     ranks, best = search(same, np.array([5, 6, 7]), same[:2], np.array([6, 8]))
     assert ranks.tolist() == [3, 0]
     assert best.tolist() == [1.0, 1.0]
@@ -141,11 +140,11 @@ def test_the_figures_of_ijb_are_averages_of_the_galleries(tmp_path: Path) -> Non
     result = identify_templates(templates, units, galleries, probes)
     assert result.kind == "ijb-1:n"
     row_of = {number: row for row, number in enumerate(templates.tolist())}
-    rows = [row_of[number] for number in probes.templates.tolist()]
+    rows = [row_of[number] for number in probes]
     each = []
     for name, gallery in galleries.items():
-        enrolled = units[[row_of[number] for number in gallery.templates.tolist()]]
-        expected = looped_figures(enrolled, gallery.subjects.tolist(), units[rows], probes.subjects.tolist(), 0)
+        enrolled = units[[row_of[number] for number in gallery]]
+        expected = looped_figures(enrolled, list(gallery.values()), units[rows], list(probes.values()), 0)
         each.append(expected)
         shown = result.facts["galleries"][name]
         assert {key: value["value"] for key, value in shown["figures"].items()} == pytest.approx(expected)
@@ -156,7 +155,7 @@ def test_the_figures_of_ijb_are_averages_of_the_galleries(tmp_path: Path) -> Non
         ends = [result.facts["galleries"][gallery]["figures"][name] for gallery in galleries]
         assert sum(end["low"] for end in ends) / 2 <= (figure.low or 0.0) <= (figure.value or 0.0)
         assert sum(end["high"] for end in ends) / 2 >= (figure.high or 0.0) >= (figure.value or 0.0)
-    wrong = Subjects(np.array([999_999]), np.array([0]))
+    wrong = {999_999: 0}
     with pytest.raises(InputError, match="The list of probes names template 999999"):
         identify_templates(templates, units, galleries, wrong)
     with pytest.raises(InputError, match="Gallery G1 names template 999999"):

@@ -104,7 +104,7 @@ def test_files_to_figures_equal_the_protocol_in_loops(
         assert figure.value == pytest.approx(looped_tar(genuine, impostor, far), abs=1e-12)
         assert figure.low is not None
         assert figure.high is not None
-        assert figure.low <= figure.value <= figure.high
+        assert figure.low <= (figure.value or 0.0) <= figure.high
 
 
 def test_scores_are_float64_products_rounded_to_float32() -> None:

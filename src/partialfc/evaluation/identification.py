@@ -7,7 +7,7 @@ above the threshold. As everywhere, TPIR at a FPIR is the highest over all thres
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.evaluation.figures import Figure, Result, rate_name
-from partialfc.evaluation.ijb_files import Integers, Subjects
+from partialfc.evaluation.ijb_files import Integers
 from partialfc.evaluation.intervals import fnmr_at, tar_figure
 from partialfc.evaluation.metrics import Scores, is_resolvable
 from partialfc.evaluation.templates import rows_of
@@ -25,6 +25,7 @@ RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
 _ROWS_AT_A_TIME = 2048  # of probes and of gallery: 32 MiB of products
 _MISS = -2.0  # below every cosine
+_INTERVAL = "identities; of an average, the galleries are taken as independent"
 _NO_MATES = "No probe shows a person of the gallery."
 
 
@@ -44,7 +45,8 @@ def identify(
         gallery_ids: (G,) identity of each row.
         probe_units: (Q, D) unit rows.
         probe_ids: (Q,) identity of each probe; one that the gallery lacks makes the probe non-mated.
-        failures: mated probes beyond the Q that could not be enrolled: misses without candidates.
+        failures: mated probes beyond the Q that could not be enrolled, or whose person could not be enrolled in the
+            gallery: misses without candidates.
 
     Returns:
         The figures by name; those of ranks are null without mated probes, those of FPIR too few non-mated probes.
@@ -144,15 +146,18 @@ def search(
 
 
 def identify_templates(
-    templates: Integers, units: NDArray[np.float32], galleries: Mapping[str, Subjects], probes: Subjects
+    templates: Integers,
+    units: NDArray[np.float32],
+    galleries: dict[str, dict[int, int]],
+    probes: dict[int, int],
 ) -> Result:
     """IJB-B and IJB-C 1:N: each gallery is searched on its own, and the figures are the averages over the galleries.
 
     Args:
         templates: (T,) numbers of the templates, ascending.
         units: (T, D) of `template_features`.
-        galleries: of `read_galleries`.
-        probes: of `read_probes`.
+        galleries: from template to subject, by the name of the gallery, see `read_galleries`.
+        probes: from template to subject.
 
     Returns:
         The figures; the facts hold those of each gallery. The interval of an average takes the galleries as
@@ -161,21 +166,28 @@ def identify_templates(
     Raises:
         InputError: a gallery or the probes name an unknown template.
     """
-    probe_units = units[rows_of(templates, probes.templates, "The list of probes")]
+    probe_units, probe_ids = _enrolled(templates, units, probes, "The list of probes")
     each: dict[str, dict[str, Figure]] = {}
     facts: dict[str, Any] = {}
     for name, gallery in galleries.items():
-        gallery_units = units[rows_of(templates, gallery.templates, f"Gallery {name}")]
-        each[name] = identify(gallery_units, gallery.subjects, probe_units, probes.subjects)
-        mated = int(np.isin(probes.subjects, gallery.subjects).sum())
+        gallery_units, gallery_ids = _enrolled(templates, units, gallery, f"Gallery {name}")
+        each[name] = identify(gallery_units, gallery_ids, probe_units, probe_ids)
         facts[name] = {
-            "templates": len(gallery.templates),
-            "mated": mated,
-            "non_mated": len(probes.subjects) - mated,
+            "templates": len(gallery),
+            "mated": int(np.isin(probe_ids, gallery_ids).sum()),
+            "non_mated": int(np.isin(probe_ids, gallery_ids, invert=True).sum()),
             "figures": {figure: value.to_dict() for figure, value in each[name].items()},
         }
     figures = {name: _average([of_gallery[name] for of_gallery in each.values()]) for name in next(iter(each.values()))}
-    return Result("ijb-1:n", figures, {"probes": len(probes.templates), "galleries": facts})
+    return Result("ijb-1:n", figures, {"probes": len(probes), "interval": _INTERVAL, "galleries": facts})
+
+
+def _enrolled(
+    templates: Integers, units: NDArray[np.float32], subjects: dict[int, int], source: str
+) -> tuple[NDArray[np.float32], Integers]:
+    """The unit rows and the subjects of the templates in a list."""
+    numbers, ids = np.array(list(subjects.items()), dtype=np.int64).T
+    return units[rows_of(templates, numbers, source)], ids
 
 
 def _average(figures: Sequence[Figure]) -> Figure:
@@ -183,11 +195,7 @@ def _average(figures: Sequence[Figure]) -> Figure:
     missing = next((figure for figure in figures if figure.value is None), None)
     if missing is not None:
         return missing
-    values, lows, highs = (
-        np.array([getattr(figure, end) for figure in figures], dtype=np.float64) for end in ("value", "low", "high")
-    )
+    values, lows, highs = np.array([(figure.value, figure.low, figure.high) for figure in figures], dtype=np.float64).T
     mean = float(values.mean())
     below, above = (float(np.linalg.norm(values - ends) / len(values)) for ends in (lows, highs))
-    if np.isnan([below, above]).any():
-        return Figure(mean)
     return Figure(mean, max(0.0, mean - below), min(1.0, mean + above))

@@ -14,11 +14,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from partialfc.core.errors import InputError
+from partialfc.evaluation.figures import Figure
+from partialfc.evaluation.intervals import Z, variance_of_means
+from partialfc.evaluation.metrics import Scores
 
 Floats = NDArray[np.float64]
 
 _PENALTY = 1e-6  # of half the squared scale, for scores of deviation 1, beside a mean loss that is at most log 2
 _STEPS = 100
+_TWICE_LOG_2 = 2.0 * math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ def cllr(genuine: ArrayLike, impostor: ArrayLike) -> float:
     Args:
         genuine, impostor: natural log-likelihood ratios (M,) and (N,).
     """
-    genuine, impostor = _both(genuine, impostor)
-    return _cost(genuine, np.ones(len(genuine)), impostor, np.ones(len(impostor)))
+    genuine, impostor = np.asarray(genuine, dtype=np.float64), np.asarray(impostor, dtype=np.float64)
+    return float(np.logaddexp(0.0, -genuine).mean() + np.logaddexp(0.0, impostor).mean()) / _TWICE_LOG_2
 
 
 def min_cllr(genuine: ArrayLike, impostor: ArrayLike) -> float:
@@ -92,14 +96,43 @@ def min_cllr(genuine: ArrayLike, impostor: ArrayLike) -> float:
     Args:
         genuine, impostor: scores (M,) and (N,).
     """
-    genuine, impostor = _both(genuine, impostor)
+    return cllr(*_isotonic_ratios(*_both(genuine, impostor)))
+
+
+def _isotonic_ratios(genuine: Floats, impostor: Floats) -> tuple[Floats, Floats]:
+    """The log-likelihood ratios of the best map that never falls; they may be infinite where they cost nothing."""
     values, places = np.unique(np.concatenate([genuine, impostor]), return_inverse=True)
     hits = np.bincount(places[: len(genuine)], minlength=len(values)).astype(np.float64)
-    others = np.bincount(places[len(genuine) :], minlength=len(values)).astype(np.float64)
-    share = pool_adjacent_violators(hits / (hits + others), hits + others)
+    pairs = np.bincount(places, minlength=len(values)).astype(np.float64)
+    share = pool_adjacent_violators(hits / pairs, pairs)
     with np.errstate(divide="ignore"):
         ratios = np.log(share) - np.log1p(-share) - math.log(len(genuine) / len(impostor))
-    return _cost(ratios, hits, ratios, others)
+    return ratios[places[: len(genuine)]], ratios[places[len(genuine) :]]
+
+
+def cllr_figures(scores: Scores, calibration: Calibration | None = None) -> dict[str, Figure]:
+    """`cllr` and `min-cllr` with normal intervals, in which the map to ratios is held.
+
+    Both are null where only a tail of the impostor scores was kept. Failures have no score and are left out.
+
+    Args:
+        calibration: made elsewhere; None fits it to the same scores, which shows what an affine map cannot mend.
+    """
+    if not scores.complete or not len(scores.genuine):
+        unknown = Figure(None, reason="Cllr needs all scores of both kinds of pairs.")
+        return {"cllr": unknown, "min-cllr": unknown}
+    apply = calibration or calibrate(scores.genuine, scores.impostor)
+    ratios = {
+        "cllr": (apply(scores.genuine), apply(scores.impostor)),
+        "min-cllr": _isotonic_ratios(scores.genuine, scores.impostor),
+    }
+    figures = {}
+    for name, (genuine, impostor) in ratios.items():
+        costs = np.logaddexp(0.0, -genuine) / _TWICE_LOG_2, np.logaddexp(0.0, impostor) / _TWICE_LOG_2
+        value = float(costs[0].mean() + costs[1].mean())
+        reach = Z * math.sqrt(variance_of_means(scores, *costs))
+        figures[name] = Figure(value, max(value - reach, 0.0), value + reach)
+    return figures
 
 
 def pool_adjacent_violators(values: Floats, weights: Floats) -> Floats:
@@ -132,11 +165,3 @@ def _both(genuine: ArrayLike, impostor: ArrayLike) -> tuple[Floats, Floats]:
         if group.ndim != 1 or not len(group) or not np.isfinite(group).all():
             raise InputError(f"The {name} scores must be a list of at least one finite number.")
     return groups
-
-
-def _cost(genuine: Floats, genuine_counts: Floats, impostor: Floats, impostor_counts: Floats) -> float:
-    """Cllr of log-likelihood ratios, each given as often as it counts."""
-    used, others = genuine_counts > 0, impostor_counts > 0  # a ratio of 0 has no genuine pair, and costs nothing
-    misses = genuine_counts[used] @ np.logaddexp(0.0, -genuine[used]) / genuine_counts.sum()
-    accepts = impostor_counts[others] @ np.logaddexp(0.0, impostor[others]) / impostor_counts.sum()
-    return float(misses + accepts) / (2.0 * math.log(2.0))

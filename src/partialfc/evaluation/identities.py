@@ -46,8 +46,9 @@ def number_identities(
     """
     named = np.empty(0, dtype=np.int64) if isinstance(failures, int) else failures
     count, (own, pairs, failed, left, right) = _compact([genuine, impostor, named, *(scanned or (named, named))])
+    known = count
     if isinstance(failures, int):
-        failed = np.arange(count, count + failures)
+        failed = np.arange(known, known + failures)
         count += failures
     if scanned is not None:
         lefts, rights = np.bincount(left, minlength=count), np.bincount(right, minlength=count)
@@ -56,7 +57,7 @@ def number_identities(
     elif len(impostor) == impostors:
         per_identity, source = np.bincount(pairs.ravel(), minlength=count).astype(np.float64), "counted"
     else:
-        per_identity, source = np.ones(count), "equal share"
+        per_identity, source = np.where(np.arange(count) < known, 1.0, 0.0), "equal share"
     # Ordered pairs are counted twice: a pair has two ends.
     per_identity *= 2 * impostors / max(per_identity.sum(), 1.0)
     return Identities(count, own, pairs, failed, per_identity, source)

@@ -13,7 +13,7 @@ neighbourhood, and one product of matrices makes all resamples.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +29,8 @@ _SEED = 20071
 _GRID = 129  # thresholds at which the resampled curves are evaluated
 _REACH = 5.0  # standard deviations to either side of the reported threshold
 _CHUNK = 1 << 23  # weights at a time
-_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
+Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 
 def interval_facts(scores: Scores) -> dict[str, Any]:
@@ -122,6 +123,37 @@ def eer_figure(scores: Scores) -> Figure:
     return _rate_figure(value, _percentile(rates, 2.5), _percentile(rates, 97.5), _genuine_units(scores))
 
 
+def auc_figure(scores: Scores) -> Figure:
+    """The area under the ROC with the normal interval of its linear part (DeLong et al. 1988); failures are left out.
+
+    It is null where only a tail of the impostor scores was kept.
+    """
+    if not scores.complete:
+        return Figure(None, reason="The area under the ROC needs all impostor scores.")
+    parts = []
+    for values, others in (
+        (scores.genuine, scores.sorted_impostor),
+        (-scores.impostor, -scores.sorted_genuine[::-1]),
+    ):
+        below, not_above = (np.searchsorted(others, values, side=side) for side in _SIDES)
+        parts.append((below + not_above) / (2.0 * len(others)))
+    value = float(parts[0].mean())
+    reach = Z * math.sqrt(variance_of_means(scores, *parts))
+    return _rate_figure(value, max(value - reach, 0.0), min(value + reach, 1.0), _genuine_units(scores))
+
+
+def variance_of_means(scores: Scores, genuine: Floats, impostor: Floats) -> float:
+    """The variance of mean(genuine) + mean(impostor) of values (M,) and (N,) of all pairs, in this module's sense."""
+    own, other = (genuine - genuine.mean()) / len(genuine), (impostor - impostor.mean()) / len(impostor)
+    independent = float(own @ own + other @ other)
+    people = scores.identities
+    if people is None:
+        return independent
+    influence = np.bincount(people.genuine, own, minlength=people.count)
+    influence += np.bincount(people.impostor.ravel(), np.repeat(other, 2), minlength=people.count)
+    return max(float(influence @ influence - other @ other), independent)
+
+
 def accuracy_figure(squared_distances: ArrayLike, is_same: ArrayLike) -> Figure:
     """Mean accuracy of the 10 folds (`fold_accuracy`); the interval resamples pairs and keeps the folds' thresholds."""
     accuracies, _ = fold_accuracy(squared_distances, is_same)
@@ -161,8 +193,8 @@ def fnmr_at(scores: Scores, threshold: float) -> Figure:
 
 def wilson(rate: float, trials: float) -> Figure:
     """The score interval of a binomial rate (Wilson 1927, Journal of the American Statistical Association)."""
-    center = (rate + _Z**2 / (2 * trials)) / (1 + _Z**2 / trials)
-    half = _Z * math.sqrt(rate * (1 - rate) / trials + _Z**2 / (4 * trials**2)) / (1 + _Z**2 / trials)
+    center = (rate + Z**2 / (2 * trials)) / (1 + Z**2 / trials)
+    half = Z * math.sqrt(rate * (1 - rate) / trials + Z**2 / (4 * trials**2)) / (1 + Z**2 / trials)
     return Figure(rate, min(max(center - half, 0.0), rate), max(min(center + half, 1.0), rate))
 
 

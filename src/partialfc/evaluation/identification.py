@@ -7,7 +7,7 @@ above the threshold. As everywhere, TPIR at a FPIR is the highest over all thres
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.evaluation.figures import Figure, Result, rate_name
-from partialfc.evaluation.ijb_files import Integers, Subjects
-from partialfc.evaluation.intervals import share_figure, tar_figure
-from partialfc.evaluation.metrics import Scores
+from partialfc.evaluation.ijb_files import Integers
+from partialfc.evaluation.intervals import fnmr_at, tar_figure
+from partialfc.evaluation.metrics import Scores, is_resolvable
 from partialfc.evaluation.templates import rows_of
 from partialfc.evaluation.verification import failure_to_enrol
 from partialfc.model.features import Features
@@ -27,6 +27,8 @@ RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
 _ROWS_AT_A_TIME = 2048  # of probes and of gallery: 32 MiB of products
 _MISS = -2.0  # below every cosine
+_INTERVAL = "identities; of an average, the galleries are taken as independent"
+_NO_MATES = "No probe shows a person of the gallery."
 
 
 def identify(
@@ -45,7 +47,8 @@ def identify(
         gallery_ids: (G,) identity of each row.
         probe_units: (Q, D) unit rows.
         probe_ids: (Q,) identity of each probe; one that the gallery lacks makes the probe non-mated.
-        failures: mated probes beyond the Q that could not be enrolled: misses without candidates.
+        failures: mated probes beyond the Q that could not be enrolled, or whose person could not be enrolled in the
+            gallery: misses without candidates.
 
     Returns:
         The figures by name; those of ranks are null without mated probes, those of FPIR too few non-mated probes.
@@ -56,17 +59,48 @@ def identify(
     if not len(gallery_ids):
         raise InputError("The gallery is empty: give at least one person to find.")
     ranks, best = search(gallery_units, gallery_ids, probe_units, probe_ids)
+    mated, others = ranks > 0, int(np.count_nonzero(ranks == 0))
+    found = ranks[mated], probe_ids[mated], failures
+    figures = {f"rank-{k}": _share_within(*found, k) for k in RANKS}
+    for fpir in FPIRS:
+        name = f"tpir@fpir={rate_name(fpir)}"
+        if not len(found[0]) + failures:
+            figures[name] = Figure(None, reason=_NO_MATES)
+        elif not is_resolvable(fpir, others):
+            figures[name] = Figure(
+                None, reason=f"{others:,} non-mated probes cannot resolve a rate of {rate_name(fpir)}."
+            )
+        else:
+            figures[name] = tar_figure(_open_set(ranks, best, probe_ids, failures), fpir)
+    return figures
+
+
+def _share_within(ranks: Integers, ids: Integers, failures: int, k: int) -> Figure:
+    """The share of the mated probes that are found at rank k or better: with the score -rank, those accepted at -k."""
+    if not len(ranks) + failures:
+        return Figure(None, reason=_NO_MATES)
+    unused = np.array([-1])  # Scores has an impostor, which the misses at a given threshold do not depend on
+    scores = Scores(
+        -ranks.astype(np.float64), unused.astype(np.float64), 1, ids, unused[:, None].repeat(2, 1), failures
+    )
+    misses = fnmr_at(scores, -k)
+    assert misses.value is not None
+    assert misses.low is not None
+    assert misses.high is not None
+    return Figure(1.0 - misses.value, 1.0 - misses.high, 1.0 - misses.low)
+
+
+def _open_set(ranks: Integers, best: NDArray[np.float32], ids: Integers, failures: int) -> Scores:
+    """Scores whose TAR at FAR is TPIR at FPIR: the best candidates', and of mated probes only where it is right."""
     mated = ranks > 0
-    figures = {f"rank-{k}": share_figure(ranks[mated] <= k, probe_ids[mated], failures) for k in RANKS}
-    measured = Scores(
+    return Scores(
         np.where(ranks == 1, best, _MISS)[mated].astype(np.float64),
         best[~mated].astype(np.float64),
         int(np.count_nonzero(~mated)),
-        probe_ids[mated],
-        np.stack([probe_ids[~mated]] * 2, axis=1),
+        ids[mated],
+        ids[~mated, None].repeat(2, axis=1),
         failures,
     )
-    return figures | {f"tpir@fpir={rate_name(fpir)}": tar_figure(measured, fpir) for fpir in FPIRS}
 
 
 def search(
@@ -114,15 +148,18 @@ def search(
 
 
 def identify_templates(
-    templates: Integers, units: NDArray[np.float32], galleries: Mapping[str, Subjects], probes: Subjects
+    templates: Integers,
+    units: NDArray[np.float32],
+    galleries: dict[str, dict[int, int]],
+    probes: dict[int, int],
 ) -> Result:
     """IJB-B and IJB-C 1:N: each gallery is searched on its own, and the figures are the averages over the galleries.
 
     Args:
         templates: (T,) numbers of the templates, ascending.
         units: (T, D) of `template_features`.
-        galleries: of `read_galleries`.
-        probes: of `read_probes`.
+        galleries: from template to subject, by the name of the gallery, see `read_galleries`.
+        probes: from template to subject.
 
     Returns:
         The figures; the facts hold those of each gallery. The interval of an average takes the galleries as
@@ -131,21 +168,28 @@ def identify_templates(
     Raises:
         InputError: a gallery or the probes name an unknown template.
     """
-    probe_units = units[rows_of(templates, probes.templates, "The list of probes")]
+    probe_units, probe_ids = _enrolled(templates, units, probes, "The list of probes")
     each: dict[str, dict[str, Figure]] = {}
     facts: dict[str, Any] = {}
     for name, gallery in galleries.items():
-        gallery_units = units[rows_of(templates, gallery.templates, f"Gallery {name}")]
-        each[name] = identify(gallery_units, gallery.subjects, probe_units, probes.subjects)
-        mated = int(np.isin(probes.subjects, gallery.subjects).sum())
+        gallery_units, gallery_ids = _enrolled(templates, units, gallery, f"Gallery {name}")
+        each[name] = identify(gallery_units, gallery_ids, probe_units, probe_ids)
         facts[name] = {
-            "templates": len(gallery.templates),
-            "mated": mated,
-            "non_mated": len(probes.subjects) - mated,
+            "templates": len(gallery),
+            "mated": int(np.isin(probe_ids, gallery_ids).sum()),
+            "non_mated": int(np.isin(probe_ids, gallery_ids, invert=True).sum()),
             "figures": {figure: value.to_dict() for figure, value in each[name].items()},
         }
     figures = {name: _average([of_gallery[name] for of_gallery in each.values()]) for name in next(iter(each.values()))}
-    return Result("ijb-1:n", figures, {"probes": len(probes.templates), "galleries": facts})
+    return Result("ijb-1:n", figures, {"probes": len(probes), "interval": _INTERVAL, "galleries": facts})
+
+
+def _enrolled(
+    templates: Integers, units: NDArray[np.float32], subjects: dict[int, int], source: str
+) -> tuple[NDArray[np.float32], Integers]:
+    """The unit rows and the subjects of the templates in a list."""
+    numbers, ids = np.array(list(subjects.items()), dtype=np.int64).T
+    return units[rows_of(templates, numbers, source)], ids
 
 
 def _average(figures: Sequence[Figure]) -> Figure:
@@ -153,13 +197,9 @@ def _average(figures: Sequence[Figure]) -> Figure:
     missing = next((figure for figure in figures if figure.value is None), None)
     if missing is not None:
         return missing
-    values, lows, highs = (
-        np.array([getattr(figure, end) for figure in figures], dtype=np.float64) for end in ("value", "low", "high")
-    )
+    values, lows, highs = np.array([(figure.value, figure.low, figure.high) for figure in figures], dtype=np.float64).T
     mean = float(values.mean())
     below, above = (float(np.linalg.norm(values - ends) / len(values)) for ends in (lows, highs))
-    if np.isnan([below, above]).any():
-        return Figure(mean)
     return Figure(mean, max(0.0, mean - below), min(1.0, mean + above))
 
 

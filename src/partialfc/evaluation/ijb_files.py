@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import os
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ Integers = NDArray[np.int64]
 
 FACES, MEDIA, PAIRS = "*_name_5pts_score.txt", "*_face_tid_mid.txt", "*_template_pair_label.txt"
 GALLERIES, PROBES = "*_1N_gallery_*.csv", "*_1N_probe_mixed.csv"
-_CHUNK = 1 << 22  # bytes of the file of pairs that are parsed at a time: their numbers fit the cache
+_CHUNK = 1 << 22  # bytes of the file of pairs that are parsed at a time
 _MOST_DIGITS = 9  # of a number of that file
 
 
@@ -72,19 +71,6 @@ class TemplatePairs:
     left: NDArray[np.int32]
     right: NDArray[np.int32]
     is_same: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Subjects:
-    """The templates of a gallery, or the probes.
-
-    Attributes:
-        templates: int64 (T,), numbers of templates.
-        subjects: int64 (T,), the person each of them shows.
-    """
-
-    templates: Integers
-    subjects: Integers
 
 
 def find_files(folder: str | Path, pattern: str) -> list[Path]:
@@ -178,7 +164,10 @@ def read_template_pairs(folder: str | Path) -> TemplatePairs:
     """
     path = _find_file(folder, PAIRS)
     content = path.read_bytes()
-    chunks, start = [], 0
+    if not content.strip():
+        raise InputError(f"{path} is empty: its lines must be “template template 0-or-1”.")
+    chunks: list[list[NDArray[np.int32]]] = []
+    start = 0
     while start < len(content):
         stop = content.rfind(b"\n", start, start + _CHUNK) + 1 or len(content)
         text = np.frombuffer(content, np.uint8, stop - start, start)
@@ -187,9 +176,7 @@ def read_template_pairs(folder: str | Path) -> TemplatePairs:
             chunk = _parse_lines(path, content[start:stop], content.count(b"\n", 0, start) + 1)
         chunks.append(chunk)
         start = stop
-    left, right, labels = (np.concatenate(column) for column in zip(*chunks, strict=True)) if chunks else ([],) * 3
-    if not len(labels):
-        raise InputError(f"{path} is empty: its lines must be “template template 0-or-1”.")
+    left, right, labels = (np.concatenate(column) for column in zip(*chunks, strict=True))
     return TemplatePairs(left, right, labels != 0)
 
 
@@ -199,17 +186,16 @@ def _parse_plain(text: NDArray[np.uint8]) -> list[NDArray[np.int32]] | None:
     ends = np.flatnonzero(digits > 9)
     if not len(ends) or len(ends) % 3 or ends[-1] != len(text) - 1:
         return None
+    table = ends.reshape(-1, 3)
     lengths = np.diff(ends, prepend=-1).reshape(-1, 3) - 1
-    ends = ends.reshape(-1, 3)
-    if (text[ends] != np.frombuffer(b"  \n", np.uint8)).any() or lengths.min() < 1 or lengths.max() > _MOST_DIGITS:
+    if (text[table] != np.frombuffer(b"  \n", np.uint8)).any() or lengths.min() < 1 or lengths.max() > _MOST_DIGITS:
         return None
     columns = []
     for column in range(3):
-        last, length = ends[:, column] - 1, lengths[:, column]
+        last, length = table[:, column] - 1, lengths[:, column]
         values = digits[last].astype(np.int32)
         for place in range(1, int(length.max())):
-            digit = digits[np.maximum(last - place, 0)] * (length > place)
-            values += digit * np.int32(10**place)
+            values += digits[np.maximum(last - place, 0)] * (length > place) * np.int32(10**place)
         columns.append(values)
     return columns if columns[2].max() <= 1 else None
 
@@ -227,8 +213,8 @@ def _parse_lines(path: Path, text: bytes, first: int) -> list[NDArray[np.int32]]
     return list(np.array(rows, dtype=np.int32).reshape(-1, 3).T)
 
 
-def read_galleries(folder: str | Path) -> dict[str, Subjects]:
-    """The galleries of 1:N by name: G1 and G2 of IJB-C, S1 and S2 of IJB-B.
+def read_galleries(folder: str | Path) -> dict[str, dict[int, int]]:
+    """The galleries of 1:N by name, G1 and G2 of IJB-C, S1 and S2 of IJB-B: from template to subject.
 
     Raises:
         InputError: there is none, or a line has another form.
@@ -237,8 +223,8 @@ def read_galleries(folder: str | Path) -> dict[str, Subjects]:
     return {path.stem.rpartition("_")[2]: _read_subjects(path) for path in found}
 
 
-def read_probes(folder: str | Path) -> Subjects:
-    """The probes of 1:N.
+def read_probes(folder: str | Path) -> dict[int, int]:
+    """The probes of 1:N, from template to subject.
 
     Raises:
         InputError: the file is missing, or a line has another form.
@@ -246,8 +232,8 @@ def read_probes(folder: str | Path) -> Subjects:
     return _read_subjects(_find_file(folder, PROBES))
 
 
-def _read_subjects(path: Path) -> Subjects:
-    """Template and subject; the files of NIST have a line for each image of a template, which count once."""
+def _read_subjects(path: Path) -> dict[int, int]:
+    """From template to subject; the files of NIST have a line for each image of a template."""
     subjects: dict[int, int] = {}
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for number, fields in enumerate(csv.reader(file), 1):
@@ -260,8 +246,4 @@ def _read_subjects(path: Path) -> Subjects:
                 raise InputError(f"{path} gives template {template} two subjects, the second in line {number}.")
     if not subjects:
         raise InputError(f"{path} is empty: its lines must be “template,subject”, after a header line.")
-    return Subjects(_integers(subjects), _integers(subjects.values()))
-
-
-def _integers(values: Iterable[int]) -> Integers:
-    return np.fromiter(values, np.int64)
+    return subjects

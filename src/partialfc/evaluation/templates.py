@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.evaluation.figures import Figure, Result, rate_name
+from partialfc.evaluation.identities import components
 from partialfc.evaluation.ijb_files import FACES, FaceList, Integers, Members, TemplatePairs
-from partialfc.evaluation.intervals import components, tar_figure
-from partialfc.evaluation.metrics import Scores
+from partialfc.evaluation.intervals import interval_facts, tar_figure
+from partialfc.evaluation.metrics import Scores, allowed_false_accepts
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _FACES_AT_A_TIME = 4096  # of 512 float64 values: 16 MiB
 _TEMPLATES_AT_A_TIME = 512
+_TAIL = 1.2  # kept impostors over those that the largest FAR accepts: resamples may accept more
 
 
 def template_features(
@@ -140,23 +144,36 @@ def verify_templates(
     if genuine in (0, len(same)):
         raise InputError(f"All {len(same):,} pairs are of one kind: give pairs of the same person and of two persons.")
     scores = pair_scores(units, left, right)
-    facts = {"templates": len(templates), "pairs": len(same), "genuine": genuine, "impostors": len(same) - genuine}
+    facts: dict[str, Any] = {
+        "templates": len(templates),
+        "pairs": len(same),
+        "genuine": genuine,
+        "impostors": len(same) - genuine,
+    }
     if compat:
         figures, read = nearest_far(scores, same)
         return Result("ijb-1:1", figures, {**facts, "reading": "nearest FAR, as insightface", "far_read": read})
-    impostors = np.flatnonzero(~same)
-    kept = min(len(impostors), int(max(FARS) * len(impostors)) + 2)  # one more than the largest FAR may accept
+    measured = _scores(scores, left, right, same)
+    figures = {f"tar@far={rate_name(far)}": tar_figure(measured, far) for far in FARS}
+    facts["reading"] = "highest TAR whose FAR does not exceed the target"
+    return Result("ijb-1:1", figures, facts | interval_facts(measured))
+
+
+def _scores(scores: NDArray[np.float32], left: Integers, right: Integers, is_same: NDArray[np.bool_]) -> Scores:
+    """The genuine scores and the upper tail of the impostors, with identities made of the genuine pairs."""
+    impostors = np.flatnonzero(~is_same)
+    kept = min(len(impostors), int(_TAIL * allowed_false_accepts(max(FARS), len(impostors))) + 1)
     tail = impostors[np.argpartition(scores[impostors], len(impostors) - kept)[-kept:]]
-    identities = components(left[same], right[same], len(templates))
-    measured = Scores(
-        scores[same].astype(np.float64),
+    genuine = np.flatnonzero(is_same)
+    pairs = np.concatenate([genuine, tail])
+    identities = components(np.stack([left[pairs], right[pairs]], axis=1), is_same[pairs])
+    return Scores(
+        scores[genuine].astype(np.float64),
         scores[tail].astype(np.float64),
         len(impostors),
-        identities[left[same]],
-        np.stack([identities[left[tail]], identities[right[tail]]], axis=1),
+        identities[: len(genuine), 0],
+        identities[len(genuine) :],
     )
-    figures = {f"tar@far={rate_name(far)}": tar_figure(measured, far) for far in FARS}
-    return Result("ijb-1:1", figures, {**facts, "reading": "highest TAR whose FAR does not exceed the target"})
 
 
 def nearest_far(scores: NDArray[np.floating], is_same: NDArray[np.bool_]) -> tuple[dict[str, Figure], dict[str, float]]:

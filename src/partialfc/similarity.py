@@ -32,7 +32,7 @@ from partialfc.distributed.collectives import (
 
 _BLOCK = (512, 1024)  # rows and columns on a CPU: the int32 products of a block stay in a core's cache
 _GPU_BLOCK = (4096, 8192)
-_PAIRS_AT_ONCE = 1024  # in `_similarities`
+_PAIRS_AT_ONCE = 1024  # in `pair_dots`
 _SAMPLE = 4096  # rows of each side whose pairs give the first threshold of `largest_pairs`
 _LONGEST = 1.001  # norm of a row
 
@@ -187,7 +187,7 @@ def _slack(residuals: Tensor, others: Tensor) -> Tensor:
     return residuals * (_LONGEST + others) + _LONGEST * others
 
 
-def _similarities(left: Rows, right: Rows, first: Tensor, second: Tensor) -> Tensor:
+def pair_dots(left: Rows, right: Rows, first: Tensor, second: Tensor) -> Tensor:
     """`dot` of pairs given by their rows, (n,) int64 of each side, with bounded memory: (n,) float32."""
     parts = zip(first.split(_PAIRS_AT_ONCE), second.split(_PAIRS_AT_ONCE), strict=True)
     return torch.cat([dot(left.units[i], right.units[j]) for i, j in parts])
@@ -240,7 +240,7 @@ def _nearest(queries: Rows, gallery: Rows, rows: slice, k: int) -> tuple[Tensor,
     found, size = [], 0
     for j in range(0, len(gallery), step):
         first, second = _candidates(queries, gallery, rows, slice(j, min(j + step, len(gallery))), least)
-        found.append((first - rows.start, second, _similarities(queries, gallery, first, second)))
+        found.append((first - rows.start, second, pair_dots(queries, gallery, first, second)))
         size += len(first)
         if size > 4 * count * k:
             found = [_best_of_each(found, k)]
@@ -434,6 +434,6 @@ class _Pairs:
         if self.unordered:
             chosen &= first < second
         first, second = first[chosen], second[chosen]
-        similarities = _similarities(self.left, self.right, first, second)
+        similarities = pair_dots(self.left, self.right, first, second)
         chosen = similarities >= least
         return (first * len(self.right) + second)[chosen], similarities[chosen]

@@ -31,8 +31,8 @@ def faces(count: int, width: int, identities: int, seed: int = 0, noise: float =
 
 
 def all_similarities(left: Tensor, right: Tensor) -> Tensor:
-    """`dot` of every pair, a row at a time."""
-    return torch.stack([dot(row.expand_as(right), right) for row in left])
+    """`dot` of every pair."""
+    return dot(left.repeat_interleave(len(right), dim=0), right.repeat(len(left), 1)).view(len(left), len(right))
 
 
 def brute_force(left: Tensor, right: Tensor | None, labels: Tensor, others: Tensor | None, count: int) -> Found:
@@ -62,7 +62,7 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "_BLOCK", (64, 96))
     monkeypatch.setattr(similarity, "_SAMPLE", 40)
-    monkeypatch.setattr(similarity, "_PAIRS_AT_ONCE", 32)
+    monkeypatch.setattr(similarity, "_PAIRS_AT_ONCE", 256)
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def two_threads() -> Iterator[None]:
 
 
 @given(st.integers(0, 40), st.integers(0, 70), st.integers(0, 2**31))
+@settings(deadline=None)
 def test_a_similarity_is_the_rounded_dot_product_in_any_call(count: int, width: int, seed: int) -> None:
     left, right = torch.randn(2, count, width, generator=torch.Generator().manual_seed(seed))
     found = dot(left, right)
@@ -87,12 +88,12 @@ def test_a_similarity_is_the_rounded_dot_product_in_any_call(count: int, width: 
 
 
 @given(
-    width=st.integers(1, 70),
+    width=st.integers(2, 70),
     seed=st.integers(0, 2**31),
     spike=st.sampled_from([1.0, 3.0, 50.0]),
     threshold=st.floats(-1.0, 1.0),
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_no_pair_that_reaches_the_threshold_is_ruled_out(width: int, seed: int, spike: float, threshold: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     units = torch.randn(40, width, generator=generator)
@@ -107,32 +108,33 @@ def test_no_pair_that_reaches_the_threshold_is_ruled_out(width: int, seed: int, 
             for one in (least, torch.full((30,), least, dtype=torch.float64)):
                 first, second = similarity._candidates(rows, rows, slice(10, 40), slice(0, 40), one)
                 found = torch.zeros(40, 40, dtype=torch.bool)
-                found[first, second] = True
-                assert not ((matrix >= least) & ~found)[10:].any()
+                found[rows.order[first], rows.order[second]] = True
+                assert not ((matrix >= least) & ~found)[rows.order[10:]].any()
 
 
 def test_the_codes_rule_out_nearly_all_pairs() -> None:
     units, _ = faces(2000, 512, 500)
     rows = Rows(units, similarity._Codes.of(units))
-    least = float((units @ units.T)[:1000, 1000:].flatten().kthvalue(990_000).values)
+    least = float((units @ units.T)[:1000, 1000:].flatten().kthvalue(999_900).values)
     first, _ = similarity._candidates(rows, rows, slice(0, 1000), slice(1000, 2000), least)
-    assert 10_000 < len(first) < 25_000
+    assert 100 <= len(first) < 3_000
 
 
 @pytest.mark.parametrize("width", [1, 3, 20, 37, 64])
-@pytest.mark.parametrize("count", [1, 40, 3000, 10**6])
+@pytest.mark.parametrize("count", [1, 40, 3000, 10**5])
 @pytest.mark.usefixtures("product", "small_blocks", "two_threads")
 def test_the_largest_pairs_are_those_of_brute_force(width: int, count: int) -> None:
-    units, labels = faces(300, width, 60)
+    units, labels = faces(200, width, 40)
     units[10:60] = units[10].clone()  # ties, within identities and across
     units[70:80], units[80] = -units[70:80], 0.0
     rows = Rows.of(units)
     assert_same(largest_pairs(rows, None, labels, None, count), brute_force(units, None, labels, None, count))
-    sides = units[:170], units[100:], labels[:170], labels[100:]
-    found = largest_pairs(Rows.of(units[:170]), Rows.of(units[100:]), labels[:170], labels[100:], count)
+    sides = units[:120], units[70:], labels[:120], labels[70:]
+    found = largest_pairs(Rows.of(units[:120]), Rows.of(units[70:]), labels[:120], labels[70:], count)
     assert_same(found, brute_force(*sides, count))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("product")
 def test_five_thousand_rows_with_ties() -> None:
     units, labels = faces(5000, 64, 900)
@@ -174,9 +176,9 @@ def test_a_first_threshold_that_is_too_high_is_found_out(monkeypatch: pytest.Mon
     scans: list[float] = []
     scan = similarity._Pairs.scan
 
-    def counted(pairs: similarity._Pairs, tail: similarity._Tail, progress: None) -> None:
-        scans.append(tail.least)
-        scan(pairs, tail, progress)
+    def counted(pairs: similarity._Pairs, count: int, least: float, progress: None) -> tuple[Tensor, Tensor]:
+        scans.append(least)
+        return scan(pairs, count, least, progress)
 
     monkeypatch.setattr(similarity._Pairs, "scan", counted)
     assert_same(largest_pairs(Rows.of(units), None, labels, None, 3000), brute_force(units, None, labels, None, 3000))
@@ -205,16 +207,6 @@ def test_the_nearest_rows_are_those_of_brute_force(k: int) -> None:
     assert_same(top_k(Rows.of(queries), Rows.of(gallery), k), (matrix.gather(1, order), order))
 
 
-def test_chosen_rows_are_prepared_rows() -> None:
-    units, _ = faces(30, 20, 5)
-    chosen = torch.tensor([3, 4, 20])
-    ours, theirs = Rows.of(units)[chosen], Rows.of(units[chosen])
-    assert torch.equal(ours.units, theirs.units)
-    if theirs.codes is not None and ours.codes is not None:
-        assert torch.equal(ours.codes.values, theirs.codes.values)
-        assert torch.equal(ours.codes.residuals, theirs.codes.residuals)
-
-
 @pytest.mark.parametrize(("value", "word"), [(np.nan, "norm nan"), (np.inf, "norm inf"), (2.0, "norm 2.")])
 def test_rows_must_be_normalised(value: float, word: str) -> None:
     units = torch.eye(3)
@@ -223,6 +215,7 @@ def test_rows_must_be_normalised(value: float, word: str) -> None:
         Rows.of(units)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), max_size=9), st.lists(st.integers(0, 4), max_size=9))
 def test_pairs_are_counted(left: list[int], right: list[int]) -> None:
     one, two = (torch.tensor(side, dtype=torch.int64) for side in (left, right))
@@ -237,7 +230,7 @@ def _scan_on_a_rank(rank: int, folder: Path) -> None:
     units, labels = faces(1500, 24, 100)
     units[100:110] = units[0]
     rows = Rows.of(units)
-    found = (*largest_pairs(rows, None, labels, None, 700), *top_k(rows[labels < 50], rows, 3))
+    found = (*largest_pairs(rows, None, labels, None, 700), *top_k(Rows.of(units[labels < 50]), rows, 3))
     torch.save(found, folder / f"{rank_of()}.pt")
 
 

@@ -8,12 +8,11 @@ the same with a smaller bound. Results are exact: they depend neither on blocks,
 from __future__ import annotations
 
 import math
-import threading
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from partialfc.distributed.collectives import (
 
 _BLOCK = (512, 1024)  # rows and columns on a CPU: the int32 products of a block stay in a core's cache
 _GPU_BLOCK = (4096, 8192)
+_STRIP = 4  # blocks of as many columns above each other, whose candidates are computed together
 _PAIRS_AT_ONCE = 1024  # in `pair_dots`
 _SAMPLE = 4096  # rows of each side whose pairs give the first threshold of `largest_pairs`
 _LONGEST = 1.001  # norm of a row
@@ -54,32 +54,33 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Codes:
-    """Rows rounded to int8: `scales · values` is the rows but for errors of norm `residuals`.
+    """Rows rounded to int8: `scales · values` is the rows of `order` but for errors of norm `residuals`.
 
     Attributes:
+        order: (N,) int64, the rows by ascending scale, so that those of a block are alike.
         values: (N, D) int8.
         scales, residuals: (N,) float64.
     """
 
+    order: Tensor
     values: Tensor
     scales: Tensor
     residuals: Tensor
 
     @classmethod
     def of(cls, units: Tensor) -> _Codes:
-        values = torch.empty(units.shape, dtype=torch.int8)
-        scales, residuals = torch.empty(2, len(units), dtype=torch.float64)
+        scales, order = (units.abs().amax(dim=1).double() / 127).clamp_min_(1e-30).sort(stable=True)
+        values, residuals = torch.empty(units.shape, dtype=torch.int8), torch.empty_like(scales)
 
         def encode(start: int) -> None:
             part = slice(start, start + _BLOCK[0])
-            rows = units[part].double()
-            scale = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-30)
-            rounded = (rows / scale).round_()
-            values[part], scales[part] = rounded.to(torch.int8), scale[:, 0]
-            residuals[part] = torch.linalg.vector_norm(rows - rounded * scale, dim=1)
+            rows = units[order[part]].double()
+            rounded = (rows / scales[part, None]).round_()
+            values[part] = rounded.to(torch.int8)
+            residuals[part] = torch.linalg.vector_norm(rows - rounded * scales[part, None], dim=1)
 
         run_parallel(encode, range(0, len(units), _BLOCK[0]))
-        return cls(values, scales, residuals)
+        return cls(order, values, scales, residuals)
 
 
 @dataclass(frozen=True)
@@ -96,33 +97,33 @@ class Rows:
 
     @classmethod
     def of(cls, units: Tensor) -> Rows:
-        """Prepare `units` (N, D), of any floating dtype.
-
-        Raises:
-            InputError: a row is neither of norm 1 nor 0, or holds NaN.
-        """
+        """Prepare `units` (N, D), of any floating dtype; see `check_units`."""
         units = units.detach().float().contiguous()
-        norms = torch.linalg.vector_norm(units, dim=1)
-        wrong = ~(((norms - 1.0).abs() < _LONGEST - 1.0) | (norms == 0.0))
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise InputError(f"Embedding {row} has norm {float(norms[row]):g}: normalise the embeddings to norm 1.")
-        return cls(units, _Codes.of(units) if units.device.type == "cpu" and _int8_pays() else None)
+        check_units(units)
+        wide = units.shape[1] >= 16  # narrow products gain nothing, and torch 2.13 gets those of width 1 wrong
+        return cls(units, _Codes.of(units) if wide and units.device.type == "cpu" and _int8_pays() else None)
 
     def __len__(self) -> int:
         return len(self.units)
 
-    def __getitem__(self, rows: Tensor) -> Rows:
-        """A copy of the `rows` (n,) int64."""
-        codes = self.codes
-        if codes is not None:
-            codes = _Codes(codes.values[rows], codes.scales[rows], codes.residuals[rows])
-        return Rows(self.units[rows], codes)
+    @property
+    def order(self) -> Tensor:
+        """(N,) int64, the rows in the order in which scans visit them."""
+        return torch.arange(len(self), device=self.units.device) if self.codes is None else self.codes.order
 
     @property
     def block(self) -> tuple[int, int]:
         """Rows and columns of a block of similarities."""
         return _BLOCK if self.units.device.type == "cpu" else _GPU_BLOCK
+
+
+def check_units(units: Tensor) -> None:
+    """Raise an InputError if a row of `units` (N, D) has a norm other than 1 and 0, or holds NaN."""
+    norms = torch.linalg.vector_norm(units, dim=1)
+    wrong = ~(((norms - 1.0).abs() < _LONGEST - 1.0) | (norms == 0.0))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise InputError(f"Embedding {row} has norm {float(norms[row]):g}: normalise the embeddings to norm 1.")
 
 
 @cache
@@ -153,44 +154,39 @@ def _rounding(width: int) -> float:
 
 
 def _candidates(left: Rows, right: Rows, rows: slice, columns: slice, least: float | Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of a block that may be as similar as `least`, and a few others: (n,) int64 rows of each side.
+    """All pairs of a block that may be as similar as `least`, and some others: (n,) int64 positions of each side.
 
     With codes q of scale s and a residual r, x·y − s_x s_y q_x·q_y = r_x·(y − r_y) + x·r_y, so by Cauchy and Schwarz
-    the similarity exceeds that of the codes by at most |r_x| (|y| + |r_y|) + |x| |r_y|.
+    the similarity exceeds that of the codes by at most |r_x| (|y| + |r_y|) + |x| |r_y|. The largest residual and the
+    best scale of all columns make of this an integer that the product of codes has to reach, one a row.
 
     Args:
         left, right: both sides.
-        rows, columns: the block.
+        rows, columns: the block, positions in the `order` of each side.
         least: a similarity; one a row of the block, (R,) float64, or one for all.
     """
     rounding = _rounding(left.units.shape[1])
-    if isinstance(least, Tensor):
-        least = least[:, None]
     if left.codes is None or right.codes is None:
         product = left.units[rows] @ right.units[columns].T
-        first, second = (product >= least - rounding).nonzero(as_tuple=True)
-        return first + rows.start, second + columns.start
-    codes, others = left.codes, right.codes
-    product = torch._int_mm(codes.values[rows], others.values[columns].T)
-    scales, other_scales = codes.scales[rows, None], others.scales[columns]
-    residuals, other_residuals = codes.residuals[rows, None], others.residuals[columns]
-    # Most rows have no candidate, which an integer tells: no column has a larger residual or a better scale.
-    missing = least - _slack(residuals, other_residuals.max()) - rounding
-    quotient = missing / (scales * torch.where(missing > 0, other_scales.max(), other_scales.min()))
-    hit = (product.amax(dim=1) >= quotient.floor().clamp_(-(2**31), 2**31 - 1).flatten()).nonzero().flatten()
-    bound = product[hit] * (scales[hit] * other_scales) + (_slack(residuals[hit], other_residuals) + rounding)
-    first, second = (bound >= (least[hit] if isinstance(least, Tensor) else least)).nonzero(as_tuple=True)
-    return hit[first] + rows.start, second + columns.start
+        needed = least - rounding
+        first, second = (product >= (needed[:, None] if isinstance(needed, Tensor) else needed)).nonzero(as_tuple=True)
+    else:
+        product = torch._int_mm(left.codes.values[rows], right.codes.values[columns].T)
+        residuals, largest = left.codes.residuals[rows], float(right.codes.residuals[columns].max())
+        needed = least - (residuals * (_LONGEST + largest) + _LONGEST * largest) - rounding
+        best, worst = right.codes.scales[columns][[-1, 0]].tolist()
+        needed /= left.codes.scales[rows] * torch.where(needed > 0, best, worst)
+        needed = needed.floor().clamp_(-(2**31), 2**31 - 1).int()
+        hit = (product.amax(dim=1) >= needed).nonzero()[:, 0]  # few rows
+        first, second = (product[hit] >= needed[hit, None]).nonzero(as_tuple=True)
+        first = hit[first]
+    return first + rows.start, second + columns.start
 
 
-def _slack(residuals: Tensor, others: Tensor) -> Tensor:
-    return residuals * (_LONGEST + others) + _LONGEST * others
-
-
-def pair_dots(left: Rows, right: Rows, first: Tensor, second: Tensor) -> Tensor:
-    """`dot` of pairs given by their rows, (n,) int64 of each side, with bounded memory: (n,) float32."""
+def pair_dots(left: Tensor, right: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`dot` of pairs given by rows of both sides, (n,) int64 each, in bounded memory: (n,) float32."""
     parts = zip(first.split(_PAIRS_AT_ONCE), second.split(_PAIRS_AT_ONCE), strict=True)
-    return torch.cat([dot(left.units[i], right.units[j]) for i, j in parts])
+    return torch.cat([dot(left[i], right[j]) for i, j in parts])
 
 
 @contextmanager
@@ -217,45 +213,49 @@ def top_k(queries: Rows, gallery: Rows, k: int) -> tuple[Tensor, Tensor]:
         similarities the smaller row comes first.
     """
     k = min(k, len(gallery))
-    if not k:
-        return queries.units.new_empty(len(queries), 0), queries.units.new_empty(len(queries), 0, dtype=torch.int64)
     shares = [split_evenly(len(queries), world_size_of(), rank) for rank in range(world_size_of())]
     start, stop = shares[rank_of()]
     step = queries.block[0]
-    blocks = [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+    similarities, rows = queries.units.new_empty(stop - start, k), queries.order.new_empty(stop - start, k)
+
+    def work(i: int) -> None:
+        block = slice(i, min(i + step, stop))
+        place = slice(i - start, block.stop - start)
+        similarities[place], rows[place] = _nearest(queries, gallery, block, k)
+
     with _full_precision():
-        parts = run_parallel(lambda block: _nearest(queries, gallery, block, k), blocks)
-    similarities = torch.cat([queries.units.new_empty(0, k), *(part[0] for part in parts)])
-    rows = torch.cat([similarities.new_empty(0, k, dtype=torch.int64), *(part[1] for part in parts)])
+        run_parallel(work, range(start, stop, step) if k else [])
     counts = [stop - start for start, stop in shares]
-    return all_gather_rows(similarities, counts), all_gather_rows(rows, counts)
+    inverse = queries.order.argsort()
+    return all_gather_rows(similarities, counts)[inverse], all_gather_rows(rows, counts)[inverse]
 
 
-def _nearest(queries: Rows, gallery: Rows, rows: slice, k: int) -> tuple[Tensor, Tensor]:
-    """`top_k` of the queries `rows`, in this thread."""
-    step, count = gallery.block[1], rows.stop - rows.start
-    # What the k-th best of a first part has for certain, k rows of the gallery reach.
+def _nearest(queries: Rows, gallery: Rows, positions: slice, k: int) -> tuple[Tensor, Tensor]:
+    """`top_k` of the queries at these positions, in this thread."""
+    step, order = gallery.block[1], gallery.order
+    rows = queries.order[positions]
+    # The k-th best of a first part, less its rounding error, is a similarity that k rows of the gallery reach.
     part = queries.units[rows] @ gallery.units[: max(k, step)].T
     least = part.topk(k, dim=1).values[:, -1].double() - _rounding(queries.units.shape[1])
     found, size = [], 0
     for j in range(0, len(gallery), step):
-        first, second = _candidates(queries, gallery, rows, slice(j, min(j + step, len(gallery))), least)
-        found.append((first - rows.start, second, pair_dots(queries, gallery, first, second)))
+        first, second = _candidates(queries, gallery, positions, slice(j, min(j + step, len(gallery))), least)
+        first, second = first - positions.start, order[second]
+        found.append((first, second, pair_dots(queries.units, gallery.units, rows[first], second)))
         size += len(first)
-        if size > 4 * count * k:
+        if size > 4 * len(rows) * k:
             found = [_best_of_each(found, k)]
-            first, second, similarities = found[0]
-            size = len(first)
-            full = torch.bincount(first, minlength=count) == k
-            last = first.bincount(minlength=count).cumsum(0)[full] - 1
-            least[full] = torch.maximum(least[full], similarities[last].double())
+            first, _, similarities = found[0]
+            size, counts = len(first), first.bincount(minlength=len(rows))
+            full = counts == k
+            least[full] = least[full].maximum(similarities[counts.cumsum(0)[full] - 1].double())
     _, second, similarities = _best_of_each(found, k)
-    return similarities.view(count, k), second.view(count, k)
+    return similarities.view(-1, k), second.view(-1, k)
 
 
 def _best_of_each(found: list[tuple[Tensor, Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `k` best pairs of each row of the left side, the best first; of equal ones those of smaller right rows."""
-    first, second, similarities = (torch.cat(parts) for parts in zip(*found, strict=True))
+    first, second, similarities = _joined(found)
     order = second.argsort()
     order = order[similarities[order].argsort(descending=True, stable=True)]
     order = order[first[order].argsort(stable=True)]
@@ -312,21 +312,24 @@ def largest_pairs(
     different = count_pairs(left_labels, right_labels)[1]
     count = min(count, different)
     for least in pairs.first_thresholds(count, different):
-        tail = _Tail(count, least, left.units.device)
         with _full_precision():
-            pairs.scan(tail, progress)
-        sizes = row_counts(len(tail.keys), tail.keys.device)
-        keys, similarities = all_gather_rows(tail.keys, sizes), all_gather_rows(tail.similarities, sizes)
+            keys, similarities = pairs.scan(count, least, progress)
+        sizes = row_counts(len(keys), keys.device)
+        keys, similarities = all_gather_rows(keys, sizes), all_gather_rows(similarities, sizes)
         if len(keys) >= count:
             break
-    keys, similarities = _largest(keys, similarities, count)
+    keys, similarities = _largest(count, keys, similarities)
     order = keys.argsort()
     order = order[similarities[order].argsort(descending=True, stable=True)]
     keys = keys[order]
     return similarities[order], keys // len(pairs.right), keys % len(pairs.right)
 
 
-def _largest(keys: Tensor, similarities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _largest(count: int, keys: Tensor, similarities: Tensor) -> tuple[Tensor, Tensor]:
     """The `count` largest similarities, of equal ones those of the smallest keys, in no certain order."""
     if len(keys) <= count:
         return keys, similarities
@@ -334,39 +337,6 @@ def _largest(keys: Tensor, similarities: Tensor, count: int) -> tuple[Tensor, Te
     above = similarities > least
     tied = keys[similarities == least].sort().values[: count - int(above.sum())]
     return torch.cat([keys[above], tied]), torch.cat([similarities[above], least.expand(len(tied))])
-
-
-class _Tail:
-    """The largest similarities of the pairs seen so far: `count` of them, and up to as many again that may be smaller.
-
-    Attributes:
-        keys: (n,) int64 that stand for pairs.
-        similarities: (n,) float32.
-        least: the similarity that a pair has to reach; it rises.
-    """
-
-    def __init__(self, count: int, least: float, device: torch.device) -> None:
-        self.count, self.least = count, least
-        self.keys = torch.empty(0, dtype=torch.int64, device=device)
-        self.similarities = torch.empty(0, device=device)
-        self._new: list[tuple[Tensor, Tensor]] = []
-        self._size = 0
-
-    def add(self, keys: Tensor, similarities: Tensor) -> None:
-        if len(keys):
-            self._new.append((keys, similarities))
-            self._size += len(keys)
-        if self._size > 2 * self.count + _PAIRS_AT_ONCE:
-            self.compact()
-
-    def compact(self) -> None:
-        """Drop all but the `count` largest."""
-        parts = [(self.keys, self.similarities), *self._new]
-        keys, similarities = (torch.cat(part) for part in zip(*parts, strict=True))
-        self.keys, self.similarities = _largest(keys, similarities, self.count)
-        self._new, self._size = [], len(self.keys)
-        if len(self.keys) == self.count and self.count:
-            self.least = max(self.least, float(self.similarities.min()))
 
 
 @dataclass(frozen=True)
@@ -402,38 +372,47 @@ class _Pairs:
         ]
         return broadcast(torch.tensor(sorted(found, reverse=True), dtype=torch.float64, device=some.device)).tolist()
 
-    def scan(self, tail: _Tail, progress: Callable[[int, int], None] | None) -> None:
-        """Offer this rank's share of the pairs to `tail`, in threads."""
-        rows, columns = self.left.block
-        blocks = [
-            (i, j)
-            for j in range(0, len(self.right), columns)
-            for i in range(0, min(len(self.left), j + columns) if self.unordered else len(self.left), rows)
+    def scan(self, count: int, least: float, progress: Callable[[int, int], None] | None) -> tuple[Tensor, Tensor]:
+        """Keys and similarities of the `count` largest of this rank's share of the pairs, or of those above `least`."""
+        step = self.left.block[1]
+        strips = [
+            (slice(i, min(i + _STRIP * step, self._rows_beside(j))), slice(j, min(j + step, len(self.right))))
+            for j in range(0, len(self.right), step)
+            for i in range(0, self._rows_beside(j), _STRIP * step)
         ][rank_of() :: world_size_of()]
-        lock = threading.Lock()
-
-        def work(block: tuple[int, int]) -> None:
-            keys, similarities = self._at_least(*block, tail.least)
-            with lock:
-                tail.add(keys, similarities)
-
-        some = 32 * torch.get_num_threads()  # blocks between two reports
-        for start in range(0, len(blocks), some):
-            run_parallel(work, blocks[start : start + some])
+        found = [(self.left.order.new_empty(0), self.left.units.new_empty(0))]
+        size, some = 0, 2 * torch.get_num_threads()  # strips at a time, since their pairs may be many
+        for start in range(0, len(strips), some):
+            found += run_parallel(partial(self._at_least, least), strips[start : start + some])
+            size += sum(len(keys) for keys, _ in found[-some:])
+            if size > 2 * count + _PAIRS_AT_ONCE:
+                found = [_largest(count, *_joined(found))]
+                size, least = count, max(least, float(found[0][1].min()))
             report_progress()
             if progress is not None:
-                progress(min(start + some, len(blocks)), len(blocks))
-        tail.compact()
+                progress(min(start + some, len(strips)), len(strips))
+        return _largest(count, *_joined(found))
 
-    def _at_least(self, i: int, j: int, least: float) -> tuple[Tensor, Tensor]:
-        """Keys and similarities of all pairs in the block at (i, j) that are as similar as `least`."""
-        rows = slice(i, min(i + self.left.block[0], len(self.left)))
-        columns = slice(j, min(j + self.left.block[1], len(self.right)))
-        first, second = _candidates(self.left, self.right, rows, columns, least)
-        chosen = self.left_labels[first] != self.right_labels[second]
+    def _rows_beside(self, column: int) -> int:
+        """The end of the rows that are compared with the columns of the block at `column`."""
+        return min(len(self.left), column + self.left.block[1]) if self.unordered else len(self.left)
+
+    def _at_least(self, least: float, strip: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+        """Keys and similarities of all pairs in a strip of blocks that are as similar as `least`."""
+        step, (rows, columns) = self.left.block[0], strip
+        found = [
+            _candidates(self.left, self.right, slice(i, min(i + step, rows.stop)), columns, least)
+            for i in range(rows.start, rows.stop, step)
+        ]
+        first, second = _joined(found)
         if self.unordered:
-            chosen &= first < second
+            above = first < second
+            first, second = self.left.order[first[above]], self.left.order[second[above]]
+            first, second = first.minimum(second), first.maximum(second)
+        else:
+            first, second = self.left.order[first], self.right.order[second]
+        chosen = self.left_labels[first] != self.right_labels[second]
         first, second = first[chosen], second[chosen]
-        similarities = pair_dots(self.left, self.right, first, second)
+        similarities = pair_dots(self.left.units, self.right.units, first, second)
         chosen = similarities >= least
         return (first * len(self.right) + second)[chosen], similarities[chosen]

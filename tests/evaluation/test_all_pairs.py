@@ -16,10 +16,10 @@ from partialfc.evaluation import all_pairs
 from partialfc.evaluation.all_pairs import evaluate_all_pairs, read_list
 from partialfc.similarity import dot
 
-IMAGES = 400
+IMAGES = 300
 
 
-def features(identities: int = 60, seed: int = 0) -> tuple[Tensor, np.ndarray]:
+def features(identities: int = 25, seed: int = 0) -> tuple[Tensor, np.ndarray]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(identities, (IMAGES,), generator=generator)
     centers = torch.randn(identities, 24, generator=generator)
@@ -34,7 +34,7 @@ def plain_tar(units: Tensor, identities: np.ndarray, pairs: list[tuple[int, int]
     scores = dot(units[left], units[right]).double().numpy()
     same = identities[left] == identities[right]
     best = 0.0
-    for threshold in np.append(np.unique(scores), 2.0):
+    for threshold in np.unique(scores[same]):
         if np.mean(scores[~same] >= threshold) <= far:
             best = max(best, float(np.mean(scores[same] >= threshold)))
     return best
@@ -46,14 +46,14 @@ def test_every_part_is_that_of_the_plain_protocol() -> None:
     draws = np.random.default_rng(0)
     masked = draws.random(IMAGES) < 0.2
     groups = draws.choice(["African", "East Asian", "children", ""], IMAGES).tolist()
-    fars = (1e-4, 1e-3, 1e-2)
+    fars = (1e-3, 1e-2, 1e-1)
     result = evaluate_all_pairs(units, names, groups, masked, fars)
 
     def expected(rows: np.ndarray, far: float) -> float:
         return plain_tar(units, labels, list(itertools.combinations(rows.tolist(), 2)), far)
 
     plain = np.flatnonzero(~masked)
-    for far, name in zip(fars, ("1e-4", "1e-3", "0.01"), strict=True):
+    for far, name in zip(fars, ("1e-3", "0.01", "0.1"), strict=True):
         assert result.figures[f"tar@far={name}"].value == pytest.approx(expected(plain, far), abs=1e-12)
     of = {group: plain[[groups[row] == group for row in plain]] for group in ("African", "East Asian", "children")}
     for group, prefix in (("African", "african"), ("East Asian", "east-asian")):
@@ -70,7 +70,7 @@ def test_every_part_is_that_of_the_plain_protocol() -> None:
     same = sum(labels[a] == labels[b] for a, b in itertools.combinations(plain, 2))
     assert result.facts["genuine_pairs"] == same
     assert result.facts["impostor_pairs"] == len(plain) * (len(plain) - 1) // 2 - same
-    assert (result.kind, result.facts["images"], result.facts["identities"]) == ("all-pairs", IMAGES, 60)
+    assert (result.kind, result.facts["images"], result.facts["identities"]) == ("all-pairs", IMAGES, 25)
     crossed = sum(labels[a] == labels[b] for a, b in cross)
     assert result.facts["parts"]["mask"] == {"genuine_pairs": crossed, "impostor_pairs": len(cross) - crossed}
 
@@ -128,7 +128,7 @@ def test_wrong_input_is_named() -> None:
         evaluate_all_pairs(units, labels * 0)
     with pytest.raises(InputError, match=r"No two images are of the same identity"):
         evaluate_all_pairs(units, np.arange(IMAGES))
-    with pytest.raises(InputError, match=r"400 features but 399 images"):
+    with pytest.raises(InputError, match=r"300 features but 299 images"):
         evaluate_all_pairs(units, labels[1:])
     with pytest.raises(InputError, match="normalise"):
         evaluate_all_pairs(2 * units, labels)
@@ -136,7 +136,7 @@ def test_wrong_input_is_named() -> None:
         evaluate_all_pairs(units, labels, ["asian/east"] * IMAGES)
     with pytest.raises(InputError, match="'mask'"):
         evaluate_all_pairs(units, labels, ["Mask"] * IMAGES)
-    with pytest.raises(InputError, match="3 groups for 400 images"):
+    with pytest.raises(InputError, match="3 groups for 300 images"):
         evaluate_all_pairs(units, labels, ["a"] * 3)
     with pytest.raises(InputError, match="'masked' has the shape"):
         evaluate_all_pairs(units, labels, masked=[True])

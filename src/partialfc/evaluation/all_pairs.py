@@ -22,7 +22,7 @@ from partialfc.core.errors import InputError
 from partialfc.evaluation.figures import Figure, Result, rate_name
 from partialfc.evaluation.intervals import interval_facts, tar_figure
 from partialfc.evaluation.metrics import Scores, allowed_false_accepts
-from partialfc.similarity import Rows, count_pairs, largest_pairs, pair_dots
+from partialfc.similarity import Rows, check_units, count_pairs, largest_pairs, pair_dots
 
 FARS = (1e-6,)
 HARD_FARS = (1e-4,)  # of masked and of children's images
@@ -121,11 +121,11 @@ def evaluate_all_pairs(
     unusable = _flags(failed, len(ids), "failed")
     if unusable.any():
         units = torch.where(torch.from_numpy(unusable).to(units.device)[:, None], 0.0, units)
-    rows = Rows.of(units)
+    check_units(units)
     figures: dict[str, Figure] = {}
     counts: dict[str, dict[str, int]] = {}
     for part in _parts(groups, _flags(masked, len(ids), "masked"), fars):
-        counts[part.name], scores = _compare(rows, ids, part, unusable, progress)
+        counts[part.name], scores = _compare(units, ids, part, unusable, progress)
         if not part.name:
             if isinstance(scores, str):
                 raise InputError(scores)
@@ -178,44 +178,38 @@ def _parts(groups: Sequence[str] | None, masked: NDArray[np.bool_], fars: Sequen
 
 
 def _compare(
-    rows: Rows, ids: Ids, part: _Part, failed: NDArray[np.bool_], progress: Progress | None
+    units: Tensor, ids: Ids, part: _Part, failed: NDArray[np.bool_], progress: Progress | None
 ) -> tuple[dict[str, int], Scores | str]:
     """The numbers of pairs of a part, and its scores, or why there are none."""
-    genuine, genuine_ids, failure_ids = _genuine_scores(rows, ids, part, failed)
-    left = part.left[~failed[part.left]]
-    right = None if part.right is None else part.right[~failed[part.right]]
-    device = rows.units.device
-    labels, other_labels = (None if side is None else torch.from_numpy(ids[side]).to(device) for side in (left, right))
-    assert labels is not None
-    impostors = count_pairs(labels, other_labels)[1]
+    genuine, genuine_ids, failure_ids = _genuine_scores(units, ids, part, failed)
+    sides = [side[~failed[side]] for side in (part.left, part.right) if side is not None]
+    labels = [torch.from_numpy(ids[side]).to(units.device) for side in sides]
+    impostors = count_pairs(*labels)[1]
     counts = {"genuine_pairs": len(genuine) + len(failure_ids), "impostor_pairs": impostors}
     if not all(counts.values()):
         kind = "the same identity" if impostors else "different identities"
         of_part = f" of the part {part.name!r}" if part.name else ""
         return counts, f"No two images{of_part} are of {kind}, but both kinds of pairs are needed."
     kept = min(2 * allowed_false_accepts(max(part.fars), impostors) + _MARGIN, _MOST_KEPT)
-    columns = None if right is None else _select(rows, right)
-    tail, first, second = largest_pairs(_select(rows, left), columns, labels, other_labels, kept, progress)
-    sides = left, left if right is None else right
+    chosen = (units if len(side) == len(ids) else units[torch.from_numpy(side).to(units.device)] for side in sides)
+    (left, right), (left_labels, right_labels) = [*map(Rows.of, chosen), None][:2], [*labels, None][:2]
+    assert left is not None
+    assert left_labels is not None
+    tail, *rows = largest_pairs(left, right, left_labels, right_labels, kept, progress)
+    people = [ids[side][of.cpu().numpy()] for side, of in zip((sides[0], sides[-1]), rows, strict=True)]
     return counts, Scores(
         genuine=genuine,
         impostor=tail.cpu().double().numpy(),
         impostors=impostors,
         genuine_ids=genuine_ids,
-        impostor_ids=np.stack(
-            [ids[side[of.cpu().numpy()]] for side, of in zip(sides, (first, second), strict=True)], 1
-        ),
+        impostor_ids=np.stack(people, axis=1),
         failures=len(failure_ids),
         failure_ids=failure_ids,
-        scanned=(ids[sides[0]], ids[sides[1]]),
+        scanned=(ids[sides[0]], ids[sides[-1]]),
     )
 
 
-def _select(rows: Rows, chosen: Ids) -> Rows:
-    return rows if len(chosen) == len(rows) else rows[torch.from_numpy(chosen).to(rows.units.device)]
-
-
-def _genuine_scores(rows: Rows, ids: Ids, part: _Part, failed: NDArray[np.bool_]) -> tuple[Floats, Ids, Ids]:
+def _genuine_scores(units: Tensor, ids: Ids, part: _Part, failed: NDArray[np.bool_]) -> tuple[Floats, Ids, Ids]:
     """The scores of a part's genuine pairs, their identities, and those of pairs with an image that failed."""
     scores: list[Floats] = [np.empty(0)]
     found: list[Ids] = [np.empty(0, dtype=np.int64)]
@@ -223,8 +217,8 @@ def _genuine_scores(rows: Rows, ids: Ids, part: _Part, failed: NDArray[np.bool_]
     for left, right in _same_identity(ids, part.left, part.right):
         fine = ~(failed[left] | failed[right])
         failures.append(ids[left[~fine]])
-        pairs = (torch.from_numpy(side[fine]).to(rows.units.device) for side in (left, right))
-        scores.append(pair_dots(rows, rows, *pairs).cpu().double().numpy())
+        pairs = (torch.from_numpy(side[fine]).to(units.device) for side in (left, right))
+        scores.append(pair_dots(units, units, *pairs).cpu().double().numpy())
         found.append(ids[left[fine]])
     return np.concatenate(scores), np.concatenate(found), np.concatenate(failures)
 

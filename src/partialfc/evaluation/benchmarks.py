@@ -41,7 +41,7 @@ from partialfc.evaluation.ijb_files import (
 )
 from partialfc.evaluation.pairs import evaluate_pairs
 from partialfc.evaluation.templates import template_features, verify_templates
-from partialfc.evaluation.verification import verify_listed_pairs
+from partialfc.evaluation.verification import FARS, verify_listed_pairs
 from partialfc.model.embed import Images, SourceImages
 from partialfc.model.features import Features
 
@@ -224,9 +224,8 @@ class ListedImages:
     def evaluate(self, features: Features) -> Result:
         """As `Benchmark.evaluate`."""
         listed = self.listed
-        return evaluate_all_pairs(
-            features.embeddings, listed.identities, listed.groups, listed.masked, failed=features.failed
-        )
+        units = torch.from_numpy(features.units())
+        return evaluate_all_pairs(units, listed.identities, listed.groups, listed.masked, failed=features.failed)
 
 
 class PairList:
@@ -267,7 +266,8 @@ class People:
 
     def evaluate(self, features: Features) -> Result:
         """As `Benchmark.evaluate`."""
-        return evaluate_all_pairs(features.embeddings, self._identities, failed=features.failed)
+        units = torch.from_numpy(features.units())
+        return evaluate_all_pairs(units, self._identities, fars=FARS, failed=features.failed)
 
 
 class Gallery:

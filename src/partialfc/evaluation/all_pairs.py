@@ -22,6 +22,7 @@ from partialfc.core.errors import InputError
 from partialfc.evaluation.figures import Figure, Result, rate_name
 from partialfc.evaluation.intervals import interval_facts, tar_figure
 from partialfc.evaluation.metrics import Scores, allowed_false_accepts
+from partialfc.evaluation.verification import failure_to_enrol
 from partialfc.similarity import Rows, check_units, count_pairs, largest_pairs, pair_dots
 
 FARS = (1e-6,)
@@ -29,7 +30,8 @@ HARD_FARS = (1e-4,)  # of masked and of children's images
 MASK, CHILDREN = "mask", "children"
 _COLUMNS = ("path", "identity", "group", "mask")
 _MASK_VALUES = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
-_MOST_KEPT = 1 << 25  # impostor scores
+_ALL_KEPT = 1 << 21  # impostor scores that are kept whatever the FAR: those of small sets all are
+_MOST_KEPT = 1 << 25
 _MARGIN = 100  # impostor scores beyond twice the needed ones, for the interval
 
 Floats = NDArray[np.float64]
@@ -124,19 +126,23 @@ def evaluate_all_pairs(
     check_units(units)
     figures: dict[str, Figure] = {}
     counts: dict[str, dict[str, int]] = {}
+    measured: dict[str, Scores] = {}
     for part in _parts(groups, _flags(masked, len(ids), "masked"), fars):
         counts[part.name], scores = _compare(units, ids, part, unusable, progress)
         if not part.name:
             if isinstance(scores, str):
                 raise InputError(scores)
             facts = {"images": len(ids), "identities": len(names), **interval_facts(scores)}
+        if isinstance(scores, Scores):
+            measured[part.name] = scores
         for far in part.fars:
             figure = Figure(None, reason=scores) if isinstance(scores, str) else tar_figure(scores, far)
             figures[_figure_name(part.name, far)] = figure
     mask, whole = (figures.get(_figure_name(*of)) for of in ((MASK, HARD_FARS[0]), ("", FARS[0])))
     if mask is not None and whole is not None and mask.value is not None and whole.value is not None:
         figures["mfr-score"] = Figure(0.25 * mask.value + 0.75 * whole.value)
-    return Result("all-pairs", figures, {**facts, **counts.pop(""), "parts": counts})
+    facts |= {**counts.pop(""), "failures": int(unusable.sum()), "parts": counts}
+    return Result("all-pairs", figures | failure_to_enrol(unusable), facts, measured)
 
 
 def _figure_name(part: str, far: float) -> str:
@@ -190,7 +196,8 @@ def _compare(
         kind = "the same identity" if impostors else "different identities"
         of_part = f" of the part {part.name!r}" if part.name else ""
         return counts, f"No two images{of_part} are of {kind}, but both kinds of pairs are needed."
-    kept = min(2 * allowed_false_accepts(max(part.fars), impostors) + _MARGIN, _MOST_KEPT)
+    kept = max(2 * allowed_false_accepts(max(part.fars), impostors) + _MARGIN, _ALL_KEPT)
+    kept = min(kept, impostors, _MOST_KEPT)
     chosen = (units if len(side) == len(ids) else units[torch.from_numpy(side).to(units.device)] for side in sides)
     (left, right), (left_labels, right_labels) = [*map(Rows.of, chosen), None][:2], [*labels, None][:2]
     assert left is not None

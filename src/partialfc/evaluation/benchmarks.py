@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -41,7 +41,7 @@ from partialfc.evaluation.ijb_files import (
 )
 from partialfc.evaluation.pairs import evaluate_pairs
 from partialfc.evaluation.templates import template_features, verify_templates
-from partialfc.evaluation.verification import FARS, verify_listed_pairs
+from partialfc.evaluation.verification import FARS, verification_figures, verify_listed_pairs
 from partialfc.model.embed import Images, SourceImages
 from partialfc.model.features import Features
 
@@ -267,7 +267,8 @@ class People:
     def evaluate(self, features: Features) -> Result:
         """As `Benchmark.evaluate`."""
         units = torch.from_numpy(features.units())
-        return evaluate_all_pairs(units, self._identities, fars=FARS, failed=features.failed)
+        result = evaluate_all_pairs(units, self._identities, fars=FARS, failed=features.failed)
+        return replace(result, figures=verification_figures(result.scores[""]) | result.figures)
 
 
 class Gallery:

@@ -197,8 +197,10 @@ def embed_source(
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision is {precision!r}: choose one of {', '.join(get_args(Precision))}.")
-    if batch_size < 1 or not len(images) or len(names or images) != len(images):
-        raise InputError(f"{source} has {len(images)} images: give at least one, a name for each or none, and batches.")
+    if batch_size < 1:
+        raise InputError(f"The batch size is {batch_size}: give a positive number.")
+    if not len(images) or len(names or images) != len(images):
+        raise InputError(f"{source} has {len(images)} images: give at least one, and a name for each or none.")
     path, contract, is_main_process = Path(path), contract_of(model), rank_of() == 0
     variant = contract if precision == "float32" else variant_of(contract, precision)
     shape = (len(images), model.config.embedding_dim)

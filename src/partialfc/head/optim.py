@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from partialfc.core.errors import InputError
+from partialfc.core.threads import run_parallel
 from partialfc.head.backends.base import RowVisitor, SGDRule
 from partialfc.head.backends.select import numba_kernels_for
-from partialfc.head.backends.threads import run_parallel
 from partialfc.head.lazy_sgd import MissedSteps
 from partialfc.head.rows import CenterState, Rows, center_state_of, rounding_keys, zero_state
 

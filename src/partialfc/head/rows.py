@@ -12,8 +12,8 @@ from torch import Tensor
 
 from partialfc.core import keyed_random
 from partialfc.core.errors import JobError
+from partialfc.core.threads import single_threaded_if
 from partialfc.head.backends.base import CenterGradient, RowVisitor, for_each_tile
-from partialfc.head.backends.threads import single_threaded_if
 from partialfc.head.loss import class_rows
 
 _REGISTERED_AT_ONCE = 1 << 30

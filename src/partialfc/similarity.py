@@ -20,14 +20,7 @@ from torch import Tensor
 from partialfc.core.errors import InputError
 from partialfc.core.threads import run_parallel
 from partialfc.distributed.activity import report_progress
-from partialfc.distributed.collectives import (
-    all_gather_rows,
-    broadcast,
-    rank_of,
-    row_counts,
-    split_evenly,
-    world_size_of,
-)
+from partialfc.distributed.collectives import Shard, all_gather_rows, broadcast, row_counts
 
 _BLOCK = (512, 1024)  # rows and columns on a CPU: the int32 products of a block stay in a core's cache
 _GPU_BLOCK = (4096, 8192)
@@ -49,7 +42,7 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
         half = (width + 1) // 2
         terms[:, : width - half] += terms[:, half:width]
         width = half
-    return terms.sum(dim=1).float() if terms.shape[1] == 0 else terms[:, 0].float()
+    return terms[:, :1].sum(dim=1).float()
 
 
 @dataclass(frozen=True)
@@ -137,12 +130,11 @@ def _int8_pays() -> bool:
     left, right = codes[: _BLOCK[0]], codes.T
     floats = left.float(), right.float()
     try:
-        if not torch.equal(torch._int_mm(left, right).float(), floats[0] @ floats[1]):  # below 2²⁴, hence exact
-            return False
+        exact = torch.equal(torch._int_mm(left, right).float(), torch.mm(*floats))  # sums of integers below 2²⁴
     except RuntimeError:
         return False
     by_codes = min(timeit.repeat(lambda: torch._int_mm(left, right), number=1, repeat=5))
-    return by_codes < min(timeit.repeat(lambda: torch.mm(*floats), number=1, repeat=5))
+    return exact and by_codes < min(timeit.repeat(lambda: torch.mm(*floats), number=1, repeat=5))
 
 
 def _rounding(width: int) -> float:
@@ -201,7 +193,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def top_k(queries: Rows, gallery: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` most similar rows of `gallery` to each of `queries`, which the ranks share. Two collectives.
+    """The `k` most similar rows of `gallery` to each of `queries`, which the ranks share. Three collectives.
 
     Args:
         queries: the same on all ranks.
@@ -213,19 +205,15 @@ def top_k(queries: Rows, gallery: Rows, k: int) -> tuple[Tensor, Tensor]:
         similarities the smaller row comes first.
     """
     k = min(k, len(gallery))
-    shares = [split_evenly(len(queries), world_size_of(), rank) for rank in range(world_size_of())]
-    start, stop = shares[rank_of()]
-    step = queries.block[0]
-    similarities, rows = queries.units.new_empty(stop - start, k), queries.order.new_empty(stop - start, k)
-
-    def work(i: int) -> None:
-        block = slice(i, min(i + step, stop))
-        place = slice(i - start, block.stop - start)
-        similarities[place], rows[place] = _nearest(queries, gallery, block, k)
-
+    if not k:
+        return queries.units.new_empty(len(queries), 0), queries.order.new_empty(len(queries), 0)
+    shard, step = Shard.of(len(queries)), queries.block[0]
+    blocks = [slice(i, min(i + step, shard.stop)) for i in range(shard.start, shard.stop, step)]
+    found = [(queries.units.new_empty(0, k), queries.order.new_empty(0, k))]
     with _full_precision():
-        run_parallel(work, range(start, stop, step) if k else [])
-    counts = [stop - start for start, stop in shares]
+        found += run_parallel(lambda block: _nearest(queries, gallery, block, k), blocks)
+    similarities, rows = _joined(found)
+    counts = row_counts(len(rows), rows.device)
     inverse = queries.order.argsort()
     return all_gather_rows(similarities, counts)[inverse], all_gather_rows(rows, counts)[inverse]
 
@@ -273,11 +261,8 @@ def count_pairs(left_labels: Tensor, right_labels: Tensor | None = None) -> tupl
     else:
         labels = torch.cat([left_labels, right_labels]).unique(return_inverse=True)[1]
         left, right = labels.split([len(left_labels), len(right_labels)])
-        size = len(labels)
-        same, total = (
-            int((left.bincount(minlength=size) * right.bincount(minlength=size)).sum()),
-            len(left) * len(right),
-        )
+        counts = left.bincount(minlength=len(labels)) * right.bincount(minlength=len(labels))
+        same, total = int(counts.sum()), len(left) * len(right)
     return same, total - same
 
 
@@ -311,7 +296,8 @@ def largest_pairs(
         pairs = _Pairs(left, right, left_labels, right_labels, unordered=False)
     different = count_pairs(left_labels, right_labels)[1]
     count = min(count, different)
-    for least in pairs.first_thresholds(count, different):
+    keys, similarities = left.order[:0], left.units.new_empty(0)
+    for least in pairs.first_thresholds(count, different) if count else ():
         with _full_precision():
             keys, similarities = pairs.scan(count, least, progress)
         sizes = row_counts(len(keys), keys.device)
@@ -319,10 +305,9 @@ def largest_pairs(
         if len(keys) >= count:
             break
     keys, similarities = _largest(count, keys, similarities)
-    order = keys.argsort()
-    order = order[similarities[order].argsort(descending=True, stable=True)]
-    keys = keys[order]
-    return similarities[order], keys // len(pairs.right), keys % len(pairs.right)
+    keys, order = keys.sort()
+    similarities, order = similarities[order].sort(descending=True, stable=True)
+    return similarities, keys[order] // len(pairs.right), keys[order] % len(pairs.right)
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -341,8 +326,7 @@ def _largest(count: int, keys: Tensor, similarities: Tensor) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The pairs that `largest_pairs` scans; the key of a pair is its left row times the number of right rows plus its
-    right row."""
+    """The pairs that `largest_pairs` scans. The key of one is its left row times the right rows, plus its right row."""
 
     left: Rows
     right: Rows
@@ -356,30 +340,34 @@ class _Pairs:
         The first is one that about twice `count` pairs reach, judged by a sample; the last is reached by `count` pairs
         for certain.
         """
-        some = torch.arange(0, len(self.left), -(-len(self.left) // _SAMPLE) or 1, device=self.left.units.device)
-        others = torch.arange(0, len(self.right), -(-len(self.right) // _SAMPLE) or 1, device=some.device)
+        some, others = (
+            torch.arange(0, len(side), -(-len(side) // _SAMPLE), device=side.units.device)
+            for side in (self.left, self.right)
+        )
         with _full_precision():
             product = self.left.units[some] @ self.right.units[others].T
         excluded = self.left_labels[some, None] == self.right_labels[others]
         if self.unordered:
             excluded |= some[:, None] >= others
         sample = product[~excluded]
-        ranks = (count, -(-2 * count * len(sample) // max(1, different)) + 16)
-        rounding = _rounding(self.left.units.shape[1])
         found = [
-            float(sample.kthvalue(len(sample) - rank + 1).values) - rounding if 0 < rank <= len(sample) else -math.inf
-            for rank in ranks
+            float(sample.kthvalue(len(sample) - rank + 1).values) - _rounding(self.left.units.shape[1])
+            if rank <= len(sample)
+            else -math.inf
+            for rank in (count, 2 * count * len(sample) // different + 16)
         ]
         return broadcast(torch.tensor(sorted(found, reverse=True), dtype=torch.float64, device=some.device)).tolist()
 
     def scan(self, count: int, least: float, progress: Callable[[int, int], None] | None) -> tuple[Tensor, Tensor]:
         """Keys and similarities of the `count` largest of this rank's share of the pairs, or of those above `least`."""
         step = self.left.block[1]
-        strips = [
-            (slice(i, min(i + _STRIP * step, self._rows_beside(j))), slice(j, min(j + step, len(self.right))))
-            for j in range(0, len(self.right), step)
-            for i in range(0, self._rows_beside(j), _STRIP * step)
-        ][rank_of() :: world_size_of()]
+        strips = []
+        for j in range(0, len(self.right), step):
+            end = min(len(self.left), j + step) if self.unordered else len(self.left)
+            columns = slice(j, min(j + step, len(self.right)))
+            strips += [(slice(i, min(i + _STRIP * step, end)), columns) for i in range(0, end, _STRIP * step)]
+        shard = Shard.of(len(strips))
+        strips = strips[shard.start : shard.stop]
         found = [(self.left.order.new_empty(0), self.left.units.new_empty(0))]
         size, some = 0, 2 * torch.get_num_threads()  # strips at a time, since their pairs may be many
         for start in range(0, len(strips), some):
@@ -393,10 +381,6 @@ class _Pairs:
                 progress(min(start + some, len(strips)), len(strips))
         return _largest(count, *_joined(found))
 
-    def _rows_beside(self, column: int) -> int:
-        """The end of the rows that are compared with the columns of the block at `column`."""
-        return min(len(self.left), column + self.left.block[1]) if self.unordered else len(self.left)
-
     def _at_least(self, least: float, strip: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
         """Keys and similarities of all pairs in a strip of blocks that are as similar as `least`."""
         step, (rows, columns) = self.left.block[0], strip
@@ -404,14 +388,12 @@ class _Pairs:
             _candidates(self.left, self.right, slice(i, min(i + step, rows.stop)), columns, least)
             for i in range(rows.start, rows.stop, step)
         ]
-        first, second = _joined(found)
-        if self.unordered:
-            above = first < second
-            first, second = self.left.order[first[above]], self.left.order[second[above]]
-            first, second = first.minimum(second), first.maximum(second)
-        else:
-            first, second = self.left.order[first], self.right.order[second]
+        positions = _joined(found)
+        first, second = self.left.order[positions[0]], self.right.order[positions[1]]
         chosen = self.left_labels[first] != self.right_labels[second]
+        if self.unordered:
+            chosen &= positions[0] < positions[1]
+            first, second = first.minimum(second), first.maximum(second)
         first, second = first[chosen], second[chosen]
         similarities = pair_dots(self.left.units, self.right.units, first, second)
         chosen = similarities >= least

@@ -158,7 +158,9 @@ def test_wrong_features() -> None:
         template_features(features, faces, members)
 
 
-def test_wrong_pairs() -> None:
+@pytest.mark.parametrize("table", [1 << 24, 4])
+def test_wrong_pairs(table: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TABLE", table)  # numbers beyond it are searched
     numbers, units = np.array([1, 3, 5]), np.eye(3, dtype=np.float32)
     for unknown in (0, 2, 6):
         with pytest.raises(InputError, match=f"A pair names template {unknown}, of which there is no image"):

@@ -15,8 +15,9 @@ from partialfc.evaluation.intervals import interval_facts, tar_figure
 from partialfc.evaluation.metrics import Scores, allowed_false_accepts
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-_FACES_AT_A_TIME = 4096  # of 512 float64 values: 16 MiB
+_FACES_AT_A_TIME = 512
 _TEMPLATES_AT_A_TIME = 512
+_TABLE = 1 << 24  # numbers of templates below it are looked up, larger ones are searched
 _TAIL = 1.2  # kept impostors over those that the largest FAR accepts: resamples may accept more
 
 
@@ -77,7 +78,12 @@ def rows_of(templates: Integers, wanted: NDArray[np.integer], source: str) -> In
     Raises:
         InputError: a wanted template has no faces; `source` says what names it.
     """
-    rows = np.minimum(np.searchsorted(templates, wanted), len(templates) - 1)
+    if templates[-1] < _TABLE and wanted.min() >= 0:  # a table is ten times faster than a search
+        table = np.zeros(_TABLE, np.int32)
+        table[templates] = np.arange(len(templates))
+        rows = table[np.minimum(wanted, _TABLE - 1)]
+    else:
+        rows = np.minimum(np.searchsorted(templates, wanted), len(templates) - 1)
     unknown = templates[rows] != wanted
     if unknown.any():
         raise InputError(
@@ -101,6 +107,9 @@ def pair_scores(units: NDArray[np.float32], left: Integers, right: Integers) -> 
         float32 (P,).
     """
     scores = np.empty(len(left), np.float32)
+    distinct = [np.count_nonzero(np.bincount(side)) for side in (left, right)]
+    if 2 * distinct[0] * distinct[1] > len(units) ** 2:  # then half of all products is less
+        left, right = np.minimum(left, right), np.maximum(left, right)
     rows, left = _distinct(left, len(units))
     blocks = left // _TEMPLATES_AT_A_TIME
     order = np.argsort(blocks.astype(np.min_scalar_type(len(units))), kind="stable")
@@ -189,10 +198,10 @@ def nearest_far(scores: NDArray[np.floating], is_same: NDArray[np.bool_]) -> tup
     Returns:
         The figures, and the FAR at which each was read, by the name of the target.
     """
-    order = np.argsort(scores)[::-1]
-    descending = scores[order]
+    descending = np.sort(scores)[::-1]
     last = np.append(np.flatnonzero(descending[1:] != descending[:-1]), len(scores) - 1)  # of each run of equal scores
-    true = np.cumsum(is_same[order], dtype=np.int64)[last]
+    level = np.searchsorted(-descending[last], -scores[is_same])
+    true = np.cumsum(np.bincount(level, minlength=len(last)))
     false = last + 1 - true
     if len(last) > 2:
         bends = (np.diff(true, 2) != 0) | (np.diff(false, 2) != 0)

@@ -183,7 +183,7 @@ def main() -> None:
             lines.append(row(name, arguments.draws, pool))
             print(lines[-1], flush=True)
     about = f"{arguments.draws:,} draws of each model; in parentheses the mean width of the interval."
-    write_between("results/intervals.md", "coverage", [*paragraph(about), "", *lines])
+    write_between("results/intervals.md", "benchmarks/intervals.py", [*paragraph(about), "", *lines])
 
 
 if __name__ == "__main__":

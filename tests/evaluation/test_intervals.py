@@ -97,7 +97,7 @@ def test_resampled_rates_are_centred_and_spread_as_plain_resampling_where_identi
         plain_tars.append([own @ (scores.genuine >= t) / own.sum() for t in thresholds])
     np.testing.assert_allclose(tars.std(axis=0), np.std(plain_tars, axis=0), rtol=0.12)
     np.testing.assert_allclose(fars.std(axis=0), np.std(plain_fars, axis=0), rtol=0.25)
-    np.testing.assert_allclose(fars.mean(axis=0), np.mean(plain_fars, axis=0), rtol=0.1)
+    np.testing.assert_allclose(np.median(fars, axis=0), np.median(plain_fars, axis=0), rtol=0.1)
 
 
 def test_the_equal_error_rate_is_spread_as_under_brute_force_resampling() -> None:

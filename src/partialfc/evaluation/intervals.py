@@ -2,12 +2,12 @@
 
 The bootstrap draws as many identities as there are, with replacement; w[a] is how often identity a was drawn. A genuine
 pair then counts w[a] times. An impostor pair of a and b would count w[a]·w[b] times, but this "pigeonhole" bootstrap
-overstates by up to three the variance of what the pairs do not share (Owen 2007, The pigeonhole bootstrap, Annals of
-Applied Statistics), and false accepts are rare enough for that part to prevail. So the change of FAR is taken to first
-order, Σ_a (w[a] - 1) S[a] with S[a] the false accepts of a in excess of its share, and scaled to the variance for pairs
-that share ends, Σ_a S[a]² less the false accepts (Fafchamps and Gubert 2007, The formation of risk sharing networks,
-Journal of Development Economics), but not below that of independent pairs. It needs no pair beyond the threshold's
-neighbourhood, and one product of matrices makes all resamples.
+counts the noise of single pairs three times (Owen 2007, The pigeonhole bootstrap, Annals of Applied Statistics), and
+false accepts are rare enough for that noise to prevail. So the change of FAR is taken to first order, Σ_a (w[a] - 1)
+S[a] with S[a] the false accepts of a in excess of its share, and scaled to the variance of pairs that share ends, Σ_a
+S[a]² less the false accepts (Fafchamps and Gubert 2007, The formation of risk sharing networks, Journal of Development
+Economics), but not below that of independent pairs. Where a few identities carry the variance, Student's factor widens
+it. This needs no pair beyond the threshold's neighbourhood, and products of small matrices make all resamples.
 """
 
 from __future__ import annotations
@@ -217,17 +217,22 @@ def resampled_rates(scores: Scores, thresholds: Floats) -> tuple[Floats, Floats]
         return rates[0], rates[1]
     excess, accepts = _excess_false_accepts(scores, thresholds)
     scale = _scale(excess, accepts, scores.impostors)
-    accepted = _per_identity(people.genuine, scores.genuine, thresholds, people.count)
+    accepted = _per_identity(people.genuine, scores.genuine, thresholds, people.count).cumsum(axis=1)
     genuine = np.bincount(np.concatenate([people.genuine, people.failures]), minlength=people.count).astype(np.float64)
-    fars: list[Floats] = []
+    tar = accepted.sum(axis=0) / genuine.sum()
+    widening = _student_factor(accepted - tar * genuine[:, None])
+    changes: list[Floats] = []
     tars: list[Floats] = []
     for _ in range(0, RESAMPLES, rows := max(1, min(RESAMPLES, _CHUNK // people.count))):
-        drawn = generator.integers(people.count, size=(min(rows, RESAMPLES - len(fars) * rows), people.count))
+        drawn = generator.integers(people.count, size=(min(rows, RESAMPLES - len(tars) * rows), people.count))
         drawn += np.arange(len(drawn))[:, None] * people.count
         weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
-        fars.append((accepts + scale * ((weights - 1.0) @ excess)) / scores.impostors)
-        tars.append((weights @ accepted).cumsum(axis=1) / np.maximum(weights @ genuine, 1.0)[:, None])
-    return np.clip(np.concatenate(fars), 0.0, 1.0), np.concatenate(tars)
+        changes.append((weights - 1.0) @ excess)
+        tars.append(weights @ accepted / np.maximum(weights @ genuine, 1.0)[:, None])
+    # Relative changes of rare false accepts are taken as those of their logarithm: a rate stays positive.
+    relative = np.concatenate(changes) * (scale / np.maximum(accepts, 1.0))
+    fars = accepts / scores.impostors * np.exp(np.clip(relative, -9.0, 9.0))
+    return np.minimum(fars, 1.0), np.clip(tar + widening * (np.concatenate(tars) - tar), 0.0, 1.0)
 
 
 def _excess_false_accepts(scores: Scores, thresholds: Floats) -> tuple[Floats, Floats]:
@@ -253,11 +258,24 @@ def _false_accept_variance(scores: Scores, thresholds: Floats) -> Floats:
 
 
 def _scale(excess: Floats, accepts: Floats, impostors: int) -> Floats:
-    """The factor (G,) that gives first-order changes the variance for pairs that share ends."""
+    """The factor (G,) that gives first-order changes the variance for pairs that share ends, and Student's widening."""
     first_order = np.square(excess).sum(axis=0)
     independent = accepts * (1.0 - accepts / impostors)
     wanted = np.maximum(first_order - independent, independent)
-    return np.sqrt(wanted / np.where(first_order > 0, first_order, 1.0))
+    return np.sqrt(wanted / np.where(first_order > 0, first_order, 1.0)) * _student_factor(excess)
+
+
+def _student_factor(excess: Floats) -> Floats:
+    """How much wider an interval is because a few of the identities (I, G) carry most of the variance: (G,).
+
+    It is the 97.5 % point of Student's distribution over that of the normal one, for the degrees of freedom of the
+    variance's estimate (Satterthwaite 1946), at least 4.
+    """
+    squares = np.square(excess)
+    total = squares.sum(axis=0)
+    concentration = np.square(squares).sum(axis=0) / np.where(total > 0, total, 1.0) ** 2 - 1.0 / len(excess)
+    inverse = np.clip(concentration / 2.0, 0.0, 0.25)  # of the degrees of freedom
+    return 1.0 + inverse * ((Z**2 + 1) / 4 + inverse * (5 * Z**4 + 16 * Z**2 + 3) / 96)
 
 
 def _per_identity(of_identity: NDArray[np.int64], values: Floats, thresholds: Floats, count: int) -> Floats:

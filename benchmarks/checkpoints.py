@@ -20,13 +20,13 @@ import torch
 
 from documents import write_between
 from partialfc.bench.machine import describe
+from partialfc.checkpoint.write import Snapshot
 from partialfc.core import keyed_random
 from partialfc.distributed import collectives
 from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint.write import Snapshot
-from partialfc.training.checkpoint.writer import CheckpointWriter
+from partialfc.training.saver import CheckpointWriter
 from processes import run_processes
 
 CLASSES, WIDTH, IMAGES, PROCESSES, SAVES = 1_000_000, 512, 128, 2, 3

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from documents import write_between
 from partialfc.bench.machine import describe
+from partialfc.checkpoint.read import Checkpoint, steps_in
 from partialfc.config.options import (
     BackboneConfig,
     DataConfig,
@@ -35,9 +36,8 @@ from partialfc.config.options import (
 from partialfc.core import keyed_random
 from partialfc.data.images import encode_png
 from partialfc.distributed import collectives
-from partialfc.head import partial_fc
+from partialfc.head import sampled_softmax
 from partialfc.training import step as training_step
-from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.loop import train
 from partialfc.training.replicas import replicated
 from partialfc.training.run.log import read_metrics
@@ -97,7 +97,7 @@ def run_part(rank: int, config: TrainConfig, folder: Path, stop: int, last_place
     """
     if last_place:
         training_step.replicated = _nudged
-    original = partial_fc.sample_classes
+    original = sampled_softmax.sample_classes
     with (folder.parent / f"{folder.name}-sampled-{rank}.jsonl").open("a") as log:
 
         def recorded(positives: Tensor, *, step: int, **others: Any) -> Tensor:
@@ -107,7 +107,7 @@ def run_part(rank: int, config: TrainConfig, folder: Path, stop: int, last_place
             log.write(json.dumps([step, classes.tolist()]) + "\n")
             return classes
 
-        partial_fc.sample_classes = recorded
+        sampled_softmax.sample_classes = recorded
         try:
             train(config, folder, resume=True, quiet=True)
         except _Stopped:

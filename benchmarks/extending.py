@@ -19,6 +19,7 @@ from torch import Tensor
 
 from documents import write_between
 from partialfc.bench.machine import describe
+from partialfc.checkpoint.read import load_latest
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
 from partialfc.faces.render import render_faces
@@ -27,7 +28,6 @@ from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model
 from partialfc.training.build import build_state, open_loader
-from partialfc.training.checkpoint.read import load_latest
 from partialfc.training.initialize import fill_with_class_means, initialize
 from partialfc.training.loop import train
 from partialfc.training.state import TrainState

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from namespaces import Host
-from partialfc.training.checkpoint.read import Checkpoint, steps_in
+from partialfc.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.run.log import read_metrics
 
 BATCH, IMAGES = 12, 150  # of benchmarks/elastic.py's patterns

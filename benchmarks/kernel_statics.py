@@ -99,7 +99,7 @@ def forms(capability: int) -> Iterator[dict[str, Any]]:
             yield {"kernel": f"unit, {rows} rows, centers {dtype[1:]}"} | figures
             figures = compiled(
                 gpu_kernels.finish_kernel,
-                block | {"UPDATE": True, "RATE_ON_DEVICE": False},
+                block | {"UPDATE": True, "RATE_ON_DEVICE": False, "MOMENTUM": True},
                 *(8, 1, capability),
                 centers=dtype,
                 momentum_buffer=dtype,

@@ -21,7 +21,7 @@ ROOMS = {
     "report": "runs and results as HTML pages; needs no trainer",
     "use": "what one does with a trained model",
     "audit": "what is wrong with a data set",
-    "training": "loop, step, state, checkpoints, run folder: where all parts meet",
+    "training": "loop, step, state, saver, run folder: where all parts meet",
     "plan": "predicted memory and step time",
     "bench": "the project's own measurements",
     "config": "options (the dataclasses) and recipes",
@@ -31,6 +31,7 @@ ROOMS = {
     "head": "sampled margin softmax, its optimizers",
     "backbones": "networks, one file a family",
     "data": "sources, loader, augmentation",
+    "checkpoint": "sharded tensors in verified files",
     "similarity": "blockwise scans of cosines",
     "distributed": "collectives, rendezvous, heartbeats: every distributed fact",
     "pages": "template, axes and plots of every page",
@@ -50,7 +51,7 @@ WALK = [
     ("head", "head/backends/", "sums negatives tile by tile", "Z (G), over all ranks"),
     ("head", "head/loss.py", "softplus(log Z − s t)", "loss and its gradients"),
     ("training", "training/step.py", "backward, both optimizers", "only sampled centers move"),
-    ("training", "training/checkpoint/", "each rank writes its shard", "step-00001234/"),
+    ("training", "training/saver.py", "each rank writes its shard", "step-00001234/"),
 ]
 
 WIDTH, MARGIN, GAP = 1000, 24, 8

@@ -16,6 +16,7 @@ from partialfc.cli import build_parser
 
 GUIDES = [path for path in DOCUMENTS if path.is_relative_to(ROOT / "docs")]
 BLOCKS = [block for path in GUIDES for block in blocks(path)]
+PROGRAMS = [block for block in BLOCKS if block.language == "python" and block.not_run is None]
 COMMANDS = [(block.document, command) for block in BLOCKS for command in block.commands]
 # What documents name is looked for in these folders. The records of decisions have the names of their time.
 PLACES = (ROOT, ROOT / "src" / "partialfc", ROOT / "src" / "partialfc" / "head", ROOT / "tests" / "training")
@@ -32,13 +33,24 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_elsewhere")
-@pytest.mark.parametrize(
-    "block", [block for block in BLOCKS if block.language == "python" and block.not_run is None], ids=_name
-)
+@pytest.mark.parametrize("block", [block for block in PROGRAMS if not block.processes], ids=_name)
 def test_python_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("document")  # dataclasses look their module up
     monkeypatch.setitem(sys.modules, "document", module)
     exec(compile(block.code, block.document, "exec"), module.__dict__)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("block", [block for block in PROGRAMS if block.processes], ids=_name)
+def test_scripts_run(block: Block, tmp_path: Path) -> None:
+    """With torchrun; what they need beside the package is in the extra `dev`."""
+    for module in re.findall(r"^from (lightning_fabric|accelerate) ", block.code, re.MULTILINE):
+        pytest.importorskip(module)
+    (tmp_path / "script.py").write_text(block.code, encoding="utf-8")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(block.processes)]
+    done = subprocess.run([sys.executable, *launch, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from torch.distributed.run import config_from_args, get_args_parser
 
+from partialfc.checkpoint.read import steps_in
 from partialfc.cli import main
-from partialfc.training.checkpoint.read import steps_in
 
 ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"

@@ -12,9 +12,9 @@ import torch
 
 from fault_rows.launch import Fault, Run
 from fault_rows.patches import PLANNED
+from partialfc.checkpoint.read import Checkpoint, folder_name, steps_in
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import write_pairs
-from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
 from partialfc.training.run.log import read_metrics
 from tiny_runs import pattern_image, without_timings, write_images
 

@@ -14,12 +14,12 @@ import torch
 
 from fault_rows import patches
 from fault_rows.bench import Bench, Injection, Outcome, Row
+from partialfc.checkpoint.format import MANIFEST, read_manifest
+from partialfc.checkpoint.read import Checkpoint, folder_name, load_latest
+from partialfc.checkpoint.write import Snapshot
 from partialfc.config.options import TrainConfig
+from partialfc.training import saver as writer
 from partialfc.training.build import build_state, open_loader
-from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.format import MANIFEST, read_manifest
-from partialfc.training.checkpoint.read import Checkpoint, folder_name, load_latest
-from partialfc.training.checkpoint.write import Snapshot
 from partialfc.training.state import TrainState
 
 BLOCK = 32 * 1024  # bytes, so that small files have many blocks

@@ -10,7 +10,7 @@ from fault_rows import patches
 from fault_rows.bench import Bench, Injection, Outcome, Row, killed
 from fault_rows.launch import Fault
 from fault_rows.patches import COPY_STAGES, LEADER_STAGES, OWN_STAGES, Stage, die
-from partialfc.training.checkpoint.read import folder_name
+from partialfc.checkpoint.read import folder_name
 
 SYNCHRONOUS: tuple[str, ...] = ("--output.checkpoint_async=false",)
 ASYNCHRONOUS: tuple[str, ...] = ()

@@ -16,14 +16,14 @@ from typing import Any, NoReturn
 
 import torch
 
+from partialfc.checkpoint import write as checkpoint
+from partialfc.checkpoint.blocks import BLOCK_BYTES
+from partialfc.checkpoint.format import MANIFEST, FileRecord
+from partialfc.checkpoint.write import Snapshot
 from partialfc.data.loader import Batch
 from partialfc.training import loop
-from partialfc.training.checkpoint import write as checkpoint
-from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.blocks import BLOCK_BYTES
-from partialfc.training.checkpoint.format import MANIFEST, FileRecord
-from partialfc.training.checkpoint.write import Snapshot
-from partialfc.training.checkpoint.writer import CheckpointWriter
+from partialfc.training import saver as writer
+from partialfc.training.saver import CheckpointWriter
 from partialfc.training.step import Stepper
 
 Act = Callable[[], object]

@@ -13,7 +13,7 @@ from pathlib import Path
 from fault_rows import patches
 from fault_rows.bench import READERS, Bench, Injection, Outcome, Row, difference, last_words, steps_done
 from fault_rows.launch import Fault
-from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
+from partialfc.checkpoint.read import Checkpoint, folder_name, steps_in
 from partialfc.training.run.log import read_metrics
 
 MEBIBYTE = 2**20

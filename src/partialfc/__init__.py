@@ -10,6 +10,7 @@ from partialfc.core.errors import InputError
 
 if TYPE_CHECKING:
     from partialfc.backbones import create_backbone
+    from partialfc.head.files import load_head, save_head
     from partialfc.head.margins import ArcFace, CosFace, Margin
     from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
     from partialfc.head.partial_fc import PartialFC
@@ -29,7 +30,9 @@ __all__ = [
     "__version__",
     "create_backbone",
     "embed",
+    "load_head",
     "load_model",
+    "save_head",
 ]
 
 _MODULES = {
@@ -41,7 +44,9 @@ _MODULES = {
     "RowwiseSGD": "head.optim",
     "create_backbone": "backbones",
     "embed": "model.embed",
+    "load_head": "head.files",
     "load_model": "model.files",
+    "save_head": "head.files",
 }
 
 

@@ -88,7 +88,10 @@ def test_permute_bits_is_a_permutation_for_numbers_and_tensors_alike(width: int,
     values = torch.arange(1 << width)
     image = keyed_random.permute_bits(values, width, keys)
     assert torch.equal(image.sort().values, values)
-    assert torch.equal(image, keyed_random.permute_bits(values, width, [torch.tensor(key) for key in keys]))
+    tensors = [torch.tensor(key) for key in keys]
+    assert torch.equal(image, keyed_random.permute_bits(values, width, tensors))
+    assert torch.equal(keyed_random.permute_bits_back(image, width, keys), values)
+    assert torch.equal(keyed_random.permute_bits_back(image, width, tensors), values)
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from device_scenarios import BAD, RATES, SHARED
 from distributed_workers import run_ranks
 
 from partialfc.core.errors import InputError
-from partialfc.head import partial_fc
+from partialfc.head import sampled_softmax
 from partialfc.head.backends.gpu import GPUBackend
+from partialfc.head.backends.torch_chunked import ChunkedBackend
 from partialfc.head.inputs import GlobalLabels
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
@@ -76,8 +77,8 @@ def test_bad_input_of_one_rank_changes_nothing_anywhere_and_is_raised(
 
 def head_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> tuple[PartialFC, Any]:
     """The optimizer is not typed, since a scaler gives it attributes that it does not declare."""
-    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
-    head = PartialFC(40, 4, update="deferred")
+    monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: GPUBackend())
+    head = PartialFC(40, 4, 1.0, update="deferred")
     return head, RowwiseSGD(head.parameters(), lr=0.1)
 
 
@@ -191,10 +192,12 @@ def test_a_scale_that_overflows_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     head, optimizer = head_and_optimizer(monkeypatch)
     before = head.centers.detach().clone()
     for scale in (torch.finfo(torch.float32).max, 2.0**100):
-        (scale * head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2]))).backward()
-        optimizer.found_inf, optimizer.grad_scale = 0, torch.tensor(scale)  # a scaler finds no gradient to look at
-        optimizer.step()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2]))).backward()
+        scaler.step(optimizer)
+        scaler.update()
         assert torch.equal(before, head.centers) == (scale > 2.0**100)
+        assert (scaler.get_scale() < scale) == (scale > 2.0**100)
     assert bool(head.centers.isfinite().all())
 
 
@@ -214,8 +217,8 @@ def test_grad_scaler_unscales_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for lr in (0.25, rate):
-        monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
-        head = PartialFC(40, 4, update="deferred", dtype=dtype)
+        monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: GPUBackend())
+        head = PartialFC(40, 4, 1.0, update="deferred", dtype=dtype)
         optimizer = RowwiseSGD(head.parameters(), lr=lr)
         head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()
         optimizer.step()
@@ -227,4 +230,44 @@ def test_a_learning_rate_on_the_device(rate: Tensor, dtype: torch.dtype, monkeyp
 def test_counts_that_do_not_agree_with_the_batch_are_refused(counts: list[int]) -> None:
     labels = torch.tensor([1, 2])
     with pytest.raises(InputError, match="2 for process 0"):
-        PartialFC(40, 4)(torch.ones(2, 4), labels, global_labels=GlobalLabels(counts, labels))
+        PartialFC(40, 4, 1.0)(torch.ones(2, 4), labels, global_labels=GlobalLabels(counts, labels))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, 1e25])
+@pytest.mark.parametrize("row", [1, 30])
+def test_a_center_without_a_direction_changes_nothing_and_is_told_later(
+    row: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, optimizer = head_and_optimizer(monkeypatch)
+    head.centers.data[row] = value
+    before, embeddings = head.centers.detach().clone(), torch.ones(2, 4, requires_grad=True)
+    loss = head(embeddings, torch.tensor([1, 2]))
+    loss.backward()
+    optimizer.step()
+    assert bool(loss.isnan())
+    assert embeddings.grad is not None
+    assert bool((embeddings.grad == 0).all())
+    assert torch.equal(before.nan_to_num(), head.centers.nan_to_num())
+    with pytest.raises(InputError, match="a center that step 0 uses is zero, NaN, infinite"):
+        head.check()
+    head.centers.data[row] = 1.0
+    head(embeddings, torch.tensor([1, 2])).backward()
+    optimizer.step()
+    head.check()
+    assert not torch.equal(before, head.centers)
+
+
+def test_momentum_zero_needs_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for kernels in (True, False):
+        head, _ = head_and_optimizer(monkeypatch)
+        if not kernels:
+            monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: ChunkedBackend())
+        optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.0)
+        for _ in range(2):
+            head(torch.ones(2, 4, requires_grad=True), torch.tensor([1, 2])).backward()
+            optimizer.step()
+        assert not optimizer.row_state(head.centers)
+        results.append(head.centers.detach())
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)

@@ -60,7 +60,7 @@ def train(head: PartialFC, optimizer: RowwiseSGD, first: int, last: int) -> list
         head(embeddings.to(head.centers.dtype).requires_grad_(), labels).backward()
         gradient = head.centers.grad
         waiting = head.center_state.deferred
-        sampled.append((waiting[0].batch.classes if gradient is None else gradient._indices()[0]).clone())
+        sampled.append((waiting[0].batch.classes if waiting else gradient._indices()[0]).clone())
         optimizer.step()
         optimizer.zero_grad()
     return sampled

@@ -193,7 +193,7 @@ def test_a_sample_without_negatives_has_no_loss_and_no_gradient() -> None:
 
 def test_an_embedding_of_zeros_has_no_gradient_and_leaves_the_others_theirs() -> None:
     embeddings = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, -1.0, 0.5]])
-    head = PartialFC(10, 4, seed=1)
+    head = PartialFC(10, 4, 1.0, seed=1)
     _, by_embedding, _, values = gradients(head, embeddings, torch.tensor([1, 2]))
     assert not by_embedding[0].any()
     assert 0 < float(by_embedding[1].norm()) < 100
@@ -202,7 +202,7 @@ def test_an_embedding_of_zeros_has_no_gradient_and_leaves_the_others_theirs() ->
 
 def test_large_losses_do_not_saturate() -> None:
     """The reference's clamp of the probability would stop the loss at 69.08 and the gradient with it."""
-    head = PartialFC(2, 2, margin=CosFace(0.4), scale=64.0)
+    head = PartialFC(2, 2, 1.0, margin=CosFace(0.4), scale=64.0)
     head.centers.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     loss, by_embedding, _, _ = gradients(head, torch.tensor([[-1.0, 0.5]]), torch.tensor([0]))
     assert loss > 128

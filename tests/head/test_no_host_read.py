@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from partialfc.head import optim, partial_fc
+from partialfc.head import optim, sampled_softmax
 from partialfc.head.backends import gpu
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.inputs import InputFlag
@@ -53,7 +53,7 @@ class NoKernel:
 
 @pytest.fixture(autouse=True)
 def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: GPUBackend())
+    monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: GPUBackend())
     for kernel in ("unit_kernel", "weights_kernel", "finish_kernel"):
         monkeypatch.setattr(gpu, kernel, NoKernel())
     monkeypatch.setattr(NoKernel, "launched", [])
@@ -147,7 +147,7 @@ def test_what_needs_the_number_of_classes_does_read(options: dict[str, Any], sca
     ],
 )
 def test_a_read_that_comes_back_is_found(read: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = partial_fc.sample_padded
-    monkeypatch.setattr(partial_fc, "sample_padded", lambda labels, **rest: original(read(labels), **rest))
+    original = sampled_softmax.sample_padded
+    monkeypatch.setattr(sampled_softmax, "sample_padded", lambda labels, **rest: original(read(labels), **rest))
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         take_step(*head_and_optimizer())

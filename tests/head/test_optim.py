@@ -130,7 +130,7 @@ def test_micro_steps_share_their_negatives_and_steps_do_not(update: Any) -> None
             head(torch.randn(1, DIM), torch.tensor([label])).backward()
             deferred = head.center_state.deferred
             gradient = head.centers.grad
-            rows.append(set((deferred[0].batch.classes if gradient is None else gradient._indices()[0]).tolist()))
+            rows.append(set((deferred[0].batch.classes if deferred else gradient._indices()[0]).tolist()))
         optimizer.step()
         per_step.append(rows)
     for first, second in per_step:
@@ -142,7 +142,7 @@ def test_micro_steps_share_their_negatives_and_steps_do_not(update: Any) -> None
 @both_updates
 @both_optimizers
 def test_found_inf_skips_the_step_and_forgets_it(make: Any, update: Any) -> None:
-    head = PartialFC(CLASSES, DIM, update=update)
+    head = PartialFC(CLASSES, DIM, 1.0, update=update)
     optimizer = make(head.parameters())
     before = head.centers.detach().clone()
     head(torch.randn(3, DIM), torch.tensor([1, 2, 3])).backward()
@@ -186,7 +186,7 @@ def test_grad_scaler_unscales(make: Any, update: Any) -> None:
 
 @both_optimizers
 def test_grad_scaler_skips_an_overflow_and_goes_on(make: Any) -> None:
-    head = PartialFC(CLASSES, DIM)
+    head = PartialFC(CLASSES, DIM, 1.0)
     optimizer = make(head.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=float(torch.finfo(torch.float32).max), growth_interval=100)
     before = head.centers.detach().clone()
@@ -213,7 +213,7 @@ def test_a_scale_that_overflows_poisons_nothing(
     """A scale that is never too large for the backbone grows until it is too large for float32."""
     if not loops:
         monkeypatch.setattr(select, "numba_kernels", lambda: None)
-    head, net = PartialFC(CLASSES, DIM, update=update), nn.Linear(DIM, DIM)
+    head, net = PartialFC(CLASSES, DIM, 1.0, update=update), nn.Linear(DIM, DIM)
     optimizers = make(head.parameters(), lr=1e-3), torch.optim.SGD(net.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=float(torch.finfo(torch.float32).max), backoff_factor=2.0**-20)
     before = head.centers.detach().clone()
@@ -231,7 +231,7 @@ def test_a_scale_that_overflows_poisons_nothing(
 
 def test_unscaling_by_hand_works_on_sparse_gradients_and_is_refused_where_there_are_none() -> None:
     for update in ("sparse", "deferred"):
-        head = PartialFC(CLASSES, DIM, update=update)
+        head = PartialFC(CLASSES, DIM, 1.0, update=update)
         plain = copy.deepcopy(head)
         optimizer = RowwiseSGD(head.parameters())
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -253,7 +253,7 @@ def test_unscaling_by_hand_works_on_sparse_gradients_and_is_refused_where_there_
 @pytest.mark.parametrize("whose", ["optimizer", "head"])
 @both_updates
 def test_zero_grad_forgets(whose: str, update: Any) -> None:
-    head = PartialFC(CLASSES, DIM, update=update)
+    head = PartialFC(CLASSES, DIM, 1.0, update=update)
     optimizer = RowwiseSGD(head.parameters())
     before = head.centers.detach().clone()
     head(torch.randn(3, DIM), torch.tensor([1, 2, 3])).backward()
@@ -265,7 +265,7 @@ def test_zero_grad_forgets(whose: str, update: Any) -> None:
 
 @both_updates
 def test_frozen_centers_stay(update: Any) -> None:
-    head = PartialFC(CLASSES, DIM, update=update)
+    head = PartialFC(CLASSES, DIM, 1.0, update=update)
     head.centers.requires_grad_(False)
     optimizer = RowwiseSGD(head.parameters())
     before = head.centers.clone()
@@ -278,7 +278,7 @@ def test_frozen_centers_stay(update: Any) -> None:
 
 
 def test_step_runs_a_closure_and_returns_its_loss() -> None:
-    head = PartialFC(CLASSES, DIM)
+    head = PartialFC(CLASSES, DIM, 1.0)
     optimizer = RowwiseSGD(head.parameters())
 
     def closure() -> Tensor:
@@ -327,7 +327,7 @@ def test_copy_and_state_dict_continue_alike(make: Any, update: Any) -> None:
 
 @both_optimizers
 def test_state_of_other_rows_is_refused(make: Any) -> None:
-    larger, smaller = PartialFC(CLASSES, DIM), PartialFC(CLASSES - 1, DIM)
+    larger, smaller = PartialFC(CLASSES, DIM, 1.0), PartialFC(CLASSES - 1, DIM, 1.0)
     saved, optimizer = make(larger.parameters()), make(smaller.parameters())
     saved.row_state(larger.centers)
     with pytest.raises(InputError, match="has 41 rows, but its centers 40"):
@@ -338,7 +338,7 @@ def test_state_of_other_rows_is_refused(make: Any) -> None:
 @both_updates
 @both_optimizers
 def test_bfloat16_centers_train(make: Any, update: Any) -> None:
-    head = PartialFC(CLASSES, DIM, update=update, dtype=torch.bfloat16)
+    head = PartialFC(CLASSES, DIM, 1.0, update=update, dtype=torch.bfloat16)
     optimizer = make(head.parameters(), lr=0.01)
     before = head.centers.detach().clone()
     head(torch.randn(3, DIM), torch.tensor([1, 2, 3])).backward()
@@ -375,4 +375,4 @@ def test_dense_gradients_are_refused(make: Any) -> None:
 )
 def test_impossible_options_are_refused(make: Any, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{make.__name__} needs"):
-        make(PartialFC(2, 2).parameters(), **options)
+        make(PartialFC(2, 2, 1.0).parameters(), **options)

@@ -35,7 +35,27 @@ def embeddings(dtype: torch.dtype = torch.float32) -> Tensor:
         ({"sample_rate": math.nan}, "sample_rate is nan"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": math.inf}, "scale is inf"),
-        ({"scale": 101.0}, "scale 101.0 would overflow"),
+        ({"scale": 101.0}, "scale 101.0 would underflow"),
+        ({"num_classes": 2, "scale": 85.9}, "171.6 for 2 classes; the scale is at most 85.8"),
+        (
+            {"num_classes": 1_000_000, "embedding_dim": 1, "scale": 79.3},
+            "for 1000000 classes; the scale is at most 79.2",
+        ),
+        ({"scale": "64"}, "scale is '64'"),
+        ({"num_classes": 5.0}, "num_classes is 5.0; it is a whole number"),
+        ({"num_classes": True}, "num_classes is True"),
+        ({"embedding_dim": "8"}, "embedding_dim is '8'"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"scratch_bytes": 1e6}, "scratch_bytes is 1000000.0"),
+        ({"sample_rate": "0.1"}, "sample_rate is '0.1'"),
+        ({"margin": 0.4}, r"margin is 0.4; it is a Margin, such as CosFace\(0.4\)"),
+        ({"margin": "arcface"}, "margin is 'arcface'"),
+        ({"margin": ArcFace}, "it is a Margin"),
+        ({"dtype": torch.float16}, "dtype is torch.float16; centers are"),
+        ({"dtype": torch.int64}, "dtype is torch.int64"),
+        ({"operand_dtype": "bfloat16"}, "operand_dtype is bfloat16"),
+        ({"group": [0, 1]}, "no member of the head's group"),
+        ({"conflict_threshold": "0.4"}, "conflict_threshold is '0.4'"),
         ({"margin": Curricular(), "scale": 70.0}, "with Curricular the logits spread over 210"),
         ({"conflict_threshold": 1.5}, "conflict_threshold is 1.5"),
         ({"conflict_threshold": math.nan}, "conflict_threshold is nan"),
@@ -54,6 +74,9 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: st
     [
         ((embeddings()[:, :7], LABELS), r"embeddings are \(3, 7\)"),
         ((embeddings()[0], LABELS), r"embeddings are \(8,\)"),
+        ((embeddings().numpy(), LABELS), "embeddings are a ndarray; the head expects a torch.Tensor"),
+        ((embeddings(), LABELS.tolist()), "labels are a list; the head expects a torch.Tensor"),
+        ((embeddings(), LABELS.float()), r"of torch.float32; the head expects int64 of \(3,\), as labels.long\(\)"),
         ((embeddings().long(), LABELS), "expects floating point"),
         ((embeddings().to(torch.float8_e4m3fn), LABELS), "e4m3fn; the head expects floating point of 16"),
         ((embeddings(), LABELS[:2]), r"labels are \(2,\)"),
@@ -70,7 +93,7 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: st
 def test_bad_batches_are_refused_and_nothing_is_touched(
     batch: tuple[Tensor, Tensor], message: str, update: Any
 ) -> None:
-    head = PartialFC(5, 8, margin=Curricular(), scale=32.0, update=update)
+    head = PartialFC(5, 8, 1.0, margin=Curricular(), scale=32.0, update=update)
     optimizer = RowwiseSGD(head.parameters())
     before = {name: value.clone() for name, value in head.state_dict().items()}
     with pytest.raises(InputError, match=message):
@@ -82,16 +105,16 @@ def test_bad_batches_are_refused_and_nothing_is_touched(
 
 
 def test_non_finite_embeddings_have_an_error_of_their_own() -> None:
-    head = PartialFC(5, 8)
+    head = PartialFC(5, 8, 1.0)
     head.step = 12
     with pytest.raises(NonFiniteEmbeddings, match="embeddings of step 12"):
         head(torch.full((3, 8), math.nan), LABELS)
 
 
 def test_a_replica_and_a_resharded_parameter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    replica = PartialFC(5, 8)
+    replica = PartialFC(5, 8, 1.0)
     monkeypatch.setattr(replica, "_is_replica", True, raising=False)
-    resharded = PartialFC(5, 8)
+    resharded = PartialFC(5, 8, 1.0)
     resharded.centers = nn.Parameter(resharded.centers[:3].detach())
     for head in (replica, resharded):
         with pytest.raises(InputError, match="stands inside a parallel wrapper"):
@@ -99,18 +122,22 @@ def test_a_replica_and_a_resharded_parameter_are_refused(monkeypatch: pytest.Mon
 
 
 def test_initial_centers_are_a_function_of_the_seed() -> None:
-    first, again, other = PartialFC(700, 64, seed=1), PartialFC(700, 64, seed=1), PartialFC(700, 64, seed=2)
+    first, again, other = (
+        PartialFC(700, 64, 1.0, seed=1),
+        PartialFC(700, 64, 1.0, seed=1),
+        PartialFC(700, 64, 1.0, seed=2),
+    )
     assert torch.equal(first.centers, again.centers)
     assert not torch.equal(first.centers, other.centers)
     assert float(first.centers.detach().std()) == pytest.approx(0.01, rel=0.02)
     # A head of more classes begins with the same ones.
-    assert torch.equal(PartialFC(900, 64, seed=1).centers[:700], first.centers)
+    assert torch.equal(PartialFC(900, 64, 1.0, seed=1).centers[:700], first.centers)
 
 
 def test_initial_centers_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = PartialFC(700, 64).centers
+    whole = PartialFC(700, 64, 1.0).centers
     monkeypatch.setattr("partialfc.head.sampling._ELEMENTS_AT_ONCE", 1000)
-    assert torch.equal(PartialFC(700, 64).centers, whole)
+    assert torch.equal(PartialFC(700, 64, 1.0).centers, whole)
 
 
 def test_global_generators_are_left_alone() -> None:
@@ -123,7 +150,7 @@ def test_global_generators_are_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtypes_of_loss_and_gradients(dtype: torch.dtype) -> None:
-    head = PartialFC(5, 8)
+    head = PartialFC(5, 8, 1.0)
     batch = embeddings(dtype).requires_grad_()
     loss = head(batch, LABELS)
     loss.backward()
@@ -141,7 +168,7 @@ def test_autocast_changes_nothing(update: Any, loops: bool, monkeypatch: pytest.
         monkeypatch.setattr(select, "numba_kernels", lambda: None)
     results = []
     for enabled in (False, True):
-        head = PartialFC(50, 8, update=update)
+        head = PartialFC(50, 8, 1.0, update=update)
         batch = embeddings().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = head(batch, LABELS)
@@ -176,7 +203,7 @@ def test_without_gradients_it_is_a_metric() -> None:
 @pytest.mark.parametrize("margin", [CosFace(), Curricular()])
 def test_it_trains_after_inference_mode(margin: Margin, operand_dtype: torch.dtype, update: Any) -> None:
     """The first batch of all, whose form no other test has, allocates what later ones reuse."""
-    head = PartialFC(50, 8, margin=margin, scale=32.0, operand_dtype=operand_dtype, update=update)
+    head = PartialFC(50, 8, 1.0, margin=margin, scale=32.0, operand_dtype=operand_dtype, update=update)
     optimizer = RowwiseSGD(head.parameters())
     batch, labels = torch.randn(13, 8), torch.arange(13)
     with torch.inference_mode():
@@ -194,7 +221,7 @@ def test_it_trains_after_inference_mode(margin: Margin, operand_dtype: torch.dty
 
 
 def test_running_figures_move_in_training_only() -> None:
-    head = PartialFC(50, 8, margin=Curricular(), scale=32.0).eval()
+    head = PartialFC(50, 8, 1.0, margin=Curricular(), scale=32.0).eval()
     head(embeddings(), LABELS)
     assert float(head.margin_state()["t"]) == pytest.approx(0.3)
     head.train()
@@ -218,7 +245,7 @@ def test_scaled_loss_scales_the_gradients() -> None:
 
 
 def test_it_can_be_moved_to_another_dtype() -> None:
-    head = PartialFC(20, 8, margin=CosFace(), update="deferred")
+    head = PartialFC(20, 8, 1.0, margin=CosFace(), update="deferred")
     optimizer = RowwiseSGD(head.parameters())
     head(embeddings(), LABELS).backward()
     optimizer.step()
@@ -243,3 +270,39 @@ def test_noise_and_classes_of_a_micro_step_are_those_of_the_whole_step() -> None
         assert head.figures.sampled == sampled
     torch.testing.assert_close((2 * losses[0] + 4 * losses[1]) / 6, whole)
     assert not torch.isclose(head(embeddings[2:], labels[2:], step_labels=labels), losses[1])
+
+
+def test_labels_of_the_step_are_looked_at_too() -> None:
+    for labels in ([1], LABELS.int(), LABELS[:, None]):
+        with pytest.raises(InputError, match="step_labels are"):
+            PartialFC(5, 8)(embeddings(), LABELS, step_labels=labels)
+
+
+@pytest.mark.parametrize("classes", [2, 150, 1_000_000])
+def test_no_scale_that_is_allowed_underflows(classes: int) -> None:
+    """All negatives opposite to the embedding, at the largest scale, beside the exact loss."""
+    scale = math.floor((85.0 + 87.3 - math.log(classes)) / 2 * 100) / 100
+    head = PartialFC(classes, 2, 0.0 if classes > 1000 else 1.0, CosFace(0.4), scale)
+    with torch.no_grad():
+        head.centers[:] = torch.tensor([-1.0, 0.0])
+    sampled = min(classes, 150)
+    labels = torch.tensor([0]) if classes <= 1000 else torch.arange(150)
+    loss = head(torch.tensor([[1.0, 0.0]]).repeat(len(labels), 1), labels)
+    excess = math.log(sampled - 1) - scale + scale * 1.4
+    assert float(loss.detach()) == pytest.approx(excess + math.log1p(math.exp(-excess)), rel=1e-5)
+    assert PartialFC(50, 2, margin=Curricular(), scale=64.0).loss_config.scale == 64.0
+
+
+def test_a_conflict_threshold_of_one_keeps_duplicates() -> None:
+    """Rounding puts the cosine of some equal vectors above 1."""
+    torch.manual_seed(0)
+    batch = torch.randn(64, 8)
+    losses = []
+    for threshold in (None, 1.0):
+        head = PartialFC(64, 8, 1.0, conflict_threshold=threshold)
+        with torch.no_grad():
+            head.centers.copy_(batch[torch.arange(64) // 2 * 2])
+        losses.append(head(batch, torch.arange(64)).detach())
+        assert head.figures is not None
+        assert float(head.figures.conflict_share) == 0.0
+    assert torch.equal(*losses)

@@ -47,7 +47,7 @@ def test_what_is_not_finite_stays_so() -> None:
 @pytest.mark.parametrize("optimizer", [RowwiseSGD, RowwiseAdamW])
 def test_state_in_integers_is_refused(optimizer: type) -> None:
     with pytest.raises(InputError, match=r"state_dtype is torch\.int8; it is floating point"):
-        optimizer(PartialFC(20, 12).parameters(), state_dtype=torch.int8)
+        optimizer(PartialFC(20, 12, 1.0).parameters(), state_dtype=torch.int8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

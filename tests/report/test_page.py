@@ -17,13 +17,13 @@ from page_reader import Element, curve, figure, read_page
 from PIL import Image
 from run_folders import HOSTILE, evaluation_line, example_pairs, train_line, write_run
 
+from partialfc.checkpoint.write import Snapshot, save_checkpoint
 from partialfc.config.options import HeadConfig, TrainConfig
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet
 from partialfc.distributed.collectives import Shard
 from partialfc.report.benchmark import hardest, picture
 from partialfc.report.page import write_report
-from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
 
 LINES = [train_line(step) for step in range(1, 41)] + [evaluation_line(step) for step in (10, 20, 30, 40)]
 

@@ -13,11 +13,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from partialfc.checkpoint import read, write
+from partialfc.checkpoint.read import Checkpoint, load_latest
+from partialfc.checkpoint.write import Snapshot, save_checkpoint
 from partialfc.core.errors import InputError, JobError
 from partialfc.distributed.collectives import Shard, split_evenly
-from partialfc.training.checkpoint import read, write
-from partialfc.training.checkpoint.read import Checkpoint, load_latest
-from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]

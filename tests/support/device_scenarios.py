@@ -14,7 +14,7 @@ from torch import Tensor
 
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
-from partialfc.head import partial_fc
+from partialfc.head import sampled_softmax
 from partialfc.head.backends.base import Backend
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.backends.torch_chunked import ChunkedBackend
@@ -58,7 +58,7 @@ def work(rank: int, folder: Path) -> None:
 def using(backend: Backend) -> Iterator[None]:
     """Every head uses this backend inside."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial_fc, "select_backend", lambda *arguments: backend)
+        patch.setattr(sampled_softmax, "select_backend", lambda *arguments: backend)
         yield
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from partialfc.checkpoint.read import Checkpoint, steps_in
 from partialfc.config.options import (
     BackboneConfig,
     DataConfig,
@@ -26,7 +27,6 @@ from partialfc.config.options import (
     TrainConfig,
 )
 from partialfc.data.loader import Batch
-from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.run.log import read_metrics
 from partialfc.training.step import Stepper
 from tiny_runs import without_timings

@@ -12,12 +12,12 @@ import pytest
 from safetensors import SafetensorError
 from small_runs import PAIRS, config_without_saves
 
+from partialfc.checkpoint.read import steps_in
+from partialfc.checkpoint.write import CheckpointNotWritten, Snapshot, save_checkpoint
 from partialfc.core.errors import InputError, JobError
 from partialfc.model import files
 from partialfc.training import loop
-from partialfc.training.checkpoint import writer as writer_module
-from partialfc.training.checkpoint.read import steps_in
-from partialfc.training.checkpoint.write import CheckpointNotWritten, Snapshot, save_checkpoint
+from partialfc.training import saver as writer_module
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 

@@ -17,7 +17,7 @@ from small_runs import final_tensors, interrupt_at, losses, tiny_config, write_i
 from torch import Tensor
 
 from partialfc.config.options import BackboneConfig, TrainConfig
-from partialfc.head import partial_fc
+from partialfc.head import sampled_softmax
 from partialfc.training.loop import train
 
 NETWORKS: dict[str, dict[str, Any]] = {"mini": {}, "vit_t": {"drop_path": 0.2}}
@@ -36,19 +36,19 @@ def config_of(name: str, images: Path) -> TrainConfig:
 
 def recorded_run(config: TrainConfig, out: Path, stop: int | None = None) -> list[list[int]]:
     """Train, from the last checkpoint on and up to step `stop`; this rank's classes of each micro-step."""
-    original, sampled = partial_fc.sample_classes, []
+    original, sampled = sampled_softmax.sample_classes, []
 
     def sample(*arguments: Any, **options: Any) -> Tensor:
         classes: Tensor = original(*arguments, **options)
         sampled.append(classes.tolist())
         return classes
 
-    partial_fc.sample_classes = sample
+    sampled_softmax.sample_classes = sample
     try:
         with nullcontext() if stop is None else interrupt_at(stop):
             train(config, out, resume=True, quiet=True)
     finally:
-        partial_fc.sample_classes = original
+        sampled_softmax.sample_classes = original
     return sampled
 
 

@@ -12,9 +12,9 @@ import pytest
 from distributed_workers import run_apart, run_ranks
 from small_runs import config_without_saves, interrupt_at, tiny_config, write_images
 
+from partialfc.checkpoint.read import Checkpoint, steps_in
 from partialfc.core.errors import JobError
 from partialfc.training import loop
-from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.loop import train
 
 
@@ -46,8 +46,8 @@ from dataclasses import replace
 from pathlib import Path
 import small_runs
 from partialfc.core.errors import JobError
-from partialfc.training.checkpoint import writer
-from partialfc.training.checkpoint.write import CheckpointNotWritten
+from partialfc.training import saver as writer
+from partialfc.checkpoint.write import CheckpointNotWritten
 from partialfc.training.loop import train
 from partialfc.training.step import Stepper
 

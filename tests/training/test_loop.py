@@ -9,12 +9,12 @@ import pytest
 import torch
 from small_runs import PAIRS, final_tensors, interrupt_at, poison_images_at, small_config, timeless
 
+from partialfc.checkpoint.read import steps_in
 from partialfc.config.options import HeadConfig, ScheduleConfig
 from partialfc.core.errors import InputError, JobError
 from partialfc.data.images import encode_png
 from partialfc.model.files import load_model
 from partialfc.training import loop
-from partialfc.training.checkpoint.read import steps_in
 from partialfc.training.run.log import read_metrics
 
 

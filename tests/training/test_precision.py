@@ -21,12 +21,12 @@ from small_runs import (
 )
 from torch import Tensor
 
+from partialfc.checkpoint.read import Checkpoint
 from partialfc.config.options import HeadConfig
 from partialfc.core.device import compute_dtype
 from partialfc.data.loader import Batch
 from partialfc.training import build
 from partialfc.training import step as step_module
-from partialfc.training.checkpoint.read import Checkpoint
 from partialfc.training.loop import train
 from partialfc.training.nonfinite import LossScale, scale_gradient
 from partialfc.training.run.log import read_metrics

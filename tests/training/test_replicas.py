@@ -30,10 +30,10 @@ from torch import nn
 
 from partialfc.backbones import BACKBONES, create_backbone
 from partialfc.backbones.vit import ViT
+from partialfc.checkpoint.read import Checkpoint
 from partialfc.config.options import BackboneConfig, OptimizerConfig, ProcessesConfig, TrainConfig
 from partialfc.core.errors import InputError
 from partialfc.model.files import load_model
-from partialfc.training.checkpoint.read import Checkpoint
 from partialfc.training.loop import train
 from partialfc.training.replicas import fsdp_units, shard_over_processes, whole_network
 from partialfc.training.run.log import read_metrics

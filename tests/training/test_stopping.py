@@ -16,9 +16,9 @@ import torch
 from distributed_workers import run_ranks
 from small_runs import PAIRS, config_without_saves, final_tensors, signal_at, small_config, timeless
 
+from partialfc.checkpoint.read import Checkpoint, steps_in
 from partialfc.core.errors import StoppedBySignal
 from partialfc.training import loop
-from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 

@@ -57,7 +57,7 @@ def keys_at(keys: Sequence[int], counter: Tensor) -> Tensor:
     return mix(torch.stack([mix(counter) ^ key for key in keys]))
 
 
-def uniform(key: int, counters: Tensor) -> Tensor:
+def uniform(key: int | Tensor, counters: Tensor) -> Tensor:
     """Uniform in [0, 1) with 53 bits: float64, the shape of `counters` (int64)."""
     return _shift_right(bits(key, counters), 11).to(torch.float64) * 2.0**-53
 
@@ -119,4 +119,18 @@ def permute_bits(values: Tensor, width: int, keys: list[int] | list[Tensor]) -> 
         high = (key >> 32) & mask if isinstance(key, int) else _shift_right(key, 32) & mask
         values = (values * ((key & mask) | 1) + high) & mask
         values = values ^ (values >> ((width + 1) // 2))
+    return values
+
+
+def permute_bits_back(values: Tensor, width: int, keys: list[int] | list[Tensor]) -> Tensor:
+    """The inverse of `permute_bits` with the same arguments."""
+    mask = (1 << width) - 1
+    for key in keys[::-1]:
+        high = (key >> 32) & mask if isinstance(key, int) else _shift_right(key, 32) & mask
+        values = values ^ (values >> ((width + 1) // 2))  # undoes itself, since the shift is at least half the width
+        factor = (key & mask) | 1
+        inverse, right_bits = factor, 3
+        while right_bits < width:  # a Newton step doubles them
+            inverse, right_bits = inverse * (2 - factor * inverse) & mask, 2 * right_bits
+        values = ((values - high) * inverse) & mask
     return values

@@ -75,6 +75,14 @@ class Shard:
         start, stop = split_evenly(total, world_size_of(group), rank_of(group))
         return Shard(start, stop, total, group)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
+        return self  # it never changes, and a group cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise InputError("a head with a process group cannot be pickled: save its state_dict() instead.")
+        return self.__dict__
+
     def __len__(self) -> int:
         return self.stop - self.start
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from partialfc.head.backends.select import numba_kernels_for
-from partialfc.head.rows import CenterState, Rows
+from partialfc.head.center_state import CenterState
+from partialfc.head.rows import Rows
 
 _ROWS_AT_ONCE = 1 << 14
+_MOST_STEPS = 1 << 12
 
 
 class MissedSteps:
@@ -47,8 +49,13 @@ class MissedSteps:
         self._history.extend((lr, momentum, weight_decay))
         self._steps += 1
 
-    def apply_missed(self, centers: Tensor, momentum_buffer: Tensor, rows: Tensor) -> None:
-        """Apply to `rows` (n,) of both (L, D) the steps that they have missed."""
+    @property
+    def is_full(self) -> bool:
+        """Whether all rows should be brought up to date: the products cost as much as the longest miss has steps."""
+        return self._steps >= _MOST_STEPS
+
+    def apply_missed(self, centers: Tensor, momentum_buffer: Tensor | None, rows: Tensor) -> None:
+        """Apply to `rows` (n,) of both (L, D) the steps that they have missed; there may be no momentum."""
         missed = self._steps - self._done[rows]
         if not bool(missed.any()):
             return
@@ -56,19 +63,23 @@ class MissedSteps:
         self._done[rows] = self._steps
         # Not `detach`, which would invalidate a pending backward pass: it reads only rows that are up to date already.
         centers = centers.data
+        late = Rows(rows, torch.promote_types(centers.dtype, torch.float32), self._center_state)
+        if momentum_buffer is None:
+            factors = products.to(centers.device, late.dtype)[missed]
+            late.write(centers, "missed centers", factors[:, :1] * late.read(centers))
+            return
         kernels = numba_kernels_for(centers, momentum_buffer)
         if kernels is not None:
             kernels.transform_rows(
                 centers.numpy(), momentum_buffer.numpy(), rows.numpy(), missed.numpy(), products.float().numpy()
             )
             return
-        late = Rows(rows, torch.promote_types(centers.dtype, torch.float32), self._center_state)
         values, velocity = late.read(centers), late.read(momentum_buffer)
         factors = products.to(values.device, values.dtype)[missed]
         late.write(centers, "missed centers", factors[:, :1] * values + factors[:, 1:2] * velocity)
         late.write(momentum_buffer, "missed momentum", factors[:, 2:3] * values + factors[:, 3:] * velocity)
 
-    def apply_missed_to_all(self, centers: Tensor, momentum_buffer: Tensor) -> None:
+    def apply_missed_to_all(self, centers: Tensor, momentum_buffer: Tensor | None) -> None:
         """Apply all missed steps to all rows."""
         for rows in torch.arange(len(centers), device=centers.device).split(_ROWS_AT_ONCE):
             self.apply_missed(centers, momentum_buffer, rows)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from partialfc.head.margins.base import Margin, MarginBatch
 SMALLEST_NORM = 1e-12
 NO_THRESHOLD = 2.0  # a conflict threshold that no cosine exceeds
 _LARGEST_EXPONENT = 85.0  # exp(88.7) is the largest float32; the sum over a tile's samples stays below it
-_WIDEST_LOGITS = 200.0  # float32's exponents reach from e^-103 to e^88
+_SMALLEST_EXPONENT = -87.3  # below it e^x is subnormal, which the backends round to 0
+_WIDEST_REWEIGHTED = 200.0
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,25 @@ class LossConfig:
     scratch_bytes: int
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise InputError(f"scale is {self.scale}; it must be a positive number, such as 64.")
+        if not (isinstance(self.scale, Real) and math.isfinite(self.scale) and self.scale > 0):
+            raise InputError(f"scale is {self.scale!r}; it must be a positive number, such as 64.")
+        # The sum of negatives must neither overflow if all cosines are 1 nor underflow to 0 if all are -1. Where a
+        # margin raises negatives, a sum that underflows is an error of the step.
         widest = self.scale * (1 + self.margin.negatives_bound)
-        if widest > _WIDEST_LOGITS:
+        allowed = _LARGEST_EXPONENT - _SMALLEST_EXPONENT - math.log(self.num_classes)
+        if self.margin.negatives_bound > 1:
+            allowed = _WIDEST_REWEIGHTED
+        if widest > allowed:
             raise InputError(
-                f"scale {self.scale} would overflow: with {type(self.margin).__name__} the logits spread over "
-                f"{widest:g}, and float32's exponentials allow {_WIDEST_LOGITS:g}; lower the scale."
+                f"scale {self.scale} would underflow: with {type(self.margin).__name__} the logits spread over "
+                f"{widest:g}, and float32's exponentials allow {allowed:.1f} for {self.num_classes} classes; the scale "
+                f"is at most {allowed / (1 + self.margin.negatives_bound):.1f}."
             )
         threshold = self.conflict_threshold
-        if threshold is not None and not -1 <= threshold <= 1:
-            raise InputError(f"conflict_threshold is {threshold}; it is a cosine in [-1, 1], such as 0.4.")
+        if threshold is not None and not (isinstance(threshold, Real) and -1 <= threshold <= 1):
+            raise InputError(f"conflict_threshold is {threshold!r}; it is a cosine in [-1, 1], such as 0.4.")
+        if threshold == 1:  # no cosine exceeds it but by rounding
+            object.__setattr__(self, "conflict_threshold", None)
         if self.operand_dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"operand_dtype is {self.operand_dtype}; it is torch.float32 or torch.bfloat16.")
 
@@ -71,6 +81,13 @@ def normalise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows (…, D) and the norms (…) of `rows`; a row of zeros stays zero."""
     norms = torch.linalg.vector_norm(rows, dim=-1).clamp_min(SMALLEST_NORM)
     return rows / norms[..., None], norms
+
+
+def normalise_centers(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for centers, where a row without a direction (zero, infinite or NaN) becomes NaN: the loss shows it."""
+    unit, norms = normalise_rows(rows)
+    unsound = ~((norms > SMALLEST_NORM) & norms.isfinite())
+    return unit.masked_fill_(unsound[..., None], torch.nan), norms
 
 
 def class_rows(classes: Tensor, sub_centers: int) -> Tensor:
@@ -114,7 +131,7 @@ def target_terms(
         zeros = torch.zeros_like(unit_embeddings)
         return TargetTerms(owned, torch.zeros_like(classes), zeros, torch.ones_like(zeros[:, 0]), zeros[:, 0])
     rows = class_rows(torch.where(owned, classes, 0), sub_centers).view(-1, sub_centers)
-    unit_centers, norms = normalise_rows(centers[rows].double())
+    unit_centers, norms = normalise_centers(centers[rows].double())
     cosine, nearest = (unit_centers @ unit_embeddings[:, :, None])[..., 0].max(dim=1)
     pick = torch.arange(len(rows), device=rows.device), nearest
     return TargetTerms(

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from partialfc.core.errors import InputError
-from partialfc.core.threads import run_parallel
-from partialfc.head.backends.base import RowVisitor, SGDRule
+from partialfc.distributed.collectives import all_reduce
+from partialfc.head.backends.base import SGDRule
 from partialfc.head.backends.select import numba_kernels_for
+from partialfc.head.center_state import CenterState, center_state_of
 from partialfc.head.lazy_sgd import MissedSteps
-from partialfc.head.rows import CenterState, Rows, center_state_of, rounding_keys, zero_state
-
-# Elements of a sparse gradient that are updated at once; on a CPU their temporaries stay in a core's cache.
-CPU_UPDATE_ELEMENTS = 1 << 18
-GPU_UPDATE_ELEMENTS = 1 << 26
+from partialfc.head.rows import Rows, rounding_keys, visit_sparse, zero_state
+from partialfc.head.state_dict import check_first_rows, first_rows
 
 Unsampled = Literal["freeze", "lazy_dense"]
 
@@ -35,6 +34,8 @@ class _RowwiseOptimizer(Optimizer, ABC):
     # torch.amp.GradScaler then calls step() itself and passes its results as the attributes `grad_scale` and
     # `found_inf`, which must not exist otherwise: it multiplies existing ones, and deletes them after the step.
     _step_supports_amp_scaling = True
+    updates_rows: ClassVar[bool] = True  # the head refuses other optimizers
+    state_names: ClassVar[tuple[str, ...]]
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], state_dtype: torch.dtype | None, state_on_host: bool
@@ -44,20 +45,37 @@ class _RowwiseOptimizer(Optimizer, ABC):
         self._state_dtype, self._state_on_host = state_dtype, state_on_host
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for _, _, state in self._parameters():
+            if state is not None:
+                state.has_optimizer = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle keeps the options of this class beside what torch keeps of any optimizer."""
+        self.flush()
+        return super().__getstate__() | {"_state_dtype": self._state_dtype, "_state_on_host": self._state_on_host}
+
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the rows that have a gradient.
 
         Raises:
-            InputError: a parameter has a dense gradient, or a GradScaler unscaled gradients that do not exist yet.
+            InputError: a parameter has a dense gradient; or, with update="deferred", a GradScaler unscaled gradients
+                that do not exist yet, or the centers or `centers.grad` changed after backward.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group, parameter, state in self._parameters():
-            # Ranks without sampled classes must also advance the step: it seeds the next sample.
-            has_gradient = parameter.grad is not None or (state is not None and bool(state.deferred))
+            if state is not None:
+                self._share_found_inf(parameter, state)
+                # Ranks without sampled classes must also advance the step: it seeds the next sample.
+                has_gradient = state.has_pending(parameter) or state.has_gradient(parameter)
+            else:
+                has_gradient = parameter.grad is not None
             updates = has_gradient and not self._is_skipped(parameter, state)
             if updates:
                 self._refuse_unscaled(state)
@@ -65,10 +83,10 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 # device, which need not be the parameter's.
                 with torch.autocast(parameter.device.type, enabled=False), torch.cuda.device_of(parameter):
                     self._update_parameter(parameter, state, group)
+                # Compiled loops write past autograd, which would not refuse a backward pass through the old centers.
+                torch.autograd.graph.increment_version(parameter)
             if state is not None:
-                state.deferred.clear()
-                if updates:
-                    state.advance()
+                state.finish_step(parameter, counts=updates)
         return loss
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor, CenterState | None]]:
@@ -77,15 +95,18 @@ class _RowwiseOptimizer(Optimizer, ABC):
             for parameter in group["params"]:
                 yield group, parameter, center_state_of(parameter)
 
+    def _share_found_inf(self, parameter: Tensor, center_state: CenterState) -> None:
+        """Skip a step on all ranks or on none, though a GradScaler sees one rank's rows: one collective with it."""
+        shard, found_inf = center_state.shard, getattr(self, "found_inf", None)
+        if found_inf is not None and shard is not None and shard.world_size > 1:
+            own = torch.as_tensor(found_inf, dtype=torch.float32, device=parameter.device).clone()
+            self.found_inf = all_reduce(own, "max", shard.group)
+
     def _is_skipped(self, parameter: Tensor, center_state: CenterState | None) -> bool:
         """Whether this step changes nothing, as far as the host must know."""
-        if center_state is None:
-            return bool(getattr(self, "found_inf", False))
-        if center_state.flag is not None and bool(center_state.flag):
+        if center_state is not None and center_state.flag is not None and bool(center_state.flag):
             return True
-        # A GradScaler does not see a deferred gradient.
-        overflow = hasattr(self, "found_inf") and any(bool(g.overflowed()) for g in center_state.deferred)
-        return overflow or bool(getattr(self, "found_inf", False))
+        return bool(getattr(self, "found_inf", False))
 
     def _update_parameter(self, parameter: Tensor, center_state: CenterState | None, group: dict[str, Any]) -> None:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -97,7 +118,8 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 gradient = gradient / scale
             self._update_rows(parameter, Rows(rows, gradient.dtype, center_state), gradient, group)
 
-        _visit_sparse(parameter, lambda rows, gradient: update(rows, gradient, grad_scale))
+        if center_state is None or center_state.has_gradient(parameter):
+            visit_sparse(parameter, lambda rows, gradient: update(rows, gradient, grad_scale))
         if center_state is not None:
             if grad_scale is not None:
                 center_state.deferred = [gradient.divided_by(grad_scale) for gradient in center_state.deferred]
@@ -111,13 +133,6 @@ class _RowwiseOptimizer(Optimizer, ABC):
                 "out for the head's optimizer, since scaler.step unscales by itself."
             )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, including those that a deferred update has not computed yet."""
-        super().zero_grad(set_to_none)
-        for _, _, center_state in self._parameters():
-            if center_state is not None:
-                center_state.deferred.clear()
-
     def flush(self) -> None:
         """Apply all pending lazy updates and wait for asynchronous host writes.
 
@@ -130,35 +145,54 @@ class _RowwiseOptimizer(Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         self.flush()
-        return super().state_dict()
+        return {**super().state_dict(), "first_rows": first_rows(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state to the devices on which this optimizer keeps its own.
 
+        That of torch.optim's optimizer of the same name is taken too; its steps are those of all rows.
+
         Raises:
-            InputError: the state belongs to other rows than the parameters have.
+            InputError: the state belongs to another optimizer, or to other rows than the parameters have.
         """
+        check_first_rows(self, state_dict)
         loaded = [
-            (parameter, state_dict["state"].get(number, {}))
+            (parameter, self._checked(parameter, saved, state_dict["state"].get(number, {})))
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
             for parameter, number in zip(group["params"], saved["params"], strict=False)
         ]
-        for parameter, state in loaded:
-            for name, value in state.items():
-                if len(value) != len(parameter):
-                    raise InputError(
-                        f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was "
-                        "saved for another number of classes or processes."
-                    )
         _RowwiseOptimizer.flush(self)  # no write to the host is pending afterwards
         # torch would cast the state to the parameter's dtype and move it to its device.
         super().load_state_dict({**state_dict, "state": {}})
         for parameter, state in loaded:
             for name, value in state.items():
-                self.row_state(parameter)[name].copy_(value)
+                own = self.row_state(parameter)
+                if name not in own:  # the momentum of a step without it
+                    own[name] = self._zeros(parameter)
+                own[name].copy_(value)
+
+    def _checked(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
+        """The saved state of a parameter of the saved `group`, with a value for each row."""
+        unknown = {name for name, value in state.items() if value is not None} - set(self.state_names)
+        unknown |= {name for name in ("nesterov", "dampening", "maximize", "amsgrad") if group.get(name)}
+        missing = self.defaults.keys() - group.keys() - {"differentiable"}
+        if unknown or missing or group.get("decoupled_weight_decay") is False:  # as in torch.optim.Adam
+            differences = [f"has {name}" for name in sorted(unknown)] + [f"lacks {name}" for name in sorted(missing)]
+            raise InputError(
+                f"the state_dict was saved by another optimizer than {type(self).__name__}: it "
+                f"{', '.join(differences) or 'couples its weight decay'}; begin with a new state instead."
+            )
+        values = {name: torch.as_tensor(value) for name, value in state.items() if value is not None}
+        for name, value in values.items():
+            if value.ndim and len(value) != len(parameter):
+                raise InputError(
+                    f"The optimizer's {name} has {len(value)} rows, but its centers {len(parameter)}: it was saved for "
+                    "another number of classes or processes."
+                )
+        return values
 
     def row_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state tensors of `parameter`, with a row for each of its rows; created if there are none yet."""
+        """The state tensors of `parameter`, with a row for each of its rows; created if they do not exist yet."""
         state = self.state[parameter]
         if not state:
             state.update(self._initial_state(parameter))
@@ -174,31 +208,6 @@ class _RowwiseOptimizer(Optimizer, ABC):
     @abstractmethod
     def _update_rows(self, parameter: Tensor, rows: Rows, gradient: Tensor, group: dict[str, Any]) -> None:
         """Update `rows` of `parameter` and of its state with their gradient (n, D), float32 or wider."""
-
-
-def _visit_sparse(parameter: Tensor, visit: RowVisitor) -> None:
-    """Pass rows and values of the parameter's sparse gradient, if it has one, to `visit`, a part at a time."""
-    gradient = parameter.grad
-    if gradient is None:
-        return
-    if not gradient.is_sparse:
-        raise InputError(
-            f"A parameter of shape {tuple(parameter.shape)} has a dense gradient, but row-wise optimizers update "
-            "sparse rows: give it to an optimizer of torch.optim and only the head's parameters to this one."
-        )
-    rows, values = gradient._indices()[0], gradient._values()
-    # Autograd loses the fact that the rows of one backward are sorted and distinct; only a sum of several needs this.
-    if bool((rows.diff() <= 0).any()):
-        gradient = gradient.coalesce()
-        rows, values = gradient.indices()[0], gradient.values()
-    on_cpu = parameter.device.type == "cpu"
-    size = max(1, (CPU_UPDATE_ELEMENTS if on_cpu else GPU_UPDATE_ELEMENTS) // max(1, parameter.shape[1]))
-    tiles = zip(rows.split(size), values.split(size), strict=True)
-    if on_cpu:
-        run_parallel(lambda tile: visit(*tile), tiles)
-    else:
-        for tile in tiles:
-            visit(*tile)
 
 
 class RowwiseSGD(_RowwiseOptimizer):
@@ -232,8 +241,7 @@ class RowwiseSGD(_RowwiseOptimizer):
     ) -> None:
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):
             raise InputError(
-                "RowwiseSGD needs lr >= 0, momentum in [0, 1) and weight_decay >= 0, "
-                f"not {lr}, {momentum}, {weight_decay}."
+                f"RowwiseSGD needs lr >= 0, 0 <= momentum < 1, weight_decay >= 0, not {lr}, {momentum}, {weight_decay}."
             )
         if unsampled not in ("freeze", "lazy_dense"):
             raise InputError(f"unsampled is {unsampled!r}; it is 'freeze' or 'lazy_dense'.")
@@ -242,8 +250,15 @@ class RowwiseSGD(_RowwiseOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults, state_dtype, state_on_host)
 
+    state_names = ("momentum_buffer",)
+
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        return {"momentum_buffer": self._zeros(parameter)}
+        momentum = next(group["momentum"] for group, one, _ in self._parameters() if one is parameter)
+        return {"momentum_buffer": self._zeros(parameter)} if momentum else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `flush` has applied what rows missed; the copy's first step attaches it to a head again.
+        return super().__getstate__() | {"_unsampled": self._unsampled, "_missed": {}}
 
     def _update_parameter(self, parameter: Tensor, center_state: CenterState | None, group: dict[str, Any]) -> None:
         if self._unsampled == "lazy_dense":
@@ -253,7 +268,10 @@ class RowwiseSGD(_RowwiseOptimizer):
         else:
             self._fused_update(parameter, center_state, group)
         if parameter in self._missed:
-            self._missed[parameter].finish_step(group["lr"], group["momentum"], group["weight_decay"])
+            missed = self._missed[parameter]
+            missed.finish_step(float(group["lr"]), group["momentum"], group["weight_decay"])
+            if missed.is_full:
+                missed.apply_missed_to_all(parameter, self.row_state(parameter).get("momentum_buffer"))
 
     def _is_skipped(self, parameter: Tensor, center_state: CenterState | None) -> bool:
         if center_state is not None and self._can_fuse(parameter, center_state):
@@ -264,14 +282,14 @@ class RowwiseSGD(_RowwiseOptimizer):
 
     def _can_fuse(self, parameter: Tensor, center_state: CenterState) -> bool:
         """Whether the backend updates the rows itself, without storing a gradient and without a host read."""
-        alone = len(center_state.deferred) == 1 and parameter.grad is None and self._unsampled == "freeze"
+        alone = len(center_state.deferred) == 1 and self._unsampled == "freeze"
         return alone and center_state.deferred[0].backend.supports_padding
 
     def _fused_update(self, parameter: Tensor, center_state: CenterState, group: dict[str, Any]) -> None:
         (gradient,) = center_state.deferred
         skip, grad_scale = center_state.flag, getattr(self, "grad_scale", None)
-        if hasattr(self, "found_inf"):
-            overflow = (gradient.overflowed() | (self.found_inf != 0)).long().view(1)
+        if isinstance(getattr(self, "found_inf", None), Tensor):
+            overflow = (self.found_inf != 0).long().view(1)
             skip = overflow if skip is None else skip + overflow
         if grad_scale is not None:
             gradient = gradient.divided_by(grad_scale)
@@ -280,7 +298,7 @@ class RowwiseSGD(_RowwiseOptimizer):
             lr = lr.float() if lr.device == parameter.device else float(lr)
         keys = rounding_keys(center_state, ("centers", "momentum_buffer"), parameter.device)
         rule = SGDRule(lr, group["momentum"], group["weight_decay"], center_state.first_row, keys, skip)
-        buffer = self.row_state(parameter)["momentum_buffer"]
+        buffer = self.row_state(parameter).get("momentum_buffer")
         gradient.backend.fused_update(gradient, parameter, buffer, rule)  # type: ignore[attr-defined]
 
     def _track_missed(self, parameter: Tensor, center_state: CenterState | None) -> None:
@@ -292,13 +310,13 @@ class RowwiseSGD(_RowwiseOptimizer):
         missed = self._missed[parameter] = MissedSteps(len(parameter), parameter.device, center_state)
         # The buffer is looked up in each call, since `load_state_dict` replaces it.
         center_state.prepare = lambda rows: missed.apply_missed(
-            parameter, self.row_state(parameter)["momentum_buffer"], rows
+            parameter, self.row_state(parameter).get("momentum_buffer"), rows
         )
 
     @torch.no_grad()
     def flush(self) -> None:
         for parameter, missed in self._missed.items():
-            missed.apply_missed_to_all(parameter, self.row_state(parameter)["momentum_buffer"])
+            missed.apply_missed_to_all(parameter, self.row_state(parameter).get("momentum_buffer"))
         super().flush()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -307,19 +325,20 @@ class RowwiseSGD(_RowwiseOptimizer):
             missed.reset()
 
     def _update_rows(self, parameter: Tensor, rows: Rows, gradient: Tensor, group: dict[str, Any]) -> None:
-        buffer = self.row_state(parameter)["momentum_buffer"]
+        buffer = self.row_state(parameter).get("momentum_buffer")
         if parameter in self._missed:
             self._missed[parameter].mark(rows.numbers)
-        kernels = numba_kernels_for(parameter, buffer, gradient)
+        kernels = numba_kernels_for(parameter, gradient, *(() if buffer is None else (buffer,)))
         if kernels is not None:
             constants = (np.float32(group[name]) for name in ("lr", "momentum", "weight_decay"))
-            arrays = parameter.detach().numpy(), buffer.numpy(), rows.numbers.numpy(), gradient.numpy()
-            kernels.sgd_rows(*arrays, *constants)
+            momentum = None if buffer is None else buffer.numpy()
+            kernels.sgd_rows(parameter.detach().numpy(), momentum, rows.numbers.numpy(), gradient.numpy(), *constants)
             return
         values = rows.read(parameter)
-        gradient = gradient.add(values, alpha=group["weight_decay"])
-        velocity = rows.read(buffer).mul_(group["momentum"]).add_(gradient)
-        rows.write(buffer, "momentum_buffer", velocity)
+        velocity = gradient.add(values, alpha=group["weight_decay"])
+        if buffer is not None:
+            velocity = rows.read(buffer).mul_(group["momentum"]).add_(velocity)
+            rows.write(buffer, "momentum_buffer", velocity)
         rows.write(parameter, "centers", values.add_(velocity, alpha=-float(group["lr"])))
 
 
@@ -355,6 +374,8 @@ class RowwiseAdamW(_RowwiseOptimizer):
             )
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, state_dtype, state_on_host)
+
+    state_names = ("step", "exp_avg", "exp_avg_sq")
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {

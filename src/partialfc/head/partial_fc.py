@@ -2,54 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
+from torch._compile import _disable_dynamo
 
-from partialfc.core import keyed_random
-from partialfc.core.threads import single_threaded_if
-from partialfc.distributed.collectives import Group, Shard, all_reduce, start_gather_rows, start_reduce_scatter_rows
+from partialfc.distributed.collectives import Group, Shard
 from partialfc.head import inputs
-from partialfc.head.backends.base import Backend, CenterGradient, NegativeSums, ScratchBuffer, ShardBatch
-from partialfc.head.backends.select import select_backend
+from partialfc.head.backends.base import ScratchBuffer
 from partialfc.head.backends.tile_sizes import SCRATCH_BYTES
+from partialfc.head.center_state import CenterState
 from partialfc.head.inputs import GlobalLabels, InputFlag
-from partialfc.head.loss import (
-    LossConfig,
-    class_rows,
-    embedding_gradient,
-    loss_terms,
-    normalise_rows,
-    target_center_gradient,
-    target_terms,
-)
-from partialfc.head.margins import CosFace, Margin, MarginBatch
-from partialfc.head.rows import CenterState
-from partialfc.head.sampling import initial_centers, sample_classes, sample_padded, sampling_keys
+from partialfc.head.loss import LossConfig
+from partialfc.head.margins import CosFace, Margin
+from partialfc.head.predict import Prediction
+from partialfc.head.sampled_softmax import HeadFigures, SampledSoftmax
+from partialfc.head.sampling import initial_centers
+from partialfc.head.state_dict import ShardStateDict
 
 Update = Literal["sparse", "deferred"]
 
 
-@dataclass(frozen=True)
-class HeadFigures:
-    """Figures of the last forward pass, on the device; `sampled` is this rank's, the others are the same on all ranks.
-
-    Attributes:
-        target_cosine: () mean cosine between embeddings and their own class centers.
-        conflict_share: () part of the negatives left out as conflicts.
-        sampled: () int64, the number of classes that the step used on this rank.
-    """
-
-    target_cosine: Tensor
-    conflict_share: Tensor
-    sampled: Tensor
-
-
-class PartialFC(nn.Module):
+class PartialFC(Prediction, ShardStateDict):
     """Margin-based softmax over sampled classes, sharded by class over the ranks (An et al., CVPR 2022, 2203.15565).
 
     Never wrap it, or a module that holds it, in DistributedDataParallel or FSDP: each rank owns different rows. Give
@@ -86,7 +61,7 @@ class PartialFC(nn.Module):
         self,
         num_classes: int,
         embedding_dim: int,
-        sample_rate: float = 1.0,
+        sample_rate: float = 0.1,
         margin: Margin | None = None,
         scale: float = 64.0,
         conflict_threshold: float | None = None,
@@ -102,7 +77,7 @@ class PartialFC(nn.Module):
     ) -> None:
         super().__init__()
         margin = CosFace() if margin is None else margin
-        inputs.check_head(num_classes, embedding_dim, sample_rate, margin, update)
+        inputs.check_head(num_classes, embedding_dim, sample_rate, margin, update, seed, scratch_bytes, dtype, group)
         self.loss_config = LossConfig(
             num_classes, margin, scale, conflict_threshold, conflict_as_zero_logit, operand_dtype, scratch_bytes
         )
@@ -112,10 +87,13 @@ class PartialFC(nn.Module):
         self.shard = Shard.of(num_classes, group)
         rows = self.shard.rows(margin.sub_centers)
         self.centers = nn.Parameter(initial_centers(rows, embedding_dim, seed, device, dtype))
-        self.center_state = CenterState(seed, rows.start)
+        self.center_state = CenterState(seed, rows.start, self.shard)
+        self.center_state.attach(self.centers)
         self.figures: HeadFigures | None = None
         self._scratch = ScratchBuffer()
         self._flag: InputFlag | None = None
+        self._ranks_agree = False
+        self.register_state_dict_pre_hook(_flush)
         for name, value in margin.initial_state().items():
             self.register_buffer(f"margin_{name}", value.to(device))
 
@@ -132,10 +110,13 @@ class PartialFC(nn.Module):
         """The margin's running figures by name, the same on every rank."""
         return {name: self.get_buffer(f"margin_{name}").clone() for name in self.loss_config.margin.initial_state()}
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, including those that a deferred update has not computed yet."""
-        super().zero_grad(set_to_none)
-        self.center_state.deferred.clear()
+    def __getstate__(self) -> dict[str, Any]:
+        self.center_state.flush(self.centers)
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.center_state.attach(self.centers)
 
     def extra_repr(self) -> str:
         return (
@@ -144,6 +125,7 @@ class PartialFC(nn.Module):
             f"classes={self.shard.start}:{self.shard.stop}, update={self.update!r}"
         )
 
+    @_disable_dynamo
     def forward(
         self,
         embeddings: Tensor,
@@ -155,8 +137,12 @@ class PartialFC(nn.Module):
     ) -> Tensor:
         """The mean loss of the global batch; the same value on every rank.
 
-        It takes five collectives, three with `global_labels`, and backward one. At world size W the gradient of the
+        It takes five collectives, three with `global_labels`, and backward one; the first pass takes two more, which
+        compare the ranks' settings. torch.compile breaks its graph here. At world size W the gradient of the
         embeddings is W times that of the mean loss, because DDP and FSDP average the backbone's gradients over ranks.
+
+        In eval mode it is the loss over all classes, whatever the sample rate and the step, and the margin's running
+        figures stay as they are; bad input raises at once.
 
         Args:
             embeddings: (B, D) floating point, this rank's, not normalised. B may differ between ranks.
@@ -172,23 +158,46 @@ class PartialFC(nn.Module):
             () float64 for float64 embeddings, float32 otherwise.
 
         Raises:
-            InputError: wrong shapes, dtypes or devices, or a label out of range (on all ranks alike).
+            InputError: on all ranks alike: wrong shapes, dtypes or devices (with `global_labels` only on the rank that
+                has them), a label out of range, a center without a direction, heads that differ between ranks; no
+                optimizer steps the centers.
             NonFiniteEmbeddings: NaN or infinity among the embeddings of any rank.
-            On a GPU with update="deferred" the last two refer to an earlier batch; see `check`.
+            On a GPU with update="deferred" errors in values refer to an earlier batch; see `check`.
         """
+        inputs.check_shard(self.shard)
         rows = len(self.shard) * self.loss_config.margin.sub_centers
         inputs.check_not_wrapped(self.centers, rows, self.embedding_dim, getattr(self, "_is_replica", False))
-        inputs.check_batch(embeddings, labels, self.centers)
-        if global_labels is not None:
-            inputs.check_counts(global_labels.counts, len(embeddings), self.shard)
+        if not self._ranks_agree:
+            inputs.check_agreement(self._settings(), self.centers.device, self.shard.group)
+            self._ranks_agree = True
+        global_labels = inputs.gather_labels(
+            embeddings, labels, step_labels, global_labels, self.centers, self.center_state, self.shard
+        )
         # Triton's kernels and the flag's events use the current device, which need not be the centers'.
         with torch.cuda.device_of(self.centers):
             if self._flag is not None:
                 self._flag.poll(wait=self.shard.world_size > 1)
-            # Parameters lose attributes when a module is copied or moved to another storage.
-            self.centers.center_state = self.center_state  # type: ignore[attr-defined]
+            if torch.is_grad_enabled() and self.centers.is_leaf:
+                self.center_state.attach(self.centers)
+                if self.training:  # a validation in the middle of a step is no step
+                    self.center_state.before_forward(self.centers, self.update)
             arguments = step_labels, first_sample, global_labels
-            return _SampledSoftmax.apply(embeddings, self.centers, labels, self, *arguments)
+            loss: Tensor = SampledSoftmax.apply(embeddings, self.centers, self, *arguments)
+        if not self.training:
+            self.check()
+        return loss
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        config = self.loss_config
+        return {
+            **{name: getattr(self, name) for name in ("num_classes", "embedding_dim", "sample_rate", "seed", "update")},
+            **{name: getattr(config, name) for name in ("margin", "scale", "conflict_threshold", "operand_dtype")},
+            "conflict_as_zero_logit": config.conflict_as_zero_logit,
+            "dtype": self.centers.dtype,
+            "head.centers.requires_grad": self.centers.requires_grad,
+            "head.step": self.step,
+        }
 
     def check(self) -> None:
         """Raise for any bad batch since the last check where validation is deferred: a host read.
@@ -203,178 +212,6 @@ class PartialFC(nn.Module):
             self._flag.check()
 
 
-class _SampledSoftmax(torch.autograd.Function):
-    """The loss of the global batch with respect to the local embeddings and the local centers."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, embeddings: Tensor, centers: Tensor, labels: Tensor, head: PartialFC, *step_arguments: Any
-    ) -> Tensor:
-        backend = select_backend(centers, embeddings, head.loss_config.margin)
-        # Of several micro-steps that wait for the optimizer only the first keeps weights.
-        keep = ctx.needs_input_grad[1] and not head.center_state.deferred
-        with (
-            torch.inference_mode(False),  # tensors kept from step to step could not be written to outside that mode
-            torch.no_grad(),  # leaving inference mode would enable gradients
-            torch.autocast(embeddings.device.type, enabled=False),
-            single_threaded_if(backend.uses_thread_pool),
-        ):
-            step = _Step(head, backend, centers, embeddings, labels, keep, *step_arguments)
-        ctx.step, ctx.dtype = step, embeddings.dtype
-        ctx.save_for_backward(centers)
-        loss = step.terms.loss.mean().to(step.batch.embeddings.dtype)
-        return loss if step.bad is None else loss.masked_fill(step.bad, torch.nan)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        step: _Step = ctx.step
-        (centers,) = ctx.saved_tensors
-        factor = loss_gradient.double() / len(step.unit_embeddings)
-        with torch.autocast(centers.device.type, enabled=False), single_threaded_if(step.backend.uses_thread_pool):
-            embeddings_gradient = step.start_embeddings_gradient(factor)
-            with record_function("head: gradient of the centers"):
-                centers_gradient = step.centers_gradient(factor, centers) if ctx.needs_input_grad[1] else None
-            return embeddings_gradient().to(ctx.dtype), centers_gradient, None, None, None, None, None
-
-
-class _Step:
-    """The forward pass and what its backward needs; arguments as in `PartialFC.forward`.
-
-    Five collectives, or three with `global_labels`. `bad` is () bool where validation is deferred, otherwise None.
-    """
-
-    def __init__(
-        self,
-        head: PartialFC,
-        backend: Backend,
-        centers: Tensor,
-        embeddings: Tensor,
-        labels: Tensor,
-        keep: bool,
-        step_labels: Tensor | None,
-        first_sample: int,
-        global_labels: GlobalLabels | None,
-    ) -> None:
-        self.head, self.backend = head, backend
-        shard, config, state = head.shard, head.loss_config, head.center_state
-        on_device = backend.supports_padding and head.update == "deferred" and state.prepare is None
-        global_labels = inputs.gather_labels(labels, global_labels, shard.group)
-        self.counts, labels = global_labels.counts, global_labels.labels.contiguous()
-        gathered = start_gather_rows(embeddings.contiguous(), self.counts, shard.group)
-        classes, count = _sample(head, labels, step_labels, on_device)  # while the embeddings are gathered
-        embeddings = gathered()
-        self.bad = _check_values(head, embeddings, labels, on_device)
-        self.unit_embeddings, norms = normalise_rows(embeddings.double())
-        if state.prepare is not None:
-            state.prepare(class_rows(classes - shard.start, config.margin.sub_centers))
-        owned = (labels >= shard.start) & (labels < shard.stop)
-        sub_centers = config.margin.sub_centers
-        self.targets = target_terms(centers, self.unit_embeddings, owned, labels - shard.start, sub_centers)
-        target_cosine = all_reduce(self.targets.cosine.clone(), group=shard.group)
-        self.batch = ShardBatch(
-            embeddings=self.unit_embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)),
-            classes=classes - shard.start,
-            count=count,
-            target_positions=torch.where(owned, torch.searchsorted(classes, labels), -1),
-            target_cosine=target_cosine,
-            margin_batch=_margin_batch(head, norms, target_cosine, first_sample, self.bad),
-            config=config,
-            scratch=head._scratch,
-        )
-        with record_function("head: negatives"):
-            self.negatives = backend.sum_negatives(centers, self.batch, keep=keep)
-        sums = _reduce_sums(head, self.negatives, self.batch)
-        self.terms = loss_terms(sums, target_cosine, self.batch.margin_batch, config)
-
-    def start_embeddings_gradient(self, factor: Tensor) -> Callable[[], Tensor]:
-        """Start to compute (B, D), times the world size since DDP averages; the result returns it. One collective."""
-        shard, terms, unit_embeddings = self.head.shard, self.terms, self.unit_embeddings
-        norms = self.batch.margin_batch.norms
-        gradient = embedding_gradient(self.negatives.weighted_centers, self.targets, terms, unit_embeddings, norms)
-        summed = start_reduce_scatter_rows(gradient, self.counts, shard.group)
-
-        def finish() -> Tensor:
-            gradient = summed()
-            start = sum(self.counts[: shard.rank])
-            own = slice(start, start + len(gradient))
-            gradient = gradient + (terms.norm_slope[own, None] * unit_embeddings[own]).to(gradient.dtype)
-            gradient = gradient * (factor * shard.world_size).to(gradient.dtype)
-            return gradient if self.bad is None else gradient.masked_fill(self.bad, 0.0)
-
-        return finish
-
-    def centers_gradient(self, factor: Tensor, centers: Tensor) -> Tensor | None:
-        """The sampled rows as a sparse tensor, or None where the optimizer will compute them."""
-        dtype = self.batch.embeddings.dtype
-        scaled = self.batch.embeddings * (self.terms.negative_factor * factor).to(dtype)[:, None]
-        rows, target = target_center_gradient(self.targets, self.terms, self.unit_embeddings, factor, len(centers))
-        gradient = CenterGradient(self.batch, scaled, rows, target.to(dtype), self.backend, self.negatives.kept)
-        self.negatives.kept = None  # the loss may outlive the gradient, and would keep the scratch memory in use
-        if self.head.update == "deferred":
-            self.head.center_state.deferred.append(gradient)
-            return None
-        gradient = gradient.without_padding()
-        rows = gradient.batch.rows(0, len(gradient.batch.classes))
-        values = torch.empty(len(rows), centers.shape[1], dtype=centers.dtype, device=centers.device)
-
-        def copy(tile_rows: Tensor, tile: Tensor) -> None:
-            first = int(torch.searchsorted(rows, tile_rows[0]))
-            values[first : first + len(tile)] = tile
-
-        gradient.visit(centers, copy)
-        return torch.sparse_coo_tensor(rows[None], values, centers.shape, check_invariants=False)
-
-
-def _sample(
-    head: PartialFC, labels: Tensor, step_labels: Tensor | None, on_device: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The classes of the step on this rank, (S,) int64, and () their count on the device if they are padded."""
-    positives = labels if step_labels is None else torch.cat([labels, step_labels])
-    shard: dict[str, Any] = {"num_classes": head.num_classes, "sample_rate": head.sample_rate}
-    shard |= {"start": head.shard.start, "stop": head.shard.stop}
-    if not on_device:
-        return sample_classes(positives, seed=head.seed, step=head.step, **shard), None
-    return sample_padded(positives, keys=sampling_keys(head.seed, head.center_state.counter(labels.device)), **shard)
-
-
-def _check_values(head: PartialFC, embeddings: Tensor, labels: Tensor, on_device: bool) -> Tensor | None:
-    """Refuse a bad global batch at once; or, without a host read, return whether it is bad, () bool."""
-    if not on_device:
-        inputs.check_values(embeddings, labels, head.num_classes, head.step)
-        return None
-    device = embeddings.device
-    if head._flag is None or head._flag.state.device != device:
-        head._flag = InputFlag(head.num_classes, device, head.center_state)
-    return head._flag.record(embeddings, labels, head.center_state.counter(device))
-
-
-def _margin_batch(
-    head: PartialFC, norms: Tensor, target_cosine: Tensor, first_sample: int, bad: Tensor | None
-) -> MarginBatch:
-    """The inputs of the margin; in training its running figures are updated first, as in published margins."""
-    key = keyed_random.derive_key(head.seed, "margin", head.step)
-    batch = MarginBatch(norms, key, head.margin_state(), first_sample)
-    if not head.training:
-        return batch
-    state = head.loss_config.margin.updated_state(target_cosine, batch)
-    for name, value in state.items():
-        buffer = head.get_buffer(f"margin_{name}")
-        buffer.copy_(value if bad is None else torch.where(bad, buffer, value))
-    return replace(batch, state=state)
-
-
-def _reduce_sums(head: PartialFC, negatives: NegativeSums, batch: ShardBatch) -> Tensor:
-    """(G,) float64, Z exp(−shift) over all shards; also sets the head's figures. One collective."""
-    sampled = batch.count
-    if sampled is None:
-        sampled = torch.full((), len(batch.classes), device=batch.classes.device)
-    reduced = torch.cat([negatives.sums, torch.stack([negatives.conflicts, sampled.double()])])
-    all_reduce(reduced, group=head.shard.group)
-    sums, conflicts, all_sampled = reduced[:-2], reduced[-2], reduced[-1]
-    head.figures = HeadFigures(
-        target_cosine=batch.target_cosine.mean(),
-        conflict_share=conflicts / ((all_sampled - 1) * len(sums)).clamp_min(1),
-        sampled=sampled,
-    )
-    return sums
+def _flush(head: PartialFC, *_: Any) -> None:
+    """Saved centers have no updates pending."""
+    head.center_state.flush(head.centers)

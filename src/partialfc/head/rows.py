@@ -1,104 +1,24 @@
-"""Rows of centers between a head and its optimizer: the state they share, and how rows are read, rounded and stored."""
+"""Rows of centers in an optimizer: how they are read, rounded and stored, and those of a sparse gradient."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from partialfc.core import keyed_random
-from partialfc.core.errors import JobError
-from partialfc.core.threads import single_threaded_if
-from partialfc.head.backends.base import CenterGradient, RowVisitor, for_each_tile
-from partialfc.head.loss import class_rows
+from partialfc.core.errors import InputError, JobError
+from partialfc.core.threads import run_parallel
+from partialfc.head.backends.base import RowVisitor
+from partialfc.head.center_state import CenterState
 
+# Elements of a sparse gradient that are updated at once; on a CPU their temporaries stay in a core's cache.
+CPU_UPDATE_ELEMENTS = 1 << 18
+GPU_UPDATE_ELEMENTS = 1 << 26
 _REGISTERED_AT_ONCE = 1 << 30
-
-
-class CenterState:
-    """Step counter, pending gradients and hooks that a head shares with its optimizer: `center_state` of the parameter.
-
-    Attributes:
-        step: optimizer steps taken; it seeds the negatives of a step.
-        deferred: gradients that backward left for `step()` to compute, one per micro-step (update="deferred").
-        prepare: called with the rows (n,) that the head is about to read, if the optimizer needs it.
-        flag: (1,) int64 on the device, not 0 if a batch was bad and nothing may be updated; None where a bad batch
-            raises at once.
-        seed, first_row: the head's seed and the global number of its first row: the keys of stochastic rounding.
-    """
-
-    def __init__(self, seed: int = 0, first_row: int = 0) -> None:
-        self.seed, self.first_row = seed, first_row
-        self._step, self._counter = 0, torch.zeros((), dtype=torch.int64)
-        self.flag: Tensor | None = None
-        self.deferred: list[CenterGradient] = []
-        self.prepare: Callable[[Tensor], None] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the head shares no optimizer with the original: neither pending gradients nor the hook."""
-        return self.__dict__ | {"deferred": [], "prepare": None}
-
-    @property
-    def step(self) -> int:
-        return self._step
-
-    @step.setter
-    def step(self, value: int) -> None:
-        self._step = value
-        self._counter.fill_(value)
-
-    def advance(self) -> None:
-        """Count a step, on the device too: a replayed CUDA graph counts there."""
-        self._step += 1
-        self._counter.add_(1)
-
-    def counter(self, device: torch.device) -> Tensor:
-        """`step` as () int64 on `device`, the same tensor in every step."""
-        if self._counter.device != device:
-            self._counter = torch.full((), self._step, dtype=torch.int64, device=device)
-        return self._counter
-
-    def visit(self, centers: Tensor, visit: RowVisitor) -> None:
-        """Pass all rows with a deferred gradient to `visit`, each once, by tiles, possibly in several threads at once.
-
-        A tile is computed from its own rows only, which the visitor may change.
-        """
-        if not self.deferred:
-            return
-        self.deferred = [gradient.without_padding() for gradient in self.deferred]
-        with single_threaded_if(self.deferred[0].backend.uses_thread_pool):
-            if len(self.deferred) == 1:
-                self.deferred[0].visit(centers, visit)
-            else:
-                self._visit_merged(centers, visit)
-
-    def _visit_merged(self, centers: Tensor, visit: RowVisitor) -> None:
-        """The same over the union of several micro-steps' classes."""
-        parts = self.deferred
-        backend, sub_centers = parts[0].backend, parts[0].batch.config.margin.sub_centers
-
-        def work(classes: Tensor) -> None:
-            rows = class_rows(classes, sub_centers)
-            gradient = parts[0].scaled_embeddings.new_zeros((len(rows), centers.shape[1]))
-            for part in parts:
-                ends = torch.stack([classes[0], classes[-1] + 1])
-                first, last = torch.searchsorted(part.batch.classes, ends).tolist()
-                if first < last:
-                    positions = torch.searchsorted(rows, part.batch.rows(first, last))
-                    gradient.index_add_(0, positions, backend.tile_gradient(part, centers, first, last))
-            visit(rows, gradient)
-
-        classes = torch.cat([part.batch.classes for part in parts]).unique()
-        for_each_tile(backend, work, classes.split(min(backend.tile_classes(part.batch) for part in parts)))
-
-
-def center_state_of(parameter: Tensor) -> CenterState | None:
-    """The state that a head attached to its centers, None for any other parameter."""
-    return getattr(parameter, "center_state", None)
 
 
 def zero_state(parameter: Tensor, dtype: torch.dtype | None, on_host: bool) -> Tensor:
@@ -184,3 +104,28 @@ def round_stochastically(values: Tensor, key: int | Tensor, rows: Tensor) -> Ten
     noise = ((draws[:, :, None] >> shifts) & 0xFFFF).flatten(1)[:, :width].to(torch.int32)
     rounded = (values.contiguous().view(torch.int32) + noise) & -0x10000
     return torch.where(values.isfinite(), rounded.view(torch.float32), values).bfloat16()
+
+
+def visit_sparse(parameter: Tensor, visit: RowVisitor) -> None:
+    """Pass rows and values of the parameter's sparse gradient, if it has one, to `visit`, a part at a time."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    if not gradient.is_sparse:
+        raise InputError(
+            f"A parameter of shape {tuple(parameter.shape)} has a dense gradient, but row-wise optimizers update "
+            "sparse rows: give it to an optimizer of torch.optim and only the head's parameters to this one."
+        )
+    rows, values = gradient._indices()[0], gradient._values()
+    # Autograd loses the fact that the rows of one backward are sorted and distinct; only a sum of several needs this.
+    if bool((rows.diff() <= 0).any()):
+        gradient = gradient.coalesce()
+        rows, values = gradient.indices()[0], gradient.values()
+    on_cpu = parameter.device.type == "cpu"
+    size = max(1, (CPU_UPDATE_ELEMENTS if on_cpu else GPU_UPDATE_ELEMENTS) // max(1, parameter.shape[1]))
+    tiles = zip(rows.split(size), values.split(size), strict=True)
+    if on_cpu:
+        run_parallel(lambda tile: visit(*tile), tiles)
+    else:
+        for tile in tiles:
+            visit(*tile)

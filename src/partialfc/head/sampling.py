@@ -1,16 +1,18 @@
 """The classes of a step: all positives and uniformly drawn negatives (arXiv 2203.15565, section 3.2); initial centers.
 
 The sample is a pure function of (seed, step, positives of the global batch). The classes are divided into fixed virtual
-blocks, each with a keyed permutation and a quota of the sample; a rank draws for the blocks that its shard overlaps and
-keeps its own classes. So the union over the ranks is the same at any world size, and the work is proportional to the
-sample, not to the number of classes.
+blocks, each with a keyed permutation; a rank draws for the blocks that its shard overlaps and keeps its own classes. So
+the union over the ranks is the same at any world size, and the work is proportional to the sample, not to the number of
+classes.
+
+How many negatives a block contributes follows from systematic sampling over the T classes that are not positives: of N
+negatives in all, a block that holds the non-positives [a, b) contributes ⌊(b N + U) / T⌋ − ⌊(a N + U) / T⌋, with one U
+per step, uniform in [0, T). These numbers sum to exactly N, and each is N (b − a) / T in the mean: every class is
+equally likely to be a negative, at any rate and number of classes, and wherever the positives are.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,19 +27,19 @@ _ELEMENTS_AT_ONCE = 1 << 20
 
 
 def sample_size(num_classes: int, sample_rate: float) -> int:
-    """Classes of a step if no block has more positives than its quota: sample_rate × C, rounded to nearest."""
+    """Classes of a step that has no more positives than that: sample_rate × C, rounded to nearest."""
     return int(sample_rate * num_classes + 0.5)
 
 
 def sample_bound(num_classes: int, sample_rate: float, global_batch_size: int) -> int:
-    """The most classes of a step: the sample, and for each image a positive beyond the quota of its block."""
-    return min(num_classes, sample_size(num_classes, sample_rate) + global_batch_size)
+    """The most classes of a step: the sample, or a positive for each image where those are more."""
+    return min(num_classes, max(sample_size(num_classes, sample_rate), global_batch_size))
 
 
 def sampling_keys(seed: int, step: Tensor) -> Tensor:
-    """The keys for the negatives of a step, () int64 on any device: int64, one per round and one more."""
+    """The keys for the negatives of a step, () int64 on any device: int64, one per round and two more."""
     return keyed_random.keys_at(
-        [keyed_random.derive_key(seed, "negatives", number) for number in range(_ROUNDS + 1)], step
+        [keyed_random.derive_key(seed, "negatives", number) for number in range(_ROUNDS + 2)], step
     )
 
 
@@ -61,7 +63,7 @@ def sample_padded(
 ) -> tuple[Tensor, Tensor]:
     """The classes in [start, stop) of a step. No host read, and no shape that depends on the values of the labels.
 
-    A block contributes max(quota, its positives) classes, and the quotas sum to `sample_size`.
+    Over all shards they are `sample_size` classes, or all positives where those are more.
 
     Args:
         positives: (P,) int64, the labels of the global batch in any order, with repetitions; labels outside [0, C)
@@ -77,73 +79,89 @@ def sample_padded(
     device = positives.device
     if sample_rate >= 1:
         return torch.arange(start, stop, device=device), torch.full((), stop - start, device=device)
-    inside = (positives >= 0) & (positives < num_classes)
-    positives = torch.where(inside, positives, _NO_CLASS).sort().values
-    first = torch.ones_like(inside)
-    first[1:] = positives[1:] != positives[:-1]
-    sampled = [torch.where(first & (positives >= start) & (positives < stop), positives, stop)]
-    width, bound = _sizes(num_classes, sample_rate, start, stop)
-    if width > 0:
-        blocks = torch.arange(start // BLOCK, (stop - 1) // BLOCK + 1, device=device)
-        drawn = _draw(blocks, width, num_classes, keys, ends=(stop - 1) // BLOCK == num_classes // BLOCK)
-        negatives = _negatives(positives, first, drawn, _quotas(blocks, num_classes, sample_rate), blocks)
-        sampled.append(torch.where((negatives >= start) & (negatives < stop), negatives, stop).flatten())
+    valid = (positives >= 0) & (positives < num_classes)
+    positives = torch.where(valid, positives, _NO_CLASS).sort().values
+    is_first = positives < num_classes
+    is_first[1:] &= positives[1:] != positives[:-1]
+    sampled = [torch.where(is_first & (positives >= start) & (positives < stop), positives, stop)]
+    size, most = sample_size(num_classes, sample_rate), 0
+    if size > 0 and stop > start:
+        blocks = range(start // BLOCK, (stop - 1) // BLOCK + 1)
+        span = min(blocks.stop * BLOCK, num_classes) - blocks.start * BLOCK
+        most = min(size, span * size // num_classes + 1)  # since N / T <= size / C
+        drawn = _negatives(positives, is_first, blocks, size, num_classes, keys)
+        sampled.append(torch.where((drawn >= start) & (drawn < stop), drawn, stop))
     classes = torch.cat(sampled)
     count = (classes < stop).sum()
-    return classes.sort().values[: min(stop - start, bound + len(positives))], count
+    return classes.sort().values[: min(stop - start, most + len(positives))], count
 
 
-@lru_cache(maxsize=64)
-def _sizes(num_classes: int, sample_rate: float, start: int, stop: int) -> tuple[int, int]:
-    """The largest quota of the blocks that a shard overlaps, and the most classes that it samples beside the labels."""
-    if stop <= start or sample_rate <= 0:
-        return 0, 0
-    blocks = np.arange(start // BLOCK, (stop - 1) // BLOCK + 1)
-    quotas = np.diff(
-        np.floor(np.minimum([blocks * BLOCK, (blocks + 1) * BLOCK], num_classes) * sample_rate + 0.5), axis=0
-    )
-    quotas = quotas[0].astype(np.int64)  # equal to `_quotas`
-    overlaps = np.minimum((blocks + 1) * BLOCK, stop) - np.maximum(blocks * BLOCK, start)
-    return int(quotas.max()), int(np.minimum(quotas, overlaps).sum())
+def _negatives(positives: Tensor, is_first: Tensor, blocks: range, size: int, num_classes: int, keys: Tensor) -> Tensor:
+    """(n,) int64: the negatives of the blocks, and −1 in between: of each, the first of its permutation.
 
-
-def _negatives(positives: Tensor, first: Tensor, drawn: Tensor, quotas: Tensor, blocks: Tensor) -> Tensor:
-    """(n, width) int64: the negatives of n blocks among their `drawn` classes, −1 elsewhere.
+    Where a positive is among them, a spare class from further behind in the permutation takes its place.
 
     Args:
-        positives: (P,), sorted.
-        first: (P,) bool, whether a positive is the first of its class.
-        quotas, blocks: (n,), the quota and the number of each block.
+        positives: (P,), sorted; `is_first` (P,) bool marks the first of each class.
+        size: classes of the whole sample, positives included.
     """
-    is_negative = ~_is_member(drawn, positives)
-    is_negative &= torch.arange(drawn.shape[1], device=drawn.device) < quotas[:, None]
-    distinct_before = torch.nn.functional.pad(first.cumsum(0), (1, 0))
-    ends = torch.searchsorted(positives, torch.stack([blocks, blocks + 1]) * BLOCK)
-    positives_per_block = distinct_before[ends].diff(dim=0)[0]
-    wanted = (quotas - positives_per_block).clamp_min(0)
-    # A prefix as long as the quota holds at least `wanted` negatives, since at most all positives are in it.
-    is_negative &= is_negative.cumsum(dim=1) <= wanted[:, None]
-    return torch.where(is_negative, drawn, -1)
+    numbers = torch.arange(blocks.start, blocks.stop, device=keys.device)
+    edges = (torch.arange(blocks.start, blocks.stop + 1, device=keys.device) * BLOCK).clamp_max(num_classes)
+    begins = torch.searchsorted(positives, edges)  # of each block's labels
+    distinct = torch.nn.functional.pad(is_first.cumsum(0), (1, 0))
+    others, negatives = num_classes - distinct[-1], (size - distinct[-1]).clamp_min(0)
+    shares = (edges - distinct[begins]) * negatives + _offset(keys[_ROUNDS], others)
+    counts = shares.div(others.clamp_min(1), rounding_mode="floor").diff()
+
+    width = min(BLOCK, BLOCK * size // num_classes + 1)  # the most of a block
+    drawn = _draw(numbers[:, None], torch.arange(width + 1, device=keys.device), num_classes, keys)
+    inside = is_first & (positives >= edges[0]) & (positives < edges[-1])
+    block = torch.where(inside, positives // BLOCK - blocks.start, 0)
+    position = torch.where(inside, _position(positives, num_classes, keys), width).clamp_max(width)
+    drawn[block, position] = -1
+    drawn = torch.where(torch.arange(width + 1, device=keys.device) < counts[:, None], drawn, -1)
+
+    missing = torch.zeros_like(counts).index_add_(0, block, (inside & (position < counts[block])).long())
+    order = distinct[:-1] - distinct[begins[block]]  # of a positive among those of its block
+    spare = _draw(block + blocks.start, counts[block] + order, num_classes, keys)
+    usable = inside & ~_is_member(spare, positives)
+    order = torch.nn.functional.pad(usable.cumsum(0), (1, 0))
+    usable &= order[1:] - order[begins[block]] <= missing[block]
+    return torch.cat([drawn.flatten(), torch.where(usable, spare, -1)])
 
 
-def _quotas(blocks: Tensor, num_classes: int, sample_rate: float) -> Tensor:
-    """(n,) int64: the part of the sample of each block; the sum over all blocks telescopes to `sample_size`."""
-    ends = torch.stack([blocks, blocks + 1]) * BLOCK
-    return (ends.clamp_max(num_classes).double() * sample_rate + 0.5).floor().long().diff(dim=0)[0]
+def _offset(key: Tensor, stop: Tensor) -> Tensor:
+    """() int64, uniform in [0, stop); 0 for an empty range."""
+    return (keyed_random.uniform(key, torch.zeros_like(stop)) * stop).long().clamp_max(stop - 1).clamp_min(0)
 
 
-def _draw(blocks: Tensor, width: int, num_classes: int, keys: Tensor, *, ends: bool) -> Tensor:
-    """(n, width) int64: the first classes of each block's permutation; `ends` if the last block is not full."""
-    rounds = [keyed_random.bits(keys[number], blocks)[:, None] for number in range(_ROUNDS)]
-    positions = torch.arange(width, device=blocks.device).expand(len(blocks), width)
-    drawn = keyed_random.permute_bits(positions, BLOCK_BITS, rounds) + blocks[:, None] * BLOCK
-    if ends:
-        # The size of the last block is not a power of two: its permutation is the order of keyed bits.
-        classes = torch.arange(num_classes // BLOCK * BLOCK, num_classes, device=blocks.device)
-        order = classes[keyed_random.bits(keys[_ROUNDS], classes).argsort()][:width]
-        drawn[-1] = -1
-        drawn[-1, : len(order)] = order
+def _draw(blocks: Tensor, positions: Tensor, num_classes: int, keys: Tensor) -> Tensor:
+    """The classes at `positions` of the permutations of `blocks`, int64 that broadcast together."""
+    drawn = keyed_random.permute_bits(positions, BLOCK_BITS, _round_keys(blocks, keys)) + blocks * BLOCK
+    last = num_classes // BLOCK
+    if num_classes % BLOCK:
+        order = _order_of_last(num_classes, keys)
+        drawn = torch.where(blocks == last, last * BLOCK + order[positions.clamp(0, len(order) - 1)], drawn)
     return drawn
+
+
+def _position(classes: Tensor, num_classes: int, keys: Tensor) -> Tensor:
+    """The inverse of `_draw`: the position of each of `classes` (n,) in the permutation of its block."""
+    blocks, last = classes // BLOCK, num_classes // BLOCK
+    position = keyed_random.permute_bits_back(classes % BLOCK, BLOCK_BITS, _round_keys(blocks, keys))
+    if num_classes % BLOCK:
+        order = _order_of_last(num_classes, keys).argsort()
+        position = torch.where(blocks == last, order[(classes - last * BLOCK).clamp(0, len(order) - 1)], position)
+    return position
+
+
+def _round_keys(blocks: Tensor, keys: Tensor) -> list[Tensor]:
+    return list(keyed_random.bits(keys[:_ROUNDS].view(_ROUNDS, *[1] * blocks.ndim), blocks))
+
+
+def _order_of_last(num_classes: int, keys: Tensor) -> Tensor:
+    """The permutation of the last block, whose size is not a power of two: the order of keyed bits."""
+    return keyed_random.bits(keys[_ROUNDS + 1], torch.arange(num_classes % BLOCK, device=keys.device)).argsort()
 
 
 def _is_member(values: Tensor, sorted_set: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ import torch
 
 from partialfc.data.loader import PREFETCH
 from partialfc.head.backends import tile_sizes
-from partialfc.head.optim import CPU_UPDATE_ELEMENTS, GPU_UPDATE_ELEMENTS
+from partialfc.head.rows import CPU_UPDATE_ELEMENTS, GPU_UPDATE_ELEMENTS
 from partialfc.plan.network import network_pass, network_size
 from partialfc.plan.workload import Workload
 
 CLASS_BYTES = 49  # class numbers and their sampling, for each sampled class
 GATHERED_BYTES = 60  # for each element of the gathered embeddings, with their target centers in float64
 # Temporaries for each updated element, by optimizer and whether a stored value is rounded to bfloat16.
-UPDATE_BYTES = {("sgd", False): 20, ("sgd", True): 32, ("adamw", False): 24, ("adamw", True): 34}
+UPDATE_BYTES = {("sgd", False): 16, ("sgd", True): 28, ("adamw", False): 24, ("adamw", True): 34}
 CONTEXT_BYTES = 1 << 30  # CUDA, its libraries and NCCL on each GPU; assumed
 FRAGMENTATION = 0.05  # part of a GPU's memory that its allocator cannot use; assumed
 HEAP = 0.35  # memory that a CPU's heap holds between the activations, as a part of them; from benchmarks/plan.py

@@ -76,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not value.is_sparse:  # whose parts are tensors of their own
                 self._count(value.untyped_storage())
         return result
 
@@ -90,7 +90,10 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
 
     def _set_aside(self, parameter: Tensor) -> None:
-        self._gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+        gradient = parameter.grad
+        if gradient is not None:
+            parts = (gradient._indices(), gradient._values()) if gradient.is_sparse else (gradient,)
+            self._gradients += sum(part.nbytes for part in parts)
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)

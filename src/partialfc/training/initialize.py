@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from partialfc.checkpoint.format import DamagedCheckpoint
+from partialfc.checkpoint.read import Checkpoint, folder_name, load_latest, steps_in
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
@@ -24,8 +26,6 @@ from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model, load_model
 from partialfc.training.build import data_signature
-from partialfc.training.checkpoint.format import DamagedCheckpoint
-from partialfc.training.checkpoint.read import Checkpoint, folder_name, load_latest, steps_in
 from partialfc.training.replicas import load_weights, whole_network
 from partialfc.training.state import TrainState, check_data_matches
 

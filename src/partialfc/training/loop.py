@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partialfc.checkpoint.read import Checkpoint, load_latest
 from partialfc.config.options import TrainConfig, parse_steps
 from partialfc.core.console import Progress
 from partialfc.core.device import dtype_name, peak_bytes
@@ -30,16 +31,16 @@ from partialfc.distributed.heartbeat import HeartbeatMonitor
 from partialfc.distributed.signals import StopSignals
 from partialfc.evaluation.pairs import embed_share, evaluate_pairs, gather_shares
 from partialfc.evaluation.run import read_benchmarks
+from partialfc.head.files import head_rows
 from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model, save_model
 from partialfc.training.build import build_state, check_batch, open_loader
-from partialfc.training.checkpoint.read import Checkpoint, load_latest
-from partialfc.training.checkpoint.writer import CheckpointWriter
 from partialfc.training.initialize import fill_with_class_means, initialize, is_resumable, write_identities
 from partialfc.training.nonfinite import describe_skip
 from partialfc.training.run.folder import open_run_folder
 from partialfc.training.run.launch import check_same_data, joined
 from partialfc.training.run.log import MetricsLog, open_trackers
+from partialfc.training.saver import CheckpointWriter
 from partialfc.training.step import Stepper
 from partialfc.training.timing import StepClock, StepProfiler, TrainResult
 
@@ -141,7 +142,7 @@ class _Trainer:
             group=host_group(timeout),
             report=None if config.output.on_checkpoint_error == "stop" else self._report_unsaved,
         )
-        self.writer.preallocate(self.state.row_tensors())
+        self.writer.preallocate(head_rows(self.state.head, self.state.head_optimizer))
         self.control_group = host_group(_collective_timeout(config))
         self.stepper = Stepper(config, self.state, self.loader, device)
         self.total_steps = self.stepper.total_steps

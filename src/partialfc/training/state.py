@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from partialfc.checkpoint.read import Checkpoint
+from partialfc.checkpoint.write import Snapshot
 from partialfc.core.errors import InputError
-from partialfc.distributed.collectives import Shard
 from partialfc.distributed.sharded import shard_like
+from partialfc.head.files import head_rows, head_state, restore_head, row_shard
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
-from partialfc.training.checkpoint.read import Checkpoint
-from partialfc.training.checkpoint.write import Snapshot
 from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import load_weights, whole_network
 
@@ -60,16 +59,6 @@ class TrainState:
         """
         return whole_network(self.backbone if self.average is None else self.average, self.skeleton)
 
-    def row_shard(self) -> Shard:
-        """The range of global rows of the centers that this rank has."""
-        shard, k = self.head.shard, self.head.loss_config.margin.sub_centers
-        return Shard(shard.start * k, shard.stop * k, shard.total * k, shard.group)
-
-    def row_tensors(self) -> dict[str, Tensor]:
-        """This rank's rows of the centers and of their optimizer state, after all pending updates."""
-        self.head_optimizer.flush()  # also waits for a GPU that still writes state in host memory
-        return {"centers": self.head.centers.detach(), **self.head_optimizer.row_state(self.head.centers)}
-
     def snapshot(self, config: dict[str, Any]) -> Snapshot:
         """What a checkpoint of this moment holds; its tensors are those of the run, not copies, and may be sharded."""
         return Snapshot(
@@ -79,13 +68,13 @@ class TrainState:
                 "backbone-optimizer": optimizer_tensors(self.backbone, self.backbone_optimizer),
                 **({} if self.average is None else {"backbone-ema": self.average.state_dict()}),
             },
-            shard=self.row_shard(),
-            rows=self.row_tensors(),
+            shard=row_shard(self.head),
+            rows=head_rows(self.head, self.head_optimizer),
             state={
                 "data": self.data,
-                "head_step": self.head.step,
+                # The options follow from the configuration and the step.
+                "head": {**head_state(self.head, self.head_optimizer), "optimizer_options": {}},
                 **{name: getattr(self, name) for name in _SAVED_COUNTERS},
-                "margin_state": {name: value.tolist() for name, value in self.head.margin_state().items()},
                 "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
                 "config": config,
             },
@@ -96,22 +85,17 @@ class TrainState:
         """Restore a checkpoint, written at any world size.
 
         Raises:
-            InputError: it belongs to other data.
+            InputError: it belongs to other data or another head.
         """
         check_data_matches(checkpoint, self.data)
+        restore_head(checkpoint, self.head, self.head_optimizer)
         load_weights(self.backbone, checkpoint.tensors("backbone"))
         if self.average is not None:
             load_weights(self.average, checkpoint.tensors("backbone-ema"))
         load_optimizer_tensors(self.backbone, self.backbone_optimizer, checkpoint.tensors("backbone-optimizer"))
-        for name, tensor in self.row_tensors().items():
-            checkpoint.read_rows(name, self.row_shard().start, tensor)
-        for name, value in checkpoint.state["margin_state"].items():
-            buffer = self.head.get_buffer(f"margin_{name}")
-            buffer.copy_(torch.tensor(value, dtype=buffer.dtype))
         if self.loss_scale is not None:
             self.loss_scale = LossScale(**checkpoint.state["loss_scale"])
         self.done = checkpoint.step
-        self.head.step = checkpoint.state["head_step"]
         for name in _SAVED_COUNTERS:
             setattr(self, name, checkpoint.state[name])
 

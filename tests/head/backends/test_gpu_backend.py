@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from partialfc.head import partial_fc
+from partialfc.head import sampled_softmax
 from partialfc.head.backends.base import CenterGradient, ScratchBuffer, SGDRule, ShardBatch
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.backends.torch_chunked import ChunkedBackend
@@ -34,7 +34,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
-    monkeypatch.setattr(partial_fc, "select_backend", lambda *arguments: backend)
+    monkeypatch.setattr(sampled_softmax, "select_backend", lambda *arguments: backend)
 
 
 def batch(seed: int, samples: int = BATCH, width: int = WIDTH) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def train(head: PartialFC, optimizer: torch.optim.Optimizer, micro_steps: int = 
         ),
         ({"sample_rate": 0.3}, {"width": 33}, 2),
         pytest.param({"sample_rate": 0.0}, {"samples": 3, "width": 7}, 1, marks=pytest.mark.slow),
-        pytest.param({"scale": 99.0}, {}, 1, marks=pytest.mark.slow),
+        pytest.param({"scale": 83.0}, {}, 1, marks=pytest.mark.slow),
         pytest.param(
             {"scratch_bytes": 40 * 6 * WIDTH, "conflict_threshold": 0.21}, {"samples": 40}, 1, marks=pytest.mark.slow
         ),
@@ -81,7 +81,7 @@ def test_the_same_as_the_chunked_backend(
     for backend in (GPUBackend(), ChunkedBackend()):
         use(monkeypatch, backend)
         width = sizes.get("width", WIDTH)
-        head = PartialFC(CLASSES, width, update=update, device=DEVICE, **options)
+        head = PartialFC(CLASSES, width, update=update, device=DEVICE, **({"sample_rate": 1.0} | options))
         optimizer = RowwiseSGD(head.parameters(), lr=0.01, weight_decay=0.1)
         results.append(train(head, optimizer, micro_steps, **sizes))
     for kernels, chunked in zip(*results, strict=True):

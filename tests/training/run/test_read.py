@@ -59,5 +59,5 @@ def test_a_report_imports_no_trainer() -> None:
     code = "import json, sys, partialfc.report.page; print(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = {name.removeprefix("partialfc.training.") for name in json.loads(done.stdout)}
-    assert {"run.read", "checkpoint.read"} <= imported
+    assert {"run.read", "partialfc.checkpoint.read"} <= imported
     assert not {"build", "loop", "state", "step"} & imported

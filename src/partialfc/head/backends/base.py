@@ -205,10 +205,6 @@ class CenterGradient:
         scaled, target = self.scaled_embeddings / scale, self.target_gradient / scale
         return replace(self, scaled_embeddings=scaled, target_gradient=target)
 
-    def overflowed(self) -> Tensor:
-        """() bool: whether the loss scale was too large for the compute dtype."""
-        return ~(torch.isfinite(self.scaled_embeddings).all() & torch.isfinite(self.target_gradient).all())
-
 
 @dataclass(frozen=True)
 class SGDRule:

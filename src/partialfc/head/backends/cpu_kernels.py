@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from partialfc.head.loss import SMALLEST_NORM
 
 _SMALLEST_NORM = np.float32(SMALLEST_NORM)
+_SMALLEST_SQUARE, _LARGEST = np.float32(SMALLEST_NORM**2), np.finfo(np.float32).max
 _OWN_CLASS = np.float32(-2.0)  # below every cosine: marks a sample's own class in a tile
 _EXACT = {"contract"}
 _REASSOCIATED = {"contract", "reassoc", "nsz"}  # lets a sum run in vector lanes
@@ -70,10 +71,11 @@ def _exp(x: Any) -> Any:
 
 @njit(nogil=True, cache=True, fastmath=_REASSOCIATED, error_model="numpy")
 def _inverse_norm(row: Any) -> Any:
+    """1 over the norm; NaN for a row without a direction, which the loss then shows: zero, infinite or NaN."""
     total = np.float32(0.0)
     for d in range(row.shape[0]):
         total += row[d] * row[d]
-    return np.float32(1.0) / max(np.sqrt(total), _SMALLEST_NORM)
+    return np.float32(1.0) / np.sqrt(total) if _SMALLEST_SQUARE <= total <= _LARGEST else np.float32(np.nan)
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
@@ -100,8 +102,8 @@ def mark_own_classes(cosine: Any, target_positions: Any, first: Any) -> None:
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
 def _weight(c: Any, scale: Any, shift: Any, threshold: Any) -> Any:
-    """exp(scale c − shift) of a cosine; 0 for a marked own class and for a conflict."""
-    return _exp(scale * c - shift) if (c > _OWN_CLASS) & (c <= threshold) else np.float32(0.0)
+    """exp(scale c − shift) of a cosine; 0 for a marked own class and for a conflict, NaN for NaN."""
+    return np.float32(0.0) if (c <= _OWN_CLASS) | (c > threshold) else _exp(scale * c - shift)
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
@@ -157,14 +159,21 @@ def finish_gradient(centers: Any, rows: Any, gradient: Any, target_rows: Any, ta
 def sgd_rows(
     centers: Any, momentum_buffer: Any, rows: Any, gradient: Any, lr: Any, momentum: Any, weight_decay: Any
 ) -> None:
-    """One step of SGD on the `rows` (n,) of centers and momentum_buffer (L, D) by gradient (n, D); all float32."""
+    """One step of SGD on the `rows` (n,) of centers and momentum_buffer (L, D) by gradient (n, D); all float32.
+
+    Without momentum the buffer is None.
+    """
     for k in range(rows.shape[0]):
         center = centers[rows[k]]
-        velocity = momentum_buffer[rows[k]]
-        for d in range(center.shape[0]):
-            v = momentum * velocity[d] + (gradient[k, d] + weight_decay * center[d])
-            velocity[d] = v
-            center[d] = center[d] - lr * v
+        if momentum_buffer is None:
+            for d in range(center.shape[0]):
+                center[d] = center[d] - lr * (gradient[k, d] + weight_decay * center[d])
+        else:
+            velocity = momentum_buffer[rows[k]]
+            for d in range(center.shape[0]):
+                v = momentum * velocity[d] + (gradient[k, d] + weight_decay * center[d])
+                velocity[d] = v
+                center[d] = center[d] - lr * v
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")

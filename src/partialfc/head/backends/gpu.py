@@ -57,7 +57,9 @@ class GPUBackend:
         operand, slots = _scaled_operand(gradient), _target_slots(gradient)
         return tile.gradient(gradient, operand, slots, (first, last), None, None)[: last - first]
 
-    def fused_update(self, gradient: CenterGradient, centers: Tensor, momentum_buffer: Tensor, rule: SGDRule) -> None:
+    def fused_update(
+        self, gradient: CenterGradient, centers: Tensor, momentum_buffer: Tensor | None, rule: SGDRule
+    ) -> None:
         """The second pass and the step of SGD in one: no gradient is stored, and nothing is read back."""
         batch = gradient.batch
         if not len(batch.classes):
@@ -142,7 +144,8 @@ class _Tile:
             product if momentum_buffer is None else momentum_buffer, unused if rule is None else rule.keys,
             unused if rule is None else rule.skip, self.count, 0.0 if rule is None else rule.lr, first, last, width,
             *((0.0, 0.0, 0) if rule is None else (rule.momentum, rule.weight_decay, rule.first_row)),
-            UPDATE=rule is not None, RATE_ON_DEVICE=rule is not None and isinstance(rule.lr, Tensor), **rows,
+            UPDATE=rule is not None, RATE_ON_DEVICE=rule is not None and isinstance(rule.lr, Tensor),
+            MOMENTUM=momentum_buffer is not None, **rows,
         )  # fmt: skip
         return product
 

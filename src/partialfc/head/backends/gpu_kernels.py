@@ -44,7 +44,11 @@ def unit_kernel(  # type: ignore[no-untyped-def]
     rows = tl.load(classes + first + positions, mask=sampled, other=0)
     in_d = (columns < D)[None, :]
     w = tl.load(centers + rows[:, None] * D + columns[None, :], mask=sampled[:, None] & in_d, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(w * w, 1)), _SMALLEST_NORM)
+    square = tl.sum(w * w, 1)
+    # A center without a direction (zero, infinite or NaN) becomes NaN, which the loss then shows.
+    sound = (square >= _SMALLEST_NORM * _SMALLEST_NORM) & (square < float("inf"))
+    inverses = 1.0 / tl.maximum(tl.sqrt(square), _SMALLEST_NORM)
+    scale = tl.where(sound, inverses, tl.where(sampled, float("nan"), 0.0))
     in_n = positions < N
     stored = (w * scale[:, None]).to(unit.dtype.element_ty)
     tl.store(unit + positions[:, None] * D + columns[None, :], stored, mask=in_n[:, None] & in_d)
@@ -92,7 +96,7 @@ def weights_kernel(  # type: ignore[no-untyped-def]
         cosine = tl.load(weights + at, mask=inside, other=0.0)
     targets = tl.load(target_positions + samples, mask=samples < G, other=-1)
     negative = (positions < used)[None, :] & ((first + positions)[None, :] != targets[:, None])
-    values = tl.where(negative & (cosine <= threshold), tl.exp(scale * cosine - shift), 0.0)
+    values = tl.where(negative & ~(cosine > threshold), tl.exp(scale * cosine - shift), 0.0)
     if SUMS:
         total, own, in_g = tl.sum(values, 1), block * G + samples, samples < G
         if CONFLICTS:
@@ -107,7 +111,7 @@ def weights_kernel(  # type: ignore[no-untyped-def]
 def finish_kernel(  # type: ignore[no-untyped-def]
     centers, classes, inverse, gradient, slots, target_gradient, momentum_buffer, keys, skip, count, rate,
     first, last, D, momentum, decay, first_row,
-    BN: tl.constexpr, BD: tl.constexpr, UPDATE: tl.constexpr, RATE_ON_DEVICE: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, UPDATE: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     """Project `gradient` (N, D) of a tile's unit centers, add the targets', and store it or update the rows with it."""
     positions, columns = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
@@ -124,15 +128,17 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     if UPDATE:
         lr = tl.load(rate) if RATE_ON_DEVICE else rate
         go = inside & (tl.load(skip + tl.zeros((BN, 1), tl.int32)) == 0)
-        velocity = tl.load(momentum_buffer + offsets, mask=inside, other=0.0).to(tl.float32)
-        velocity = momentum * velocity + (g + decay * w)
+        velocity = g + decay * w
+        if MOMENTUM:
+            velocity += momentum * tl.load(momentum_buffer + offsets, mask=inside, other=0.0).to(tl.float32)
         w = w - lr * velocity
         numbers = (rows + first_row)[:, None]
         if centers.dtype.element_ty == tl.bfloat16:
             w = _round(w, numbers, columns[None, :], tl.load(keys), D)
-        if momentum_buffer.dtype.element_ty == tl.bfloat16:
-            velocity = _round(velocity, numbers, columns[None, :], tl.load(keys + 1), D)
-        tl.store(momentum_buffer + offsets, velocity.to(momentum_buffer.dtype.element_ty), mask=go)
+        if MOMENTUM:
+            if momentum_buffer.dtype.element_ty == tl.bfloat16:
+                velocity = _round(velocity, numbers, columns[None, :], tl.load(keys + 1), D)
+            tl.store(momentum_buffer + offsets, velocity.to(momentum_buffer.dtype.element_ty), mask=go)
         tl.store(centers + offsets, w.to(centers.dtype.element_ty), mask=go)
     else:
         tl.store(gradient + in_tile, g, mask=inside)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from partialfc.head.backends.base import CenterGradient, NegativeSums, ShardBatch, tile_bounds
 from partialfc.head.backends.tile_sizes import CHUNKED_CPU_SCRATCH_BYTES, chunked_tile_classes
-from partialfc.head.loss import normalise_rows
+from partialfc.head.loss import normalise_centers
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tile:
 def compute_tile(centers: Tensor, batch: ShardBatch, first: int, last: int) -> Tile:
     """The tile of `batch.classes[first:last]`, from centers (L × K, D) that are not normalised."""
     config, margin = batch.config, batch.config.margin
-    unit_centers, norms = normalise_rows(centers[batch.rows(first, last)].to(batch.embeddings.dtype))
+    unit_centers, norms = normalise_centers(centers[batch.rows(first, last)].to(batch.embeddings.dtype))
     cosine = _product(batch.embeddings, unit_centers.T, batch) if centers.is_cuda else batch.embeddings @ unit_centers.T
     nearest: Tensor | None = None
     if margin.sub_centers > 1:

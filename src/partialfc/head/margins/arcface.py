@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -20,20 +21,23 @@ class ArcFace(Margin):
     Past θ = π − m, where cos(θ + m) would rise, it continues as cos θ − m·sin m, so that it decreases everywhere.
 
     Args:
-        m: the margin in radians, in [0, π).
+        m: the margin in radians, in [0, 2.33]: past that the continuation would begin above cos π, and the logit rise.
         gradient: "exact" is sin(θ + m) / sin θ; "straight_through" is 1, as in the reference implementation, which
             computes the margin outside autograd.
 
     Raises:
-        InputError: m lies outside [0, π), or the gradient is unknown.
+        InputError: m lies outside [0, 2.33], or the gradient is unknown.
     """
 
     m: float = 0.5
     gradient: Literal["exact", "straight_through"] = "exact"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.m < math.pi:
-            raise InputError(f"ArcFace's margin is {self.m}; it is an angle in radians in [0, π), such as 0.5.")
+        # At θ = π − m the continuation is −cos m − m·sin m, which must not exceed cos π.
+        if not (
+            isinstance(self.m, Real) and 0 <= self.m < math.pi and math.cos(self.m) + self.m * math.sin(self.m) >= 1
+        ):
+            raise InputError(f"ArcFace's margin is {self.m!r}; it is an angle in radians in [0, 2.33], such as 0.5.")
         if self.gradient not in ("exact", "straight_through"):
             raise InputError(f"ArcFace's gradient is {self.gradient!r}; it is 'exact' or 'straight_through'.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
@@ -22,8 +23,8 @@ class CosFace(Margin):
     m: float = 0.4
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.m) and self.m >= 0):
-            raise InputError(f"CosFace's margin is {self.m}; it must be a finite number of at least 0, such as 0.4.")
+        if not (isinstance(self.m, Real) and math.isfinite(self.m) and self.m >= 0):
+            raise InputError(f"CosFace's margin is {self.m!r}; it must be a finite number of at least 0, such as 0.4.")
 
     def target(self, cosine: Tensor, batch: MarginBatch) -> Tensor:
         return cosine - self.m

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
+from partialfc.checkpoint.read import Checkpoint, folder_name, steps_in
 from partialfc.core.errors import InputError
 from partialfc.model.config import ModelConfig, read_config
 from partialfc.model.files import find_model
-from partialfc.training.checkpoint.read import Checkpoint, folder_name, steps_in
 from partialfc.training.run.log import read_metrics
 
 # Numbers outside this range count as infinite or zero: in an axis they would leave the range of floats.

@@ -14,9 +14,9 @@ import pytest
 import torch
 from checkpoint_samples import ThreadRank, assert_holds, flip, head_rows, names, newest, on_ranks, save, save_on
 
+from partialfc.checkpoint.read import Checkpoint
+from partialfc.checkpoint.write import CheckpointNotWritten
 from partialfc.distributed.collectives import Shard
-from partialfc.training.checkpoint.read import Checkpoint
-from partialfc.training.checkpoint.write import CheckpointNotWritten
 
 
 def test_keep(tmp_path: Path) -> None:

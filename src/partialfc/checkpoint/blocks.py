@@ -16,9 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from partialfc.distributed.activity import report_progress
-from partialfc.distributed.collectives import split_evenly
-from partialfc.training.checkpoint.format import (
+from partialfc.checkpoint.format import (
     DamagedCheckpoint,
     FileRecord,
     Manifest,
@@ -26,6 +24,8 @@ from partialfc.training.checkpoint.format import (
     encode_header,
     parse_header,
 )
+from partialfc.distributed.activity import report_progress
+from partialfc.distributed.collectives import split_evenly
 
 BLOCK_BYTES = 16 * 2**20
 """The unit of verification: a reader hashes whole blocks, so that this is also the least that it reads."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from partialfc.checkpoint.write import CheckpointNotWritten, Snapshot, save_checkpoint
 from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import Group
 from partialfc.distributed.sharded import full_tensor
-from partialfc.training.checkpoint.write import CheckpointNotWritten, Snapshot, save_checkpoint
 
 
 class CheckpointWriter:

@@ -10,8 +10,8 @@ from checkpoint_samples import ThreadRank, ThreadShard, names, on_ranks
 from small_runs import FIXTURES
 from torch import Tensor
 
-from partialfc.training.checkpoint.read import Checkpoint
-from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
+from partialfc.checkpoint.read import Checkpoint
+from partialfc.checkpoint.write import Snapshot, save_checkpoint
 
 STORED = FIXTURES / "checkpoint" / "step-00000005"
 

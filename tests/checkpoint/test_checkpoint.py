@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from partialfc.checkpoint import blocks
+from partialfc.checkpoint.read import Checkpoint, load_latest
+from partialfc.checkpoint.write import Snapshot, save_checkpoint
 from partialfc.distributed.collectives import Shard, all_reduce, split_evenly
-from partialfc.training.checkpoint import blocks
-from partialfc.training.checkpoint.read import Checkpoint, load_latest
-from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
 
 
 @pytest.mark.parametrize("saved_at", [1, 2, 3, 4])

@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from partialfc.checkpoint.blocks import BLOCK_BYTES, VerifiedFiles, safetensors_pieces, write_hashed
+from partialfc.checkpoint.format import MANIFEST, FileRecord, Manifest, Part, RowTensor, dtype_code
+from partialfc.checkpoint.read import folder_name, is_whole, leftovers, steps_in
 from partialfc.core.errors import JobError
 from partialfc.core.files import fsync
 from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import Group, Shard, gather_json
-from partialfc.training.checkpoint.blocks import BLOCK_BYTES, VerifiedFiles, safetensors_pieces, write_hashed
-from partialfc.training.checkpoint.format import MANIFEST, FileRecord, Manifest, Part, RowTensor, dtype_code
-from partialfc.training.checkpoint.read import LEFTOVER, folder_name, is_whole, steps_in
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _logger = logging.getLogger(__name__)
@@ -71,36 +71,47 @@ class Snapshot:
 
 
 def save_checkpoint(root: Path, snapshot: Snapshot, *, keep: int = 3, block_bytes: int = BLOCK_BYTES) -> Path:
-    """Write a checkpoint, which appears under the name of its step only when all of it is on the storage.
-
-    Every rank of `snapshot.shard.group` calls this, and returns when the checkpoint is in place. A checkpoint of
-    the same step is replaced. Six collectives of a few kilobytes; the tensors travel to the storage only.
+    """`save_folder` under the name of the snapshot's step in `root`, which deletes older checkpoints there.
 
     Args:
         root: the folder of checkpoints, on storage that all ranks share; made if missing.
-        snapshot: what to write; no tensor in it is sharded by PyTorch.
-        keep: how many whole checkpoints up to this step stay, at least 1; older ones are deleted.
-        block_bytes: the unit of verification.
-
-    Raises:
-        CheckpointNotWritten: on all ranks alike, if any rank could not write (a full disk, say). Nothing of this step
-            is left, and the checkpoints before it are untouched.
+        keep: how many whole checkpoints up to this step stay, at least 1.
     """
     if keep < 1:
         raise ValueError("keep must be at least 1: the checkpoint just written is never deleted")
+    folder = root / folder_name(snapshot.step)
+    save_folder(folder, snapshot, keep=keep, block_bytes=block_bytes)
+    return folder
+
+
+def save_folder(folder: Path, snapshot: Snapshot, *, keep: int | None = None, block_bytes: int = BLOCK_BYTES) -> None:
+    """Write a checkpoint, which appears as `folder` only when all of it is on the storage.
+
+    Every rank of `snapshot.shard.group` calls this, and returns when the checkpoint is in place. An existing folder is
+    replaced. Six collectives of a few kilobytes; the tensors travel to the storage only.
+
+    Args:
+        folder: on storage that all ranks share; its parent is made if missing.
+        snapshot: what to write; no tensor in it is sharded by PyTorch.
+        keep: for the folder of a step, how many whole ones up to this step stay beside it; None for all.
+        block_bytes: the unit of verification.
+
+    Raises:
+        CheckpointNotWritten: on all ranks alike, if any rank could not write (a full disk, say). Nothing new is left,
+            and an existing folder is untouched.
+    """
     group = snapshot.shard.group
-    token = _together("prepare", lambda: _prepare(root, snapshot), group)[0]
-    writing = root / f".{folder_name(snapshot.step)}.{token}.writing"
+    token = _together("prepare", lambda: _prepare(folder, snapshot), group)[0]
+    writing = folder.with_name(f".{folder.name}.{token}.writing")
 
     try:
         with activity(f"writing {writing}"):
             reports = _together("write", lambda: _write_files(writing, snapshot, block_bytes), group)
-        _together("complete", lambda: _commit(writing, snapshot, block_bytes, reports, keep), group)
+        _together("complete", lambda: _commit(folder, writing, snapshot, block_bytes, reports, keep), group)
     except CheckpointNotWritten:
         if snapshot.shard.rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
         raise
-    return root / folder_name(snapshot.step)
 
 
 def _check_json(value: Any, name: str) -> None:
@@ -133,14 +144,14 @@ def _together(purpose: str, work: Callable[[], T], group: Group | None) -> list[
     return [one["result"] for one in outcomes]
 
 
-def _prepare(root: Path, snapshot: Snapshot) -> str:
+def _prepare(folder: Path, snapshot: Snapshot) -> str:
     """Check the snapshot; on rank 0 remove the unfinished folders of dead runs, and choose a name none of them uses."""
     snapshot.check()
     if snapshot.shard.rank != 0:
         return ""
-    root.mkdir(parents=True, exist_ok=True)
-    fsync(root.parent)
-    _remove(root, ".writing")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fsync(folder.parent.parent)
+    _remove_leftovers(folder, "writing")
     return secrets.token_hex(4)
 
 
@@ -179,43 +190,44 @@ def _manifest(snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]
     return Manifest(snapshot.step, snapshot.state, block_bytes, rows, files)
 
 
-def _commit(writing: Path, snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]], keep: int) -> None:
+def _commit(
+    folder: Path, writing: Path, snapshot: Snapshot, block_bytes: int, reports: list[dict[str, Any]], keep: int | None
+) -> None:
     """On rank 0 write the manifest last, flush and rename the folder, and delete the oldest checkpoints."""
     if snapshot.shard.rank != 0:
         return
-    root, manifest = writing.parent, _manifest(snapshot, block_bytes, reports)
+    manifest = _manifest(snapshot, block_bytes, reports)
     VerifiedFiles(writing, manifest).check_sizes()  # fails if a rank wrote to a disk of its own
     write_hashed(writing / MANIFEST, [manifest.encode()])
     fsync(writing)
-    final = root / folder_name(manifest.step)
-    if final.exists():
-        os.rename(final, _old_name(final))
-    os.rename(writing, final)
-    fsync(root)
+    if folder.exists():
+        os.rename(folder, _old_name(folder))
+    os.rename(writing, folder)
+    fsync(folder.parent)
     try:
-        _retire(root, manifest.step, keep)
+        _retire(folder, snapshot.step, keep)
     except OSError as error:
-        _logger.warning("old checkpoints in %s could not be deleted (%s); this fills the disk", root, error)
+        _logger.warning("old checkpoints at %s could not be deleted (%s); this fills the disk", folder, error)
 
 
-def _retire(root: Path, step: int, keep: int) -> None:
-    """Delete what is older than the last `keep` whole checkpoints up to `step`. Later steps stay.
+def _retire(folder: Path, step: int, keep: int | None) -> None:
+    """Delete what `folder` replaced and, unless `keep` is None, what is older than the last `keep` whole checkpoints.
 
-    A checkpoint is renamed first, so that a half-deleted one does not bear the name of a step.
+    Later steps stay. A checkpoint is renamed first, so that a half-deleted one does not bear the name of a step.
     """
-    steps = [earlier for earlier in steps_in(root) if earlier <= step]
-    whole = [earlier for earlier in steps if is_whole(root / folder_name(earlier))]
-    for earlier in steps:
-        if len(whole) > keep and earlier < whole[-keep]:
-            folder = root / folder_name(earlier)
-            os.rename(folder, _old_name(folder))
-    _remove(root, ".old")
+    if keep is not None:
+        root = folder.parent
+        steps = [earlier for earlier in steps_in(root) if earlier <= step]
+        whole = [earlier for earlier in steps if is_whole(root / folder_name(earlier))]
+        for earlier in steps:
+            if len(whole) > keep and earlier < whole[-keep]:
+                os.rename(root / folder_name(earlier), _old_name(root / folder_name(earlier)))
+    _remove_leftovers(folder, "old")
 
 
-def _remove(root: Path, suffix: str) -> None:
-    for path in root.iterdir():
-        if LEFTOVER.fullmatch(path.name) and path.suffix == suffix:
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_leftovers(folder: Path, suffix: str) -> None:
+    for path in leftovers(folder, suffix):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _old_name(folder: Path) -> Path:

@@ -14,14 +14,14 @@ import torch
 from distributed_workers import run_ranks
 from small_runs import config_without_saves
 
+from partialfc.checkpoint import write as write_module
+from partialfc.checkpoint.read import Checkpoint, steps_in
+from partialfc.checkpoint.write import Snapshot, save_checkpoint
 from partialfc.distributed.collectives import Shard
 from partialfc.training import loop
-from partialfc.training.checkpoint import write as write_module
-from partialfc.training.checkpoint import writer as writer_module
-from partialfc.training.checkpoint.read import Checkpoint, steps_in
-from partialfc.training.checkpoint.write import Snapshot, save_checkpoint
-from partialfc.training.checkpoint.writer import CheckpointWriter
+from partialfc.training import saver as writer_module
 from partialfc.training.loop import train
+from partialfc.training.saver import CheckpointWriter
 
 
 def slow_rank(rank: int, folder: Path) -> None:

@@ -11,10 +11,10 @@ from checkpoint_samples import flip, save
 from small_runs import small_config, tiny_config, write_images
 
 from partialfc import cli
+from partialfc.checkpoint.format import DamagedCheckpoint
+from partialfc.checkpoint.read import Checkpoint, steps_in
 from partialfc.config.options import TrainConfig
 from partialfc.core.errors import InputError
-from partialfc.training.checkpoint.format import DamagedCheckpoint
-from partialfc.training.checkpoint.read import Checkpoint, steps_in
 from partialfc.training.loop import train
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from checkpoint_samples import ThreadRank, assert_holds, flip, head_rows, newest, on_ranks, save, save_on
 
+from partialfc.checkpoint.blocks import write_hashed
+from partialfc.checkpoint.format import DamagedCheckpoint
+from partialfc.checkpoint.read import Checkpoint, load_latest
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import split_evenly
-from partialfc.training.checkpoint.blocks import write_hashed
-from partialfc.training.checkpoint.format import DamagedCheckpoint
-from partialfc.training.checkpoint.read import Checkpoint, load_latest
 
 
 @pytest.mark.parametrize("name", ["backbone.safetensors", "head-00000-of-00001.safetensors", "identities.json"])

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from partialfc.checkpoint.blocks import VerifiedFiles
+from partialfc.checkpoint.format import DTYPES, DamagedCheckpoint, dtype_code, read_manifest
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import gather_json, rank_of
-from partialfc.training.checkpoint.blocks import VerifiedFiles
-from partialfc.training.checkpoint.format import DTYPES, DamagedCheckpoint, dtype_code, read_manifest
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-LEFTOVER = re.compile(r"\.step-(\d{8,})\.[0-9a-f]{8}\.(writing|old)")
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(writing|old)")
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ class Checkpoint(VerifiedFiles):
         step: optimizer steps done.
         state: what the writer passed as `state`.
         row_shapes: global shape of each row tensor, (total rows, ...).
+        row_dtypes: the dtype of each.
         digest: SHA-256 of the manifest, which covers every byte of the checkpoint.
     """
 
@@ -47,6 +48,7 @@ class Checkpoint(VerifiedFiles):
         self.state = dict(manifest.state)
         self.digest = manifest.digest()
         self.row_shapes = {name: tensor.shape for name, tensor in manifest.rows.items()}
+        self.row_dtypes = {name: DTYPES[tensor.dtype] for name, tensor in manifest.rows.items()}
         self._rows = manifest.rows
 
     def tensors(self, group: str) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ class Checkpoint(VerifiedFiles):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Global rows [start, stop) of a row tensor: (stop - start, ...) on the CPU. See `read_rows`."""
-        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=DTYPES[self._rows[name].dtype])
+        result = torch.empty((stop - start, *self.row_shapes[name][1:]), dtype=self.row_dtypes[name])
         self.read_rows(name, start, result)
         return result
 
@@ -145,6 +147,21 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def leftovers(folder: Path, suffix: str) -> list[Path]:
+    """What interrupted writes of `folder` left beside it, or those of all steps in its root if it is that of a step.
+
+    Args:
+        suffix: "writing" for unfinished folders, "old" for replaced ones.
+    """
+    is_step = STEP_FOLDER.fullmatch(folder.name)
+    return [
+        path
+        for path in folder.parent.iterdir()
+        if (match := _LEFTOVER.fullmatch(path.name)) and match[2] == suffix
+        if match[1] == folder.name or (is_step and STEP_FOLDER.fullmatch(match[1]))
+    ]
+
+
 def steps_in(root: Path) -> list[int]:
     """The steps that have a folder in `root`, ascending; none if there is no such folder."""
     names = [path.name for path in root.iterdir()] if root.is_dir() else []
@@ -161,8 +178,8 @@ def _candidates(root: Path) -> list[str]:
     for name in [path.name for path in root.iterdir()] if root.is_dir() else []:
         if match := STEP_FOLDER.fullmatch(name):
             candidates.append((int(match[1]), True, name))
-        elif (match := LEFTOVER.fullmatch(name)) and match[2] == "old":
-            candidates.append((int(match[1]), False, name))
+        elif (match := _LEFTOVER.fullmatch(name)) and match[2] == "old" and (step := STEP_FOLDER.fullmatch(match[1])):
+            candidates.append((int(step[1]), False, name))
     return [name for _, _, name in sorted(candidates, reverse=True)]
 
 

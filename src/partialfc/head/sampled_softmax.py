@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.profiler import record_function
 
 from partialfc.core import keyed_random
@@ -69,6 +70,7 @@ class SampledSoftmax(torch.autograd.Function):
         return loss if step.bad is None else loss.masked_fill(step.bad, torch.nan)
 
     @staticmethod
+    @_disable_dynamo  # which would trace into numba's compiler where a compiled step calls backward
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         centers, embeddings = _saved_tensors(ctx)
         gradients: list[Tensor | None] = [*SampledSoftmax._gradients(ctx, loss_gradient, centers)]

@@ -223,7 +223,7 @@ def _nearest(queries: Rows, gallery: Rows, positions: slice, k: int) -> tuple[Te
     step, order = gallery.block[1], gallery.order
     rows = queries.order[positions]
     # The k-th best of a first part, less its rounding error, is a similarity that k rows of the gallery reach.
-    part = queries.units[rows] @ gallery.units[: max(k, step)].T
+    part = queries.units[rows] @ gallery.units[: max(k, 4 * step)].T
     least = part.topk(k, dim=1).values[:, -1].double() - _rounding(queries.units.shape[1])
     found, size = [], 0
     for j in range(0, len(gallery), step):
@@ -231,7 +231,7 @@ def _nearest(queries: Rows, gallery: Rows, positions: slice, k: int) -> tuple[Te
         first, second = first - positions.start, order[second]
         found.append((first, second, pair_dots(queries.units, gallery.units, rows[first], second)))
         size += len(first)
-        if size > 4 * len(rows) * k:
+        if size > 2 * len(rows) * k:
             found = [_best_of_each(found, k)]
             first, _, similarities = found[0]
             size, counts = len(first), first.bincount(minlength=len(rows))

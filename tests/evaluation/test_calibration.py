@@ -29,7 +29,7 @@ def isotonic_min_cllr(genuine: np.ndarray, impostor: np.ndarray) -> float:
 
 
 @given(genuine=tied, impostor=tied)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_min_cllr_equals_scikit_learn_on_tied_scores(genuine: list[float], impostor: list[float]) -> None:
     expected = isotonic_min_cllr(np.array(genuine), np.array(impostor))
     assert min_cllr(genuine, impostor) == pytest.approx(expected, abs=1e-9)
@@ -43,7 +43,7 @@ def test_min_cllr_equals_scikit_learn_on_continuous_scores(shift: float, count: 
 
 
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 200), levels=st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_pooling_equals_scikit_learn(seed: int, count: int, levels: int) -> None:
     generator = np.random.default_rng(seed)
     values = generator.integers(levels, size=count) / levels - np.arange(count) * generator.choice([0, 0.01, -0.01])

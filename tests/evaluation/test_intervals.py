@@ -250,6 +250,6 @@ def test_a_long_tail_is_resampled_in_seconds() -> None:
     scores = Scores(
         generator.normal(4, 1, 20_000), generator.normal(size=1_000_000), 10**8, np.arange(20_000) % 3000, ends
     )
-    start = time.perf_counter()
+    start = time.process_time()
     assert tar_figure(scores, 5e-3).value is not None
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15

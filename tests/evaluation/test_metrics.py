@@ -169,7 +169,7 @@ def test_tar_equals_the_nearest_reading_where_a_point_has_the_exact_far(seed: in
 
 
 @given(far=st.fractions(0, 1, max_denominator=3000), impostors=st.integers(1, 10**7))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_allowed_false_accepts_is_exact_for_decimal_rates(far: Fraction, impostors: int) -> None:
     allowed = allowed_false_accepts(float(far), impostors)
     assert allowed / impostors <= float(far)
@@ -186,7 +186,7 @@ def test_allowed_false_accepts_of_usual_counts() -> None:
 
 
 @given(genuine=scores, impostor=scores, far=rates, kept=st.integers(1, 40), failures=st.integers(0, 3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_tail_is_read_as_all_scores_or_refused(
     genuine: list[float], impostor: list[float], far: float, kept: int, failures: int
 ) -> None:

@@ -59,6 +59,8 @@ def evenness(num_classes: int, rate: float, clustered: bool, steps: int) -> tupl
 
 
 def table(steps: int) -> Iterator[str]:
+    yield f"{steps} steps a row, fewer for large samples."
+    yield ""
     yield "| classes | rate | spread: blocks, χ² | clustered: blocks, χ² |"
     yield "|---|---|---|---|"
     for num_classes in SIZES:

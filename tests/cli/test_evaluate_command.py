@@ -31,3 +31,8 @@ def test_the_model_of_a_run_is_found_and_a_broken_one_named(capsys: pytest.Captu
     capsys.readouterr()
     (tmp_path / "run" / "model" / "last" / "model.safetensors").write_bytes(b"")
     assert "model.safetensors" in complaint(capsys, "evaluate", tmp_path / "run", "--benchmark", f"lfw={LFW}")
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_images(capsys: pytest.CaptureFixture[str], size: int) -> None:
+    assert "--batch-size" in complaint(capsys, "evaluate", "model", "--benchmark", f"lfw={LFW}", "--batch-size", size)

@@ -55,6 +55,9 @@ def _add_options(parser: Parser) -> None:
 
 def run(options: Namespace) -> None:
     """Run benchmarks on models, or on stored features."""
+    for name in ("batch_size", "workers"):
+        if getattr(options, name) < (name == "batch_size"):
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give a positive number.")
     paths, device = named_paths(options.benchmark), choose_device(options.device)
     if not options.model and options.embeddings is None:
         raise InputError("There is nothing to evaluate: give a model, or features with --embeddings.")

@@ -24,15 +24,15 @@ import torch
 from documents import paragraph, write_between
 from partialfc.bench.machine import describe
 from partialfc.core.device import peak_bytes, timed
-from partialfc.evaluation.figures import results_table
-from partialfc.evaluation.identification import identify_templates
-from partialfc.evaluation.ijb_files import (
+from partialfc.data.ijb_files import (
     read_faces,
     read_galleries,
     read_members,
     read_probes,
     read_template_pairs,
 )
+from partialfc.evaluation.figures import results_table
+from partialfc.evaluation.identification import identify_templates
 from partialfc.evaluation.templates import template_features, verify_templates
 
 FACES, WIDTH = 469_375, 512

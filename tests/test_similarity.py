@@ -248,6 +248,7 @@ def test_every_rank_finds_the_same(world_size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_finds_the_same() -> None:
     units, labels = faces(9000, 512, 900)
     units[4000:4200] = units[:200]

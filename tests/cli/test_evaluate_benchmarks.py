@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,92 @@ def test_one_in_a_gallery(capsys: pytest.CaptureFixture[str], model: Path, tmp_p
     assert (result["mated"], result["non_mated"]) == (3, 100)
     assert result["figures"]["rank-5"]["value"] == 1.0
     assert result["figures"]["tpir@fpir=0.01"]["value"] is not None
+
+
+def test_rank_1_among_distractors_is_a_figure_of_its_own(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    for part, people in {"gallery": {"ann": 2, "bob": 1}, "probe": {"ann": 1, "bob": 2}}.items():
+        write_people(tmp_path / "set" / part, people)
+    alone = evaluated(capsys, model, "--benchmark", tmp_path / "set")["benchmarks"]["set"]
+    # The very images of the probes, as distractors, are ahead of everybody.
+    shutil.copytree(tmp_path / "set" / "probe", tmp_path / "set" / "distractors")
+    among = evaluated(capsys, model, "--benchmark", tmp_path / "set")["benchmarks"]["set"]
+    assert among["distractors"] == 3
+    assert among["figures"].pop("distractors/rank-1")["value"] == 0.0
+    assert among["figures"] == alone["figures"]
+    assert alone["figures"]["rank-1"]["value"] > 0
+
+
+def test_a_folder_of_verification_files_compares_groups(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "rfw"
+    folder.mkdir()
+    for number, group in enumerate(("African", "Asian")):
+        people = write_people(tmp_path / group, {f"{group}{n}": 3 for n in range(20 + number)})
+        assert run("data", "pairs", people, "--out", folder / f"{group}.bin", "--pairs", 120) == 0
+    capsys.readouterr()
+    alone = evaluated(capsys, model, "--benchmark", folder / "Asian.bin")["benchmarks"]["Asian"]["figures"]
+    result = evaluated(capsys, model, "--benchmark", folder)["benchmarks"]["rfw"]
+    assert result["impostor_pairs"] == 120
+    assert {f"asian/{name}": figure for name, figure in alone.items()}.items() <= result["figures"].items()
+    assert result["groups_at"]["fmr"] == 0.1
+    rates = [result["figures"][f"{group}/fmr"]["value"] for group in ("african", "asian")]
+    assert 0 < sum(rates) / 2 <= 0.1
+    assert result["figures"]["garbe"]["value"] is not None
+
+
+def listed_features(tmp_path: Path, header: Sequence[str]) -> tuple[Path, Path]:
+    """Features of 30 people with 4 images each in two groups, and their list with a column for each of the header."""
+    generator = np.random.default_rng(0)
+    ids = np.arange(120) // 4
+    norms = generator.uniform(1, 9, 120)
+    noise = generator.normal(size=(120, 32)) * (2.0 / norms[:, None])
+    rows = generator.normal(size=(30, 32))[ids] + noise
+    rows *= (norms / np.linalg.norm(rows, axis=1))[:, None]
+    np.save(tmp_path / "features.npy", rows.astype(np.float32))
+    columns = {"path": "x.jpg", "mask": 0}
+    lines = [
+        [{"identity": one, "group": ("a", "b")[one % 2], "quality": -norms[row], **columns}[name] for name in header]
+        for row, one in enumerate(ids.tolist())
+    ]
+    return tmp_path / "features.npy", write_csv(tmp_path / "list.csv", [list(header), *lines])
+
+
+def test_a_list_has_group_figures_and_the_error_against_the_share_discarded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    features, listed = listed_features(tmp_path, ["path", "identity", "group", "mask"])
+    arguments = ["--embeddings", features, "--benchmark", listed]
+    result = evaluated(capsys, *arguments)["benchmarks"]["list"]
+    at = result["groups_at"]
+    assert (at["fmr"], at["groups"]) == (1e-2, ["a", "b"])
+    units = np.load(features).astype(float)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    products, ids = units @ units.T, np.arange(120) // 4
+    for left, right in ((0, 0), (0, 1), (1, 1)):
+        of = (ids[:, None] % 2 == left) & (ids % 2 == right) & (ids[:, None] != ids)
+        assert at["cross_fmr"][left][right] == pytest.approx(np.mean(products[of] >= at["cosine"]), abs=1e-12)
+    quality = result["quality"]
+    assert (quality["by"], quality["discarded"][0]) == ("norm", 0)
+    assert quality["fnmr"][4] < quality["fnmr"][0]  # images of small norm are the noisy ones here
+    assert run("evaluate", *arguments, "--workers", 0) == 0
+    shown = capsys.readouterr().out
+    assert "Quality by norm: without the worst 10%" in shown
+    assert "set for FMR 0.01 over all" in shown
+    assert "training set are among these is unknown" in shown
+
+
+def test_a_list_may_bring_a_quality(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    features, listed = listed_features(tmp_path, ["path", "identity", "group", "mask", "quality"])
+    result = evaluated(capsys, "--embeddings", features, "--benchmark", listed)["benchmarks"]["list"]
+    assert result["quality"]["by"] == "column"
+    assert result["quality"]["fnmr"][4] > result["quality"]["fnmr"][0]  # the column is upside down
+    listed.write_text(listed.read_text().replace("-", "minus ", 1))
+    said = complaint(capsys, "evaluate", "--embeddings", features, "--benchmark", listed, "--json")
+    assert "Line 2" in said
+    assert "finite number" in said
 
 
 def test_pairs_of_ones_own_are_written_and_evaluated(
@@ -205,7 +292,7 @@ def evaluated_stored(capsys: pytest.CaptureFixture[str], features: Path, folder:
     [
         (["MODEL"], "--benchmark"),
         (["--benchmark", "LFW"], "nothing to evaluate"),
-        (["MODEL", "--benchmark", "nowhere"], "no benchmark nowhere"),
+        (["MODEL", "--benchmark", "nowhere"], "neither a path that exists"),
         (["MODEL", "--benchmark", "EMPTY"], "no benchmark that is known"),
         (["MODEL", "--benchmark", "LFW", "LFW"], "given twice"),
         (["MODEL", "--benchmark", "LFW", "--batch-size", "0"], "batch"),

@@ -12,9 +12,9 @@ from ijb_sets import random_set, write_identification, write_set
 from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
+from partialfc.data.ijb_files import read_faces, read_galleries, read_members, read_probes
 from partialfc.evaluation import identification as module
 from partialfc.evaluation.identification import identify, identify_templates, search
-from partialfc.evaluation.ijb_files import read_faces, read_galleries, read_members, read_probes
 from partialfc.evaluation.templates import template_features
 
 

@@ -12,9 +12,7 @@ from ijb_sets import IjbSet, random_set, write_set
 from sklearn.metrics import roc_curve
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation import templates as module
-from partialfc.evaluation.figures import rate_name
-from partialfc.evaluation.ijb_files import (
+from partialfc.data.ijb_files import (
     FaceList,
     Members,
     TemplatePairs,
@@ -22,6 +20,8 @@ from partialfc.evaluation.ijb_files import (
     read_members,
     read_template_pairs,
 )
+from partialfc.evaluation import templates as module
+from partialfc.evaluation.figures import rate_name
 from partialfc.evaluation.templates import FARS, nearest_far, pair_scores, template_features, verify_templates
 
 

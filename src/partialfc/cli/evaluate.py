@@ -22,7 +22,7 @@ from partialfc.model.embed import Precision
 from partialfc.model.features import read_features
 from partialfc.model.files import Model, find_model, load_model
 
-_USAGE = "partialfc evaluate [MODEL ...] [--embeddings FILE] --benchmark [NAME=]PATH ... [options]"
+_USAGE = "partialfc evaluate [MODEL ...] --benchmark [NAME=]PATH ... [options]"
 _SIZE = 112  # of the images of a benchmark whose features are stored
 
 
@@ -124,7 +124,8 @@ def _content(results: dict[str, Result], thresholds: Thresholds | None, facts: d
     content: dict[str, Any] = {}
     lines = []
     for name, result in results.items():
-        content[name] = result.to_dict()
+        # Names of folders do not tell who is in them.
+        content[name] = {**result.to_dict(), "identity_overlap": "unknown"}
         if thresholds is None or "" not in result.scores:
             continue
         if facts["contract"] is not None and not same_source(thresholds.contract, facts["contract"]):
@@ -159,4 +160,5 @@ def _text(models: Mapping[str, dict[str, Any]]) -> str:
     names = [Path(name).name for name in models]
     short = names if len(set(names)) == len(names) else list(models)
     table = results_table({name: one["results"] for name, one in zip(short, models.values(), strict=True)})
-    return "\n".join([table, *(line for one in models.values() for line in one["lines"])])
+    lines = [line for one in models.values() for line in one["lines"]]
+    return "\n".join([table, *lines, "Whether people of the training set are among these is unknown."])

@@ -228,15 +228,17 @@ def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
     """[NAME=]PATH words as a dictionary; the name of a path is that of its file or folder.
 
     Raises:
-        InputError: a word has no name or no path, or a name is repeated.
+        InputError: a word has an empty name or path, or no name and names nothing that exists, or a name is repeated.
     """
     named: dict[str, Path] = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
-        if not equals:
+        if not equals and Path(pair).exists():
             name, path = Path(pair).stem, pair
         if not (name and path):
-            raise InputError(f"benchmark {pair!r} is not NAME=PATH: write for example lfw=data/lfw.bin.")
+            raise InputError(
+                f"benchmark {pair!r} is neither a path that exists nor NAME=PATH: write for example lfw=data/lfw.bin."
+            )
         if name in named:
             raise InputError(f"benchmark name {name!r} is given twice: give each file its own name.")
         named[name] = Path(path)

@@ -8,6 +8,7 @@ needs the largest of them only.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,17 @@ from torch import Tensor
 
 from partialfc.core.errors import InputError
 from partialfc.evaluation.figures import Figure, Result, rate_name
+from partialfc.evaluation.groups import cross_group_fmr
 from partialfc.evaluation.intervals import interval_facts, tar_figure
 from partialfc.evaluation.metrics import Scores, allowed_false_accepts
-from partialfc.evaluation.verification import failure_to_enrol
+from partialfc.evaluation.verification import failure_to_enrol, with_groups
 from partialfc.similarity import Rows, check_units, count_pairs, largest_pairs, pair_dots
 
 FARS = (1e-6,)
 HARD_FARS = (1e-4,)  # of masked and of children's images
 MASK, CHILDREN = "mask", "children"
 _COLUMNS = ("path", "identity", "group", "mask")
+_QUALITY = "quality"  # a column that may be there too
 _MASK_VALUES = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 _ALL_KEPT = 1 << 21  # impostor scores that are kept whatever the FAR: those of small sets all are
 _MOST_KEPT = 1 << 25
@@ -47,19 +50,22 @@ class ImageList:
         paths, identities: (N,) text.
         groups: (N,) text, "" where none is named.
         masked: bool (N,), whether the face wears a mask.
+        qualities: float64 (N,), higher is better; None if the list has none.
     """
 
     paths: list[str]
     identities: list[str]
     groups: list[str]
     masked: NDArray[np.bool_]
+    qualities: Floats | None = None
 
 
 def read_list(path: str | Path) -> ImageList:
-    """Read a CSV file with the columns path, identity, group and mask; group and mask may be empty.
+    """Read a CSV file with the columns path, identity, group, mask and perhaps quality; group and mask may be empty.
 
     Raises:
-        InputError: the file cannot be read, or lacks a column, rows, an identity or a known value of mask.
+        InputError: the file cannot be read, or lacks a column, rows, an identity, a known value of mask, or a finite
+            quality.
     """
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
@@ -67,25 +73,33 @@ def read_list(path: str | Path) -> ImageList:
             missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
                 raise InputError(f"{path} has no column {missing[0]!r}: its first line must be {','.join(_COLUMNS)}.")
-            rows = [_read_row(row, f"Line {reader.line_num} of {path}") for row in reader]
+            columns = [*_COLUMNS, *([_QUALITY] if _QUALITY in (reader.fieldnames or ()) else [])]
+            rows = [_read_row(row, columns, f"Line {reader.line_num} of {path}") for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a CSV file in UTF-8: {error}.") from error
     if not rows:
         raise InputError(f"{path} names no images: give a line for each row of the features.")
-    paths, identities, groups, masks = (list(column) for column in zip(*rows, strict=True))
-    return ImageList(paths, identities, groups, np.array([_MASK_VALUES[mask] for mask in masks]))
+    paths, identities, groups, masks, *quality = (list(column) for column in zip(*rows, strict=True))
+    qualities = np.array(quality[0], dtype=np.float64) if quality else None
+    return ImageList(paths, identities, groups, np.array([_MASK_VALUES[mask] for mask in masks]), qualities)
 
 
-def _read_row(row: dict[Any, Any], where: str) -> tuple[str, ...]:
-    """The values of `_COLUMNS` in one row."""
+def _read_row(row: dict[Any, Any], columns: Sequence[str], where: str) -> tuple[str, ...]:
+    """The values of the columns in one row."""
     if None in row or None in row.values():
         raise InputError(f"{where} has too {'many' if None in row else 'few'} values: give one for each column.")
-    path, identity, group, mask = (row[column].strip() for column in _COLUMNS)
+    path, identity, group, mask, *quality = (row[column].strip() for column in columns)
     if not identity:
         raise InputError(f"{where} names no identity: give every image one.")
     if mask.lower() not in _MASK_VALUES:
         raise InputError(f"{where} has the mask value {mask!r}: write 1 with a mask, and 0 or nothing without.")
-    return path, identity, group, mask.lower()
+    try:
+        finite = all(math.isfinite(float(value)) for value in quality)
+    except ValueError:
+        finite = False
+    if not finite:
+        raise InputError(f"{where} has the quality {quality[0]!r}: write a finite number, higher for better.")
+    return path, identity, group, mask.lower(), *quality
 
 
 def evaluate_all_pairs(
@@ -127,7 +141,8 @@ def evaluate_all_pairs(
     figures: dict[str, Figure] = {}
     counts: dict[str, dict[str, int]] = {}
     measured: dict[str, Scores] = {}
-    for part in _parts(groups, _flags(masked, len(ids), "masked"), fars):
+    of_image, is_masked = _group_names(groups, len(ids)), _flags(masked, len(ids), "masked")
+    for part in _parts(of_image, is_masked, fars):
         counts[part.name], scores = _compare(units, ids, part, unusable, progress)
         if not part.name:
             if isinstance(scores, str):
@@ -139,10 +154,33 @@ def evaluate_all_pairs(
             figure = Figure(None, reason=scores) if isinstance(scores, str) else tar_figure(scores, far)
             figures[_figure_name(part.name, far)] = figure
     mask, whole = (figures.get(_figure_name(*of)) for of in ((MASK, HARD_FARS[0]), ("", FARS[0])))
-    if mask is not None and whole is not None and mask.value is not None and whole.value is not None:
-        figures["mfr-score"] = Figure(0.25 * mask.value + 0.75 * whole.value)
+    if mask is not None and whole is not None:
+        figures["mfr-score"] = _mfr_score(mask, whole)
     facts |= {**counts.pop(""), "failures": int(unusable.sum()), "parts": counts}
-    return Result("all-pairs", figures | failure_to_enrol(unusable), facts, measured)
+    result = Result("all-pairs", figures | failure_to_enrol(unusable), facts, measured)
+    within = {name: scores for name, scores in measured.items() if name not in ("", MASK)}
+    result = with_groups(result, within)
+    if (at := result.facts.get("groups_at")) is not None:
+        numbers = np.full(len(ids), -1)
+        for number, name in enumerate(within):
+            numbers[(of_image == name) & ~is_masked & ~unusable] = number
+        at |= {"groups": list(within), "cross_fmr": _cross_fmr(measured[""], at["cosine"], numbers, ids, len(within))}
+    return result
+
+
+def _mfr_score(mask: Figure, whole: Figure) -> Figure:
+    """0.25 · mask + 0.75 · all. The interval takes the errors of both as fully dependent, so it is not too narrow."""
+    ends = [(mask.value, whole.value), (mask.low, whole.low), (mask.high, whole.high)]
+    if any(end is None for pair in ends for end in pair):
+        return Figure(None, reason="The score of MFR needs the figures of masked images and of all others.")
+    return Figure(*(np.array(ends, dtype=np.float64) @ [0.25, 0.75]).tolist())
+
+
+def _cross_fmr(scores: Scores, threshold: float, groups: Ids, ids: Ids, count: int) -> list[list[float | None]]:
+    """`cross_group_fmr` at a threshold, for JSON: null where no pair was compared."""
+    assert scores.impostor_rows is not None
+    fmr = cross_group_fmr(scores.impostor_rows[scores.impostor >= threshold], groups, ids, count)
+    return [[None if math.isnan(rate) else rate for rate in row] for row in fmr.tolist()]
 
 
 def _figure_name(part: str, far: float) -> str:
@@ -166,18 +204,26 @@ class _Part:
     right: Ids | None = None
 
 
-def _parts(groups: Sequence[str] | None, masked: NDArray[np.bool_], fars: Sequence[float]) -> list[_Part]:
+def _group_names(groups: Sequence[str] | None, images: int) -> NDArray[np.str_]:
+    """(N,), as figures are named after them."""
+    if groups is None:
+        return np.full(images, "")
+    if len(groups) != images:
+        raise InputError(f"There are {len(groups)} groups for {images} images: give one for each, or ''.")
+    names = np.array(["-".join(group.lower().split()) for group in groups])
+    for name in np.unique(names).tolist():
+        if "/" in name or name == MASK:
+            raise InputError(f"A group cannot be called {name!r}, as figures are named after it: rename it.")
+    return names
+
+
+def _parts(groups: NDArray[np.str_], masked: NDArray[np.bool_], fars: Sequence[float]) -> list[_Part]:
     plain = np.flatnonzero(~masked)
     parts = [_Part("", fars, plain)]
-    if groups is not None:
-        if len(groups) != len(masked):
-            raise InputError(f"There are {len(groups)} groups for {len(masked)} images: give one for each, or ''.")
-        of_image = np.array(["-".join(group.lower().split()) for group in groups])
-        for name in np.unique(of_image[of_image != ""]).tolist():
-            if "/" in name or name == MASK:
-                raise InputError(f"A group cannot be called {name!r}, as figures are named after it: rename it.")
-            own = fars if name != CHILDREN else HARD_FARS
-            parts.append(_Part(name, own, plain[of_image[plain] == name]))
+    parts += [
+        _Part(name, fars if name != CHILDREN else HARD_FARS, plain[groups[plain] == name])
+        for name in np.unique(groups[groups != ""]).tolist()
+    ]
     if masked.any():
         parts.append(_Part(MASK, HARD_FARS, np.flatnonzero(masked), plain))
     return parts
@@ -187,7 +233,7 @@ def _compare(
     units: Tensor, ids: Ids, part: _Part, failed: NDArray[np.bool_], progress: Progress | None
 ) -> tuple[dict[str, int], Scores | str]:
     """The numbers of pairs of a part, and its scores, or why there are none."""
-    genuine, genuine_ids, failure_ids = _genuine_scores(units, ids, part, failed)
+    genuine, genuine_rows, failure_ids = _genuine_scores(units, ids, part, failed)
     sides = [side[~failed[side]] for side in (part.left, part.right) if side is not None]
     labels = [torch.from_numpy(ids[side]).to(units.device) for side in sides]
     impostors = count_pairs(*labels)[1]
@@ -203,31 +249,33 @@ def _compare(
     assert left is not None
     assert left_labels is not None
     tail, *rows = largest_pairs(left, right, left_labels, right_labels, kept, progress)
-    people = [ids[side][of.cpu().numpy()] for side, of in zip((sides[0], sides[-1]), rows, strict=True)]
+    impostor_rows = np.stack(
+        [side[of.cpu().numpy()] for side, of in zip((sides[0], sides[-1]), rows, strict=True)], axis=1
+    )
     return counts, Scores(
         genuine=genuine,
         impostor=tail.cpu().double().numpy(),
         impostors=impostors,
-        genuine_ids=genuine_ids,
-        impostor_ids=np.stack(people, axis=1),
+        genuine_ids=ids[genuine_rows[:, 0]],
+        impostor_ids=ids[impostor_rows],
         failures=len(failure_ids),
         failure_ids=failure_ids,
+        genuine_rows=genuine_rows,
+        impostor_rows=impostor_rows,
         scanned=(ids[sides[0]], ids[sides[-1]]),
     )
 
 
 def _genuine_scores(units: Tensor, ids: Ids, part: _Part, failed: NDArray[np.bool_]) -> tuple[Floats, Ids, Ids]:
-    """The scores of a part's genuine pairs, their identities, and those of pairs with an image that failed."""
-    scores: list[Floats] = [np.empty(0)]
-    found: list[Ids] = [np.empty(0, dtype=np.int64)]
-    failures = list(found)
+    """The scores (M,) of a part's genuine pairs, their rows (M, 2), and the identities of those with a failed image."""
+    scores, rows, failures = [np.empty(0)], [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
     for left, right in _same_identity(ids, part.left, part.right):
         fine = ~(failed[left] | failed[right])
         failures.append(ids[left[~fine]])
-        pairs = (torch.from_numpy(side[fine]).to(units.device) for side in (left, right))
-        scores.append(pair_dots(units, units, *pairs).cpu().double().numpy())
-        found.append(ids[left[fine]])
-    return np.concatenate(scores), np.concatenate(found), np.concatenate(failures)
+        rows.append(np.stack([left[fine], right[fine]], axis=1))
+        pairs = torch.from_numpy(rows[-1]).to(units.device)
+        scores.append(pair_dots(units, units, *pairs.T).cpu().double().numpy())
+    return np.concatenate(scores), np.concatenate(rows), np.concatenate(failures)
 
 
 def _same_identity(ids: Ids, left: Ids, right: Ids | None) -> Iterator[tuple[Ids, Ids]]:

@@ -1,18 +1,20 @@
 """Benchmarks: what a path is, found out from its files, and the protocol that belongs to it.
 
 NAME.bin                              pairs of images, as those of LFW
+FOLDER with .bin files                the same, a group a file, as those of RFW
 FOLDER with *_face_tid_mid.txt        IJB-B or IJB-C, 1:1, and 1:N if its galleries are there
 LIST.csv: path,identity,group,mask    all pairs of a list, as those of MFR
 PAIRS.csv: left,right,is_same         pairs of one's own images
-FOLDER with gallery/ and probe/       1:N on one's own people; unknown/ holds people who are not in the gallery
+FOLDER with gallery/ and probe/       1:N on one's own people; unknown/ holds people that the gallery lacks, and
+                                      distractors/ images that are added to the gallery for another rank-1
 FOLDER with folders of identities     all pairs of one's own people
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,17 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
-from partialfc.data.align import align_faces
-from partialfc.data.images import UnreadableImage, decode_image
-from partialfc.data.pair_files import PairSet, read_pairs
-from partialfc.data.sources.folder import FolderSource, open_folder
-from partialfc.evaluation.all_pairs import ImageList, evaluate_all_pairs, read_list
-from partialfc.evaluation.figures import Result
-from partialfc.evaluation.identification import evaluate_gallery, identify_templates
-from partialfc.evaluation.ijb_files import (
+from partialfc.data.ijb_files import (
     FACES,
     GALLERIES,
-    FaceList,
     find_files,
     read_faces,
     read_galleries,
@@ -39,14 +33,29 @@ from partialfc.evaluation.ijb_files import (
     read_probes,
     read_template_pairs,
 )
+from partialfc.data.pair_files import PairSet, read_pairs
+from partialfc.data.sources.folder import FolderSource, open_folder
+from partialfc.evaluation.all_pairs import ImageList, evaluate_all_pairs, read_list
+from partialfc.evaluation.figures import Result
+from partialfc.evaluation.identification import evaluate_gallery, identify_templates
+from partialfc.evaluation.images import Files, JoinedImages, LooseCrops
+from partialfc.evaluation.metrics import Scores
 from partialfc.evaluation.pairs import evaluate_pairs
 from partialfc.evaluation.templates import template_features, verify_templates
-from partialfc.evaluation.verification import FARS, verification_figures, verify_listed_pairs
+from partialfc.evaluation.verification import (
+    FARS,
+    verification_facts,
+    verification_figures,
+    verify_listed_pairs,
+    with_groups,
+    with_quality,
+)
 from partialfc.model.embed import Images, SourceImages
 from partialfc.model.features import Features
 
 PAIR_COLUMNS = ["left", "right", "is_same"]
-GALLERY, PROBE, UNKNOWN = "gallery", "probe", "unknown"
+GALLERY, PROBE, UNKNOWN, DISTRACTORS = "gallery", "probe", "unknown", "distractors"
+_KINDS = ("genuine", "impostor")
 
 
 class Benchmark(Protocol):
@@ -54,11 +63,14 @@ class Benchmark(Protocol):
 
     Attributes:
         what: what the path was found to be, for messages.
-        images: in the order of the features.
     """
 
     what: str
-    images: Images
+
+    @property
+    def images(self) -> Images:
+        """In the order of the features."""
+        ...
 
     def evaluate(self, features: Features) -> Result:
         """The result of features (N, D), not normalised, one row an image.
@@ -88,6 +100,8 @@ def open_benchmark(path: Path, image_size: int, *, compat: bool = False) -> Benc
         return ListedImages.read(path)
     if path.is_file():
         return PairFile(read_pairs(path), path)
+    if files := sorted(path.glob("*.bin")):
+        return PairFiles({file.stem.lower(): PairFile(read_pairs(file), file) for file in files})
     if find_files(path, FACES) or find_files(path, "*_face_tid_mid.txt"):
         return Templates(path, image_size, compat=compat)
     if (path / GALLERY).is_dir() or (path / PROBE).is_dir():
@@ -104,29 +118,6 @@ def open_benchmark(path: Path, image_size: int, *, compat: bool = False) -> Benc
 def _columns(path: Path) -> list[str]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         return next(csv.reader(file), [])
-
-
-@dataclass(frozen=True)
-class Files:
-    """Image files, for `Images`."""
-
-    paths: Sequence[Path]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        """As `Images.name`."""
-        return str(self.paths[index])
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """As `Images.image`; a missing file is an error, a damaged one a failure to enrol."""
-        path = self.paths[index]
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-        return decode_image(content)
 
 
 class PairFile:
@@ -151,7 +142,26 @@ class PairFile:
 
     def evaluate(self, features: Features) -> Result:
         """As `Benchmark.evaluate`."""
-        return evaluate_pairs(features.embeddings, self._pairs.is_same).result()
+        return with_quality(evaluate_pairs(features.embeddings, self._pairs.is_same).result(), features)
+
+
+class PairFiles:
+    """Pairs of several verification files, each of one group."""
+
+    def __init__(self, groups: Mapping[str, PairFile]) -> None:
+        self._groups, self.images = groups, JoinedImages(groups)
+        self.what = f"{len(self.images) // 2:,} pairs of images in {len(groups)} groups: {', '.join(groups)}"
+
+    def evaluate(self, features: Features) -> Result:
+        """As `Benchmark.evaluate`."""
+        results = {name: group.evaluate(features.take(self.images.rows[name])) for name, group in self._groups.items()}
+        figures = {f"{name}/{figure}": value for name, one in results.items() for figure, value in one.figures.items()}
+        scores = {name: one.scores[""] for name, one in results.items()}
+        genuine, impostor = (np.concatenate([getattr(of, kind) for of in scores.values()]) for kind in _KINDS)
+        whole = Scores(genuine, impostor, len(impostor))
+        figures |= verification_figures(whole)
+        facts = verification_facts(whole) | {"parts": {name: one.facts for name, one in results.items()}}
+        return with_groups(Result("pairs", figures, facts, {"": whole} | scores), scores)
 
 
 class Templates:
@@ -183,31 +193,6 @@ class Templates:
         )
 
 
-@dataclass(frozen=True)
-class LooseCrops:
-    """The faces of IJB, aligned by their five landmarks, for `Images`."""
-
-    folder: Path
-    faces: FaceList
-    image_size: int
-
-    def __len__(self) -> int:
-        return len(self.faces.names)
-
-    def name(self, index: int) -> str:
-        """As `Images.name`."""
-        return str(self.folder / self.faces.names[index])
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """As `Images.image`."""
-        image = Files([self.folder / self.faces.names[index]]).image(0)
-        landmarks = torch.from_numpy(self.faces.landmarks[index])[None]
-        try:
-            return align_faces(torch.from_numpy(image)[None], landmarks, self.image_size)[0].numpy()
-        except ValueError as error:
-            raise UnreadableImage(f"{self.name(index)}: {error}") from error
-
-
 class ListedImages:
     """All pairs of a list with identities, groups and masks."""
 
@@ -225,7 +210,8 @@ class ListedImages:
         """As `Benchmark.evaluate`."""
         listed = self.listed
         units = torch.from_numpy(features.units())
-        return evaluate_all_pairs(units, listed.identities, listed.groups, listed.masked, failed=features.failed)
+        result = evaluate_all_pairs(units, listed.identities, listed.groups, listed.masked, failed=features.failed)
+        return with_quality(result, features, listed.qualities)
 
 
 class PairList:
@@ -268,36 +254,47 @@ class People:
         """As `Benchmark.evaluate`."""
         units = torch.from_numpy(features.units())
         result = evaluate_all_pairs(units, self._identities, fars=FARS, failed=features.failed)
-        return replace(result, figures=verification_figures(result.scores[""]) | result.figures)
+        return with_quality(replace(result, figures=verification_figures(result.scores[""]) | result.figures), features)
 
 
 class Gallery:
-    """1:N on one's own people."""
+    """1:N on one's own people.
 
-    def __init__(self, paths: list[Path], identities: NDArray[np.int64], in_gallery: NDArray[np.bool_]) -> None:
-        self.images, self._identities, self._in_gallery = Files(paths), identities, in_gallery
-        gallery = int(in_gallery.sum())
-        self.what = f"1:N, {gallery:,} images of the gallery and {len(paths) - gallery:,} probes"
+    Args:
+        parts: for GALLERY, PROBE and perhaps UNKNOWN and DISTRACTORS, the images of each with their identities.
+    """
+
+    def __init__(self, parts: Mapping[str, FolderSource]) -> None:
+        self._part = np.repeat(list(parts), [len(source) for source in parts.values()])
+        paths = [Path(source.name(index)) for source in parts.values() for index in range(len(source))]
+        self.images = Files(paths)
+        # A stranger or a distractor has the name of nobody in the gallery, even if the folder is called alike.
+        own = np.isin(self._part, [GALLERY, PROBE])
+        names = [path.parent.name if named else str(path.parent) for path, named in zip(paths, own, strict=True)]
+        self._identities = np.unique(names, return_inverse=True)[1].astype(np.int64)
+        counts = [f"{len(source):,} images of {name}" for name, source in parts.items()]
+        self.what = f"1:N, {', '.join(counts)}"
 
     @classmethod
     def read(cls, folder: Path) -> Gallery:
-        """Of a folder with gallery/, probe/ and perhaps unknown/, each with folders of identities."""
-        paths: list[Path] = []
-        names: list[str] = []
-        in_gallery: list[bool] = []
-        for part in (GALLERY, PROBE, UNKNOWN):
+        """Of a folder with gallery/, probe/ and perhaps unknown/ and distractors/, each with folders of identities."""
+        parts = {}
+        for part in (GALLERY, PROBE, UNKNOWN, DISTRACTORS):
             source = open_folder(folder / part, None) if (folder / part).is_dir() else None
-            if source is None and part != UNKNOWN:
+            if source is not None:
+                parts[part] = source
+            elif part in (GALLERY, PROBE) or (folder / part).is_dir():
                 raise InputError(f"{folder / part} holds no folders of identities with images: 1:N needs them.")
-            for index in range(0 if source is None else len(source)):
-                image = Path(source.name(index))  # type: ignore[union-attr]
-                paths.append(image)
-                # A stranger has the name of nobody in the gallery, even if the folder is called alike.
-                names.append(f"{UNKNOWN}/{image.parent.name}" if part == UNKNOWN else image.parent.name)
-                in_gallery.append(part == GALLERY)
-        _, identities = np.unique(names, return_inverse=True)
-        return cls(paths, identities.astype(np.int64), np.array(in_gallery))
+        return cls(parts)
 
     def evaluate(self, features: Features) -> Result:
-        """As `Benchmark.evaluate`."""
-        return evaluate_gallery(features, self._identities, self._in_gallery)
+        """As `Benchmark.evaluate`; among distractors only rank-1, as in MegaFace."""
+        in_gallery = np.isin(self._part, [GALLERY, DISTRACTORS])
+        known = np.flatnonzero(self._part != DISTRACTORS)
+        result = evaluate_gallery(features.take(known), self._identities[known], in_gallery[known])
+        if len(known) == len(self._part):
+            return result
+        among = evaluate_gallery(features, self._identities, in_gallery)
+        name = f"{DISTRACTORS}/rank-1"
+        facts = {DISTRACTORS: len(self._part) - len(known)}
+        return replace(result, figures=result.figures | {name: among.figures["rank-1"]}, facts=result.facts | facts)

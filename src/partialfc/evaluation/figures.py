@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 80
 _GAP = 2
-_PLAIN = ("auc", "cllr", "min-cllr")  # figures that are not rates
+# Figures that are not rates.
+_PLAIN = {"auc", "cllr", "min-cllr", "fmr-max-min", "fmr-max-mean", "fnmr-max-min", "fnmr-max-mean", "fdr", "garbe"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Result:
         kind: the protocol: "pairs", "ijb-1:1", "ijb-1:n", "all-pairs" or "1:n".
         figures: by name: accuracy, tar@far=1e-4, fnmr@fmr=1e-3, eer, auc, rank-1, tpir@fpir=0.01, cllr, min-cllr; a
             part of the benchmark is a prefix, such as "mask/tar@far=1e-4".
-        facts: counts and notes, values that JSON can hold.
+        facts: counts, values that JSON can hold; the sentences in `notes` also stand below the table.
         scores: of 1:1, by part of the benchmark, "" for all of it; not part of `to_dict`.
     """
 
@@ -71,7 +72,7 @@ def results_table(results: Mapping[str, Mapping[str, Result]]) -> str:
     """The figures of one or several models as text of at most 80 columns, unless a name is longer.
 
     A benchmark has a line a figure and a column a model; models that do not fit beside each other follow below. Rates
-    are percentages. The reasons of what is not resolvable stand below the table, each once.
+    are percentages. The reasons of what is not resolvable and the notes stand below the table, each once.
 
     Args:
         results: by the name of the model, then by the name of the benchmark.
@@ -95,9 +96,12 @@ def _benchmark_table(benchmark: str, results: Mapping[str, Result]) -> str:
         for row, name in enumerate(rows):
             values = "".join(" " * _GAP + cells[model][row].ljust(widths[model]) for model in block)
             lines.append(f"  {name.ljust(first)}{values}".rstrip())
-    found = (figure.reason for result in results.values() for figure in result.figures.values())
-    for reason in dict.fromkeys(reason for reason in found if reason is not None):
-        lines += textwrap.wrap(reason, COLUMNS, initial_indent="  ", subsequent_indent="  ")
+    found = [figure.reason for result in results.values() for figure in result.figures.values()]
+    for model, result in results.items():
+        notes: list[str] = result.facts.get("notes", [])
+        found += notes if len(results) == 1 else [f"{model}: {note}" for note in notes]
+    for sentence in dict.fromkeys(sentence for sentence in found if sentence is not None):
+        lines += textwrap.wrap(sentence, COLUMNS, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.evaluation.figures import Figure
@@ -95,27 +95,29 @@ def gini(rates: Sequence[float]) -> float:
     return float(count / (count - 1) * differences / (2 * count**2 * values.mean()))
 
 
-def cross_group_fmr(impostor: ArrayLike, groups: ArrayLike, pairs: ArrayLike, threshold: float) -> NDArray[np.float64]:
-    """FMR of the impostor pairs between every two groups, and within each, at one threshold.
+def cross_group_fmr(
+    accepted: NDArray[np.int64], groups: NDArray[np.int64], identities: NDArray[np.int64], count: int
+) -> NDArray[np.float64]:
+    """FMR between every two groups, and within each, where all pairs of the images were compared.
 
     Args:
-        impostor: scores (K,), all or a tail that reaches below the threshold.
-        groups: int (K, 2), the groups, from 0 to G - 1, of the two images of each pair.
-        pairs: int (G, G), symmetric: how many impostor pairs were compared of any two groups.
-        threshold: common to all.
+        accepted: (A, 2), the images of each impostor pair at or above the threshold.
+        groups: (N,), the group of each image, from 0 to `count` - 1; an image with -1 is left out.
+        identities: (N,), from 0.
+        count: G, the number of groups.
 
     Returns:
         float64 (G, G), symmetric; NaN where no pair was compared.
-
-    Raises:
-        InputError: more false accepts of two groups than pairs, or `pairs` is not symmetric.
     """
-    totals = np.asarray(pairs, dtype=np.int64)
-    if totals.ndim != 2 or not np.array_equal(totals, totals.T):
-        raise InputError("The numbers of pairs of any two groups must be a symmetric matrix: count both orders as one.")
-    accepted = np.sort(np.asarray(groups, dtype=np.int64)[np.asarray(impostor, dtype=np.float64) >= threshold], axis=1)
-    upper = np.bincount(accepted @ [len(totals), 1], minlength=totals.size).reshape(totals.shape)
-    counts = upper + np.triu(upper, 1).T
-    if (counts > totals).any():
-        raise InputError("Two groups have more false accepts than impostor pairs: count all pairs that were compared.")
-    return np.where(totals > 0, counts / np.maximum(totals, 1), np.nan)
+    known = groups >= 0
+    images = np.bincount(groups[known], minlength=count)
+    # Pairs of one identity are no impostors, even if its images belong to different groups.
+    cells, sizes = np.unique(identities[known] * count + groups[known], return_counts=True)
+    of_identity = np.zeros((int(identities.max()) + 1, count), np.int64)
+    of_identity[cells // count, cells % count] = sizes
+    pairs = np.outer(images, images) - of_identity.T @ of_identity
+    ends = np.sort(groups[accepted], axis=1)
+    ends = ends[ends[:, 0] >= 0]
+    errors = np.bincount(ends @ [count, 1], minlength=count * count).reshape(count, count)
+    errors = errors + errors.T  # within a group, ordered pairs, as in `pairs`
+    return np.where(pairs > 0, errors / np.maximum(pairs, 1), np.nan)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
+from partialfc.data.ijb_files import Integers
 from partialfc.evaluation.figures import Figure, Result, rate_name
-from partialfc.evaluation.ijb_files import Integers
 from partialfc.evaluation.intervals import fnmr_at, tar_figure
 from partialfc.evaluation.metrics import Scores, is_resolvable
 from partialfc.evaluation.templates import rows_of

@@ -57,12 +57,14 @@ class Scores:
         impostor_ids: int64 (K, 2), the two identities of each kept impostor pair.
         failures: genuine pairs with an image that could not be used. They count as rejected at every threshold.
         failure_ids: int64 (failures,), their identities.
+        genuine_rows: int64 (M, 2), the rows of the features of each genuine pair.
+        impostor_rows: int64 (K, 2), likewise of each kept impostor pair.
         scanned: where all pairs were scanned, the identity of every image, int64, on the left and on the right side:
             the same array twice if all images were compared with each other.
 
     Raises:
         InputError: no genuine or no impostor pair, scores that are not finite, fewer impostor pairs than scores, or
-            identities that do not fit the scores.
+            identities or rows that do not fit the scores.
     """
 
     genuine: Floats
@@ -72,6 +74,8 @@ class Scores:
     impostor_ids: Ids | None = None
     failures: int = 0
     failure_ids: Ids | None = None
+    genuine_rows: Ids | None = None
+    impostor_rows: Ids | None = None
     scanned: tuple[Ids, Ids] | None = None
 
     def __post_init__(self) -> None:
@@ -88,6 +92,8 @@ class Scores:
             "impostor": impostor,
             "genuine_ids": _ids(self.genuine_ids, "identities of the genuine pairs", genuine.shape),
             "impostor_ids": _ids(self.impostor_ids, "identities of the impostor pairs", (len(impostor), 2)),
+            "genuine_rows": _ids(self.genuine_rows, "rows of the genuine pairs", (len(genuine), 2)),
+            "impostor_rows": _ids(self.impostor_rows, "rows of the impostor pairs", (len(impostor), 2)),
             "failure_ids": _ids(self.failure_ids, "identities of the failures", (self.failures,)),
         }
         for name, value in values.items():
@@ -173,7 +179,7 @@ def threshold_at_far(scores: Scores, far: float) -> float:
     """
     allowed = allowed_false_accepts(far, scores.impostors)
     genuine, impostor = scores.sorted_genuine, scores.sorted_impostor
-    if allowed >= scores.impostors:
+    if scores.complete and allowed >= len(impostor):
         return float(min(impostor[0], *genuine[:1]))
     if allowed >= len(impostor):
         raise InputError(

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.benchmarks import Benchmark, open_benchmark
 from partialfc.evaluation.figures import Result
+from partialfc.evaluation.images import JoinedImages
 from partialfc.model.config import ModelConfig
-from partialfc.model.embed import Images, check_images, embed_source
+from partialfc.model.embed import check_images, embed_source
 from partialfc.model.features import Features
 from partialfc.model.files import Model
 
@@ -38,36 +36,6 @@ def read_benchmarks(benchmarks: Mapping[str, Path], model_config: ModelConfig) -
 def open_benchmarks(paths: Mapping[str, Path], image_size: int, *, compat: bool = False) -> dict[str, Benchmark]:
     """Read benchmarks by name; see `open_benchmark`."""
     return {name: open_benchmark(path, image_size, compat=compat) for name, path in paths.items()}
-
-
-class JoinedImages:
-    """The images of several benchmarks, each name once; `rows` has the places of those of each benchmark."""
-
-    def __init__(self, parts: Mapping[str, Images]) -> None:
-        places: dict[str, int] = {}
-        self._images: list[tuple[Images, int]] = []
-        self.rows: dict[str, NDArray[np.int64]] = {}
-        for part, images in parts.items():
-            rows = np.empty(len(images), np.int64)
-            for index in range(len(images)):
-                place = places.setdefault(images.name(index), len(places))
-                if place == len(self._images):
-                    self._images.append((images, index))
-                rows[index] = place
-            self.rows[part] = rows
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        """As `Images.name`."""
-        images, own = self._images[index]
-        return images.name(own)
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """As `Images.image`."""
-        images, own = self._images[index]
-        return images.image(own)
 
 
 def embed_benchmarks(

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
+from partialfc.data.ijb_files import FACES, FaceList, Integers, Members, TemplatePairs
 from partialfc.evaluation.figures import Figure, Result, rate_name
 from partialfc.evaluation.identities import components
-from partialfc.evaluation.ijb_files import FACES, FaceList, Integers, Members, TemplatePairs
 from partialfc.evaluation.intervals import interval_facts, tar_figure
 from partialfc.evaluation.metrics import Scores, allowed_false_accepts
 

@@ -51,6 +51,14 @@ class Features:
         names = None if self.names is None else [self.names[row] for row in rows]
         return replace(self, embeddings=self.embeddings[rows], failed=self.failed[rows], names=names)
 
+    def norms(self) -> NDArray[np.float64]:
+        """float64 (N,), the lengths of the embeddings."""
+        result = np.empty(len(self.embeddings))
+        for start in range(0, len(result), _ROWS_AT_ONCE):
+            rows = self.embeddings[start : start + _ROWS_AT_ONCE].astype(np.float64)
+            result[start : start + _ROWS_AT_ONCE] = np.linalg.norm(rows, axis=1)
+        return result
+
     def units(self) -> NDArray[np.float32]:
         """float32 (N, D): the embeddings scaled to length 1, in float64; rows of zeros stay."""
         result = np.empty(self.embeddings.shape, np.float32)

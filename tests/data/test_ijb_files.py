@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ijb_sets import random_set, write_identification, write_set
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation import ijb_files
-from partialfc.evaluation.ijb_files import (
+from partialfc.data import ijb_files
+from partialfc.data.ijb_files import (
     read_faces,
     read_galleries,
     read_members,

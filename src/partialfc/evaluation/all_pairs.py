@@ -158,13 +158,26 @@ def evaluate_all_pairs(
         figures["mfr-score"] = _mfr_score(mask, whole)
     facts |= {**counts.pop(""), "failures": int(unusable.sum()), "parts": counts}
     result = Result("all-pairs", figures | failure_to_enrol(unusable), facts, measured)
-    within = {name: scores for name, scores in measured.items() if name not in ("", MASK)}
+    return _with_groups(result, np.where(is_masked | unusable, "", of_image), ids)
+
+
+def _with_groups(result: Result, of_image: NDArray[np.str_], ids: Ids) -> Result:
+    """The result with figures of its groups, and in the fact `groups_at` the FMR between every two of them.
+
+    Args:
+        of_image: (N,), the group of each image, "" for one that was not compared.
+        ids: (N,).
+    """
+    within = {name: scores for name, scores in result.scores.items() if name not in ("", MASK)}
     result = with_groups(result, within)
     if (at := result.facts.get("groups_at")) is not None:
         numbers = np.full(len(ids), -1)
         for number, name in enumerate(within):
-            numbers[(of_image == name) & ~is_masked & ~unusable] = number
-        at |= {"groups": list(within), "cross_fmr": _cross_fmr(measured[""], at["cosine"], numbers, ids, len(within))}
+            numbers[of_image == name] = number
+        rows, scores = result.scores[""].impostor_rows, result.scores[""].impostor
+        assert rows is not None
+        fmr = cross_group_fmr(rows[scores >= at["cosine"]], numbers, ids, len(within)).tolist()
+        at |= {"groups": list(within), "cross_fmr": [[None if math.isnan(one) else one for one in row] for row in fmr]}
     return result
 
 
@@ -174,13 +187,6 @@ def _mfr_score(mask: Figure, whole: Figure) -> Figure:
     if any(end is None for pair in ends for end in pair):
         return Figure(None, reason="The score of MFR needs the figures of masked images and of all others.")
     return Figure(*(np.array(ends, dtype=np.float64) @ [0.25, 0.75]).tolist())
-
-
-def _cross_fmr(scores: Scores, threshold: float, groups: Ids, ids: Ids, count: int) -> list[list[float | None]]:
-    """`cross_group_fmr` at a threshold, for JSON: null where no pair was compared."""
-    assert scores.impostor_rows is not None
-    fmr = cross_group_fmr(scores.impostor_rows[scores.impostor >= threshold], groups, ids, count)
-    return [[None if math.isnan(rate) else rate for rate in row] for row in fmr.tolist()]
 
 
 def _figure_name(part: str, far: float) -> str:

@@ -195,12 +195,7 @@ def embed_source(
             is impossible.
         OSError: the file cannot be written.
     """
-    if precision not in get_args(Precision):
-        raise InputError(f"precision is {precision!r}: choose one of {', '.join(get_args(Precision))}.")
-    if batch_size < 1:
-        raise InputError(f"The batch size is {batch_size}: give a positive number.")
-    if not len(images) or len(names or images) != len(images):
-        raise InputError(f"{source} has {len(images)} images: give at least one, and a name for each or none.")
+    _check_arguments(images, source, names, batch_size, precision)
     path, contract, is_main_process = Path(path), contract_of(model), rank_of() == 0
     variant = contract if precision == "float32" else variant_of(contract, precision)
     shape = (len(images), model.config.embedding_dim)
@@ -226,6 +221,15 @@ def embed_source(
             writer.publish(names)
     gather_json(None)  # the file is there
     return read_features(path, contract)
+
+
+def _check_arguments(images: Images, source: str, names: list[str] | None, batch_size: int, precision: str) -> None:
+    if precision not in get_args(Precision):
+        raise InputError(f"precision is {precision!r}: choose one of {', '.join(get_args(Precision))}.")
+    if batch_size < 1:
+        raise InputError(f"The batch size is {batch_size}: give a positive number.")
+    if not len(images) or len(names or images) != len(images):
+        raise InputError(f"{source} has {len(images)} images: give at least one, and a name for each or none.")
 
 
 def _hash_of_names(images: Images) -> str:

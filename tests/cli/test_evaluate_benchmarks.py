@@ -295,6 +295,9 @@ def evaluated_stored(capsys: pytest.CaptureFixture[str], features: Path, folder:
         (["MODEL", "--benchmark", "nowhere"], "neither a path that exists"),
         (["MODEL", "--benchmark", "EMPTY"], "no benchmark that is known"),
         (["MODEL", "--benchmark", "LFW", "LFW"], "given twice"),
+        (["MODEL", "--benchmark", "a/b=LFW"], "has a slash"),
+        (["MODEL", "--benchmark", "ALONE"], "benchmark alone: No two images"),
+        (["MODEL", "--benchmark", "SLASHED"], "cannot be called 'a/b'"),
         (["MODEL", "--benchmark", "LFW", "--batch-size", "0"], "batch"),
         (["--embeddings", "FEATURES", "--benchmark", "LFW"], "3 features"),
         (["--embeddings", "NAN", "--benchmark", "LFW"], "NaN"),
@@ -314,6 +317,7 @@ def test_mistakes_are_one_sentence(
     sidecar = {"schema_version": 1, "contract": "0" * 64, "count": 80, "width": 16, "mirrored": True, "source": "x"}
     (tmp_path / "others.npy.json").write_text(json.dumps({**sidecar, "failed": []}))
     (tmp_path / "empty").mkdir()
+    write_people(tmp_path / "people", PEOPLE)
     places = {
         "MODEL": model,
         "LFW": LFW,
@@ -322,6 +326,11 @@ def test_mistakes_are_one_sentence(
         "NAN": tmp_path / "nan.npy",
         "OTHERS": tmp_path / "others.npy",
         "LISTLESS": write_csv(tmp_path / "list.csv", [["file", "who"], ["a.jpg", "ann"]]),
+        "ALONE": write_csv(
+            tmp_path / "alone.csv",
+            [["path", "identity", "group", "mask"], *([f"people/ann/{n}.jpg", "ann", "", 0] for n in range(3))],
+        ),
+        "SLASHED": write_csv(tmp_path / "l.csv", [["path", "identity", "group", "mask"], ["a.jpg", "ann", "a/b", 0]]),
         "SMALL": write_people(tmp_path / "small", {"ann": 2, "bob": 2}, size=64),
     }
     said = complaint(capsys, "evaluate", *(places.get(word, word) for word in arguments), "--json", "--workers", 0)

@@ -228,7 +228,8 @@ def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
     """[NAME=]PATH words as a dictionary; the name of a path is that of its file or folder.
 
     Raises:
-        InputError: a word has an empty name or path, or no name and names nothing that exists, or a name is repeated.
+        InputError: a word has an empty name or path, or no name and names nothing that exists, or a name is repeated
+            or has a slash.
     """
     named: dict[str, Path] = {}
     for pair in pairs:
@@ -239,6 +240,8 @@ def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
             raise InputError(
                 f"benchmark {pair!r} is neither a path that exists nor NAME=PATH: write for example lfw=data/lfw.bin."
             )
+        if "/" in name:
+            raise InputError(f"benchmark name {name!r} has a slash, which separates the parts of a figure: rename it.")
         if name in named:
             raise InputError(f"benchmark name {name!r} is given twice: give each file its own name.")
         named[name] = Path(path)

@@ -141,7 +141,7 @@ def evaluate_all_pairs(
     figures: dict[str, Figure] = {}
     counts: dict[str, dict[str, int]] = {}
     measured: dict[str, Scores] = {}
-    of_image, is_masked = _group_names(groups, len(ids)), _flags(masked, len(ids), "masked")
+    of_image, is_masked = group_names(groups, len(ids)), _flags(masked, len(ids), "masked")
     for part in _parts(of_image, is_masked, fars):
         counts[part.name], scores = _compare(units, ids, part, unusable, progress)
         if not part.name:
@@ -210,8 +210,12 @@ class _Part:
     right: Ids | None = None
 
 
-def _group_names(groups: Sequence[str] | None, images: int) -> NDArray[np.str_]:
-    """(N,), as figures are named after them."""
+def group_names(groups: Sequence[str] | None, images: int) -> NDArray[np.str_]:
+    """The groups (N,), lower-case and without spaces, as figures are named after them; "" for none.
+
+    Raises:
+        InputError: not one for each image, or a name that no figure can have.
+    """
     if groups is None:
         return np.full(images, "")
     if len(groups) != images:

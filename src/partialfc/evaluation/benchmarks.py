@@ -35,7 +35,7 @@ from partialfc.data.ijb_files import (
 )
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.data.sources.folder import FolderSource, open_folder
-from partialfc.evaluation.all_pairs import ImageList, evaluate_all_pairs, read_list
+from partialfc.evaluation.all_pairs import ImageList, evaluate_all_pairs, group_names, read_list
 from partialfc.evaluation.figures import Result
 from partialfc.evaluation.identification import evaluate_gallery, identify_templates
 from partialfc.evaluation.images import Files, JoinedImages, LooseCrops
@@ -197,6 +197,7 @@ class ListedImages:
     """All pairs of a list with identities, groups and masks."""
 
     def __init__(self, listed: ImageList, folder: Path) -> None:
+        group_names(listed.groups, len(listed.paths))  # refused before hours of embedding
         self.listed = listed
         self.images = Files([folder / path for path in listed.paths])
         self.what = f"a list of {len(listed.paths):,} images, all pairs"
@@ -211,6 +212,8 @@ class ListedImages:
         listed = self.listed
         units = torch.from_numpy(features.units())
         result = evaluate_all_pairs(units, listed.identities, listed.groups, listed.masked, failed=features.failed)
+        if result.scores[""].complete:  # a list too small for the FAR of MFR alone
+            result = replace(result, figures=verification_figures(result.scores[""]) | result.figures)
         return with_quality(result, features, listed.qualities)
 
 

@@ -63,7 +63,10 @@ def evaluate_features(name: str, benchmark: Benchmark, features: Features) -> Re
             f"There are {len(features.embeddings):,} features, but {name} has {len(benchmark.images):,} images: give "
             "one row for each, in the order of the benchmark."
         )
-    return benchmark.evaluate(features)
+    try:
+        return benchmark.evaluate(features)
+    except InputError as error:
+        raise InputError(f"benchmark {name}: {error}") from error
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

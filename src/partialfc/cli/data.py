@@ -1,4 +1,4 @@
-"""`partialfc data inspect` and `partialfc data faces`."""
+"""`partialfc data inspect`, `partialfc data pairs` and `partialfc data faces`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, get_args
 from partialfc.cli.parser import add_command, add_commands, facts_text, show
 from partialfc.core.console import Progress
 from partialfc.data.inspect import inspect
+from partialfc.data.make_pairs import write_chosen_pairs
+from partialfc.data.sources import open_source
 from partialfc.faces.sets import FaceWorld, Layout
 
 
@@ -18,6 +20,12 @@ def add_parser(commands: Any) -> None:
 
     parser = add_command(commands, "inspect", run_inspect)
     parser.add_argument("path", type=Path, help="folder with a .rec file, .rec file, or folder of identity folders")
+
+    parser = add_command(commands, "pairs", run_pairs)
+    parser.add_argument("path", type=Path, help="folder of identity folders, or any other training set")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help=".bin or .csv file to write")
+    parser.add_argument("--pairs", type=int, metavar="N", default=6000, help="pairs, half of them genuine")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="the pairs are a function of it")
 
     parser = add_command(commands, "faces", run_faces)
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for train/ and pairs.bin")
@@ -39,6 +47,12 @@ def run_inspect(options: Namespace) -> None:
     """Count, check and hash the images of a training set."""
     with Progress("inspecting", quiet=options.json) as progress:
         facts = inspect(options.path, progress=progress.update)
+    show(options, facts, facts_text(facts))
+
+
+def run_pairs(options: Namespace) -> None:
+    """Write genuine and impostor pairs of one's own images as a verification file."""
+    facts = write_chosen_pairs(open_source(options.path), options.out, options.pairs, options.seed)
     show(options, facts, facts_text(facts))
 
 

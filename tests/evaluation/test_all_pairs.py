@@ -98,12 +98,19 @@ def test_what_the_pairs_cannot_resolve_is_null_with_a_reason() -> None:
 
 def test_a_false_accept_rate_beyond_the_kept_scores_is_null(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(all_pairs, "_MOST_KEPT", 300)
+    monkeypatch.setattr(all_pairs, "_ALL_KEPT", 300)
     figures = evaluate_all_pairs(*features(), fars=(1e-3, 1e-1)).figures
     assert figures["tar@far=1e-3"].value == pytest.approx(
         evaluate_all_pairs(*features(), fars=(1e-3,)).figures["tar@far=1e-3"].value
     )
     assert figures["tar@far=0.1"].value is None
     assert "300" in str(figures["tar@far=0.1"].reason)
+
+
+def test_a_large_set_keeps_what_its_rates_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_pairs, "_ALL_KEPT", 300)
+    scores = evaluate_all_pairs(*features(), fars=(1e-3,)).scores[""]
+    assert len(scores.impostor) == 2 * (scores.impostors // 1000) + 100
 
 
 def test_failed_images_are_rejected_in_genuine_pairs_and_make_no_impostors() -> None:

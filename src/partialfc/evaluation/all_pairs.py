@@ -33,8 +33,8 @@ MASK, CHILDREN = "mask", "children"
 _COLUMNS = ("path", "identity", "group", "mask")
 _QUALITY = "quality"  # a column that may be there too
 _MASK_VALUES = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
-_ALL_KEPT = 1 << 21  # impostor scores that are kept whatever the FAR: those of small sets all are
-_MOST_KEPT = 1 << 25
+_ALL_KEPT = 1 << 21  # impostor scores of a small set, which are all kept whatever the FAR
+_MOST_KEPT = 1 << 22  # of a large one: a FAR that needs more is of no interest there
 _MARGIN = 100  # impostor scores beyond twice the needed ones, for the interval
 
 Floats = NDArray[np.float64]
@@ -252,8 +252,8 @@ def _compare(
         kind = "the same identity" if impostors else "different identities"
         of_part = f" of the part {part.name!r}" if part.name else ""
         return counts, f"No two images{of_part} are of {kind}, but both kinds of pairs are needed."
-    kept = max(2 * allowed_false_accepts(max(part.fars), impostors) + _MARGIN, _ALL_KEPT)
-    kept = min(kept, impostors, _MOST_KEPT)
+    kept = min(2 * allowed_false_accepts(max(part.fars), impostors) + _MARGIN, _MOST_KEPT)
+    kept = impostors if impostors <= _ALL_KEPT else min(kept, impostors)
     chosen = (units if len(side) == len(ids) else units[torch.from_numpy(side).to(units.device)] for side in sides)
     (left, right), (left_labels, right_labels) = [*map(Rows.of, chosen), None][:2], [*labels, None][:2]
     assert left is not None

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -50,6 +50,11 @@ class Batch:
     step: int = 0
     micro_step: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, which a GPU copies from while the host goes on; DataLoader calls it."""
+        pinned = {name: getattr(self, name).pin_memory() for name in ("images", "labels", "positions")}
+        return replace(self, **pinned)
 
 
 def sample_index(positions: Tensor, images: int, seed: int) -> Tensor:
@@ -177,6 +182,7 @@ class Loader:
             collate_fn=self._read,  # type: ignore[arg-type]
             num_workers=self._workers,
             prefetch_factor=PREFETCH if self._workers else None,
+            pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator(),  # without one, torch draws the workers' seeds from its global generator
         )

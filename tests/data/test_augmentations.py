@@ -14,7 +14,7 @@ from torch import Tensor
 
 from partialfc.config.options import DataConfig
 from partialfc.data import augmentations
-from partialfc.data.augment import augment, normalise
+from partialfc.data.augment import augment, augmented_sheet, normalise
 from partialfc.data.augmentations import PRESETS
 
 POSITIONS = torch.arange(40) * 7919
@@ -132,6 +132,15 @@ def test_a_mask_covers_the_mouth_and_leaves_the_eyes() -> None:
     for x, y in ((42, 92), (56, 92), (71, 92), (56, 80)):
         assert covered[:, y, x].all()
     assert 0.15 < covered.float().mean() < 0.45
+
+
+def test_a_sheet_shows_the_images_and_what_each_preset_makes_of_them() -> None:
+    images = smooth_images(5)
+    sheet = augmented_sheet(images, 0, flip=False, rows=2)
+    assert sheet.shape == (32 * (1 + 2 * (len(PRESETS) - 1)), 32 * 5, 3)
+    assert torch.equal(sheet[:32, 32:64], images[1])
+    shown = augment(images, torch.arange(5) + 5, 0, flip=False, preset="strong")[2]
+    assert (shown.add(1).mul(127.5).permute(1, 2, 0) - sheet[64:96, 64:96]).abs().max() <= 0.5
 
 
 @pytest.mark.gpu

@@ -64,3 +64,20 @@ def augment(images: Tensor, positions: Tensor, seed: int, *, flip: bool = True, 
         rows = chosen.to(images.device, non_blocking=True)
         inputs[rows] = augmentation(inputs[rows].contiguous(), draw)
     return _normalise(inputs)
+
+
+def augmented_sheet(images: Tensor, seed: int, *, flip: bool = True, rows: int = 3) -> Tensor:
+    """Images as they are, and below them `rows` rows of each preset but "flip": uint8 (height, width, 3).
+
+    Args:
+        images: uint8 (B, S, S, 3), B of them beside each other.
+        seed: of the augmentations.
+        flip: as in `augment`.
+    """
+    sheet = [images]
+    for preset in PRESETS:
+        for row in range(rows if preset != "flip" else 0):
+            positions = torch.arange(len(images)) + row * len(images)
+            inputs = augment(images, positions, seed, flip=flip, preset=preset)
+            sheet.append(inputs.add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+    return torch.cat([torch.cat(list(row), dim=1) for row in sheet])

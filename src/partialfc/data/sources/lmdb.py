@@ -1,0 +1,220 @@
+"""LMDB, in which synthetic sets are published: keys "0", "1", …, `__len__` and `__classnum__`, values in msgpack.
+
+A value is an array of the encoded image and its class id. LMDB trusts its files: a truncated or damaged one kills the
+process that reads it. Each file is therefore walked through once, record by record, in a process of its own, and only
+opened here if that survives; the labels found are kept beside the file.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from partialfc.core.console import Progress
+from partialfc.core.errors import InputError
+from partialfc.data.images import UnreadableImage
+from partialfc.data.sources.base import Sample
+from partialfc.data.sources.derived import derived_rows
+
+_SECONDS_WITHOUT_RECORDS = 120  # until the reading process is taken for hanging
+_RECORDS_AT_ONCE = 1024
+_MAX_RECORDS = 1 << 40
+
+
+def open_lmdb(path: Path, num_classes: int | None) -> LmdbSource | None:
+    """The LMDB file at `path` (`.lmdb` or `.mdb`), or the one in the folder `path`; None without.
+
+    Raises:
+        InputError: the folder holds several, the file is damaged or holds other values, or a package is not installed.
+        OSError: the folder cannot be listed.
+    """
+    files = [path]
+    if path.is_dir():
+        files = [path / "data.mdb"] if (path / "data.mdb").exists() else sorted(path.glob("*.lmdb"))
+        files = [file / "data.mdb" if file.is_dir() else file for file in files]
+    files = [file for file in files if file.suffix.lower() in (".lmdb", ".mdb")]
+    if len(files) > 1:
+        raise InputError(f"{path} holds several .lmdb files ({files[0].name}, …): give the path of one of them.")
+    return LmdbSource(files[0], num_classes) if files else None
+
+
+class LmdbSource:
+    """The records of an LMDB file, in the order of their numbers."""
+
+    format = "lmdb"
+    identities: list[str] | None = None
+
+    def __init__(self, path: Path, num_classes: int | None = None) -> None:
+        self.path, self._given = path, num_classes
+        self._opened: dict[int, _Opened] = {}  # by process: a child must not even close that of its parent
+        import_packages()
+        rows = derived_rows([path], path.with_name(f".{path.name}.index"), lambda: _scan_apart(path))
+        self._labels, classes = rows[1:], int(rows[0])
+        self.num_classes: int = num_classes or classes or int(self._labels.max()) + 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LmdbSource, (self.path, self._given)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def labels(self) -> np.ndarray:
+        """As `Source.labels`."""
+        return np.array(self._labels)
+
+    def name(self, index: int) -> str:
+        """As `Source.name`."""
+        return f"record {index} of {self.path}"
+
+    def read(self, index: int) -> Sample:
+        """As `Source.read`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with self._environment().begin() as transaction:
+            value = transaction.get(b"%d" % index)
+        try:
+            return Sample(*_parse(value), self.name(index))
+        except ValueError as error:
+            raise UnreadableImage(f"{self.name(index)}: {error}") from error
+
+    def _environment(self) -> Any:
+        """The opened file: one in each process, because LMDB must not be used after a fork, nor open a file twice."""
+        process = os.getpid()
+        if process not in self._opened:
+            with _LOCK:
+                key = process, os.path.realpath(self.path)
+                opened = _ENVIRONMENTS.get(key) or _open(self.path)
+                _ENVIRONMENTS[key] = self._opened[process] = opened
+        return self._opened[process].environment
+
+
+class _Opened:
+    """An environment, which itself takes no weak references."""
+
+    def __init__(self, environment: Any) -> None:
+        self.environment = environment
+
+
+_LOCK = threading.Lock()
+_ENVIRONMENTS: WeakValueDictionary[tuple[int, str], _Opened] = WeakValueDictionary()
+
+
+def _open(path: Path) -> _Opened:
+    import lmdb
+
+    return _Opened(lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_readers=1024))
+
+
+def import_packages() -> None:
+    """Import lmdb and msgpack.
+
+    Raises:
+        InputError: one of them is not installed.
+    """
+    try:
+        import lmdb  # noqa: F401
+        import msgpack  # noqa: F401
+    except ImportError as error:
+        raise InputError("LMDB files need lmdb and msgpack: pip install 'partialfc[formats]'.") from error
+
+
+def _parse(value: bytes | memoryview | None) -> tuple[bytes, int]:
+    """The encoded image and the class id in a value. A ValueError says what is wrong with it."""
+    import msgpack
+
+    if value is None:
+        raise ValueError("its key is missing")
+    try:
+        image, label = msgpack.unpackb(value)
+    except (ValueError, TypeError, msgpack.UnpackException):
+        image, label = None, None
+    if not isinstance(image, bytes) or type(label) is not int or not 0 <= label < 1 << 62:
+        raise ValueError("its value is no array of image bytes and a class id in msgpack")
+    return image, label
+
+
+# -- the walk through the file, in another process ---------------------------------------------------------------------
+
+
+def _scan_apart(path: Path) -> np.ndarray:
+    """`__classnum__` (0 if unknown) and then the label of each record (−1 if it cannot be read), int64 (1 + N,).
+
+    Raises:
+        InputError: the file is no LMDB, or kills the process that reads it, or no record has the expected form.
+    """
+    code = "import sys; from partialfc.data.sources.lmdb import scan; scan(sys.argv[1])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command, found = [sys.executable, "-c", code, path], bytearray()
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child,
+        Progress(f"checking {path.name}", unit="record") as progress,
+    ):
+        assert child.stdout is not None
+        assert child.stderr is not None
+        try:
+            while select.select([child.stdout], [], [], _SECONDS_WITHOUT_RECORDS)[0]:
+                if not (block := os.read(child.stdout.fileno(), 1 << 20)):
+                    break
+                found += block
+                progress.update(len(found) // 8)
+            else:
+                child.kill()
+        except BaseException:
+            child.kill()
+            raise
+        said = child.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+    if child.returncode == 0:
+        return np.frombuffer(bytes(found), np.int64)
+    if child.returncode < 0:
+        said = f"reading it ends the process with {signal.Signals(-child.returncode).name}"
+    raise InputError(f"{path} is no sound LMDB file ({said}): get a fresh copy of it.")
+
+
+def scan(path: str) -> None:
+    """Read all records of an LMDB file; see `_scan_apart`, which does this in a process of its own.
+
+    Writes the numbers to standard output in binary, or a sentence to standard error.
+    """
+    try:
+        with _open(Path(path)).environment as environment, environment.begin(buffers=True) as transaction:
+            pages, entries = environment.info()["last_pgno"] + 1, environment.stat()["entries"]
+            if pages * environment.stat()["psize"] > os.path.getsize(path):
+                raise ValueError(f"it has {os.path.getsize(path)} bytes and counts {pages} pages")
+            count = _number(transaction.get(b"__len__"), "__len__")
+            if not 0 < count <= entries:
+                raise ValueError(f"it has {entries} keys and __len__ is {count}")
+            classes = transaction.get(b"__classnum__")
+            numbers, readable = [0 if classes is None else _number(classes, "__classnum__")], 0
+            for index in range(count):
+                label = -1
+                with suppress(ValueError):
+                    label = _parse(transaction.get(b"%d" % index))[1]
+                numbers.append(label)
+                readable += label >= 0
+                if len(numbers) == _RECORDS_AT_ONCE or index == count - 1:
+                    sys.stdout.buffer.write(np.array(numbers, np.int64).tobytes())
+                    numbers = []
+            sys.stdout.flush()
+            if not readable:
+                raise ValueError("no value is an array of image bytes and a class id in msgpack")
+    except Exception as error:
+        sys.exit(str(error) or type(error).__name__)
+
+
+def _number(value: bytes | memoryview | None, key: str) -> int:
+    import msgpack
+
+    number = None if value is None else msgpack.unpackb(value)
+    if not isinstance(number, int) or not 0 <= number < _MAX_RECORDS:
+        raise ValueError(f"its {key} is no whole number in msgpack")
+    return number

@@ -21,9 +21,10 @@ from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources.base import Sample
 from partialfc.data.sources.derived import fingerprint, locked, places, write_derived
+from partialfc.data.sources.names import read_classes
 
-OWN = b"partialfc"  # key of our own entry in a schema's metadata
-COPY = ".parquet-rows.arrow"
+_OWN = b"partialfc"  # key of our own entry in a schema's metadata
+_COPY = ".parquet-rows.arrow"
 _ROWS = 512  # a batch; its images must stay below the 2 GiB that Arrow's 32-bit offsets reach
 
 
@@ -83,12 +84,13 @@ class ArrowSource:
             raise InputError(f"{path} holds no rows: is it the right file?")
         self._stops: list[int] = np.cumsum([len(rows.labels) for rows in self._batches]).tolist()
         schema = self._batches[0].batch.schema
-        own = own_metadata(schema)
+        own = _own_metadata(schema)
         counts = own.get("rows", [sum(len(rows.labels) for rows in of_file) for of_file in rows_of])
         self._file_stops: list[int] = np.cumsum(counts).tolist()
         self._labels = np.concatenate([rows.labels for rows in self._batches])
-        names = _class_names(schema)
-        counted = len(names or ()) or own.get("num_classes") or int(self._labels.max()) + 1
+        classes = read_classes(files[0].parent)
+        names = _class_names(schema) or classes.identities
+        counted = len(names or ()) or classes.num_classes or int(self._labels.max()) + 1
         self.num_classes: int = num_classes or counted
         self.identities = names if names and len(names) == self.num_classes else None
 
@@ -232,10 +234,10 @@ def _class_names(schema: Any) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) and names else None
 
 
-def own_metadata(schema: Any) -> dict[str, Any]:
-    """Our own entry in a schema: `num_classes`, and in an Arrow copy `source` and the number of `rows` of each file."""
+def _own_metadata(schema: Any) -> dict[str, Any]:
+    """Our own entry in the schema of an Arrow copy: its `source`, and the number of `rows` of each file."""
     try:
-        content = json.loads((schema.metadata or {})[OWN])
+        content = json.loads((schema.metadata or {})[_OWN])
     except (KeyError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -246,7 +248,7 @@ def own_metadata(schema: Any) -> dict[str, Any]:
 
 def _arrow_copy(path: Path, files: list[Path]) -> Path:
     """The Arrow file of the rows of Parquet files: that of an earlier call, or a new one."""
-    beside = path / COPY if path.is_dir() else path.with_name(f".{path.name}.arrow")
+    beside = path / _COPY if path.is_dir() else path.with_name(f".{path.name}.arrow")
     source = fingerprint(files)
     with locked(beside.parent):
         for place in places(beside):
@@ -266,7 +268,7 @@ def _copied_from(place: Path) -> Any:
     pa = import_pyarrow()
     try:
         with pa.memory_map(str(place)) as mapped:
-            return own_metadata(pa.ipc.open_file(mapped).schema).get("source")
+            return _own_metadata(pa.ipc.open_file(mapped).schema).get("source")
     except (pa.ArrowException, OSError):
         return None
 
@@ -280,9 +282,9 @@ def _write_copy(files: list[Path], source: dict[str, Any], target: BinaryIO) -> 
             schema = pa.parquet.read_schema(files[0])
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _unsound(file, 0, error) from error
-    own = own_metadata(schema) | {"source": source, "rows": counts}
+    own = {"source": source, "rows": counts}
     kept = pa.schema([schema.field(name) for name in ("image", "label") if name in schema.names])
-    kept = kept.with_metadata({**(schema.metadata or {}), OWN: json.dumps(own).encode()})
+    kept = kept.with_metadata({**(schema.metadata or {}), _OWN: json.dumps(own).encode()})
     done = 0
     with (
         Progress("copying Parquet to a memory-mapped Arrow file, once", sum(counts)) as progress,

@@ -100,7 +100,7 @@ class WebDatasetSource:
         name = f"{os.fsdecode(member)} in {self._shards[shard]}"
         fits = offset + size <= self._sizes[shard]  # otherwise not even the memory is allocated
         try:
-            encoded = os.pread(self._open(self._shards[shard]).descriptor, size, offset) if fits else b""
+            encoded = self._open(self._shards[shard]).read(offset, size) if fits else b""
         except OSError as error:
             raise UnreadableImage(f"{name}: {error.strerror}") from error
         if len(encoded) < size:
@@ -109,16 +109,19 @@ class WebDatasetSource:
 
 
 class _OpenFile:
-    """A file that closes with its last reader."""
+    """A file for several threads that closes when the last of them has left `read`."""
 
-    descriptor = -1
+    _descriptor = -1
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
 # -- the index ---------------------------------------------------------------------------------------------------------
@@ -188,7 +191,10 @@ def _index_shard(number: int, shard: Path, bar: Progress, done: int) -> np.ndarr
 
 def _visible(data: mmap.mmap) -> Iterator[Member]:
     """The members that belong to samples: neither hidden files nor the format's own, such as `__meta__`."""
-    return (member for member in members(data) if not member.name.rpartition(b"/")[2].startswith((b".", b"__")))
+    for member in members(data):
+        file = member.name.rpartition(b"/")[2]
+        if not file.startswith(b".") and not (file.startswith(b"__") and file.endswith(b"__")):
+            yield member
 
 
 def _split(name: bytes) -> tuple[bytes, str]:

@@ -11,20 +11,19 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from partialfc.core.console import Progress
 from partialfc.core.errors import InputError, JobError
 from partialfc.core.files import atomic_file, fsync, output_errors, temporary_name, write_file
-from partialfc.data.convert_targets import TARGETS, Item, Target, TargetName, written_images
+from partialfc.data.convert_targets import PARTS, TARGETS, Item, Target, TargetName, written_images
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import Source, check_label, file_name
@@ -37,21 +36,13 @@ _NAMED = 20  # unreadable records in the result
 _DIGEST_BITS = 128
 
 
-@dataclass(frozen=True)
-class _Done:
-    """A finished part.
+class _Done(NamedTuple):
+    """A finished part: its number, its images, the sum of their digests, and why some records are not in it."""
 
-    Attributes:
-        images: how many it has.
-        digest: the sum of the digests of its images, so that their order does not matter.
-        unreadable: why some records are not in it.
-        state: what the target needs to go on after this part.
-    """
-
+    number: int
     images: int
     digest: int
     unreadable: list[str]
-    state: Any = None
 
 
 def convert(path: str | Path, out: str | Path, target: TargetName, *, quiet: bool = True) -> dict[str, Any]:
@@ -87,7 +78,8 @@ def convert(path: str | Path, out: str | Path, target: TargetName, *, quiet: boo
             work.mkdir(exist_ok=True)
             source = open_source(_unpack(path, work / _UNPACKED, quiet) if tar_files(path, COMPRESSED) else path)
             facts = _convert(source, path, work, target, quiet)
-            shutil.rmtree(work / _UNPACKED, ignore_errors=True)
+            for leftover in (work / _UNPACKED, work / PARTS):
+                shutil.rmtree(leftover, ignore_errors=True)
             (work / _JOURNAL).unlink()
             work.rename(out)
             fsync(out.absolute().parent)
@@ -109,7 +101,7 @@ def _convert(source: Source, path: Path, work: Path, target_name: TargetName, qu
         "parts": len(starts) - 1,
     }
     done = _read_journal(work / _JOURNAL, plan)
-    target = TARGETS[target_name](work, source, len(starts) - 1, [part.state for part in done])
+    target = TARGETS[target_name](work, source, len(starts) - 1)
     _write_parts(source, target, np.split(order, starts[1:-1]), done, work / _JOURNAL, quiet)
     target.finish()
     images, digest = sum(part.images for part in done), sum(part.digest for part in done) % (1 << _DIGEST_BITS)
@@ -141,38 +133,24 @@ def _write_parts(
     source: Source, target: Target, parts: list[np.ndarray], done: list[_Done], journal: Path, quiet: bool
 ) -> None:
     """Write the parts that are not done yet, and add them to `done` and to the journal."""
-    threads = len(os.sched_getaffinity(0))
-    images = sum(len(part) for part in parts[: len(done)])
+    left = sorted(set(range(len(parts))) - {part.number for part in done})
+    finished = sum(len(parts[part.number]) for part in done)
     with (
         Progress("converting", sum(map(len, parts)), quiet=quiet) as progress,
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
         journal.open("a") as lines,
     ):
-        progress.update(images)
-        ahead = iter(range(len(done), len(parts)))
-        futures: deque[Future[tuple[_Done, Any]]] = deque()
-        try:
-            while True:
-                for number in ahead:
-                    futures.append(pool.submit(_prepare, source, target, number, parts[number]))
-                    if len(futures) > threads:
-                        break
-                if not futures:
-                    return
-                part, prepared = futures.popleft().result()
-                part = _Done(part.images, part.digest, part.unreadable, target.commit(prepared))
-                lines.write(json.dumps(part.__dict__) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
-                done.append(part)
-                images += len(parts[len(done) - 1])
-                progress.update(images)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        progress.update(finished)
+        for part in pool.map(lambda number: _write_part(source, target, number, parts[number]), left):
+            lines.write(json.dumps(part) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+            done.append(part)
+            finished += len(parts[part.number])
+            progress.update(finished)
 
 
-def _prepare(source: Source, target: Target, number: int, indices: np.ndarray) -> tuple[_Done, Any]:
-    """Read the images of a part, and let the target prepare it."""
+def _write_part(source: Source, target: Target, number: int, indices: np.ndarray) -> _Done:
     items: list[Item] = []
     unreadable: list[str] = []
     digest = 0
@@ -185,7 +163,9 @@ def _prepare(source: Source, target: Target, number: int, indices: np.ndarray) -
         check_label(sample, source.num_classes)
         items.append(Item(sample.encoded, sample.label, file_name(source, index)))
         digest += _digest(sample.encoded, sample.label)
-    return _Done(len(items), digest % (1 << _DIGEST_BITS), unreadable), target.prepare(number, items)
+    if items:
+        target.write(number, items)
+    return _Done(number, len(items), digest % (1 << _DIGEST_BITS), unreadable)
 
 
 def _digest(encoded: bytes, label: int) -> int:
@@ -218,7 +198,7 @@ def _read_journal(journal: Path, plan: dict[str, Any]) -> list[_Done]:
             f"{journal.parent} is what another conversion, or one of other data, has left: remove it and convert again."
         )
     write_file(journal, "\n".join(lines) + "\n")
-    return [_Done(**json.loads(line)) for line in lines[1:]]
+    return [_Done(*json.loads(line)) for line in lines[1:]]
 
 
 def _unpack(path: Path, folder: Path, quiet: bool) -> Path:
@@ -227,14 +207,12 @@ def _unpack(path: Path, folder: Path, quiet: bool) -> Path:
     files = tar_files(path, COMPRESSED)
     with Progress("unpacking", len(files), unit="file", quiet=quiet) as progress:
         for number, file in enumerate(files):
-            unpacked = folder / (
-                file.name[: -len(next(s for s in COMPRESSED if file.name.lower().endswith(s)))] + ".tar"
-            )
-            if not unpacked.exists():
-                try:
+            unpacked = folder / re.sub(r"\.(tar\.gz|tgz)$", ".tar", file.name, flags=re.IGNORECASE)
+            try:
+                if not unpacked.exists():
                     with gzip.open(file) as packed, atomic_file(unpacked) as plain:
                         shutil.copyfileobj(packed, plain, 1 << 20)
-                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise InputError(f"{file} is no sound .gz file ({error}): get a fresh copy of it.") from error
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise InputError(f"{file} is no sound .gz file ({error}): get a fresh copy of it.") from error
             progress.update(number + 1)
     return folder

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from itertools import groupby
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, write_file
-from partialfc.data.images import UnreadableImage, decode_image
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import Source, file_name
 from partialfc.data.sources.folder import IMAGE_SUFFIXES
 from partialfc.data.sources.names import write_classes
 from partialfc.data.sources.parquet import import_pyarrow, parquet_files, read_rows
 from partialfc.data.sources.record_source import names_path
-from partialfc.data.sources.recordio import LABEL_LIMIT, build_payload, build_record
+from partialfc.data.sources.recordio import LABEL_LIMIT, RecordReader, RecordWriter
 from partialfc.data.sources.tar_members import BLOCK, member_head
 
+PARTS = ".parts"
 TargetName = Literal["recordio", "folder", "webdataset", "parquet"]
 _ROWS = 512  # of a row group of Parquet
 _MAX_NAMES = 1 << 20  # characters of class names in the schema, which every .parquet file repeats
+_FILE_NAMES = ("utf-8", "surrogateescape")
 _MAX_NAME = 200  # bytes of a file's name; file systems take 255
 _KINDS = {
     b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"GIF8": ".gif", b"II*\0": ".tif",
@@ -42,14 +42,10 @@ class Item(NamedTuple):
 
 
 class Target(Protocol):
-    """A set that is being written, part by part. Parts hold whole identities, in the order of their labels."""
+    """A set that is being written, part by part, in any order and in threads. A part holds whole identities."""
 
-    def prepare(self, number: int, items: list[Item]) -> Any:
-        """Do for a part what can be done in any order and in threads, replacing what an interrupted call has done."""
-        ...
-
-    def commit(self, prepared: Any) -> Any:
-        """Add a prepared part, in order; returns the state that the next process needs, as JSON can hold it."""
+    def write(self, number: int, items: list[Item]) -> None:
+        """Write a part, in place of what an interrupted call has written of it."""
         ...
 
     def finish(self) -> None:
@@ -60,16 +56,14 @@ class Target(Protocol):
 class _Folder:
     """`<identity>/…/<image>`."""
 
-    def __init__(self, work: Path, source: Source, parts: int, states: list[Any]) -> None:
+    def __init__(self, work: Path, source: Source, parts: int) -> None:
         self._work, self._paths = work, _Paths(source)
 
-    def prepare(self, number: int, items: list[Item]) -> None:
+    def write(self, number: int, items: list[Item]) -> None:
         for item, (stem, suffix) in zip(items, self._paths.of(items), strict=True):
             path = self._work / (stem + suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(item.encoded)
-
-    def commit(self, prepared: Any) -> None: ...
 
     def finish(self) -> None:
         for folder in self._paths.folders:
@@ -78,21 +72,17 @@ class _Folder:
 
 
 class _WebDataset:
-    """A `.tar` file for each part: `<identity>/…/<image>.jpg` and `.cls`."""
+    """A `.tar` file for each part, with `<identity>/…/<image>.jpg` and `.cls`."""
 
-    def __init__(self, work: Path, source: Source, parts: int, states: list[Any]) -> None:
+    def __init__(self, work: Path, source: Source, parts: int) -> None:
         self._work, self._source, self._paths = work, source, _Paths(source, dots="_")
 
-    def prepare(self, number: int, items: list[Item]) -> None:
-        if not items:
-            return
+    def write(self, number: int, items: list[Item]) -> None:
         with atomic_file(self._work / f"train-{number:06d}.tar") as file:
             for item, (stem, suffix) in zip(items, self._paths.of(items), strict=True):
                 for name, content in ((stem + suffix, item.encoded), (stem + ".cls", b"%d" % item.label)):
                     file.write(member_head(name, len(content)) + content + bytes(-len(content) % BLOCK))
             file.write(bytes(2 * BLOCK))
-
-    def commit(self, prepared: Any) -> None: ...
 
     def finish(self) -> None:
         write_classes(self._work, self._source.num_classes, self._source.identities)
@@ -101,7 +91,7 @@ class _WebDataset:
 class _Parquet:
     """A `.parquet` file for each part, in the layout of Hugging Face."""
 
-    def __init__(self, work: Path, source: Source, parts: int, states: list[Any]) -> None:
+    def __init__(self, work: Path, source: Source, parts: int) -> None:
         pa = import_pyarrow()
         self._work, self._source, self._parts = work, source, parts
         label: dict[str, Any] = {"dtype": "int64", "_type": "Value"}
@@ -112,10 +102,8 @@ class _Parquet:
         schema = pa.schema([("image", image), ("label", pa.int64())])
         self._schema = schema.with_metadata({b"huggingface": json.dumps(features).encode()})
 
-    def prepare(self, number: int, items: list[Item]) -> None:
+    def write(self, number: int, items: list[Item]) -> None:
         pa = import_pyarrow()
-        if not items:
-            return
         options = {"compression": "none", "use_dictionary": False}  # images are compressed already
         with (
             atomic_file(self._work / f"train-{number:05d}-of-{self._parts:05d}.parquet") as file,
@@ -123,89 +111,54 @@ class _Parquet:
         ):
             for start in range(0, len(items), _ROWS):
                 rows = items[start : start + _ROWS]
-                images = [{"bytes": row.encoded, "path": _utf8(row.file_name) or None} for row in rows]
+                paths = [row.file_name.encode(errors="replace").decode() or None for row in rows]
+                images = [{"bytes": row.encoded, "path": path} for row, path in zip(rows, paths, strict=True)]
                 columns = {"image": images, "label": [row.label for row in rows]}
                 writer.write_batch(pa.RecordBatch.from_pydict(columns, self._schema))
-
-    def commit(self, prepared: Any) -> None: ...
 
     def finish(self) -> None:
         write_classes(self._work, self._source.num_classes, self._source.identities)
 
 
 class _RecordIO:
-    """`train.rec` in the layout with a header, `train.idx` and `property`; the names of images stand beside it.
+    """`train.rec` in the layout with a header, and the names of images beside it: parts first, then all of them."""
 
-    Its state after a part: the sizes of the three files, the shape of the images, and label, first key and last key + 1
-    of each identity of the part.
-    """
-
-    def __init__(self, work: Path, source: Source, parts: int, states: list[Any]) -> None:
+    def __init__(self, work: Path, source: Source, parts: int) -> None:
         if (highest := int(source.labels().max(initial=0))) >= LABEL_LIMIT:
             raise InputError(
                 f"{source.path} has labels up to {highest}, but RecordIO stores them as float32, which tells class ids "
                 f"apart only below 2^24 = {LABEL_LIMIT}: convert to folder, webdataset or parquet."
             )
-        self._work, self._source, self._named = work, source, bool(file_name(source, 0))
-        self._rec = work / "train.rec"
-        self._files = [self._rec, work / "train.idx", names_path(self._rec)]
-        self._shape = tuple(states[-1]["shape"]) if states else ()
-        self._runs: list[tuple[int, int, int]] = [tuple(run) for state in states for run in state["runs"]]
-        for file, size in zip(self._files, states[-1]["sizes"] if states else (0, 0, 0), strict=True):
-            file.touch()
-            os.truncate(file, size)
-        if not states:
-            self._append([((0.0, 0.0), b"")], 0, [])
+        self._work, self._source = work, source
 
-    def prepare(self, number: int, items: list[Item]) -> list[Item]:
-        return items
-
-    def commit(self, prepared: list[Item]) -> dict[str, Any]:
-        key = first = self._runs[-1][2] if self._runs else 1
-        runs: list[tuple[int, int, int]] = []
-        for label, images in groupby(prepared, key=lambda item: item.label):
-            runs.append((label, key, key := key + len(list(images))))
-        for item in prepared:
-            if self._shape:
-                break
-            with suppress(UnreadableImage):
-                self._shape = decode_image(item.encoded).shape[:2]
-        names = [_clean(item.file_name, "/") for item in prepared] if self._named else []
-        self._append([(float(item.label), item.encoded) for item in prepared], first, names)
-        self._runs += runs
-        return {"sizes": [file.stat().st_size for file in self._files], "shape": self._shape, "runs": runs}
+    def write(self, number: int, items: list[Item]) -> None:
+        folder = self._work / PARTS / f"{number:06d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_file(folder / "names", "".join(f"{_one_line(item.file_name)}\n" for item in items).encode(*_FILE_NAMES))
+        with RecordWriter(folder / "train.rec", header=False) as writer:
+            for item in items:
+                writer.write(item.encoded, item.label)
 
     def finish(self) -> None:
-        first = self._runs[-1][2] if self._runs else 1
-        ranges = {label: (float(start), float(stop)) for label, start, stop in self._runs}
-        classes = self._source.num_classes
-        self._append([(ranges.get(label, (first, first)), b"") for label in range(classes)], first, [])
-        with self._rec.open("r+b") as file:
-            file.write(build_record(build_payload((float(first), float(first + classes)), 0, b"")))
-        height, width = self._shape or (0, 0)
-        write_file(self._work / "property", f"{classes},{height},{width}\n")
-        if not self._named:
-            self._files[2].unlink()
+        path, classes = self._work / "train.rec", self._source.num_classes
+        for left in (path, path.with_suffix(".idx"), path.with_name("property")):
+            left.unlink(missing_ok=True)
+        key = 0
+        with atomic_file(names_path(path)) as names, RecordWriter(path, num_classes=classes) as writer:
+            for folder in sorted((self._work / PARTS).iterdir()):
+                reader = RecordReader(folder / "train.rec")
+                for row, name in enumerate((folder / "names").read_bytes().splitlines()):
+                    record = reader.read(row)
+                    writer.write(record.body, int(record.labels[0]))
+                    key += 1
+                    names.write(b"%d\t%s\n" % (key, name))
+        if not file_name(self._source, 0):
+            names_path(path).unlink()
         write_classes(self._work, classes, self._source.identities)
 
-    def _append(self, records: Sequence[tuple[Any, bytes]], key: int, names: list[str]) -> None:
-        """Add records with the keys from `key` on, and the names of their images if there are any."""
-        offset = self._rec.stat().st_size
-        texts: tuple[list[bytes], list[str], list[str]] = [], [], []
-        for number, (label, body) in enumerate(records, key):
-            record = build_record(build_payload(label, number, body))
-            texts[0].append(record)
-            texts[1].append(f"{number}\t{offset}\n")
-            offset += len(record)
-        texts[2].extend(f"{number}\t{name}\n" for number, name in enumerate(names, key))
-        for path, text in zip(self._files, texts, strict=True):
-            with path.open("ab") as file:
-                file.writelines(os.fsencode(line) if isinstance(line, str) else line for line in text)
-                file.flush()
-                os.fsync(file.fileno())
 
-
-TARGETS: dict[str, Callable[[Path, Source, int, list[Any]], Target]] = {
+TARGETS: dict[str, Callable[[Path, Source, int], Target]] = {
     "recordio": _RecordIO,
     "folder": _Folder,
     "webdataset": _WebDataset,
@@ -276,13 +229,12 @@ def _suffix(encoded: bytes) -> str:
     return next((suffix for magic, suffix in _KINDS.items() if encoded.startswith(magic)), ".jpg")
 
 
-def _clean(name: str, allowed: str = "") -> str:
-    """A name that a file system takes, does not hide, and that stays on one line."""
-    name = "".join("_" if not char.isprintable() or (char in "/\\" and char not in allowed) else char for char in name)
-    if name.startswith("."):
-        name = f"_{name}"
-    return name if len(os.fsencode(name)) <= _MAX_NAME or allowed else name[-_MAX_NAME // 4 :]
+def _clean(name: str) -> str:
+    """A name for a file: on one line, not hidden, and not too long."""
+    name = _one_line(name).replace("/", "_").replace("\\", "_")
+    name = f"_{name}" if name.startswith(".") else name
+    return name if len(os.fsencode(name)) <= _MAX_NAME else name[-_MAX_NAME // 4 :]
 
 
-def _utf8(name: str) -> str:
-    return name.encode(errors="replace").decode()
+def _one_line(text: str) -> str:
+    return "".join(char if char.isprintable() or "\udc80" <= char <= "\udcff" else "_" for char in text)

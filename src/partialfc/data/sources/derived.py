@@ -1,7 +1,7 @@
 """Files derived from data and kept for the next time: indexes, and memory-mapped copies.
 
-They stand beside the data, or in `$XDG_CACHE_HOME/partialfc` where nothing can be written there. Each holds the names,
-sizes and modification times of the files that it was made from, so that a changed file makes a new one.
+They stand beside the data, or in `$XDG_CACHE_HOME/partialfc` where nothing can be written there. Their names hold a
+digest of the names, sizes and modification times of the files that they were made from.
 """
 
 from __future__ import annotations
@@ -13,41 +13,51 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from partialfc.core.files import atomic_file
 
 SCHEMA_VERSION = 1
-_MAX_HEADER = 1 << 28  # bytes; a shard takes about 50
 
 
-def fingerprint(files: Sequence[Path]) -> dict[str, Any]:
-    """What tells whether these files have changed since something was derived from them, as JSON can hold it."""
-    states = [(file, file.stat()) for file in files]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "files": [[file.name, state.st_size, state.st_mtime_ns] for file, state in states],
-    }
+def places(files: Sequence[Path], beside: Path) -> list[Path]:
+    """Where a file derived from `files` may stand: beside the data, under the name of `beside` and a digest, or cached.
+
+    Raises:
+        OSError: one of the files is not there.
+    """
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    name = f"{beside.stem}-{_digest(json.dumps([SCHEMA_VERSION, states]))}{beside.suffix}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partialfc"
+    return [beside.with_name(name), cache / f"{_digest(str(beside.absolute()))}{name}"]
 
 
-def places(beside: Path) -> list[Path]:
-    """Where a derived file may stand: at `beside`, or in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(os.fsencode(beside.absolute())).hexdigest()[:16]
-    return [beside, cache / "partialfc" / f"{digest}{beside.name}"]
-
-
-def write_derived(beside: Path, write: Callable[[BinaryIO], None]) -> Path | None:
+def write_derived(candidates: Sequence[Path], write: Callable[[BinaryIO], None]) -> Path | None:
     """Write a file by `write` at the first of `places` that can be written; where it stands, None if nowhere."""
-    for place in places(beside):
+    for place in candidates:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(place) as file:
                 write(file)
+            for older in place.parent.glob(f"{place.stem[:-16]}????????????????{place.suffix}"):
+                if older != place:
+                    older.unlink()
             return place
     return None
+
+
+def derived_rows(files: Sequence[Path], beside: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array that `build` makes of the files, memory-mapped from the `.npy` of this or an earlier call if it can be."""
+    candidates = places(files, beside)
+    with locked(beside.parent):
+        for place in candidates:
+            with suppress(OSError, ValueError, EOFError):  # of a file that is not there, or damaged
+                return np.load(place, mmap_mode="r", allow_pickle=False)
+        rows = build()
+        place = write_derived(candidates, lambda file: np.save(file, rows, allow_pickle=False))
+    return rows if place is None else np.load(place, mmap_mode="r", allow_pickle=False)
 
 
 @contextmanager
@@ -65,42 +75,5 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def derived_rows(files: Sequence[Path], beside: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
-    """The rows that `build` makes of the files, kept at `beside` and memory-mapped from there.
-
-    Args:
-        files: what the rows are derived from.
-        beside: where the file of rows stands if it can be written: a line of JSON, then the rows as they are in memory.
-        build: makes the rows, an array (N,) of any dtype without objects.
-    """
-    source = fingerprint(files)
-    with locked(beside.parent):
-        for place in places(beside):
-            if (rows := _read_rows(place, source)) is not None:
-                return rows
-        rows = build()
-        header = {**source, "dtype": np.lib.format.dtype_to_descr(rows.dtype), "rows": len(rows)}
-
-        def write(file: BinaryIO) -> None:
-            file.write(json.dumps(header).encode() + b"\n")
-            file.write(memoryview(rows).cast("B") if len(rows) else b"")
-
-        place = write_derived(beside, write)
-        kept = None if place is None else _read_rows(place, source)
-        return rows if kept is None else kept
-
-
-def _read_rows(place: Path, source: dict[str, Any]) -> np.ndarray | None:
-    """The rows in a derived file, None if there is none or it was derived from other files."""
-    try:
-        with place.open("rb") as file:
-            header = json.loads(file.readline(_MAX_HEADER))
-            if {key: header[key] for key in source} != source:
-                return None
-            descr = header["dtype"]
-            dtype = np.dtype(descr if isinstance(descr, str) else [(str(name), str(code)) for name, code in descr])
-            if not header["rows"] or dtype.hasobject:
-                return None
-            return np.memmap(file, dtype, "r", file.tell(), (int(header["rows"]),))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
+def _digest(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]

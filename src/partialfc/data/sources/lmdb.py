@@ -8,12 +8,12 @@ opened here if that survives; the labels found are kept beside the file.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,7 +26,7 @@ from partialfc.data.images import UnreadableImage
 from partialfc.data.sources.base import Sample
 from partialfc.data.sources.derived import derived_rows
 
-_SECONDS_WITHOUT_RECORDS = 120  # until the reading process is taken for hanging
+_SECONDS = 120  # for a thousand records, until the process that reads them is taken for hanging
 _RECORDS_AT_ONCE = 1024
 _MAX_RECORDS = 1 << 40
 
@@ -57,8 +57,9 @@ class LmdbSource:
     def __init__(self, path: Path, num_classes: int | None = None) -> None:
         self.path, self._given = path, num_classes
         self._opened: dict[int, _Opened] = {}  # by process: a child must not even close that of its parent
-        import_packages()
-        rows = derived_rows([path], path.with_name(f".{path.name}.index"), lambda: _scan_apart(path))
+        if missing := [name for name in ("lmdb", "msgpack") if find_spec(name) is None]:
+            raise InputError(f"LMDB files need {missing[0]}: pip install 'partialfc[formats]'.")
+        rows = derived_rows([path], path.with_name(f".{path.stem}.npy"), lambda: _scan_apart(path))
         self._labels, classes = rows[1:], int(rows[0])
         self.num_classes: int = num_classes or classes or int(self._labels.max()) + 1
 
@@ -115,19 +116,6 @@ def _open(path: Path) -> _Opened:
     return _Opened(lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_readers=1024))
 
 
-def import_packages() -> None:
-    """Import lmdb and msgpack.
-
-    Raises:
-        InputError: one of them is not installed.
-    """
-    try:
-        import lmdb  # noqa: F401
-        import msgpack  # noqa: F401
-    except ImportError as error:
-        raise InputError("LMDB files need lmdb and msgpack: pip install 'partialfc[formats]'.") from error
-
-
 def _parse(value: bytes | memoryview | None) -> tuple[bytes, int]:
     """The encoded image and the class id in a value. A ValueError says what is wrong with it."""
     import msgpack
@@ -156,22 +144,14 @@ def _scan_apart(path: Path) -> np.ndarray:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command, found = [sys.executable, "-c", code, path], bytearray()
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment) as child,
         Progress(f"checking {path.name}", unit="record") as progress,
     ):
         assert child.stdout is not None
         assert child.stderr is not None
-        try:
-            while select.select([child.stdout], [], [], _SECONDS_WITHOUT_RECORDS)[0]:
-                if not (block := os.read(child.stdout.fileno(), 1 << 20)):
-                    break
-                found += block
-                progress.update(len(found) // 8)
-            else:
-                child.kill()
-        except BaseException:
-            child.kill()
-            raise
+        while block := child.stdout.read(1 << 16):
+            found += block
+            progress.update(len(found) // 8)
         said = child.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
     if child.returncode == 0:
         return np.frombuffer(bytes(found), np.int64)
@@ -196,6 +176,8 @@ def scan(path: str) -> None:
             classes = transaction.get(b"__classnum__")
             numbers, readable = [0 if classes is None else _number(classes, "__classnum__")], 0
             for index in range(count):
+                if index % _RECORDS_AT_ONCE == 0:
+                    signal.alarm(_SECONDS)  # which ends the process
                 label = -1
                 with suppress(ValueError):
                     label = _parse(transaction.get(b"%d" % index))[1]

@@ -6,7 +6,6 @@ import json
 import mmap
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,16 +57,8 @@ def pack_lines(path: Path) -> PackedStrings:
     return PackedStrings(block, np.concatenate(stops))
 
 
-@dataclass(frozen=True)
-class Classes:
-    """The number of classes, 0 if unknown, and their names, None without."""
-
-    num_classes: int = 0
-    identities: list[str] | None = None
-
-
-def read_classes(folder: Path) -> Classes:
-    """What the `partialfc-classes.json` in a folder says.
+def read_classes(folder: Path) -> tuple[int, list[str] | None]:
+    """The number of classes that the file of classes in a folder gives, 0 without, and their names, None without.
 
     Raises:
         InputError: the file is damaged, or of a newer version.
@@ -76,21 +67,20 @@ def read_classes(folder: Path) -> Classes:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, count, names = content["schema_version"], content["num_classes"], content["identities"]
-        if version > SCHEMA_VERSION:
-            raise InputError(f"{path} is of version {version}, newer than {SCHEMA_VERSION}: upgrade partialfc.")
-        sound = names is None or (len(names) == count and all(isinstance(name, str) for name in names))
-        if not isinstance(count, int) or count < 1 or not sound:
-            raise ValueError
+        newer = version > SCHEMA_VERSION
+        sound = type(count) is int and count >= 1 and (names is None or len(names) == count)
     except FileNotFoundError:
-        return Classes()
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path} does not name the classes: remove it, and they are numbered.") from error
-    return Classes(count, names)
+        return 0, None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        newer = sound = False
+    if newer:
+        raise InputError(f"{path} is of version {version}, newer than {SCHEMA_VERSION}: upgrade partialfc.")
+    if not sound:
+        raise InputError(f"{path} does not name the classes: remove it, and they are numbered.")
+    return count, names and [str(name) for name in names]
 
 
 def write_classes(folder: Path, num_classes: int, identities: list[str] | None) -> None:
-    """Write the `partialfc-classes.json` of a folder."""
+    """Write the file of classes of a folder."""
     content = {"schema_version": SCHEMA_VERSION, "num_classes": num_classes, "identities": identities}
     write_file(folder / CLASSES, json.dumps(content) + "\n")

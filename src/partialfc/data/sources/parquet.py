@@ -1,8 +1,8 @@
 """Parquet in the layout of Hugging Face, and Arrow IPC files as `datasets.save_to_disk` writes them.
 
 Columns: `image`, a struct of `bytes` and `path`, and `label`, a whole number; class names stand in the schema. A row of
-Parquet can only be had by unpacking hundreds of others, so that one Arrow file is made of them all, once, and mapped
-into memory; Arrow IPC files are mapped as they are.
+Parquet can only be had by unpacking hundreds of others, so that each file is copied to an Arrow file, once, which is
+mapped into memory; Arrow IPC files are mapped as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,11 +22,9 @@ from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources.base import Sample
-from partialfc.data.sources.derived import fingerprint, locked, places, write_derived
+from partialfc.data.sources.derived import locked, places, write_derived
 from partialfc.data.sources.names import read_classes
 
-_OWN = b"partialfc"  # key of our own entry in a schema's metadata
-_COPY = ".parquet-rows.arrow"
 _ROWS = 512  # a batch; its images must stay below the 2 GiB that Arrow's 32-bit offsets reach
 
 
@@ -51,7 +51,7 @@ def open_parquet(path: Path, num_classes: int | None) -> ArrowSource | None:
         OSError: the folder cannot be listed.
     """
     if files := parquet_files(path, ".parquet"):
-        return ArrowSource(path, files, [_arrow_copy(path, files)], num_classes)
+        return ArrowSource(path, files, _arrow_copies(files), num_classes)
     if files := parquet_files(path, ".arrow"):
         return ArrowSource(path, files, files, num_classes)
     return None
@@ -70,7 +70,7 @@ class ArrowSource:
     Args:
         path: the file or folder.
         files: the files that hold the rows, for messages.
-        mapped: `files`, or the copy of them.
+        mapped: `files`, or the copy of each.
         num_classes: the number of classes; by default what the schema says, else the largest label + 1.
     """
 
@@ -78,20 +78,18 @@ class ArrowSource:
         self.path, self.format = path, files[0].suffix[1:].lower()
         self._arguments = path, files, mapped, num_classes
         self._files = files
-        rows_of = [list(read_rows(file)) for file in mapped]
-        self._batches = [rows for of_file in rows_of for rows in of_file]
+        self._batches: list[Rows] = []
+        self._file_stops: list[int] = []
+        for file in mapped:
+            self._batches += read_rows(file)
+            self._file_stops.append(sum(len(rows.labels) for rows in self._batches))
         if not self._batches:
             raise InputError(f"{path} holds no rows: is it the right file?")
         self._stops: list[int] = np.cumsum([len(rows.labels) for rows in self._batches]).tolist()
-        schema = self._batches[0].batch.schema
-        own = _own_metadata(schema)
-        counts = own.get("rows", [sum(len(rows.labels) for rows in of_file) for of_file in rows_of])
-        self._file_stops: list[int] = np.cumsum(counts).tolist()
         self._labels = np.concatenate([rows.labels for rows in self._batches])
-        classes = read_classes(files[0].parent)
-        names = _class_names(schema) or classes.identities
-        counted = len(names or ()) or classes.num_classes or int(self._labels.max()) + 1
-        self.num_classes: int = num_classes or counted
+        counted, names = read_classes(files[0].parent)
+        names = _class_names(self._batches[0].batch.schema) or names
+        self.num_classes: int = num_classes or len(names or ()) or counted or int(self._labels.max()) + 1
         self.identities = names if names and len(names) == self.num_classes else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -190,7 +188,6 @@ def _open_batches(file: Path) -> tuple[Any, Iterable[Any]]:
     pa = import_pyarrow()
     if file.suffix.lower() == ".parquet":
         opened = pa.parquet.ParquetFile(file, memory_map=True, pre_buffer=False)
-        _check_schema(opened.schema_arrow, file)
         return opened.schema_arrow, opened.iter_batches(_ROWS, columns=["image", "label"], use_threads=False)
     mapped = pa.memory_map(str(file))
     try:
@@ -234,66 +231,33 @@ def _class_names(schema: Any) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) and names else None
 
 
-def _own_metadata(schema: Any) -> dict[str, Any]:
-    """Our own entry in the schema of an Arrow copy: its `source`, and the number of `rows` of each file."""
-    try:
-        content = json.loads((schema.metadata or {})[_OWN])
-    except (KeyError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 # -- the Arrow copy of Parquet files -----------------------------------------------------------------------------------
 
 
-def _arrow_copy(path: Path, files: list[Path]) -> Path:
-    """The Arrow file of the rows of Parquet files: that of an earlier call, or a new one."""
-    beside = path / _COPY if path.is_dir() else path.with_name(f".{path.name}.arrow")
-    source = fingerprint(files)
-    with locked(beside.parent):
-        for place in places(beside):
-            if _copied_from(place) == source:
-                return place
-        written = write_derived(beside, lambda file: _write_copy(files, source, file))
-    if written is None:
-        raise InputError(
-            f"Reading the rows of {path} in any order takes an Arrow copy of them, for which there is no room at "
-            f"{' or '.join(map(str, places(beside)))}: set XDG_CACHE_HOME to a folder with more space."
-        )
-    return written
-
-
-def _copied_from(place: Path) -> Any:
-    """What an Arrow copy was made of, None where there is no sound one."""
-    pa = import_pyarrow()
-    try:
-        with pa.memory_map(str(place)) as mapped:
-            return _own_metadata(pa.ipc.open_file(mapped).schema).get("source")
-    except (pa.ArrowException, OSError):
-        return None
-
-
-def _write_copy(files: list[Path], source: dict[str, Any], target: BinaryIO) -> None:
-    pa = import_pyarrow()
-    counts: list[int] = []
-    for file in files:
-        try:
-            counts.append(pa.parquet.read_metadata(file).num_rows)
-            schema = pa.parquet.read_schema(files[0])
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise _unsound(file, 0, error) from error
-    own = {"source": source, "rows": counts}
-    kept = pa.schema([schema.field(name) for name in ("image", "label") if name in schema.names])
-    kept = kept.with_metadata({**(schema.metadata or {}), _OWN: json.dumps(own).encode()})
-    done = 0
-    with (
-        Progress("copying Parquet to a memory-mapped Arrow file, once", sum(counts)) as progress,
-        pa.ipc.new_file(target, kept) as writer,
-    ):
+def _arrow_copies(files: list[Path]) -> list[Path]:
+    """The Arrow files of the rows of Parquet files: those of an earlier call, or new ones."""
+    copies: list[Path] = []
+    with Progress("copying Parquet to memory-mapped Arrow files, once", len(files), unit="file") as progress:
         for file in files:
-            for rows in read_rows(file):
-                if not rows.batch.schema.equals(kept):
-                    raise InputError(f"The columns of {file} are not those of {files[0]}: convert each on its own.")
-                writer.write_batch(rows.batch)
-                done += len(rows.labels)
-                progress.update(done)
+            candidates = places([file], file.with_name(f".{file.stem}.arrow"))
+            with locked(file.parent):
+                copy = next((place for place in candidates if place.exists()), None)
+                if copy is None:
+                    copy = write_derived(candidates, partial(_write_copy, file))
+                    progress.update(len(copies) + 1)
+            if copy is None:
+                raise InputError(
+                    f"Reading the rows of {file} in any order takes an Arrow copy of it, for which there is no room at "
+                    f"{' or '.join(map(str, candidates))}: set XDG_CACHE_HOME to a folder with more space."
+                )
+            copies.append(copy)
+    return copies
+
+
+def _write_copy(file: Path, target: BinaryIO) -> None:
+    batches = (rows.batch for rows in read_rows(file))
+    if (first := next(batches, None)) is None:
+        raise InputError(f"{file} holds no rows: get a fresh copy of it, or remove it.")
+    with import_pyarrow().ipc.new_file(target, first.schema) as writer:
+        for batch in chain([first], batches):
+            writer.write_batch(batch)

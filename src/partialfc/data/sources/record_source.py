@@ -56,7 +56,7 @@ class RecordSource:
         if self._stop <= self._start:
             raise InputError(f"{path} holds no image.")
         self.num_classes: int = num_classes or self._read_property() or self._count_classes(header)
-        names = read_classes(path.parent).identities
+        _, names = read_classes(path.parent)
         self.identities: list[str] | None = names if names and len(names) == self.num_classes else None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from partialfc.data.sources.names import read_classes
 from partialfc.data.sources.tar_members import DamagedTar, Member, members
 
 COMPRESSED = (".tar.gz", ".tgz")
-INDEX = ".webdataset.index"
 _LABELS = ("cls", "json")
 _OPEN_SHARDS = 64
 _LABEL_BYTES = 1 << 16  # of a .cls or .json
@@ -66,13 +65,13 @@ class WebDatasetSource:
     def __init__(self, path: Path, shards: list[Path], num_classes: int | None = None) -> None:
         self.path = path
         self._shards, self._given = shards, num_classes
-        index = path / INDEX if path.is_dir() else path.with_name(f".{path.name}.index")
+        index = shards[0].with_name(f".{'webdataset' if len(shards) > 1 else shards[0].stem}.npy")
         self._rows = derived_rows(shards, index, partial(build_index, shards))
         self._sizes = [shard.stat().st_size for shard in shards]
         self._open = lru_cache(_OPEN_SHARDS)(_OpenFile)
-        classes = read_classes(shards[0].parent)
-        self.identities: list[str] | None = classes.identities
-        self.num_classes: int = num_classes or classes.num_classes or int(self._rows["label"].max()) + 1
+        counted, names = read_classes(shards[0].parent)
+        self.num_classes: int = num_classes or counted or int(self._rows["label"].max()) + 1
+        self.identities = names if names and len(names) == self.num_classes else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WebDatasetSource, (self.path, self._shards, self._given)

@@ -49,7 +49,7 @@ def write_derived(candidates: Sequence[Path], write: Callable[[BinaryIO], None])
 
 
 def derived_rows(files: Sequence[Path], beside: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array that `build` makes of the files, memory-mapped from the `.npy` of this or an earlier call if it can be."""
+    """What `build` makes of the files, memory-mapped from the `.npy` that this or an earlier call has written."""
     candidates = places(files, beside)
     with locked(beside.parent):
         for place in candidates:

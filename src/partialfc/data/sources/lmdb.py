@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from partialfc.data.sources.derived import derived_rows
 
 _SECONDS = 120  # for a thousand records, until the process that reads them is taken for hanging
 _RECORDS_AT_ONCE = 1024
+_SCAN = "import sys; from partialfc.data.sources.lmdb import scan; scan(sys.argv[1])"
 _MAX_RECORDS = 1 << 40
 
 
@@ -56,7 +58,7 @@ class LmdbSource:
 
     def __init__(self, path: Path, num_classes: int | None = None) -> None:
         self.path, self._given = path, num_classes
-        self._opened: dict[int, _Opened] = {}  # by process: a child must not even close that of its parent
+        self._opened: _Opened | None = None
         if missing := [name for name in ("lmdb", "msgpack") if find_spec(name) is None]:
             raise InputError(f"LMDB files need {missing[0]}: pip install 'partialfc[formats]'.")
         rows = derived_rows([path], path.with_name(f".{path.stem}.npy"), lambda: _scan_apart(path))
@@ -89,31 +91,32 @@ class LmdbSource:
             raise UnreadableImage(f"{self.name(index)}: {error}") from error
 
     def _environment(self) -> Any:
-        """The opened file: one in each process, because LMDB must not be used after a fork, nor open a file twice."""
-        process = os.getpid()
-        if process not in self._opened:
+        """The opened file. LMDB neither opens a file twice in a process nor can one be used in another after a fork."""
+        if self._opened is None or self._opened.process != os.getpid():
             with _LOCK:
-                key = process, os.path.realpath(self.path)
-                opened = _ENVIRONMENTS.get(key) or _open(self.path)
-                _ENVIRONMENTS[key] = self._opened[process] = opened
-        return self._opened[process].environment
+                key = os.path.realpath(self.path)
+                opened = _OPENED.get(key)
+                if opened is not None and opened.process != os.getpid():
+                    opened.environment.close()
+                    opened = None
+                self._opened = _OPENED[key] = opened or _Opened(os.getpid(), _open(self.path))
+        return self._opened.environment
 
 
+@dataclass
 class _Opened:
-    """An environment, which itself takes no weak references."""
-
-    def __init__(self, environment: Any) -> None:
-        self.environment = environment
+    process: int
+    environment: Any
 
 
 _LOCK = threading.Lock()
-_ENVIRONMENTS: WeakValueDictionary[tuple[int, str], _Opened] = WeakValueDictionary()
+_OPENED: WeakValueDictionary[str, _Opened] = WeakValueDictionary()
 
 
-def _open(path: Path) -> _Opened:
+def _open(path: Path) -> Any:
     import lmdb
 
-    return _Opened(lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_readers=1024))
+    return lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
 
 
 def _parse(value: bytes | memoryview | None) -> tuple[bytes, int]:
@@ -140,9 +143,8 @@ def _scan_apart(path: Path) -> np.ndarray:
     Raises:
         InputError: the file is no LMDB, or kills the process that reads it, or no record has the expected form.
     """
-    code = "import sys; from partialfc.data.sources.lmdb import scan; scan(sys.argv[1])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command, found = [sys.executable, "-c", code, path], bytearray()
+    command, found = [sys.executable, "-c", _SCAN, path], bytearray()
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment) as child,
         Progress(f"checking {path.name}", unit="record") as progress,
@@ -166,7 +168,7 @@ def scan(path: str) -> None:
     Writes the numbers to standard output in binary, or a sentence to standard error.
     """
     try:
-        with _open(Path(path)).environment as environment, environment.begin(buffers=True) as transaction:
+        with _open(Path(path)) as environment, environment.begin(buffers=True) as transaction:
             pages, entries = environment.info()["last_pgno"] + 1, environment.stat()["entries"]
             if pages * environment.stat()["psize"] > os.path.getsize(path):
                 raise ValueError(f"it has {os.path.getsize(path)} bytes and counts {pages} pages")

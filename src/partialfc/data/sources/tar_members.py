@@ -61,8 +61,9 @@ def members(data: bytes | mmap.mmap) -> Iterator[Member]:
             if kind in (b"0", b"\0", b"7") and not name.endswith(b"/"):
                 yield Member(name, start, size)
             long_name, extended, last = b"", {}, name
-    if offset < len(data):
-        raise DamagedTar(f"it ends inside a head, after {last.decode(errors='replace') or 'nothing'}")
+    raise DamagedTar(
+        f"it ends after {last.decode(errors='replace') or 'nothing'}, without the blocks of zeros of an end"
+    )
 
 
 def _check_head(head: bytes, offset: int, last: bytes) -> int:

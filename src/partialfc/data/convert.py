@@ -27,7 +27,6 @@ from partialfc.data.convert_targets import PARTS, TARGETS, Item, Target, TargetN
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import Source, check_label, file_name
-from partialfc.data.sources.derived import locked
 from partialfc.data.sources.webdataset import COMPRESSED, tar_files
 
 _PART = 8192  # images of a part, and so of a .tar or .parquet file; a larger identity is a part of its own
@@ -69,29 +68,30 @@ def convert(path: str | Path, out: str | Path, target: TargetName, *, quiet: boo
     path, out = Path(path), Path(out)
     if target not in get_args(TargetName):
         raise InputError(f"There is no format {target!r} to convert to: choose {', '.join(get_args(TargetName))}.")
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists already: remove it, or write somewhere else.")
     work = temporary_name(out)
     with output_errors(out):
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with locked(out.absolute().parent):
-            if out.exists() or out.is_symlink():
-                raise InputError(f"{out} exists already: remove it, or write somewhere else.")
-            work.mkdir(exist_ok=True)
-            source = open_source(_unpack(path, work / _UNPACKED, quiet) if tar_files(path, COMPRESSED) else path)
-            facts = _convert(source, path, work, target, quiet)
-            for leftover in (work / _UNPACKED, work / PARTS):
-                shutil.rmtree(leftover, ignore_errors=True)
-            (work / _JOURNAL).unlink()
-            work.rename(out)
-            fsync(out.absolute().parent)
+        compressed = tar_files(path, COMPRESSED)
+        source = open_source(_unpack(compressed, work / _UNPACKED, quiet) if compressed else path)
+        facts = _convert(source, path, work, target, quiet)
+        for leftover in (work / _UNPACKED, work / PARTS):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (work / _JOURNAL).unlink()
+        work.rename(out)
+        fsync(out.absolute().parent)
     return {"out": str(out), "format": target, **facts}
 
 
 def _convert(source: Source, path: Path, work: Path, target_name: TargetName, quiet: bool) -> dict[str, Any]:
+    """Write all in `work` and verify it; the result of `convert` about the images."""
     labels = source.labels()
     for index in np.flatnonzero(labels >= source.num_classes)[:1].tolist():
         check_label(source.read(index), source.num_classes)
     order = np.argsort(labels, kind="stable")
     starts = _part_starts(labels[order])
+    target = TARGETS[target_name](work, source, len(starts) - 1)
+    work.mkdir(parents=True, exist_ok=True)
     plan = {
         "schema_version": 1,
         "path": str(path.absolute()),
@@ -101,12 +101,11 @@ def _convert(source: Source, path: Path, work: Path, target_name: TargetName, qu
         "parts": len(starts) - 1,
     }
     done = _read_journal(work / _JOURNAL, plan)
-    target = TARGETS[target_name](work, source, len(starts) - 1)
     _write_parts(source, target, np.split(order, starts[1:-1]), done, work / _JOURNAL, quiet)
-    target.finish()
     images, digest = sum(part.images for part in done), sum(part.digest for part in done) % (1 << _DIGEST_BITS)
     if not images:
         raise InputError(f"None of the {len(labels)} records of {path} can be read.")
+    target.finish()
     if _sum_of_written(work, target_name, images, quiet) != (images, digest):
         raise JobError(f"What was written to {work} is not what {path} holds: is the storage sound?")
     unreadable = [reason for part in done for reason in part.unreadable]
@@ -201,10 +200,9 @@ def _read_journal(journal: Path, plan: dict[str, Any]) -> list[_Done]:
     return [_Done(*json.loads(line)) for line in lines[1:]]
 
 
-def _unpack(path: Path, folder: Path, quiet: bool) -> Path:
-    """The `.tar.gz` files at `path`, unpacked to `.tar` files in `folder`."""
-    folder.mkdir(exist_ok=True)
-    files = tar_files(path, COMPRESSED)
+def _unpack(files: list[Path], folder: Path, quiet: bool) -> Path:
+    """The `.tar.gz` files, unpacked to `.tar` files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     with Progress("unpacking", len(files), unit="file", quiet=quiet) as progress:
         for number, file in enumerate(files):
             unpacked = folder / re.sub(r"\.(tar\.gz|tgz)$", ".tar", file.name, flags=re.IGNORECASE)

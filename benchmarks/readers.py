@@ -1,4 +1,4 @@
-"""Writes a training set in every format and reads it with the usual packages of each: webdataset, pyarrow, datasets, mxnet.
+"""Writes a training set in every format and reads it with the packages that others use: webdataset, pyarrow, mxnet.
 
     python benchmarks/readers.py [--mxnet-python PYTHON]
 

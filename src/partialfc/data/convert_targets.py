@@ -197,7 +197,7 @@ class _Paths:
         self._names, self._dots = names, dots
         if names is None:
             self.folders = [f"{label:0{width}d}" for label in range(source.num_classes)]
-        elif names == sorted(set(names)) and all(name == _clean(name) for name in names):
+        elif names == sorted(set(names)) and all(name and name == _clean(name) for name in names):
             self.folders = names
         else:
             self.folders = [f"{label:0{width}d}_{_clean(name)}" for label, name in enumerate(names)]

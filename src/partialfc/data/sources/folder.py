@@ -97,10 +97,10 @@ def _images_below(folder: str, root: os.stat_result) -> Iterator[str]:
                 path = os.path.join(below, entry.name)
                 if entry.name.startswith("."):
                     continue
-                if entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    yield path
-                elif _is_folder(entry):
+                if _is_folder(entry):
                     deeper.append(path)
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    yield path
         folders += sorted(deeper, reverse=True)
 
 

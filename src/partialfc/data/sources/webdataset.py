@@ -175,10 +175,10 @@ def _index_shard(number: int, shard: Path, bar: Progress, done: int) -> np.ndarr
         ordered = sorted(keys)
         key = next(first for first, second in pairwise(ordered) if first == second)
         raise InputError(
-            f"The files of sample {_text(key)} in {shard} are not adjacent: pack it again, sorted by name."
+            f"The files of sample {os.fsdecode(key)} in {shard} are not adjacent: pack it again, sorted by name."
         )
     for key, problem in incomplete.items():
-        raise InputError(f"Sample {_text(key)} in {shard} {problem}.")
+        raise InputError(f"Sample {os.fsdecode(key)} in {shard} {problem}.")
     if not names:
         raise InputError(f"{shard} holds no samples: get a fresh copy of it, or remove it.")
     rows = np.empty(len(names), _row_dtype(max(map(len, names))))
@@ -235,7 +235,3 @@ def _class_id(text: bytes, kind: str) -> int:
         shown = text[:40].decode(errors="replace")
         raise ValueError(f"has the label {shown!r}, but a class id is a whole number from 0: correct its .{kind}")
     return value
-
-
-def _text(key: bytes) -> str:
-    return os.fsdecode(key)

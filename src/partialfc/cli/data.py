@@ -1,4 +1,4 @@
-"""`partialfc data inspect`, `partialfc data convert` and `partialfc data faces`."""
+"""`partialfc data inspect`, `convert`, `pairs` and `faces`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from partialfc.cli.parser import add_command, add_commands, facts_text, show
 from partialfc.core.console import Progress
 from partialfc.data.convert import TargetName, convert
 from partialfc.data.inspect import inspect
+from partialfc.data.make_pairs import write_chosen_pairs
+from partialfc.data.sources import open_source
 from partialfc.faces.sets import FaceWorld, Layout
 
 
@@ -24,6 +26,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("path", type=Path, help="training set of any format, or .tar.gz files")
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for the set")
     parser.add_argument("--to", choices=get_args(TargetName), required=True, help="format to write")
+
+    parser = add_command(commands, "pairs", run_pairs)
+    parser.add_argument("path", type=Path, help="folder of identity folders, or any other training set")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help=".bin or .csv file to write")
+    parser.add_argument("--pairs", type=int, metavar="N", default=6000, help="pairs, half of them genuine")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="the pairs are a function of it")
 
     parser = add_command(commands, "faces", run_faces)
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for train/ and pairs.bin")
@@ -51,6 +59,12 @@ def run_inspect(options: Namespace) -> None:
 def run_convert(options: Namespace) -> None:
     """Write a training set in another format; after an interruption, the same command goes on."""
     facts = convert(options.path, options.out, options.to, quiet=options.json)
+    show(options, facts, facts_text(facts))
+
+
+def run_pairs(options: Namespace) -> None:
+    """Write genuine and impostor pairs of one's own images as a verification file."""
+    facts = write_chosen_pairs(open_source(options.path), options.out, options.pairs, options.seed)
     show(options, facts, facts_text(facts))
 
 

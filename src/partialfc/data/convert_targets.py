@@ -57,7 +57,7 @@ class _Folder:
     """`<identity>/…/<image>`."""
 
     def __init__(self, work: Path, source: Source, parts: int) -> None:
-        self._work, self._paths = work, _Paths(source)
+        self._work, self._num_classes, self._paths = work, source.num_classes, _Paths(source)
 
     def write(self, number: int, items: list[Item]) -> None:
         for item, (stem, suffix) in zip(items, self._paths.of(items), strict=True):
@@ -66,8 +66,8 @@ class _Folder:
             path.write_bytes(item.encoded)
 
     def finish(self) -> None:
-        for folder in self._paths.folders:
-            (self._work / folder).mkdir(exist_ok=True)
+        for label in range(self._num_classes):
+            (self._work / self._paths.folder(label)).mkdir(exist_ok=True)
         os.sync()
 
 
@@ -185,22 +185,21 @@ def written_images(work: Path, target: str) -> Iterator[tuple[bytes, int]]:
 class _Paths:
     """Where images go in a set whose storage has file names: `<identity>/<path below it>`.
 
-    Attributes:
-        folders: the folder of each class, in an order in which they sort.
-
     Args:
         dots: what stands for dots in the names.
     """
 
     def __init__(self, source: Source, dots: str = ".") -> None:
-        width, names = len(str(source.num_classes - 1)), source.identities
-        self._names, self._dots = names, dots
-        if names is None:
-            self.folders = [f"{label:0{width}d}" for label in range(source.num_classes)]
-        elif names == sorted(set(names)) and all(name and name == _clean(name) for name in names):
-            self.folders = names
-        else:
-            self.folders = [f"{label:0{width}d}_{_clean(name)}" for label, name in enumerate(names)]
+        self._width, self._names, self._dots = len(str(source.num_classes - 1)), source.identities, dots
+        names = self._names or []
+        self._numbered = names != sorted(set(names)) or not all(name and name == _clean(name) for name in names)
+
+    def folder(self, label: int) -> str:
+        """The folder of a class; their names sort as the class ids do."""
+        if self._names is not None and not self._numbered:
+            return self._names[label]
+        name = "" if self._names is None else f"_{_clean(self._names[label])}"
+        return f"{label:0{self._width}d}{name}"
 
     def of(self, items: list[Item]) -> list[tuple[str, str]]:
         """Path without suffix, and suffix, of each image of a part; no two paths are equal without it."""
@@ -215,7 +214,7 @@ class _Paths:
             if suffix.lower() not in IMAGE_SUFFIXES:
                 stem, suffix = below, ""
             parts = [_clean(part).replace(".", self._dots) for part in stem.split("/") if part.strip(".")]
-            unique = stem = "/".join([self.folders[item.label], *(parts or [f"{counts[item.label]:06d}"])])
+            unique = stem = "/".join([self.folder(item.label), *(parts or [f"{counts[item.label]:06d}"])])
             while unique in taken:
                 unique = f"{stem}-{counts[item.label]}"
                 counts[item.label] += 1

@@ -64,12 +64,13 @@ class TestRealFiles:
         assert [copy.exists() for copy in copies] == [True, False]
 
     def test_where_there_is_no_room_for_a_copy(
-        self, copy_of: Copy, real_parquet: Path, monkeypatch: pytest.MonkeyPatch
+        self, copy_of: Copy, real_parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def refuse(path: Path) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("partialfc.data.sources.derived.atomic_file", refuse)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         with pytest.raises(InputError, match=r"no room at .*: set XDG_CACHE_HOME"):
             open_source(copy_of(real_parquet))
 

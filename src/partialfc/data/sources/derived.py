@@ -56,8 +56,8 @@ def derived_rows(files: Sequence[Path], beside: Path, build: Callable[[], np.nda
             with suppress(OSError, ValueError, EOFError):  # of a file that is not there, or damaged
                 return np.load(place, mmap_mode="r", allow_pickle=False)
         rows = build()
-        place = write_derived(candidates, lambda file: np.save(file, rows, allow_pickle=False))
-    return rows if place is None else np.load(place, mmap_mode="r", allow_pickle=False)
+        written = write_derived(candidates, lambda file: np.save(file, rows, allow_pickle=False))
+    return rows if written is None else np.load(written, mmap_mode="r", allow_pickle=False)
 
 
 @contextmanager

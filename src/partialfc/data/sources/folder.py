@@ -86,7 +86,7 @@ def _images_below(folder: str, root: os.stat_result) -> Iterator[str]:
     folders = [""]
     while folders:
         below = folders.pop()
-        current = os.path.join(folder, below)
+        current = os.path.join(folder, below) if below else folder
         state = os.stat(current)
         if (state.st_dev, state.st_ino) in seen:
             continue

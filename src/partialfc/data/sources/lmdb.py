@@ -144,7 +144,7 @@ def _scan_apart(path: Path) -> np.ndarray:
         InputError: the file is no LMDB, or kills the process that reads it, or no record has the expected form.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command, found = [sys.executable, "-c", _SCAN, path], bytearray()
+    command, found = [sys.executable, "-c", _SCAN, str(path)], bytearray()
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment) as child,
         Progress(f"checking {path.name}", unit="record") as progress,

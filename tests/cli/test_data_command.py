@@ -37,3 +37,17 @@ def test_data_faces_writes_real_formats(capsys: pytest.CaptureFixture[str], tmp_
     assert (inspected["images"], inspected["classes"], inspected["unreadable"]) == (18, 6, 0)
     assert "exists" in complaint(capsys, "data", "faces", "--out", out, *options)
     assert run("train", "--data.path", out / "train", *QUICK, "--out", tmp_path / "run", "--json") == 0
+
+
+def test_convert(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("data", "convert", IM2REC, "--out", tmp_path / "shards", "--to", "webdataset", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["images"] == 48
+    assert (tmp_path / "shards" / "train-000000.tar").is_file()
+    line = complaint(capsys, "data", "convert", IM2REC, "--out", tmp_path / "shards", "--to", "parquet")
+    assert line.endswith("shards exists already: remove it, or write somewhere else.")
+    assert run("data", "inspect", tmp_path / "shards") == 0
+    assert "webdataset" in capsys.readouterr().out
+    assert "invalid choice: 'zip'" in complaint(
+        capsys, "data", "convert", IM2REC, "--out", tmp_path / "x", "--to", "zip"
+    )

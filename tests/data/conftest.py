@@ -31,6 +31,24 @@ def im2rec() -> Path:
 
 
 @pytest.fixture
+def real_webdataset() -> Path:
+    """The same images in two shards, written by webdataset."""
+    return REAL / "webdataset"
+
+
+@pytest.fixture
+def real_parquet() -> Path:
+    """The same images in two files, written by pyarrow."""
+    return REAL / "parquet"
+
+
+@pytest.fixture
+def real_lmdb() -> Path:
+    """The same images, written by lmdb and msgpack."""
+    return REAL / "lmdb"
+
+
+@pytest.fixture
 def pair_files() -> list[Path]:
     return [REAL / "verification" / name for name in ("lfw.bin", "cfp_fp.bin")]
 

@@ -15,10 +15,20 @@ from partialfc.data.sources.recordio import RecordReader
 HASH = "48204531bb415f7710f324dcea8d98aaace2f2aaaa20721a85719a482f50be5f"
 
 
-def test_three_layouts_have_the_same_counts_and_hash(with_header: Path, im2rec: Path, unpacked: Path) -> None:
-    reports = [inspect(path) for path in (with_header, im2rec, unpacked)]
-    assert [report.pop("format") for report in reports] == ["recordio-header", "recordio", "folder"]
-    assert reports[0] == reports[1] == reports[2]
+def test_the_sets_of_all_writers_have_the_same_counts_and_hash(
+    with_header: Path,
+    im2rec: Path,
+    unpacked: Path,
+    real_webdataset: Path,
+    real_parquet: Path,
+    real_lmdb: Path,
+    copy_of: Callable[[Path], Path],
+) -> None:
+    copies = [copy_of(path) for path in (real_webdataset, real_parquet, real_lmdb)]  # indexes are written beside them
+    reports = [inspect(path) for path in (with_header, im2rec, unpacked, *copies)]
+    formats = ["recordio-header", "recordio", "folder", "webdataset", "parquet", "lmdb"]
+    assert [report.pop("format") for report in reports] == formats
+    assert all(report == reports[0] for report in reports)
     assert reports[0] == {
         "images": 48,
         "classes": 8,

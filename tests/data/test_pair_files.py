@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import lzma
 import os
 import pickle
 import pickletools
@@ -236,6 +237,40 @@ class TestMalice:
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         with contextlib.suppress(InputError):
             assert read_pairs(written(tmp_path / "a.bin", bytes(content))).images.dtype == np.uint8
+
+
+class TestXz:
+    def test_the_same_pairs(self, tmp_path: Path, pair_files: list[Path]) -> None:
+        for path in pair_files:
+            packed = written(tmp_path / f"{path.name}.xz", lzma.compress(path.read_bytes()))
+            pairs, expected = read_pairs(packed), read_pairs(path)
+            assert (pairs.images == expected.images).all()
+            assert (pairs.is_same == expected.is_same).all()
+
+    def test_more_than_the_cap(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pair_files, "_ALWAYS_ALLOWED", 1 << 20)
+        bomb = written(tmp_path / "a.xz", lzma.compress(bytes(1 << 24)))
+        assert bomb.stat().st_size < 10_000
+        with pytest.raises(InputError, match=r"a\.xz is no sound \.xz file \(unpacked it takes over 1 MiB\)"):
+            read_pairs(bomb)
+
+    def test_memory_that_the_file_asks_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pair_files, "_XZ_MEMORY", 1 << 20)
+        path = written(tmp_path / "a.xz", lzma.compress(b"x"))
+        with pytest.raises(InputError, match=r"a\.xz is no sound \.xz file \(Memory usage limit"):
+            read_pairs(path)
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.data())
+    def test_damage(self, tmp_path: Path, data: st.DataObject) -> None:
+        content = bytearray(lzma.compress(pickle.dumps((ENCODED, ANSWERS), 2)))
+        for _ in range(data.draw(st.integers(0, 2))):
+            content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        path = written(tmp_path / "a.xz", bytes(content[: data.draw(st.integers(6, len(content)))]))
+        try:
+            assert read_pairs(path).is_same.tolist() == ANSWERS
+        except InputError as error:
+            assert "a.xz" in str(error)  # noqa: PT017
 
 
 class TestNoPairs:

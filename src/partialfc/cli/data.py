@@ -1,4 +1,4 @@
-"""`partialfc data inspect`, `partialfc data pairs` and `partialfc data faces`."""
+"""`partialfc data inspect`, `convert`, `pairs` and `faces`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from partialfc.cli.parser import add_command, add_commands, facts_text, show
 from partialfc.core.console import Progress
+from partialfc.data.convert import TargetName, convert
 from partialfc.data.inspect import inspect
 from partialfc.data.make_pairs import write_chosen_pairs
 from partialfc.data.sources import open_source
@@ -19,7 +20,12 @@ def add_parser(commands: Any) -> None:
     commands = add_commands(commands.add_parser("data", help="look at data sets, or write procedural ones"))
 
     parser = add_command(commands, "inspect", run_inspect)
-    parser.add_argument("path", type=Path, help="folder with a .rec file, .rec file, or folder of identity folders")
+    parser.add_argument("path", type=Path, help="file or folder of a training set, of any format")
+
+    parser = add_command(commands, "convert", run_convert)
+    parser.add_argument("path", type=Path, help="training set of any format, or .tar.gz files")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for the set")
+    parser.add_argument("--to", choices=get_args(TargetName), required=True, help="format to write")
 
     parser = add_command(commands, "pairs", run_pairs)
     parser.add_argument("path", type=Path, help="folder of identity folders, or any other training set")
@@ -47,6 +53,12 @@ def run_inspect(options: Namespace) -> None:
     """Count, check and hash the images of a training set."""
     with Progress("inspecting", quiet=options.json) as progress:
         facts = inspect(options.path, progress=progress.update)
+    show(options, facts, facts_text(facts))
+
+
+def run_convert(options: Namespace) -> None:
+    """Write a training set in another format; after an interruption, the same command goes on."""
+    facts = convert(options.path, options.out, options.to, quiet=options.json)
     show(options, facts, facts_text(facts))
 
 

@@ -8,6 +8,7 @@ file ends in an error message.
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
 import pickletools
 import struct
@@ -33,6 +34,8 @@ _OPCODES = {
     opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes if opcode.name in _OPCODE_NAMES.split()
 }
 _DTYPES = ("u1", "b1", "i4", "i8")
+_XZ_MAGIC, _XZ_MEMORY = b"\xfd7zXZ\0", 1 << 28  # xz -9 takes 65 MiB to unpack
+_MAX_UNPACKED = 20  # times the bytes of an .xz, or 1 GiB; encoded images hardly shrink
 # Decoded images may take this many times the bytes of the file, or 1 GiB. A plain PNG reaches about 200.
 _MAX_GROWTH, _ALWAYS_ALLOWED = 1000, 1 << 30
 
@@ -161,7 +164,7 @@ def _unpickle(content: bytes) -> Any:
 
 
 def read_pairs(path: str | Path) -> PairSet:
-    """Read a verification `.bin` file and decode its images.
+    """Read a verification `.bin` file, or the `.xz` of one, and decode its images.
 
     Args:
         path: a pickle, protocol 0 to 5, of (images, is_same) with len(images) = 2 len(is_same). An image is bytes (in
@@ -176,12 +179,27 @@ def read_pairs(path: str | Path) -> PairSet:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from error
+    if content.startswith(_XZ_MAGIC):
+        content = _unpack_xz(content, path)
     try:
         images, is_same = _parse(content)
     except Exception as error:  # a damaged pickle can fail in any way that parsing can
         reason = str(error) if isinstance(error, _Refused) else "it is damaged or no pickle"
         raise InputError(f"{path} is no file of verification pairs: {reason}.") from error
     return PairSet(_decode_all(images, path, len(content)), is_same)
+
+
+def _unpack_xz(content: bytes, path: Path) -> bytes:
+    cap = max(_ALWAYS_ALLOWED, _MAX_UNPACKED * len(content))
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    try:
+        unpacked = unpacker.decompress(content, cap)
+    except lzma.LZMAError as error:
+        raise InputError(f"{path} is no sound .xz file ({error}): get a fresh copy of it.") from error
+    if not unpacker.eof:
+        reason = "it is cut off" if len(unpacked) < cap else f"unpacked it takes over {cap >> 20} MiB"
+        raise InputError(f"{path} is no sound .xz file ({reason}): get a fresh copy of it.")
+    return unpacked
 
 
 def _parse(content: bytes) -> tuple[Sequence[Any] | np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import pytest
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import check_label, read_image
+from partialfc.data.sources.base import check_label, file_name, read_image
 from partialfc.data.sources.recordio import RecordWriter, build_payload, build_record
+from partialfc.data.sources.subset import SubsetSource
 
 Copy = Callable[[Path], Path]
 
@@ -217,6 +219,48 @@ class TestFolderSource:
         with pytest.raises(IndexError):
             source.read(3)
 
+    def test_any_depth(self, tmp_path: Path) -> None:
+        for name in (
+            "b/9.png",
+            "b/video 2/1.png",
+            "b/video 2/deep/0.JPG",
+            "b/video 10/1.png",
+            "b/.x/1.png",
+            "a/x/y/z.png",
+        ):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(name.encode())
+        source = open_source(tmp_path)
+        assert source.identities == ["a", "b"]
+        names = ["a/x/y/z.png", "b/9.png", "b/video 10/1.png", "b/video 2/1.png", "b/video 2/deep/0.JPG"]
+        assert [file_name(source, index) for index in range(len(source))] == names
+        assert [source.read(index).encoded.decode() for index in range(5)] == names
+        assert source.labels().tolist() == [0, 1, 1, 1, 1]
+
+    def test_links_that_form_loops(self, tmp_path: Path) -> None:
+        root = tmp_path / "root"
+        (root / "a" / "x").mkdir(parents=True)
+        (root / "a" / "x" / "1.png").write_bytes(b"1")
+        (root / "a" / "x" / "up").symlink_to(root / "a")
+        (root / "a" / "x" / "root").symlink_to(root)
+        (root / "a" / "x" / "self").symlink_to(root / "a" / "x" / "self")
+        (root / "a" / "y").symlink_to(root / "a" / "x")
+        (root / "b").symlink_to(root / "a")
+        (root / "c").symlink_to(root / "c")
+        source = open_source(root)
+        assert source.identities == ["a", "b"]
+        assert [file_name(source, index) for index in range(len(source))] == ["a/x/1.png", "b/x/1.png"]
+
+    def test_many_links_take_no_time(self, tmp_path: Path) -> None:
+        folder = tmp_path / "a"
+        for _ in range(30):
+            folder.mkdir()
+            (folder / "l").symlink_to("r")
+            folder = folder / "r"
+        folder.mkdir()
+        (folder / "1.png").write_bytes(b"")
+        assert len(open_source(tmp_path)) == 1
+
     def test_a_file_that_vanished_is_unreadable(self, unpacked: Path) -> None:
         source = open_source(unpacked)
         os.remove(source.name(5))
@@ -224,12 +268,30 @@ class TestFolderSource:
             source.read(5)
 
     def test_a_folder_that_cannot_be_listed(self, unpacked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(path: Path) -> list[str]:
+        real = os.scandir
+
+        def refuse(path: str | Path) -> Any:
+            if path == unpacked:
+                return real(path)
             raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr("os.listdir", refuse)
+        monkeypatch.setattr("os.scandir", refuse)
         with pytest.raises(InputError, match=r"0000000: Permission denied"):
             open_source(unpacked)
+
+
+class TestWhichFormat:
+    def test_archives_beside_records_and_folders_are_left_alone(
+        self, copy_of: Copy, im2rec: Path, unpacked: Path
+    ) -> None:
+        for folder, expected in ((copy_of(im2rec), "recordio"), (unpacked, "folder")):
+            for name in ("faces.tar", "faces.parquet", "faces.lmdb", "faces.lst", "faces.tar.gz"):
+                (folder / name).touch()
+            assert open_source(folder).format == expected
+
+    def test_subsets_keep_names(self, unpacked: Path) -> None:
+        source = SubsetSource(open_source(unpacked), 6)
+        assert file_name(source, 7) == file_name(open_source(unpacked), 7) != ""
 
 
 class TestNoSource:
@@ -238,10 +300,10 @@ class TestNoSource:
             open_source(tmp_path / "nowhere")
 
     def test_empty_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"No \.rec and no identity folders"):
+        with pytest.raises(InputError, match="is no training set: give a"):
             open_source(tmp_path)
         (tmp_path / "identity").mkdir()
-        with pytest.raises(InputError, match=r"No \.rec and no identity folders"):
+        with pytest.raises(InputError, match="is no training set: give a"):
             open_source(tmp_path)
 
     def test_a_folder_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,9 @@ a path or returns None for a path of another format; `open_source` tries them in
 
 RecordIO, the largest format, takes three files: `record_index` finds where in a `.rec` the records are, `recordio`
 reads and writes single records, and `record_source` interprets them as a training set (header, class ids, class count).
+
+What the formats share: `tar_members` reads `.tar` files, `derived` keeps indexes and copies that were made from data,
+and `names` holds those of images and classes.
 """
 
 from __future__ import annotations
@@ -14,14 +17,19 @@ from pathlib import Path
 from partialfc.core.errors import InputError
 from partialfc.data.sources.base import Source
 from partialfc.data.sources.folder import open_folder
+from partialfc.data.sources.list_file import open_list
+from partialfc.data.sources.lmdb import open_lmdb
+from partialfc.data.sources.parquet import open_parquet
 from partialfc.data.sources.record_source import open_recordio
+from partialfc.data.sources.webdataset import open_webdataset
 
-# The first that recognises a path opens it.
-_FORMATS = (open_recordio, open_folder)
+# The first that recognises a folder opens it. For a file they are tried from the last to the first, because any file of
+# an unknown suffix may be RecordIO.
+_FORMATS = (open_recordio, open_folder, open_webdataset, open_parquet, open_lmdb, open_list)
 
 
 def open_source(path: str | Path, *, num_classes: int | None = None) -> Source:
-    """Open a training set of any format: a `.rec` file, a folder with one, or a folder of identity folders.
+    """Open a training set of any format, as docs/data-formats.md lists them.
 
     Args:
         path: the file or folder.
@@ -34,11 +42,14 @@ def open_source(path: str | Path, *, num_classes: int | None = None) -> Source:
     if num_classes is not None and num_classes < 1:
         raise InputError(f"num_classes is {num_classes}, but a training set has at least one class.")
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a .rec file, a folder that holds one, or an image folder.")
+        raise InputError(f"{path} does not exist: give the file or folder of a training set.")
     try:
-        for open_format in _FORMATS:
+        for open_format in _FORMATS if path.is_dir() else _FORMATS[::-1]:
             if (source := open_format(path, num_classes)) is not None:
                 return source
     except OSError as error:
         raise InputError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
-    raise InputError(f"No .rec and no identity folders with images in {path}: give the folder that holds them.")
+    raise InputError(
+        f"{path} is no training set: give a .rec, .tar, .parquet, .arrow, .lmdb or .lst file, a folder with such "
+        "files, or a folder of identity folders with images."
+    )

@@ -76,3 +76,11 @@ def check_label(sample: Sample, num_classes: int) -> None:
             f"The label of {sample.name} is {sample.label}, outside the range [0, {num_classes}): give the right "
             "num_classes, or correct the data (and its property file)."
         )
+
+
+def file_name(source: Source, index: int) -> str:
+    """The path of an image within its set, as the storage keeps it, "" where it keeps none.
+
+    A source with such names has a method `file_name(index)`; the others need none.
+    """
+    return str(source.file_name(index)) if hasattr(source, "file_name") else ""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from partialfc.core.errors import InputError
 from partialfc.data.sources.base import Sample
+from partialfc.data.sources.names import PackedStrings, pack, pack_lines, read_classes
 from partialfc.data.sources.recordio import LABEL_LIMIT, Record, RecordReader, UnreadableRecord, class_of
 
 _PROBES = 16  # records tried to tell a damaged file from one that does not fit its index
@@ -33,12 +36,16 @@ def open_recordio(path: Path, num_classes: int | None) -> RecordSource | None:
     return RecordSource(path, num_classes)
 
 
+def names_path(path: Path) -> Path:
+    """Where the names of the images of a `.rec` file stand."""
+    return path.with_suffix(".names.tsv")
+
+
 class RecordSource:
     """The images of a `.rec` file, in the order of their keys."""
 
     def __init__(self, path: Path, num_classes: int | None = None) -> None:
         self.path = path
-        self.identities: list[str] | None = None
         self._reader = RecordReader(path)
         self._check_fit()
         header = self._read_header()
@@ -49,13 +56,32 @@ class RecordSource:
         if self._stop <= self._start:
             raise InputError(f"{path} holds no image.")
         self.num_classes: int = num_classes or self._read_property() or self._count_classes(header)
+        _, names = read_classes(path.parent)
+        self.identities: list[str] | None = names if names and len(names) == self.num_classes else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_names"}  # mapped, and soon made anew
 
     def __len__(self) -> int:
         return self._stop - self._start
 
     def name(self, index: int) -> str:
-        """As `Source.name`."""
-        return self._reader.name(self._start + index)
+        """As `Source.name`, with the name that `data convert` has kept."""
+        file = self.file_name(index)
+        return self._reader.name(self._start + index) + (file and f" ({file})")
+
+    def file_name(self, index: int) -> str:
+        """The path of the image where it came from, "" if that is unknown."""
+        if index >= len(self._names):
+            return ""
+        key, _, name = self._names[index].rstrip("\n").partition("\t")
+        return name if key == str(self._reader.keys[self._start + index]) else ""
+
+    @cached_property
+    def _names(self) -> PackedStrings:
+        """The lines `key TAB name` of the file of names, in the order of the images."""
+        path = names_path(self.path)
+        return pack_lines(path) if path.is_file() else pack([])
 
     def read(self, index: int) -> Sample:
         """As `Source.read`."""

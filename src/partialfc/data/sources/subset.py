@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from partialfc.core.errors import InputError
-from partialfc.data.sources.base import Sample, Source
+from partialfc.data.sources.base import Sample, Source, file_name
 
 
 class SubsetSource:
@@ -42,6 +42,10 @@ class SubsetSource:
     def name(self, index: int) -> str:
         """As `Source.name`."""
         return self._source.name(int(self._indices[index]))
+
+    def file_name(self, index: int) -> str:
+        """The path of the image within its set."""
+        return file_name(self._source, int(self._indices[index]))
 
     def labels(self) -> np.ndarray:
         """As `Source.labels`: the new class ids."""

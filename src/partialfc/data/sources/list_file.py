@@ -1,0 +1,96 @@
+"""`.lst` files, in which im2rec lists loose images: lines `key TAB label TAB path`, perhaps with more labels."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from partialfc.core.errors import InputError
+from partialfc.data.images import UnreadableImage
+from partialfc.data.sources.base import Sample
+from partialfc.data.sources.names import pack
+
+_PROBES = 16  # images tried to find out what the paths are relative to
+_LINE = 1 << 16  # bytes; a longer line belongs to another kind of file
+
+
+def open_list(path: Path, num_classes: int | None) -> ListSource | None:
+    """The `.lst` file at `path`, None for another path.
+
+    Raises:
+        InputError: a line is not of the form, or its label is no class id; the message names it.
+    """
+    return ListSource(path, num_classes) if path.suffix.lower() == ".lst" and path.is_file() else None
+
+
+class ListSource:
+    """The images that a `.lst` lists, in its order; paths are relative to its folder, or to the parent of that."""
+
+    format = "list"
+    identities: list[str] | None = None
+
+    def __init__(self, path: Path, num_classes: int | None = None) -> None:
+        self.path = path
+        labels, files = array("q"), []
+        with path.open("rb") as lines:
+            number = 0
+            while line := lines.readline(_LINE):
+                number += 1
+                if line.strip():
+                    label, file = _parse(line, f"line {number} of {path}")
+                    labels.append(label)
+                    files.append(file)
+        if not files:
+            raise InputError(f"{path} lists no images: is it the right file?")
+        self._files, self._labels = pack(files), np.array(labels, np.int64)
+        folders = [path.parent, path.parent / os.pardir]
+        probes = files[:: max(1, len(files) // _PROBES)]
+        found = [sum((folder / probe).is_file() for probe in probes) for folder in folders]
+        self._folder = folders[found.index(max(found))]
+        self.num_classes: int = num_classes or int(self._labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def labels(self) -> np.ndarray:
+        """As `Source.labels`."""
+        return self._labels
+
+    def name(self, index: int) -> str:
+        """As `Source.name`: the path of the file."""
+        return os.path.join(self._folder, self._files[index])
+
+    def file_name(self, index: int) -> str:
+        """The path as the list gives it."""
+        return self._files[index]
+
+    def read(self, index: int) -> Sample:
+        """As `Source.read`."""
+        path = self.name(index)
+        try:
+            with open(path, "rb") as file:
+                return Sample(file.read(), int(self._labels[index]), path)
+        except OSError as error:
+            raise UnreadableImage(f"{path}: {error.strerror}") from error
+
+
+def _parse(line: bytes, name: str) -> tuple[int, str]:
+    """The class id and the path in a line."""
+    fields = line.rstrip(b"\r\n").split(b"\t")
+    if len(fields) < 3 or not fields[-1] or b"\0" in line:
+        raise InputError(f"{name} is {_shown(line)}, but an image is listed as 'key TAB label TAB path': correct it.")
+    text = fields[1].strip()
+    try:
+        label = int(text) if text.isdigit() else float(text)
+    except ValueError:
+        label = -1
+    if not (0 <= label < 1 << 53 and label == int(label)):
+        raise InputError(f"The label in {name} is {_shown(text)}, but a class id is a whole number from 0: correct it.")
+    return int(label), os.fsdecode(fields[-1])
+
+
+def _shown(text: bytes) -> str:
+    return repr(text[:60].decode(errors="replace"))

@@ -173,9 +173,7 @@ def cut_tail(labels: np.ndarray, fraction: float, seed: int) -> Damage:
     return dropped, np.full(len(dropped), DROPPED), {"identities": whole, "records": dropped}
 
 
-def _write_duplicates(
-    source: Source, folder: Path, fraction: float, seed: int, quiet: bool
-) -> dict[str, np.ndarray]:
+def _write_duplicates(source: Source, folder: Path, fraction: float, seed: int, quiet: bool) -> dict[str, np.ndarray]:
     """Write the images of a set, then copies; the truth is `records`, their `originals`, and `kinds` (of `COPIES`)."""
     labels = source.labels()
     originals = _draw(np.flatnonzero(labels >= 0), round(fraction * len(labels)), derive_key(seed, "duplicates"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 # Pillow opens more formats than these; some of them start other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 1 << 26  # 64 megapixels; a larger image is a decompression bomb, not a face
+_PICTURE_SIZE = 112  # the longer side of a picture in a page, at most
 _TOO_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to 8 bits silently
 
 
@@ -61,3 +63,12 @@ def _encode(image: np.ndarray, image_format: str, **options: int) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(stream, image_format, **options)
     return stream.getvalue()
+
+
+def data_uri(image: np.ndarray) -> str:
+    """A picture, uint8 (H, W, 3), as a data URI: JPEG, its longer side at most 112 pixels."""
+    if max(image.shape[:2]) > _PICTURE_SIZE:
+        small = Image.fromarray(image)
+        small.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
+        image = np.asarray(small)
+    return f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(image, quality=85)).decode('ascii')}"

@@ -1,8 +1,8 @@
 """Training sets in every storage format, behind one protocol.
 
 `base` holds the protocol, `Source`, and knows no format. Each format has a file of its own with a function that opens
-a path or returns None for a path of another format; `open_source` tries them in order. `subset` and `overlay` stand on any source,
-`mixture` on several.
+a path or returns None for a path of another format; `open_source` tries them in order. `subset` and `overlay` stand on
+any source, `mixture` on several.
 
 RecordIO, the largest format, takes three files: `record_index` finds where in a `.rec` the records are, `recordio`
 reads and writes single records, and `record_source` interprets them as a training set (header, class ids, class count).

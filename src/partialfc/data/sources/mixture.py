@@ -1,11 +1,11 @@
 """Mixtures: several training sets as one, described by a small YAML file.
 
-    identities: merged          # or disjoint (the default)
-    sources:
-      - path: webface           # relative to the file
-      - path: glint/train.rec
-        weight: 2               # each of its images twice an epoch
-        overlay: glint.overlay
+identities: merged          # or disjoint (the default)
+sources:
+  - path: webface           # relative to the file
+  - path: glint/train.rec
+    weight: 2               # each of its images twice an epoch
+    overlay: glint.overlay
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ class Decisions:
         return content.hexdigest()[:16]
 
 
-def decide(
-    source: Source, records: np.ndarray, labels: np.ndarray, merges: dict[int, int] | None = None
-) -> Decisions:
+def decide(source: Source, records: np.ndarray, labels: np.ndarray, merges: dict[int, int] | None = None) -> Decisions:
     """Decisions about a training set, checked and completed. Reads the labels of the whole set.
 
     Args:
@@ -107,9 +105,7 @@ def decide(
     np.add.at(counts, resolved[:, 1], counts[resolved[:, 0]])
     counts[resolved[:, 0]] = 0
     absent = np.flatnonzero(counts == 0)
-    return Decisions(
-        len(source), source.num_classes, fingerprint(source), records, labels, resolved, absent, parents
-    )
+    return Decisions(len(source), source.num_classes, fingerprint(source), records, labels, resolved, absent, parents)
 
 
 def _resolve(merges: dict[int, int], ids: int) -> np.ndarray:
@@ -240,9 +236,9 @@ class Overlay:
         self._new_labels = decisions.new_labels()
         self.num_classes = int(self._new_labels.max()) + 1
         self.identities = _names(source.identities, decisions, self._new_labels)
-        self.mapping: str | None = hashlib.sha256(
-            f"{mapping_of(source)} {decisions.digest()}".encode()
-        ).hexdigest()[:16]
+        self.mapping: str | None = hashlib.sha256(f"{mapping_of(source)} {decisions.digest()}".encode()).hexdigest()[
+            :16
+        ]
 
     def __len__(self) -> int:
         return len(self._source) - len(self._dropped)

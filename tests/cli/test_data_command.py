@@ -37,3 +37,17 @@ def test_data_faces_writes_real_formats(capsys: pytest.CaptureFixture[str], tmp_
     assert (inspected["images"], inspected["classes"], inspected["unreadable"]) == (18, 6, 0)
     assert "exists" in complaint(capsys, "data", "faces", "--out", out, *options)
     assert run("train", "--data.path", out / "train", *QUICK, "--out", tmp_path / "run", "--json") == 0
+
+
+def test_corrupt_and_inspect_through_the_overlay(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("data", "corrupt", IM2REC, "--out", tmp_path / "out", "--kind", "conflict", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["classes"], summary["identities"]) == (14, 3)
+    overlay, page = tmp_path / "out" / "data.overlay", tmp_path / "page.html"
+    assert run("data", "inspect", IM2REC, "--overlay", overlay, "--page", page, "--no-pictures", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["images"], facts["classes"], facts["min_per_class"]) == (48, 14, 2)
+    assert "<img" not in page.read_text()
+    refusal = complaint(capsys, "data", "inspect", INSIGHTFACE, "--overlay", overlay, "--json")
+    assert "was made for a set of 48 images" in refusal
+    assert run("train", "--data.path", IM2REC, "--data.overlay", overlay, *QUICK, "--out", tmp_path / "run") == 0

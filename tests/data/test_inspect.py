@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import picture
+from PIL import Image
 
 from partialfc.core.errors import InputError
 from partialfc.data.images import encode_png
@@ -25,7 +25,9 @@ def test_three_layouts_have_the_same_counts_and_hash(with_header: Path, im2rec: 
     reports = [inspect(path) for path in (with_header, im2rec, unpacked)]
     assert [report.pop("format") for report in reports] == ["recordio-header", "recordio", "folder"]
     for report, path in zip(reports, (with_header, im2rec, unpacked), strict=True):
-        assert report.pop("advice") == [f"Nothing is in the way of a training: partialfc train --data.path {path} --out RUN"]
+        assert report.pop("advice") == [
+            f"Nothing is in the way of a training: partialfc train --data.path {path} --out RUN"
+        ]
         del report["duplicates"]["groups"]  # with the names of records
     assert reports[0] == reports[1] == reports[2]
     assert reports[0] == {

@@ -134,9 +134,19 @@ def test_another_set_is_refused(tmp_path: Path, im2rec: Path, with_header: Path)
 
 def test_the_mapping_covers_every_decision() -> None:
     source = Listed([0, 1, 1, 2, 2], 3)
-    made = [decisions(source, changes, merges) for changes, merges in (
-        ({}, {}), ({1: 0}, {}), ({1: 2}, {}), ({3: 1}, {}), ({1: DROPPED}, {}), ({}, {1: 2}), ({}, {2: 1}), ({1: 3}, {}),
-    )]
+    made = [
+        decisions(source, changes, merges)
+        for changes, merges in (
+            ({}, {}),
+            ({1: 0}, {}),
+            ({1: 2}, {}),
+            ({3: 1}, {}),
+            ({1: DROPPED}, {}),
+            ({}, {1: 2}),
+            ({}, {2: 1}),
+            ({1: 3}, {}),
+        )
+    ]
     mappings = [mapping_of(Overlay(source, each)) for each in made]
     assert len({*mappings, None}) == len(made) + 1
     twice = Overlay(Overlay(source, made[0]), decisions(Overlay(source, made[0]), {1: 0}))
@@ -219,13 +229,14 @@ class TestDamagedFiles:
                 damaged[place] = data.draw(st.integers(0, 255))
         path.write_bytes(damaged)
         source = Listed([0, 0, 1, 1], 2)
+        refusal = None
         try:
             overlay = Overlay(source, read_overlay(path), path)
             labels = [overlay.read(index).label for index in range(len(overlay))]
-        except InputError as error:
-            assert "a.overlay" in str(error)
-        else:
             assert all(0 <= label < overlay.num_classes for label in labels)
+        except InputError as error:
+            refusal = str(error)
+        assert refusal is None or "a.overlay" in refusal
 
     def test_labels_of_images_that_are_said_to_be_gone(self, changed: Callable[..., Path]) -> None:
         read = read_overlay(changed(absent=np.array([0])))

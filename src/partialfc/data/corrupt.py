@@ -93,7 +93,7 @@ def corrupt(
         facts |= {"images": len(result), "classes": result.num_classes}
         facts |= {name: len(values) for name, values in truth.items() if name in ("identities", "records")}
         with (folder / "truth.npz").open("wb") as file:
-            np.savez(file, schema_version=np.array(SCHEMA_VERSION), **truth)
+            np.savez(file, allow_pickle=False, schema_version=np.array(SCHEMA_VERSION), **truth)
         (folder / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 

@@ -120,7 +120,7 @@ class MixtureSource:
         digest = hashlib.sha256()
         for part, labels in zip(self._parts, self._new_labels, strict=True):
             digest.update(f"{len(part.source)} {mapping_of(part.source)}\n".encode())
-            digest.update(hashlib.sha256(labels).digest())
+            digest.update(hashlib.sha256(labels.tobytes()).digest())
         self.mapping: str | None = digest.hexdigest()[:16]
 
     def __len__(self) -> int:

@@ -66,7 +66,7 @@ class Decisions:
         facts = json.dumps([self.images, self.classes, self.fingerprint])
         content = hashlib.sha256(facts.encode())
         for name in _ARRAYS:
-            content.update(hashlib.sha256(np.ascontiguousarray(getattr(self, name))).digest())
+            content.update(hashlib.sha256(getattr(self, name).tobytes()).digest())
         return content.hexdigest()[:16]
 
 

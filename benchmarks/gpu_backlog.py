@@ -48,6 +48,7 @@ SUBJECTS = {
     "end": "images a second of whole trainings",
     "step": "options of the backbone's step",
     "plan": "predictions of `partialfc plan`",
+    "all": "all pairs of MFR-ALL's size",
     "long": "a longer training on the procedural faces",
 }
 
@@ -171,6 +172,12 @@ ITEMS = [
         "How far is `partialfc plan` from measured memory and time of heads and of whole steps on this GPU?",
         ("benchmarks/plan.py", "--device", "cuda"),
         "D",
+    ),
+    Item(
+        "all-pairs-mfr",
+        "TAR at FAR 1e-6 over all pairs of 1,624,305 × 512 features, the size of MFR-ALL: at most 60 s on one H200?",
+        ("benchmarks/all_pairs.py", "--images", "1624305", "--identities", "242143", "--device", "cuda"),
+        "F1",
     ),
     end_to_end_item("r50", 256),
     end_to_end_item("r100", 256),

@@ -17,8 +17,8 @@ import torch
 
 from documents import write_between
 from partialfc.bench.machine import describe
+from partialfc.core.threads import run_parallel
 from partialfc.head.backends import cpu_kernels
-from partialfc.head.backends.threads import run_parallel
 
 CLASSES, SAMPLES, WIDTH, TILE = 1_000_000, 128, 512, 768
 _REPEATS = 5

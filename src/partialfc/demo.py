@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
 from partialfc.core.device import timed
 from partialfc.core.errors import InputError
-from partialfc.data.pair_files import PairSet, read_pairs
+from partialfc.data.pair_files import read_pairs
 from partialfc.evaluation.baselines import color_embeddings, pixel_embeddings
 from partialfc.evaluation.pairs import evaluate_pair_set, evaluate_pairs
 from partialfc.faces.sets import FaceWorld, write_contact_sheet
@@ -106,11 +105,12 @@ def demo(
     with timed(seconds, "faces"):
         replace(world, seed=seed).write(data, resume=True, quiet=quiet)
         write_contact_sheet(out / "faces.png", identities=range(10), shots=8, seed=seed)
+    config = (recipe or RECIPES["demo"]).with_values({"seed": seed, "data.path": str(data / "train")})
     with timed(seconds, "baselines"):
         pairs = read_pairs(data / "pairs.bin")
-        pixels, colors = _baseline(pairs, pixel_embeddings), _baseline(pairs, color_embeddings)
+        pixels = evaluate_pairs(pixel_embeddings(pairs.images, flip=config.data.flip), pairs.is_same).accuracy
+        colors = evaluate_pairs(color_embeddings(pairs.images), pairs.is_same).accuracy
     with timed(seconds, "training"):
-        config = (recipe or RECIPES["demo"]).with_values({"seed": seed, "data.path": str(data / "train")})
         result = train(config, out / "run", benchmarks={"pairs": data / "pairs.bin"}, resume=True, quiet=quiet)
     with timed(seconds, "report"):
         best = evaluate_pair_set(load_model(out / "run"), pairs)
@@ -136,7 +136,3 @@ def demo(
         training=result,
         seconds=seconds,
     )
-
-
-def _baseline(pairs: PairSet, embed: Callable[..., Any]) -> float:
-    return evaluate_pairs(embed(pairs.images), pairs.is_same).accuracy

@@ -19,7 +19,7 @@ def test_a_bare_state_dict_is_recognised(capsys: pytest.CaptureFixture[str], tmp
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
     assert run("evaluate", tmp_path / "backbone.pth", "--benchmark", f"lfw={LFW}", "--json") == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["lfw"]["pairs"] == 40
+    assert json.loads(captured.out)["benchmarks"]["lfw"]["genuine_pairs"] == 20
     assert "mbf" in captured.err
 
 

@@ -1,5 +1,8 @@
 """Threshold metrics against brute force, scikit-learn, and the LFW protocol written out in loops."""
 
+from dataclasses import replace
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +11,16 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.metrics import fold_accuracy, roc
+from partialfc.evaluation.metrics import (
+    Floats,
+    Scores,
+    allowed_false_accepts,
+    fold_accuracy,
+    is_resolvable,
+    roc,
+    roc_of,
+    threshold_at_far,
+)
 
 # Few distinct values, so that ties within and between the two lists are the rule.
 scores = st.lists(st.integers(-4, 4).map(lambda value: value / 4), min_size=1, max_size=40)
@@ -133,6 +145,104 @@ def test_fold_accuracy_is_measured_on_folds_that_had_no_say() -> None:
     accuracies, _ = fold_accuracy(distances, same)
     np.testing.assert_array_equal(accuracies, [0.0] + [1.0] * 9)
     assert accuracies.std() == pytest.approx(0.3)
+
+
+def nearest_far_tar(genuine: Floats, impostor: Floats, far: float) -> tuple[float, float]:
+    """TAR and FAR in the reading of the public scripts: the operating point whose FAR is nearest, above it or not."""
+    truth = np.repeat([1, 0], [len(genuine), len(impostor)])
+    fars, tars, _ = roc_curve(truth, np.concatenate([genuine, impostor]))
+    nearest = len(fars) - 1 - np.argmin(np.abs(fars - far)[::-1])  # of several, the highest TAR
+    return float(tars[nearest]), float(fars[nearest])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_tar_equals_the_nearest_reading_where_a_point_has_the_exact_far(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    genuine, impostor = generator.normal(1, 1, 200), generator.normal(0, 1, 50)
+    scores, exact = Scores(genuine, impostor, 50), 0
+    for count in range(51):
+        tar, far = nearest_far_tar(genuine, impostor, count / 50)
+        if far == count / 50:  # the public curve leaves out points between others on a line
+            exact += 1
+            assert scores.tar(threshold_at_far(scores, far)) == pytest.approx(tar, abs=1e-12)
+    assert exact >= 10
+
+
+@given(far=st.fractions(0, 1, max_denominator=3000), impostors=st.integers(1, 10**7))
+@settings(max_examples=100, deadline=None)
+def test_allowed_false_accepts_is_exact_for_decimal_rates(far: Fraction, impostors: int) -> None:
+    allowed = allowed_false_accepts(float(far), impostors)
+    assert allowed / impostors <= float(far)
+    assert allowed == impostors or (allowed + 1) / impostors > float(far)
+    assert allowed == far * impostors or (far * impostors).denominator != 1
+
+
+def test_allowed_false_accepts_of_usual_counts() -> None:
+    assert allowed_false_accepts(1e-3, 1000) == 1
+    assert allowed_false_accepts(0.29, 100) == 29
+    assert allowed_false_accepts(1e-6, 2_638_000_000_000) == 2_638_000
+    assert not is_resolvable(1e-4, 9_999)
+    assert is_resolvable(1e-4, 10_000)
+
+
+@given(genuine=scores, impostor=scores, far=rates, kept=st.integers(1, 40), failures=st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_a_tail_is_read_as_all_scores_or_refused(
+    genuine: list[float], impostor: list[float], far: float, kept: int, failures: int
+) -> None:
+    everything = Scores(np.array(genuine), np.array(impostor), len(impostor), failures=failures)
+    tail = replace(everything, impostor=np.sort(impostor)[-kept:])
+    threshold = threshold_at_far(everything, far)
+    false_accepts = sum(score >= threshold for score in impostor)
+    assert false_accepts / len(impostor) <= far
+    assert everything.tar(threshold) == pytest.approx(
+        brute_force_tar(genuine, impostor, far) * len(genuine) / (len(genuine) + failures), abs=1e-12
+    )
+    if tail.complete or allowed_false_accepts(far, len(impostor)) < kept:
+        assert threshold_at_far(tail, far) == threshold
+        assert tail.false_accepts(threshold) == false_accepts
+        assert roc_of(tail).tar_at(far) == everything.tar(threshold)
+    else:
+        with pytest.raises(InputError, match="keep at least"):
+            threshold_at_far(tail, far)
+        with pytest.raises(InputError, match="than were kept"):
+            roc_of(tail).tar_at(far)
+
+
+def test_the_threshold_accepts_what_its_rate_says_and_no_score_lies_closer() -> None:
+    scores = Scores(np.array([0.2, 0.6]), np.array([0.5, 0.4, 0.3, 0.1]), 4)
+    assert threshold_at_far(scores, 0.0) == 0.6
+    assert threshold_at_far(scores, 0.25) == 0.5
+    assert threshold_at_far(scores, 1.0) == 0.1
+    assert threshold_at_far(Scores(np.array([0.2]), np.array([0.5]), 1), 0.0) == np.nextafter(0.5, 1)
+
+
+def test_a_tail_has_no_area_and_an_equal_error_rate_only_if_it_reaches_it() -> None:
+    tail = Scores(np.array([0.9, 0.8, 0.1]), np.array([0.5, 0.4]), 10)
+    with pytest.raises(InputError, match="area under the curve needs all"):
+        _ = roc_of(tail).auc
+    with pytest.raises(InputError, match="equal error rate lies below"):
+        _ = roc_of(tail).equal_error_rate
+    assert roc_of(Scores(np.array([0.9, 0.8]), np.array([0.5, 0.4]), 10)).equal_error_rate == 0.0
+    with pytest.raises(InputError, match="does not lie above the lowest of the 2 kept"):
+        tail.false_accepts(0.4)
+
+
+def test_scores_that_do_not_fit_are_refused() -> None:
+    some = np.array([0.5, 0.6])
+    with pytest.raises(InputError, match="impostor scores must be"):
+        Scores(some, np.empty(0), 0)
+    with pytest.raises(InputError, match="2 scores of 1 impostor pairs"):
+        Scores(some, some, 1)
+    with pytest.raises(InputError, match="genuine scores hold NaN"):
+        Scores(np.array([np.nan]), some, 2)
+    with pytest.raises(InputError, match="one kind of pairs only"):
+        Scores(some, some, 2, genuine_ids=np.array([1, 2]))
+    with pytest.raises(InputError, match=r"impostor pairs have the shape \(2,\), but must have \(2, 2\)"):
+        Scores(some, some, 2, genuine_ids=np.array([1, 2]), impostor_ids=np.array([1, 2]))
+    with pytest.raises(InputError, match="failures, -1"):
+        Scores(some, some, 2, failures=-1)
+    assert Scores(np.empty(0), some, 2, failures=3).tar(0.0) == 0.0
 
 
 def test_wrong_input_is_refused() -> None:

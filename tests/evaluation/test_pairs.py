@@ -88,7 +88,7 @@ def test_images_give_what_their_embeddings_give() -> None:
     expected = evaluate_pairs(embed(model, pairs.images, batch_size=10), pairs.is_same)
     np.testing.assert_array_equal(result.scores, expected.scores)
     assert result.summary() == expected.summary()
-    assert evaluate_pair_set(model, pairs, flip=False).auc != result.auc
+    assert evaluate_pair_set(model.with_flip(False), pairs).auc != result.auc
 
 
 def test_images_of_another_size_are_refused() -> None:

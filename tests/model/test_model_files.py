@@ -48,7 +48,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_all_of_the_configuration_is_kept(tmp_path: Path) -> None:
-    config = ModelConfig("mini", embedding_dim=8, image_size=16, color_order="bgr", mean=0.4, std=0.25)
+    config = ModelConfig("mini", embedding_dim=8, image_size=16, color_order="bgr", mean=0.4, std=0.25, flip=False)
     save_model(tmp_path / "model", make_backbone(), config)
     assert load_model(tmp_path / "model").config == config
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == {
@@ -60,6 +60,7 @@ def test_all_of_the_configuration_is_kept(tmp_path: Path) -> None:
         "mean": 0.4,
         "std": 0.25,
         "template": "arcface-112",
+        "flip": False,
     }
 
 
@@ -181,6 +182,7 @@ def change_config(folder: Path, **changes: object) -> None:
         ({"mean": "half"}, "mean 'half' .* number"),
         ({"std": 0}, "std 0 .* positive"),
         ({"color_order": "grb"}, "color_order 'grb' .* one of rgb, bgr"),
+        ({"flip": 1}, "flip 1 .* must be true or false"),
         ({"template": "mine"}, "template 'mine' .* one of arcface-112"),
         ({"image_size": 30}, "image_size 30 .* multiple of 16"),
         ({"embedding_dim": 9}, r"do not fit mini with embedding_dim 9 at image_size 16: fc.weight is \(8, \d+\) and"),

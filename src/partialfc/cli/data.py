@@ -1,4 +1,4 @@
-"""`partialfc data inspect`, `partialfc data corrupt` and `partialfc data faces`."""
+"""`partialfc data inspect`, `corrupt`, `pairs` and `faces`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from partialfc.core.console import Progress
 from partialfc.data.corrupt import FRACTIONS, Kind, corrupt
 from partialfc.data.inspect import inspect
 from partialfc.data.inspect_page import write_page
+from partialfc.data.make_pairs import write_chosen_pairs
 from partialfc.data.sources import open_source
 from partialfc.faces.sets import FaceWorld, Layout
 
@@ -34,6 +35,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--fraction", type=float, metavar="X", help=help_)
     parser.add_argument("--parts", type=int, metavar="N", default=3, help="classes that a cut identity becomes")
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="what is damaged is a function of it")
+
+    parser = add_command(commands, "pairs", run_pairs)
+    parser.add_argument("path", type=Path, help="folder of identity folders, or any other training set")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help=".bin or .csv file to write")
+    parser.add_argument("--pairs", type=int, metavar="N", default=6000, help="pairs, half of them genuine")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="the pairs are a function of it")
 
     parser = add_command(commands, "faces", run_faces)
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for train/ and pairs.bin")
@@ -80,6 +87,12 @@ def run_corrupt(options: Namespace) -> None:
         seed=options.seed,
         quiet=options.json,
     )
+    show(options, facts, facts_text(facts))
+
+
+def run_pairs(options: Namespace) -> None:
+    """Write genuine and impostor pairs of one's own images as a verification file."""
+    facts = write_chosen_pairs(open_source(options.path), options.out, options.pairs, options.seed)
     show(options, facts, facts_text(facts))
 
 

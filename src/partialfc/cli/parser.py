@@ -218,23 +218,30 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
 
 
-def add_benchmarks(parser: Parser, *, required: bool = False) -> None:
+def add_benchmarks(parser: Parser, *, required: bool = False, what: str = "verification .bin files") -> None:
     """Add --benchmark, which `named_paths` reads."""
-    help_ = "verification .bin files, each under a name"
-    parser.add_argument("--benchmark", nargs="+", required=required, default=[], metavar="NAME=PATH", help=help_)
+    help_ = f"{what}, each under a name; by default that of its path"
+    parser.add_argument("--benchmark", nargs="+", required=required, default=[], metavar="[NAME=]PATH", help=help_)
 
 
 def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
-    """NAME=PATH words as a dictionary.
+    """[NAME=]PATH words as a dictionary; the name of a path is that of its file or folder.
 
     Raises:
-        InputError: a word has no name or no path, or a name is repeated.
+        InputError: a word has an empty name or path, or no name and names nothing that exists, or a name is repeated
+            or has a slash.
     """
     named: dict[str, Path] = {}
     for pair in pairs:
-        name, _, path = pair.partition("=")
+        name, equals, path = pair.partition("=")
+        if not equals and Path(pair).exists():
+            name, path = Path(pair).stem, pair
         if not (name and path):
-            raise InputError(f"benchmark {pair!r} is not NAME=PATH: write for example lfw=data/lfw.bin.")
+            raise InputError(
+                f"benchmark {pair!r} is neither a path that exists nor NAME=PATH: write for example lfw=data/lfw.bin."
+            )
+        if "/" in name:
+            raise InputError(f"benchmark name {name!r} has a slash, which separates the parts of a figure: rename it.")
         if name in named:
             raise InputError(f"benchmark name {name!r} is given twice: give each file its own name.")
         named[name] = Path(path)

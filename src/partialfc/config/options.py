@@ -31,7 +31,8 @@ class DataConfig:
     workers: int = 2
     """Loader processes for each training process; 0 loads in the training process itself."""
     flip: bool = True
-    """Mirror images at random, with probability one half."""
+    """Mirror images at random, with probability one half; false also for evaluation, where embeddings of mirrored
+    images are then not added."""
     color_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the stored images."""
     overlay: str | None = None

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from partialfc.data.sources.base import Source, check_label, read_image
 from partialfc.distributed.collectives import split_evenly
 
 ColorOrder = Literal["rgb", "bgr"]
+T = TypeVar("T")
 PREFETCH = 2  # micro-batches that each worker reads ahead
 _MAX_ATTEMPTS = 1000  # replacements tried for one position
 
@@ -170,17 +171,8 @@ class Loader:
                 records are unreadable. The message names the record.
             JobError: a worker process died.
         """
-        numbers: Any = range(first_step * self.micro_steps, last_step * self.micro_steps)
-        micro_batches: DataLoader[Any] = DataLoader(
-            numbers,
-            batch_size=None,
-            collate_fn=self._read,  # type: ignore[arg-type]
-            num_workers=self._workers,
-            prefetch_factor=PREFETCH if self._workers else None,
-            worker_init_fn=_ignore_stop_signals,
-            generator=torch.Generator(),  # without one, torch draws the workers' seeds from its global generator
-        )
-        with closing(_guarded(micro_batches)) as outcomes:
+        numbers = range(first_step * self.micro_steps, last_step * self.micro_steps)
+        with closing(read_ahead(numbers, self._read, self._workers)) as outcomes:
             for outcome in outcomes:
                 if isinstance(outcome, InputError):
                     raise outcome
@@ -255,17 +247,42 @@ class Loader:
             )
 
 
+def read_ahead(numbers: Sequence[int], read: Callable[[int], T], workers: int) -> Generator[T, None, None]:
+    """`read(number)` for each of the numbers, in order, from worker processes that read some ahead.
+
+    Close the generator, however the work ends: see `Loader.batches`.
+
+    Args:
+        numbers: what to read.
+        read: returns tensors, or values that hold them; torch would rewrite the message of what it raises.
+        workers: reading processes; 0 reads in this one.
+
+    Raises:
+        JobError: a worker process died.
+    """
+    batches: DataLoader[Any] = DataLoader(
+        numbers,  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=read,  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_ignore_stop_signals,
+        generator=torch.Generator(),  # without one, torch draws the workers' seeds from its global generator
+    )
+    return _guarded(batches)
+
+
 def _ignore_stop_signals(worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which reach every process of a job, to the main process: it needs one more batch."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _guarded(micro_batches: DataLoader[Any]) -> Generator[Any, None, None]:
+def _guarded(batches: DataLoader[Any]) -> Generator[Any, None, None]:
     """Iterate; the death of a worker raises a JobError here, rather than an exception anywhere in the process."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(micro_batches)
+    iterator = iter(batches)
     if in_main_thread and handler is not None:
         # torch installs a handler that raises in whatever line runs when a worker dies, such as in the middle of an
         # optimizer step. Without it, the iterator notices at its next batch, within 5 seconds.
@@ -279,7 +296,7 @@ def _guarded(micro_batches: DataLoader[Any]) -> Generator[Any, None, None]:
             except (RuntimeError, EOFError, OSError) as error:
                 # A worker that dies while it hands over a batch leaves an EOFError or OSError; the message of an
                 # exception raised in a worker begins with "Caught".
-                died = micro_batches.num_workers and not str(error).startswith("Caught")
+                died = batches.num_workers and not str(error).startswith("Caught")
                 if not died or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
                     raise
                 raise JobError(

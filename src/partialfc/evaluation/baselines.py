@@ -19,29 +19,29 @@ _WINDOW = 9  # side of the square over which a pixel is normalised
 _BINS = 8  # a channel
 
 
-def pixel_embeddings(images: Images) -> Tensor:
+def pixel_embeddings(images: Images, *, flip: bool = True) -> Tensor:
     """Grey images at 32 × 32 with locally normalised contrast, which cancels brightness and light.
 
-    A pixel becomes (pixel - mean) / standard deviation over the 9 × 9 window around it. As for a model, the embedding
-    of the mirrored image is added.
+    A pixel becomes (pixel - mean) / standard deviation over the 9 × 9 window around it.
 
     Args:
         images: uint8 (N, H, W, 3) RGB, aligned.
+        flip: add the embedding of the mirrored image, as for the model that it stands beside (`ModelConfig.flip`).
 
     Returns:
         float32 (N, 1024).
     """
-    return torch.cat([_pixels(batch) for batch in _batches(images)])
+    return torch.cat([_pixels(batch, flip) for batch in _batches(images)])
 
 
-def _pixels(images: Images) -> Tensor:
+def _pixels(images: Images, flip: bool) -> Tensor:
     weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601 luma
     grey = F.adaptive_avg_pool2d(torch.from_numpy(images.astype(np.float32) @ weights)[:, None], _SIDE)
     deviation = grey - _window_mean(grey)
     contrast = _window_mean(deviation.square()).sqrt()
     # Contrast of a few grey levels is noise, and is not amplified to that of a feature.
     normalised = deviation / (contrast + 4.0)
-    return (normalised + normalised.flip(3)).flatten(1)
+    return (normalised + normalised.flip(3) if flip else normalised).flatten(1)
 
 
 def _window_mean(maps: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def color_embeddings(images: Images) -> Tensor:
     """The square roots of each image's joint RGB histogram, less their mean over all images.
 
     The inner product of two roots is the Bhattacharyya coefficient of the histograms. Without the mean, it compares
-    only what is not common to all images.
+    only what is not common to all images. A mirrored image has the same histogram.
 
     Args:
         images: uint8 (N, H, W, 3) RGB.

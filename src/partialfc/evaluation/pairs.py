@@ -14,7 +14,10 @@ from torch import Tensor
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet
 from partialfc.distributed.collectives import all_gather_rows, rank_of, split_evenly, world_size_of
-from partialfc.evaluation.metrics import fold_accuracy, roc
+from partialfc.evaluation.figures import Result
+from partialfc.evaluation.intervals import accuracy_figure
+from partialfc.evaluation.metrics import Scores, fold_accuracy, roc
+from partialfc.evaluation.verification import verification_facts, verification_figures
 from partialfc.model.embed import embed_batches
 from partialfc.model.files import Model
 
@@ -32,6 +35,7 @@ class PairResult:
         equal_error_rate: the rate at which false accepts and false rejects are equally frequent.
         tar_at_far: from each rate of `FARS` to the highest TAR whose FAR does not exceed it.
         scores: float64 (P,), the cosine of each pair.
+        squared_distances: float64 (P,), between the unit embeddings of each pair.
         is_same: bool (P,), the truth.
     """
 
@@ -42,6 +46,7 @@ class PairResult:
     equal_error_rate: float
     tar_at_far: dict[float, float]
     scores: NDArray[np.float64]
+    squared_distances: NDArray[np.float64]
     is_same: NDArray[np.bool_]
 
     @property
@@ -60,6 +65,17 @@ class PairResult:
             "equal_error_rate": self.equal_error_rate,
             "tar_at_far": {f"{far:g}": tar for far, tar in self.tar_at_far.items()},
         }
+
+    def result(self) -> Result:
+        """The same as named figures with intervals. Pairs of a `.bin` file name no identities: pairs are resampled."""
+        genuine, impostor = self.scores[self.is_same], self.scores[~self.is_same]
+        rows = 2 * np.flatnonzero(self.is_same)
+        scores = Scores(genuine, impostor, len(impostor), genuine_rows=np.stack([rows, rows + 1], axis=1))
+        accuracy = {"accuracy": accuracy_figure(self.squared_distances, self.is_same)}
+        facts = {"accuracy_std": self.accuracy_std, "cosine_threshold": self.cosine_threshold}
+        return Result(
+            "pairs", accuracy | verification_figures(scores), facts | verification_facts(scores), {"": scores}
+        )
 
 
 def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairResult:
@@ -84,7 +100,8 @@ def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairRe
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     units = rows / np.where(norms > 0, norms, 1.0)
     left, right = units[0::2], units[1::2]
-    accuracies, thresholds = fold_accuracy(np.sum((left - right) ** 2, axis=1), same)
+    distances = np.sum((left - right) ** 2, axis=1)
+    accuracies, thresholds = fold_accuracy(distances, same)
     scores = np.sum(left * right, axis=1)
     curve = roc(scores[same], scores[~same])
     return PairResult(
@@ -95,11 +112,12 @@ def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairRe
         equal_error_rate=curve.equal_error_rate,
         tar_at_far={far: curve.tar_at(far) for far in FARS},
         scores=scores,
+        squared_distances=distances,
         is_same=same,
     )
 
 
-def evaluate_pair_set(model: Model, pairs: PairSet, *, flip: bool = True, batch_size: int = 256) -> PairResult:
+def evaluate_pair_set(model: Model, pairs: PairSet, *, batch_size: int = 256) -> PairResult:
     """The protocol on images, which all ranks embed together; every rank returns the same result.
 
     The images are cut into the same batches at any world size, and a rank takes whole batches: the result does not
@@ -108,12 +126,12 @@ def evaluate_pair_set(model: Model, pairs: PairSet, *, flip: bool = True, batch_
     Raises:
         InputError: images of another size than the model's, and what `evaluate_pairs` refuses.
     """
-    batches = embed_share(model, pairs.images, flip=flip, batch_size=batch_size)
+    batches = embed_share(model, pairs.images, batch_size=batch_size)
     return evaluate_pairs(gather_shares(list(batches), len(pairs.images), batch_size), pairs.is_same)
 
 
 def embed_share(
-    model: Model, images: NDArray[np.uint8] | Tensor, *, flip: bool = True, batch_size: int = 256
+    model: Model, images: NDArray[np.uint8] | Tensor, *, batch_size: int = 256
 ) -> Generator[Tensor, None, None]:
     """This rank's share of the embeddings of `images`, (B, D) a batch, for `gather_shares`.
 
@@ -122,7 +140,7 @@ def embed_share(
     """
     shares = _shares(len(images), batch_size)
     start, stop = shares[rank_of()]
-    yield from embed_batches(model, images[start:stop], flip=flip, batch_size=batch_size)
+    yield from embed_batches(model, images[start:stop], batch_size=batch_size)
     counts = [len(range(*share, batch_size)) for share in shares]
     for _ in range(max(1, *counts) - counts[rank_of()]):
         yield torch.empty(0, model.config.embedding_dim, device=model.device)

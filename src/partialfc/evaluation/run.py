@@ -1,23 +1,25 @@
-"""Benchmarks by name and file: read, run, shown as a table, written to files."""
+"""Benchmarks by name and path: read, embedded together, evaluated, and written to files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet, read_pairs
-from partialfc.evaluation.pairs import PairResult, evaluate_pair_set
+from partialfc.evaluation.benchmarks import Benchmark, open_benchmark
+from partialfc.evaluation.figures import Result
+from partialfc.evaluation.images import JoinedImages
 from partialfc.model.config import ModelConfig
-from partialfc.model.embed import check_images
+from partialfc.model.embed import check_images, embed_source
+from partialfc.model.features import Features
 from partialfc.model.files import Model
 
 
 def read_benchmarks(benchmarks: Mapping[str, Path], model_config: ModelConfig) -> dict[str, PairSet]:
-    """The verification files by name.
+    """The verification files of a training by name.
 
     Raises:
         InputError: a file is no pair file, or the model cannot take its images.
@@ -31,30 +33,43 @@ def read_benchmarks(benchmarks: Mapping[str, Path], model_config: ModelConfig) -
     return pair_sets
 
 
-def evaluate_benchmarks(
-    model: Model, benchmarks: Mapping[str, Path], *, batch_size: int = 256
-) -> dict[str, PairResult]:
-    """Run verification files on a model; all of them are read and checked before the first is run."""
-    pair_sets = read_benchmarks(benchmarks, model.config)
-    return {name: evaluate_pair_set(model, pairs, batch_size=batch_size) for name, pairs in pair_sets.items()}
+def open_benchmarks(paths: Mapping[str, Path], image_size: int, *, compat: bool = False) -> dict[str, Benchmark]:
+    """Read benchmarks by name; see `open_benchmark`."""
+    return {name: open_benchmark(path, image_size, compat=compat) for name, path in paths.items()}
 
 
-def table(results: Mapping[str, PairResult]) -> str:
-    """The results as text, a line a benchmark."""
-    lines = [f"{'benchmark':<16} {'pairs':>7} {'accuracy':>18} {'EER':>7} {'TAR@FAR=1e-3':>13} {'threshold':>10}"]
-    for name, result in results.items():
-        accuracy = f"{result.accuracy:.2%} ± {result.accuracy_std:.2%}"
-        lines.append(
-            f"{name:<16} {len(result.is_same):>7,} {accuracy:>18} {result.equal_error_rate:>7.2%} "
-            f"{result.tar_at_far[1e-3]:>13.2%} {result.cosine_threshold:>10.3f}"
+def embed_benchmarks(
+    model: Model, benchmarks: Mapping[str, Benchmark], path: Path, *, quiet: bool, **options: Any
+) -> dict[str, Features]:
+    """The features of each benchmark. An image that several share is embedded once.
+
+    Args:
+        path: the feature file of all images; an interrupted call is continued there.
+        options: `batch_size`, `precision` and `workers` of `embed_source`.
+    """
+    joined = JoinedImages({name: benchmark.images for name, benchmark in benchmarks.items()})
+    features = embed_source(model, joined, path, source=", ".join(benchmarks), quiet=quiet, **options)
+    return {name: features.take(rows) for name, rows in joined.rows.items()}
+
+
+def evaluate_features(name: str, benchmark: Benchmark, features: Features) -> Result:
+    """The result of one benchmark.
+
+    Raises:
+        InputError: there is not one row for each image, and what its protocol refuses.
+    """
+    if len(features.embeddings) != len(benchmark.images):
+        raise InputError(
+            f"There are {len(features.embeddings):,} features, but {name} has {len(benchmark.images):,} images: give "
+            "one row for each, in the order of the benchmark."
         )
-    return "\n".join(lines)
+    try:
+        return benchmark.evaluate(features)
+    except InputError as error:
+        raise InputError(f"benchmark {name}: {error}") from error
 
 
-def write_results(folder: Path, results: Mapping[str, PairResult]) -> None:
-    """Write `results.json`, and the scores of each benchmark as `<name>-scores.npz` (`scores`, `is_same`)."""
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write `results.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    summary = {name: result.summary() for name, result in results.items()}
-    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    for name, result in results.items():
-        np.savez_compressed(folder / f"{name}-scores.npz", scores=result.scores, is_same=result.is_same)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from partialfc.core.errors import InputError
+from partialfc.core.threads import single_threaded_if
 from partialfc.distributed.collectives import Shard
 from partialfc.head.backends.base import CenterGradient, RowVisitor, for_each_tile
-from partialfc.head.backends.threads import single_threaded_if
 from partialfc.head.loss import class_rows
 
 _ROWS_AT_ONCE = 1 << 14

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from partialfc.core import keyed_random
 from partialfc.core.errors import InputError, JobError
+from partialfc.core.threads import run_parallel
 from partialfc.head.backends.base import RowVisitor
-from partialfc.head.backends.threads import run_parallel
 from partialfc.head.center_state import CenterState
 
 # Elements of a sparse gradient that are updated at once; on a CPU their temporaries stay in a core's cache.

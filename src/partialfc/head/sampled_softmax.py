@@ -13,11 +13,11 @@ from torch.profiler import record_function
 
 from partialfc.core import keyed_random
 from partialfc.core.errors import InputError
+from partialfc.core.threads import single_threaded_if
 from partialfc.distributed.collectives import all_reduce, start_gather_rows, start_reduce_scatter_rows
 from partialfc.head import inputs
 from partialfc.head.backends.base import Backend, CenterGradient, NegativeSums, ShardBatch
 from partialfc.head.backends.select import select_backend
-from partialfc.head.backends.threads import single_threaded_if
 from partialfc.head.inputs import GlobalLabels, InputFlag
 from partialfc.head.loss import (
     class_rows,

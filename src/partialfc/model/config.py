@@ -28,6 +28,8 @@ class ModelConfig:
         color_order: "rgb" or "bgr", the order of channels that the backbone was trained on.
         mean, std: a pixel x in [0, 1] enters the backbone as (x - mean) / std.
         template: the alignment template, scaled from its 112 pixels to `image_size`.
+        flip: an embedding is f(x) + f(mirrored x), the protocol for faces; False for what may not be mirrored. An older
+            config.json has no such key, which means True.
 
     Raises:
         InputError: a value of the wrong type or outside its range.
@@ -40,8 +42,11 @@ class ModelConfig:
     mean: float = 0.5
     std: float = 0.5
     template: str = "arcface-112"
+    flip: bool = True
 
     def __post_init__(self) -> None:
+        if type(self.flip) is not bool:
+            raise InputError(f"flip {self.flip!r} of a model must be true or false.")
         if not isinstance(self.backbone, str):
             raise InputError(f"backbone {self.backbone!r} of a model must be a name.")
         check_backbone(self.backbone)

@@ -1,14 +1,14 @@
 """Save and load a trained model.
 
 A model folder holds `model.safetensors` (the backbone's state_dict, float32) and `config.json` (architecture, size,
-colour order, normalisation, alignment template). Nothing in it is pickled.
+colour order, normalisation, alignment template, mirroring). Nothing in it is pickled.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,10 @@ class Model:
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
+
+    def with_flip(self, flip: bool | None) -> Model:
+        """The same backbone with another `ModelConfig.flip`; None keeps it."""
+        return self if flip is None else replace(self, config=replace(self.config, flip=flip))
 
 
 def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> None:
@@ -80,8 +84,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """The model of a model folder, of a run folder (its best model, else its last), or of a .pt or .pth file.
 
     Such a file is a bare state_dict as the reference implementation writes it (`model.pt`, `backbone.pth`): its keys
-    and shapes tell backbone, embedding_dim and image_size, and the input is RGB, (x/255 - 0.5) / 0.5, as there. The
-    model is in evaluation mode, and its `origin` says what was recognised.
+    and shapes tell backbone, embedding_dim and image_size; the input is RGB, (x/255 - 0.5) / 0.5, and embeddings of
+    mirrored images are added, as there. The model is in evaluation mode, and its `origin` says what was recognised.
 
     Raises:
         InputError: there is no model, its configuration has an unknown key or an impossible value, or its weights do

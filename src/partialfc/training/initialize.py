@@ -191,7 +191,10 @@ def fill_with_class_means(state: TrainState, old_classes: Tensor, config: TrainC
     lengths = centers[own_old].double().norm(dim=1)
     total = all_reduce(torch.stack([lengths.sum(), own_old.sum().double()]), group=shard.group)
     backbone = whole_network(state.backbone, state.skeleton)
-    model = Model(backbone, ModelConfig(config.backbone.name, config.backbone.embedding_dim, loader.image_size))
+    model_config = ModelConfig(
+        config.backbone.name, config.backbone.embedding_dim, loader.image_size, flip=config.data.flip
+    )
+    model = Model(backbone, model_config)
     labels = loader.source.labels()
     for classes in new.split(_CLASSES_AT_ONCE):
         sums = _embedding_sums(model, loader.source, labels, classes, is_bgr=config.data.color_order == "bgr")

@@ -119,7 +119,9 @@ class _Trainer:
         self.loader = open_loader(config)
         check_same_data(self.loader)
         backbone = config.backbone
-        self.model_config = ModelConfig(backbone.name, backbone.embedding_dim, self.loader.image_size)
+        self.model_config = ModelConfig(
+            backbone.name, backbone.embedding_dim, self.loader.image_size, flip=config.data.flip
+        )
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)
         self.results: dict[str, dict[str, Any]] = {}
         check_batch(config, self.loader)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from partialfc.core.threads import run_parallel
 from partialfc.head.backends import cpu_kernels, select
-from partialfc.head.backends.threads import run_parallel
 from partialfc.head.margins import CosFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from partialfc.head.backends.threads import run_parallel
+from partialfc.core.threads import run_parallel
 from partialfc.head.loss import LossConfig, class_rows
 from partialfc.head.margins.base import MarginBatch
 

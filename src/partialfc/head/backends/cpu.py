@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from partialfc.core.threads import run_parallel
 from partialfc.head.backends import cpu_kernels
 from partialfc.head.backends.base import CenterGradient, NegativeSums, ScratchView, ShardBatch, tile_bounds
-from partialfc.head.backends.threads import run_parallel
 from partialfc.head.backends.tile_sizes import CPU_PARTS, cpu_kept_classes, cpu_tile_classes
 from partialfc.head.loss import NO_THRESHOLD
 

@@ -289,12 +289,12 @@ def _names(names: list[str] | None, decisions: Decisions, new_labels: np.ndarray
         return None
     remaining = np.ones(len(new_labels), bool)
     remaining[decisions.absent] = False
-    old = np.flatnonzero(remaining[: decisions.classes]).tolist()
-    result = [str(number) if names is None or number >= len(names) else names[number] for number in old]
+    ids = np.flatnonzero(remaining).tolist()
+    if names is None:
+        return list(map(str, ids))
+    every = names + [str(number) for number in range(len(names), decisions.classes)]  # num_classes may count more
     parts: dict[int, int] = {}
     for number, parent in enumerate(decisions.parents.tolist(), decisions.classes):
         parts[parent] = parts.get(parent, 0) + 1
-        if remaining[number]:
-            is_named = names is not None and 0 <= parent < len(names)
-            result.append(f"{names[parent]}#{parts[parent]}" if names is not None and is_named else str(number))
-    return result
+        every.append(f"{names[parent]}#{parts[parent]}" if 0 <= parent < len(names) else str(number))
+    return [every[number] for number in ids]

@@ -85,3 +85,27 @@ def test_a_decompression_bomb_is_unreadable(monkeypatch: pytest.MonkeyPatch) -> 
 def test_encoders_refuse_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="uint8"):
         encode_png(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_both_decoders_give_the_same_pixels_and_the_same_errors(
+    mode: str, subsampling: int, progressive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert images.simplejpeg is not None, "the extra jpeg is part of dev"
+    for width, height in ((112, 112), (17, 30), (113, 97)):
+        stream = io.BytesIO()
+        image = Image.fromarray(RGB).resize((width, height)).convert(mode)
+        image.save(stream, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+        whole = stream.getvalue()
+        for encoded_image in (whole, whole[: len(whole) // 2], whole[:-2], whole[:300] + b"12345" + whole[305:]):
+            outcomes = []
+            for module in (images.simplejpeg, None):
+                with monkeypatch.context() as patch:
+                    patch.setattr(images, "simplejpeg", module)
+                    try:
+                        outcomes.append(decode_image(encoded_image).tolist())
+                    except UnreadableImage as error:
+                        outcomes.append(str(error))
+            assert outcomes[0] == outcomes[1]

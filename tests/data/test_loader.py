@@ -95,6 +95,12 @@ class TestBatches:
         assert whole.steps_per_epoch == 3.75
         assert len(whole) == 30
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_batches_are_page_locked_beside_a_gpu(self) -> None:
+        (batch,) = loader(Pictures(30)).batches(5, 6)
+        assert all(part.is_pinned() for part in (batch.images, batch.labels, batch.positions))
+
     def test_fields(self) -> None:
         (batch,) = loader(Pictures(30)).batches(5, 6)
         assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (8, 8, 8, 3))

@@ -33,6 +33,9 @@ class DataConfig:
     flip: bool = True
     """Mirror images at random, with probability one half; false also for evaluation, where embeddings of mirrored
     images are then not added."""
+    augment: Literal["flip", "strong", "masks", "all"] = "flip"
+    """Further augmentation: none (flip), crops, low resolution and photometric changes (strong), medical masks (masks),
+    or all of them with grey, blur, compression and occlusion (all)."""
     color_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the stored images."""
     overlay: str | None = None

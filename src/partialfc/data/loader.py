@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -51,6 +51,11 @@ class Batch:
     step: int = 0
     micro_step: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, which a GPU copies from while the host goes on; DataLoader calls it."""
+        pinned = {name: getattr(self, name).pin_memory() for name in ("images", "labels", "positions")}
+        return replace(self, **pinned)
 
 
 def sample_index(positions: Tensor, images: int, seed: int) -> Tensor:
@@ -266,6 +271,7 @@ def read_ahead(numbers: Sequence[int], read: Callable[[int], T], workers: int) -
         collate_fn=read,  # type: ignore[arg-type]
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),  # without one, torch draws the workers' seeds from its global generator
     )

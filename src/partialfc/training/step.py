@@ -181,7 +181,8 @@ class Stepper:
         images = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         positions = batch.positions.to(self.device, non_blocking=True)
-        inputs = augment(images, positions, self.config.seed, flip=self.config.data.flip)
+        data = self.config.data
+        inputs = augment(images, batch.positions, self.config.seed, flip=data.flip, preset=data.augment)
         output = self._forward(inputs, keyed_random.bits(self._random_parts, positions))
         if output.requires_grad:
             output.retain_grad()  # names the images behind a skipped step

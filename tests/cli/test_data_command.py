@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from command_line import IM2REC, INSIGHTFACE, QUICK, complaint, run
+from PIL import Image
 
 
 def test_inspect_gives_the_same_facts_for_all_layouts(capsys: pytest.CaptureFixture[str], folder_of_pngs: Path) -> None:
@@ -51,3 +52,22 @@ def test_convert(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "invalid choice: 'zip'" in complaint(
         capsys, "data", "convert", IM2REC, "--out", tmp_path / "x", "--to", "zip"
     )
+
+
+def test_corrupt_and_inspect_through_the_overlay(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("data", "corrupt", IM2REC, "--out", tmp_path / "out", "--kind", "conflict", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["classes"], summary["identities"]) == (14, 3)
+    overlay, page, sheet = tmp_path / "out" / "data.overlay", tmp_path / "page.html", tmp_path / "sheet.png"
+    assert run("data", "inspect", IM2REC, "--augmented", sheet, "--json") == 0
+    capsys.readouterr()
+    with Image.open(sheet) as image:
+        assert image.size == (10 * 112, 10 * 112)
+    assert "Cannot write" in complaint(capsys, "data", "inspect", IM2REC, "--augmented", tmp_path / "x", "--json")
+    assert run("data", "inspect", IM2REC, "--overlay", overlay, "--page", page, "--no-pictures", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["images"], facts["classes"], facts["min_per_class"]) == (48, 14, 2)
+    assert "<img" not in page.read_text()
+    refusal = complaint(capsys, "data", "inspect", INSIGHTFACE, "--overlay", overlay, "--json")
+    assert "was made for a set of 48 images" in refusal
+    assert run("train", "--data.path", IM2REC, "--data.overlay", overlay, *QUICK, "--out", tmp_path / "run") == 0

@@ -20,9 +20,10 @@ from run_folders import HOSTILE, evaluation_line, example_pairs, train_line, wri
 from partialfc.checkpoint.write import Snapshot, save_checkpoint
 from partialfc.config.options import HeadConfig, TrainConfig
 from partialfc.core.errors import InputError
+from partialfc.data.images import data_uri
 from partialfc.data.pair_files import PairSet
 from partialfc.distributed.collectives import Shard
-from partialfc.report.benchmark import hardest, picture
+from partialfc.report.benchmark import hardest
 from partialfc.report.page import write_report
 
 LINES = [train_line(step) for step in range(1, 41)] + [evaluation_line(step) for step in (10, 20, 30, 40)]
@@ -268,7 +269,7 @@ def test_the_hardest_pairs_are_shown_hardest_first(tmp_path: Path) -> None:
 
 
 def test_large_pictures_become_small() -> None:
-    source = picture(np.zeros((300, 200, 3), np.uint8))
+    source = data_uri(np.zeros((300, 200, 3), np.uint8))
     with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
         assert image.size == (75, 112)
 

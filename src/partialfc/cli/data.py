@@ -1,4 +1,4 @@
-"""`partialfc data inspect`, `convert`, `pairs` and `faces`."""
+"""`partialfc data inspect`, `convert`, `corrupt`, `pairs` and `faces`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, get_args
 from partialfc.cli.parser import add_command, add_commands, facts_text, show
 from partialfc.core.console import Progress
 from partialfc.data.convert import TargetName, convert
+from partialfc.data.corrupt import FRACTIONS, Kind, corrupt
 from partialfc.data.inspect import inspect
+from partialfc.data.inspect_page import write_augmented, write_page
 from partialfc.data.make_pairs import write_chosen_pairs
 from partialfc.data.sources import open_source
 from partialfc.faces.sets import FaceWorld, Layout
@@ -21,11 +23,26 @@ def add_parser(commands: Any) -> None:
 
     parser = add_command(commands, "inspect", run_inspect)
     parser.add_argument("path", type=Path, help="file or folder of a training set, of any format")
+    parser.add_argument("--overlay", type=Path, metavar="FILE", help="decisions about the set, applied before")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also write the result as an HTML page")
+    parser.add_argument("--no-pictures", action="store_true", help="leave faces out of the page")
+    help_ = "write a picture of what each preset of data.augment makes of some images, .jpg or .png"
+    parser.add_argument("--augmented", type=Path, metavar="FILE", help=help_)
 
     parser = add_command(commands, "convert", run_convert)
     parser.add_argument("path", type=Path, help="training set of any format, or .tar.gz files")
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for the set")
     parser.add_argument("--to", choices=get_args(TargetName), required=True, help="format to write")
+
+    parser = add_command(commands, "corrupt", run_corrupt)
+    parser.add_argument("path", type=Path, help="a training set, which stays as it is")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for overlay and truth")
+    parser.add_argument("--kind", choices=get_args(Kind), required=True, help="the damage")
+    published = ", ".join(f"{kind} {fraction:.3g}" for kind, fraction in FRACTIONS.items())
+    help_ = f"of the identities cut or left whole, or of the images flipped or copied; by default {published}"
+    parser.add_argument("--fraction", type=float, metavar="X", help=help_)
+    parser.add_argument("--parts", type=int, metavar="N", default=3, help="classes that a cut identity becomes")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="what is damaged is a function of it")
 
     parser = add_command(commands, "pairs", run_pairs)
     parser.add_argument("path", type=Path, help="folder of identity folders, or any other training set")
@@ -50,9 +67,37 @@ def add_parser(commands: Any) -> None:
 
 
 def run_inspect(options: Namespace) -> None:
-    """Count, check and hash the images of a training set."""
+    """Count, check and hash the images of a training set, and find duplicates."""
     with Progress("inspecting", quiet=options.json) as progress:
-        facts = inspect(options.path, progress=progress.update)
+        facts = inspect(options.path, overlay=options.overlay, progress=progress.update)
+    if options.page is not None or options.augmented is not None:
+        source = open_source(options.path, overlay=options.overlay)
+        if options.page is not None:
+            write_page(options.page, facts, source, pictures=not options.no_pictures)
+        if options.augmented is not None:
+            write_augmented(options.augmented, source)
+    show(options, facts, facts_text({name: _in_words(value) for name, value in facts.items()}))
+
+
+def _in_words(value: Any) -> Any:
+    """A fact on one line: figures by name, or the number of groups; sentences as they are."""
+    if isinstance(value, dict):
+        items = ((name, len(part) if isinstance(part, list) else part) for name, part in value.items())
+        return ", ".join(f"{name}: {part}" for name, part in items)
+    return " ".join(value) if isinstance(value, list) else value
+
+
+def run_corrupt(options: Namespace) -> None:
+    """Damage a training set by a stated fraction and seed, with the truth beside it, for studies of robustness."""
+    facts = corrupt(
+        options.path,
+        options.out,
+        options.kind,
+        fraction=options.fraction,
+        parts=options.parts,
+        seed=options.seed,
+        quiet=options.json,
+    )
     show(options, facts, facts_text(facts))
 
 

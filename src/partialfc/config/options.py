@@ -38,6 +38,8 @@ class DataConfig:
     or all of them with grey, blur, compression and occlusion (all)."""
     color_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the stored images."""
+    overlay: str | None = None
+    """A file of decisions, applied on reading: records with other labels or left out, identities merged or split."""
     min_images: int = 0
     """Leave out identities with fewer images and renumber the others; 0 keeps all."""
     num_classes: int | None = None
@@ -268,8 +270,9 @@ class TrainConfig:
         if data.micro_steps is not None and data.micro_steps > data.global_batch_size:
             many = f"data.micro_steps is {data.micro_steps}, more than the {data.global_batch_size} images"
             raise InputError(f"{many} of data.global_batch_size: take fewer.")
-        if data.min_images > 0 and data.num_classes is not None:
-            raise InputError("data.min_images renumbers the classes and data.num_classes counts them: leave one out.")
+        renumbers = "data.min_images" if data.min_images else "data.overlay" if data.overlay is not None else None
+        if renumbers is not None and data.num_classes is not None:
+            raise InputError(f"{renumbers} renumbers the classes and data.num_classes counts them: leave one out.")
         if backbone.freeze and backbone.init is None and head.from_run is None:
             remedy = "give backbone.init or head.from_run too"
             raise InputError(f"backbone.freeze keeps layers as they start, at random: {remedy}.")
@@ -385,6 +388,7 @@ _AT_LEAST: dict[str, int] = {
 FREE_KEYS = frozenset(
     {
         "data.path",
+        "data.overlay",
         "data.workers",
         "data.max_unreadable",
         "processes.timeout_seconds",

@@ -26,7 +26,7 @@ from partialfc.core.files import atomic_file, fsync, output_errors, temporary_na
 from partialfc.data.convert_targets import PARTS, TARGETS, Item, Target, TargetName, written_images
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, check_label, file_name
+from partialfc.data.sources.base import Source, check_label, check_labels, file_name
 from partialfc.data.sources.webdataset import COMPRESSED, tar_files
 
 _PART = 8192  # images of a part, and so of a .tar or .parquet file; a larger identity is a part of its own
@@ -86,8 +86,7 @@ def convert(path: str | Path, out: str | Path, target: TargetName, *, quiet: boo
 def _convert(source: Source, path: Path, work: Path, target_name: TargetName, quiet: bool) -> dict[str, Any]:
     """Write all in `work` and verify it; the result of `convert` about the images."""
     labels = source.labels()
-    for index in np.flatnonzero(labels >= source.num_classes)[:1].tolist():
-        check_label(source.read(index), source.num_classes)
+    check_labels(source, labels)
     order = np.argsort(labels, kind="stable")
     starts = _part_starts(labels[order])
     target = TARGETS[target_name](work, source, len(starts) - 1)

@@ -5,6 +5,7 @@ simplejpeg (extra `jpeg`) binds libjpeg-turbo, which Pillow uses too: the pixels
 
 from __future__ import annotations
 
+import base64
 import io
 
 import numpy as np
@@ -18,6 +19,7 @@ except ImportError:
 # Pillow opens more formats than these; some of them start other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 1 << 26  # 64 megapixels; a larger image is a decompression bomb, not a face
+_PICTURE_SIZE = 112  # the longer side of a picture in a page, at most
 _TOO_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to 8 bits silently
 
 
@@ -38,8 +40,8 @@ def decode_image(encoded: bytes) -> np.ndarray:
         UnreadableImage: Pillow refuses the bytes (truncated files included), or the image is larger than
             64 megapixels or deeper than 8 bits a channel in grey.
     """
-    if simplejpeg is not None and encoded[:2] == b"\xff\xd8" and (image := _decode_jpeg(encoded)) is not None:
-        return image
+    if simplejpeg is not None and encoded[:2] == b"\xff\xd8" and (pixels := _decode_jpeg(encoded)) is not None:
+        return pixels
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height = image.size
@@ -83,3 +85,12 @@ def _encode(image: np.ndarray, image_format: str, **options: int) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(stream, image_format, **options)
     return stream.getvalue()
+
+
+def data_uri(image: np.ndarray) -> str:
+    """A picture, uint8 (H, W, 3), as a data URI: JPEG, its longer side at most 112 pixels."""
+    if max(image.shape[:2]) > _PICTURE_SIZE:
+        small = Image.fromarray(image)
+        small.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
+        image = np.asarray(small)
+    return f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(image, quality=85)).decode('ascii')}"

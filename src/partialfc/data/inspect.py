@@ -2,79 +2,131 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from partialfc.data.duplicates import find_duplicates, fit_hasher, grey, thumbnail
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import Source, check_label, read_image
 
 _CHUNK = 1024  # images between two calls of `progress`
-_NAMED = 20  # unreadable records in the result
+_NAMED = 20  # unreadable records in the result, and sizes
+_GREY_SPREAD = 8  # the most that the channels of a grey image differ by
+_EXIF_ORIENTATION = 0x0112
+_EXIF_WITHIN = 1 << 16  # bytes from the start of a file
+
+
+class _Finding(NamedTuple):
+    """What is found in one image."""
+
+    label: int
+    digest: bytes
+    size: tuple[int, int]  # width and height
+    is_upright: bool
+    thumbnail: np.ndarray
 
 
 def inspect(
-    path: str | Path, *, num_classes: int | None = None, progress: Callable[[int, int], None] | None = None
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    overlay: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Read and decode every image of a training set.
 
     Args:
         path: as `open_source` takes it.
         num_classes: the number of classes; by default what the data says.
+        overlay: a file of decisions about the set, which are applied.
         progress: called regularly with (images done, images in all).
 
     Returns:
         format, images (number of readable ones), classes, unreadable (their number), min_per_class and max_per_class
-        (0 for a class without images), sha256_of_decoded, and unreadable_records (the reasons of the first 20). An
-        image's SHA-256 covers its label in decimal, a newline, and the RGB pixels, uint8, row by row;
-        sha256_of_decoded is that of the images' SHA-256s in hexadecimal, sorted and joined by newlines.
+        (0 for a class without images), images_per_class (range of images -> classes), sizes (the 20 most frequent,
+        "width x height" -> images), brightness (percentiles of the images' mean luma, 0 to 255), grey (images without
+        colour), not_upright (images with an EXIF orientation other than upright, which training ignores), duplicates
+        (see `find_duplicates`), sha256_of_decoded, advice (what to do next, in sentences), and unreadable_records (the
+        reasons of the first 20). An image's SHA-256 covers its label in decimal, a newline, and the RGB pixels, uint8,
+        row by row; sha256_of_decoded is that of the images' SHA-256s in hexadecimal, sorted and joined by newlines.
 
     Raises:
-        InputError: there is no training set at `path`, or a label lies outside [0, num_classes).
+        InputError: there is no training set at `path`, the overlay is not one for it, or a label lies outside
+            [0, num_classes).
     """
-    source = open_source(path, num_classes=num_classes)
-    counts = np.zeros(source.num_classes, np.int64)
-    digests = bytearray()
-    unreadable: list[str] = []
+    source = open_source(path, num_classes=num_classes, overlay=overlay)
     total = len(source)
+    counts, sizes, brightness = np.zeros(source.num_classes, np.int64), Counter[tuple[int, int]](), np.zeros(256, int)
+    digests, unreadable, without_colour, not_upright = bytearray(), list[str](), 0, 0
+    hasher, hashes, is_readable = fit_hasher(source), np.zeros(total, np.uint64), np.zeros(total, bool)
     # Pillow and hashlib release the GIL.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, total, _CHUNK):
             stop = min(start + _CHUNK, total)
-            for result in pool.map(lambda index: _examine(source, index), range(start, stop)):
-                if isinstance(result, str):
-                    unreadable.append(result)
-                else:
-                    counts[result[0]] += 1
-                    digests += result[1]
+            results = list(pool.map(lambda index: _examine(source, index), range(start, stop)))
+            unreadable += [result for result in results if isinstance(result, str)]
+            if found := [result for result in results if not isinstance(result, str)]:
+                rows = start + np.flatnonzero([not isinstance(result, str) for result in results])
+                thumbnails = np.stack([result.thumbnail for result in found])
+                hashes[rows], is_readable[rows] = hasher(thumbnails), True
+                np.add.at(counts, [result.label for result in found], 1)
+                np.add.at(brightness, grey(thumbnails).mean((1, 2)).astype(int), 1)
+                sizes.update(result.size for result in found)
+                digests += b"".join(result.digest for result in found)
+                without_colour += int((np.ptp(thumbnails, axis=3).max((1, 2)) <= _GREY_SPREAD).sum())
+                not_upright += sum(not result.is_upright for result in found)
             if progress is not None:
                 progress(stop, total)
-    return {
+    records = np.flatnonzero(is_readable)
+    facts = {
         "format": source.format,
-        "images": total - len(unreadable),
+        "images": len(records),
         "classes": source.num_classes,
         "unreadable": len(unreadable),
         "min_per_class": int(counts.min()),
         "max_per_class": int(counts.max()),
+        "images_per_class": _histogram(counts),
+        "sizes": {f"{width} x {height}": images for (width, height), images in sizes.most_common(_NAMED)},
+        "brightness": _percentiles(brightness),
+        "grey": without_colour,
+        "not_upright": not_upright,
+        "duplicates": find_duplicates(source, records, hashes[records]),
         "sha256_of_decoded": _combine(digests),
         "unreadable_records": unreadable[:_NAMED],
     }
+    options = f"--data.path {path}" + (f" --data.overlay {overlay}" if overlay is not None else "")
+    return facts | {"advice": _advice(facts, list(sizes), counts, options)}
 
 
-def _examine(source: Source, index: int) -> tuple[int, bytes] | str:
-    """An image's label and digest, or why it is unreadable."""
+def _examine(source: Source, index: int) -> _Finding | str:
+    """What an image shows, or why it is unreadable."""
     try:
         sample, image = read_image(source, index)
     except UnreadableImage as error:
         return str(error)
     check_label(sample, source.num_classes)
-    return sample.label, hashlib.sha256(b"%d\n" % sample.label + image.tobytes()).digest()
+    digest = hashlib.sha256(b"%d\n" % sample.label + image.tobytes()).digest()
+    return _Finding(sample.label, digest, image.shape[1::-1], _is_upright(sample.encoded), thumbnail(image))
+
+
+def _is_upright(encoded: bytes) -> bool:
+    """Whether an image's EXIF data, if it has any, say that it is stored upright."""
+    head = encoded[:_EXIF_WITHIN]
+    if b"Exif" in head or b"eXIf" in head or b"EXIF" in head:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded)) as image:  # as damaged as may be
+            return bool(image.getexif().get(_EXIF_ORIENTATION, 1) in (0, 1))
+    return True
 
 
 def _combine(digests: bytearray) -> str:
@@ -83,3 +135,38 @@ def _combine(digests: bytearray) -> str:
     for number, row in enumerate(np.sort(np.frombuffer(digests, "V32"))):
         total.update((b"\n" if number else b"") + row.tobytes().hex().encode())
     return total.hexdigest()
+
+
+def _histogram(counts: np.ndarray) -> dict[str, int]:
+    """The number of classes with 0, 1, 2, 3-4, 5-8, ... images, up to the largest."""
+    classes: dict[str, int] = {}
+    low = high = 0
+    while low <= int(counts.max()):
+        classes[str(low) if low == high else f"{low}-{high}"] = int(((counts >= low) & (counts <= high)).sum())
+        low, high = high + 1, max(1, 2 * high)
+    return classes
+
+
+def _percentiles(histogram: np.ndarray) -> dict[str, int]:
+    """The 1st, 50th and 99th percentile of values counted in a histogram, empty without values."""
+    below = np.cumsum(histogram)
+    return {f"{n} %": int(np.searchsorted(below, n / 100 * below[-1])) for n in (1, 50, 99)} if below[-1] else {}
+
+
+def _advice(facts: dict[str, Any], sizes: list[tuple[int, int]], counts: np.ndarray, options: str) -> list[str]:
+    """What to do next, in sentences."""
+    sentences = []
+    if len(sizes) > 1 or any(width != height for width, height in sizes):
+        what = f"of {len(sizes)} sizes" if len(sizes) > 1 else "not square"
+        sentences.append(f"The images are {what}, and training takes square ones of one size: align them first.")
+    if facts["unreadable"]:
+        sentences.append(f"{facts['unreadable']:,} records cannot be read, and training replaces them by others.")
+    if facts["not_upright"]:
+        sentences.append(f"{facts['not_upright']:,} images have an EXIF orientation, which is ignored: turn them.")
+    if few := int((counts < 2).sum()):
+        sentences.append(f"{few:,} identities have fewer than 2 images: --data.min-images 2 leaves them out.")
+    if copies := facts["duplicates"]["across_identities"]:
+        sentences.append(f"{copies:,} copies of images have another identity: an overlay can merge or drop them.")
+    if not sentences:
+        sentences.append(f"Nothing is in the way of a training: partialfc train {options} --out RUN")
+    return sentences

@@ -11,6 +11,15 @@ MARKER = '<meta name="generator" content="partialfc report">'
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
+def is_page(path: Path) -> bool:
+    """Whether the file is a page that was made here, and may be replaced by another."""
+    try:
+        with path.open("rb") as file:
+            return MARKER.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
 def definition_list(entries: Iterable[tuple[str, str]]) -> str:
     """Terms and their values as a <dl>; both are escaped here."""
     items = [f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in entries]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from partialfc.core.errors import InputError
-from partialfc.data.images import encode_jpeg
+from partialfc.data.images import data_uri
 from partialfc.data.pair_files import PairSet
 from partialfc.evaluation.metrics import roc
 from partialfc.evaluation.pairs import PairResult
@@ -19,7 +17,6 @@ from partialfc.pages.plots import histogram, roc_chart
 from partialfc.pages.template import definition_list
 
 SHOWN_PAIRS = 6
-PICTURE_SIZE = 112
 
 
 def benchmark_section(name: str, result: PairResult, pairs: PairSet | None) -> str:
@@ -95,7 +92,7 @@ def _hardest_pairs(result: PairResult, pairs: PairSet) -> str:
             wrong = (score > result.cosine_threshold) != same
             decision = f'<span class="wrong">wrongly {mistake}</span>' if wrong else "decided rightly"
             images = "".join(
-                f'<img src="{picture(pairs.images[2 * number + side])}" alt="pair {number}, {which} picture">'
+                f'<img src="{data_uri(pairs.images[2 * number + side])}" alt="pair {number}, {which} picture">'
                 for side, which in enumerate(("first", "second"))
             )
             parts.append(
@@ -104,12 +101,3 @@ def _hardest_pairs(result: PairResult, pairs: PairSet) -> str:
             )
         parts.append("</div>")
     return "".join(parts)
-
-
-def picture(image: NDArray[np.uint8]) -> str:
-    """A picture (H, W, 3) as a data URI: JPEG, its longer side at most 112 pixels."""
-    if max(image.shape[:2]) > PICTURE_SIZE:
-        small = Image.fromarray(image)
-        small.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
-        image = np.asarray(small)
-    return f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(image, quality=85)).decode('ascii')}"

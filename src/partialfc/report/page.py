@@ -11,7 +11,7 @@ from partialfc.core.errors import InputError
 from partialfc.core.files import output_errors, write_file
 from partialfc.data.pair_files import PairSet
 from partialfc.evaluation.pairs import PairResult
-from partialfc.pages.template import MARKER, render_page
+from partialfc.pages.template import is_page, render_page
 from partialfc.report.benchmark import benchmark_section
 from partialfc.report.headline import headline
 from partialfc.report.training_section import curves_section, trained_section
@@ -141,14 +141,6 @@ def _choose_path(run: Path, out: Path | None) -> Path:
     path = path / FILE_NAME if path.is_dir() else path
     if path.is_dir():
         raise InputError(f"{path} is a folder: give another file for the report.")
-    if path.exists() and not _is_report(path):
+    if path.exists() and not is_page(path):
         raise InputError(f"{path} exists and is no report: give another file for the report.")
     return path
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return MARKER.encode() in file.read(4096)
-    except OSError:
-        return False

@@ -13,6 +13,7 @@ from partialfc.core.device import compute_dtype
 from partialfc.core.errors import InputError
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
+from partialfc.data.sources.base import mapping_of
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.distributed.collectives import rank_of, world_size_of
 from partialfc.training.nonfinite import LossScale
@@ -24,7 +25,7 @@ from partialfc.training.weights import freeze, set_frozen_layers_eval
 def open_loader(config: TrainConfig) -> Loader:
     """The training data; the loader reads this rank's share of every batch."""
     data = config.data
-    source = open_source(data.path, num_classes=data.num_classes)
+    source = open_source(data.path, num_classes=data.num_classes, overlay=data.overlay)
     return Loader(
         SubsetSource(source, data.min_images) if data.min_images else source,
         global_batch_size=data.global_batch_size,
@@ -39,9 +40,14 @@ def open_loader(config: TrainConfig) -> Loader:
     )
 
 
-def data_signature(loader: Loader) -> dict[str, int]:
+def data_signature(loader: Loader) -> dict[str, int | str | None]:
     """What must be the same on all ranks, and when a run is resumed."""
-    return {"images": len(loader), "classes": loader.num_classes, "image_size": loader.image_size}
+    return {
+        "images": len(loader),
+        "classes": loader.num_classes,
+        "image_size": loader.image_size,
+        "overlay_or_mixture": mapping_of(loader.source),
+    }
 
 
 def check_config(config: TrainConfig) -> None:

@@ -105,8 +105,9 @@ def check_data_matches(checkpoint: Checkpoint, data: dict[str, Any]) -> None:
     for name, value in data.items():
         saved = checkpoint.state["data"].get(name)
         if saved != value:
+            what = name.replace("_", " ")
             raise InputError(
-                f"{checkpoint.folder} was trained on data with {name} {saved}, but now {name} is {value}: resume with "
+                f"{checkpoint.folder} was trained on data with {what} {saved}, but now {what} is {value}: resume with "
                 "the same data, or start a new run that takes this one's head over with head.from_run."
             )
 

@@ -1,7 +1,8 @@
 """Training sets in every storage format, behind one protocol.
 
 `base` holds the protocol, `Source`, and knows no format. Each format has a file of its own with a function that opens
-a path or returns None for a path of another format; `open_source` tries them in order. `subset` stands on any source.
+a path or returns None for a path of another format; `open_source` tries them in order. `subset` and `overlay` stand on
+any source, `mixture` on several.
 
 RecordIO, the largest format, takes three files: `record_index` finds where in a `.rec` the records are, `recordio`
 reads and writes single records, and `record_source` interprets them as a training set (header, class ids, class count).
@@ -19,6 +20,8 @@ from partialfc.data.sources.base import Source
 from partialfc.data.sources.folder import open_folder
 from partialfc.data.sources.list_file import open_list
 from partialfc.data.sources.lmdb import open_lmdb
+from partialfc.data.sources.mixture import SUFFIXES, open_mixture
+from partialfc.data.sources.overlay import Overlay, read_overlay
 from partialfc.data.sources.parquet import open_parquet
 from partialfc.data.sources.record_source import open_recordio
 from partialfc.data.sources.webdataset import open_webdataset
@@ -28,22 +31,29 @@ from partialfc.data.sources.webdataset import open_webdataset
 _FORMATS = (open_recordio, open_folder, open_webdataset, open_parquet, open_lmdb, open_list)
 
 
-def open_source(path: str | Path, *, num_classes: int | None = None) -> Source:
+def open_source(path: str | Path, *, num_classes: int | None = None, overlay: str | Path | None = None) -> Source:
     """Open a training set of any format, as docs/data-formats.md lists them.
 
     Args:
-        path: the file or folder.
+        path: the file or folder, or a `.yaml` that describes a mixture of several.
         num_classes: the number of classes; by default what the data says.
+        overlay: a file of decisions about the set, which are applied on reading.
 
     Raises:
-        InputError: there is no training set at `path`.
+        InputError: there is no training set at `path`, or the overlay is damaged or was made for another set.
     """
+    if overlay is not None:
+        return Overlay(open_source(path, num_classes=num_classes), read_overlay(overlay), overlay)
     path = Path(path)
     if num_classes is not None and num_classes < 1:
         raise InputError(f"num_classes is {num_classes}, but a training set has at least one class.")
     if not path.exists():
         raise InputError(f"{path} does not exist: give the file or folder of a training set.")
     try:
+        if path.suffix in SUFFIXES:
+            if num_classes is not None:
+                raise InputError(f"{path} is a mixture, whose sources count its classes: leave num_classes out.")
+            return open_mixture(path, open_source)
         for open_format in _FORMATS if path.is_dir() else _FORMATS[::-1]:
             if (source := open_format(path, num_classes)) is not None:
                 return source

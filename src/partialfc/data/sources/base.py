@@ -60,6 +60,16 @@ class Source(Protocol):
         ...
 
 
+def mapping_of(source: Source) -> str | None:
+    """A digest of the decisions between the stored records and the labels of `source`, None if there are none.
+
+    A source that stands on others (overlay, mixture) has it as its attribute `mapping`. Images and classes may be as
+    many as before, so that only this tells a run that its data have changed.
+    """
+    mapping: str | None = getattr(source, "mapping", None)
+    return mapping
+
+
 def read_image(source: Source, index: int) -> tuple[Sample, np.ndarray]:
     """The sample at `index` and its decoded image, uint8 (H, W, 3) RGB. Raises as `Source.read`."""
     sample = source.read(index)
@@ -84,3 +94,9 @@ def file_name(source: Source, index: int) -> str:
     A source with such names has a method `file_name(index)`; the others need none.
     """
     return str(source.file_name(index)) if hasattr(source, "file_name") else ""
+
+
+def check_labels(source: Source, labels: np.ndarray) -> None:
+    """Refuse labels of `source.labels()` outside the range, as `check_label` does; -1 stands for an unreadable one."""
+    for index in np.flatnonzero(labels >= source.num_classes)[:1].tolist():
+        check_label(Sample(b"", int(labels[index]), source.name(index)), source.num_classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from partialfc.core.errors import InputError
-from partialfc.data.sources.base import Sample, Source, file_name
+from partialfc.data.sources.base import Sample, Source, file_name, mapping_of
 
 
 class SubsetSource:
@@ -34,7 +34,7 @@ class SubsetSource:
         names = source.identities
         self.identities: list[str] | None = [str(old) if names is None else names[old] for old in classes.tolist()]
         self.num_classes = len(classes)
-        self.path, self.format = source.path, source.format
+        self.path, self.format, self.mapping = source.path, source.format, mapping_of(source)
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -23,8 +23,8 @@ from partialfc.training.build import check_config, data_signature
 from partialfc.training.run.folder import differing_key
 from partialfc.training.run.log import check_trackers
 
-# Keys that may differ between hosts: the path of the data, and the number of processes that read them.
-_KEYS_OF_A_HOST = frozenset({"config.data.path", "config.data.workers"})
+# Keys that may differ between hosts: the paths of the data, and the number of processes that read them.
+_KEYS_OF_A_HOST = frozenset({"config.data.path", "config.data.overlay", "config.data.workers"})
 
 
 @contextmanager
@@ -95,9 +95,11 @@ def check_same_data(loader: Loader) -> None:
     for rank, other in enumerate(others, start=1):
         for name, value in first["data"].items():
             if other["data"][name] != value:
+                both = (other["data"][name], value)
+                found, expected = (f"{each:,}" if isinstance(each, int) else each for each in both)
                 raise InputError(
-                    f"rank {rank} on {other['host']} finds {other['data'][name]:,} as {name} in {other['path']}, but "
-                    f"rank 0 on {first['host']} finds {value:,} in {first['path']}: give all hosts the same data."
+                    f"rank {rank} on {other['host']} finds {found} as {name.replace('_', ' ')} in {other['path']}, but "
+                    f"rank 0 on {first['host']} finds {expected} in {first['path']}: give all hosts the same data."
                 )
 
 

@@ -60,10 +60,14 @@ class _Folder:
         self._work, self._num_classes, self._paths = work, source.num_classes, _Paths(source)
 
     def write(self, number: int, items: list[Item]) -> None:
+        folders: set[str] = set()
         for item, (stem, suffix) in zip(items, self._paths.of(items), strict=True):
-            path = self._work / (stem + suffix)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(item.encoded)
+            path = os.path.join(self._work, stem + suffix)
+            if (folder := os.path.dirname(path)) not in folders:
+                os.makedirs(folder, exist_ok=True)
+                folders.add(folder)
+            with open(path, "wb") as file:
+                file.write(item.encoded)
 
     def finish(self) -> None:
         for label in range(self._num_classes):

@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +114,12 @@ def variants(sources: dict[str, Source]) -> Iterator[tuple[str, Callable[[], flo
     yield "decode", lambda: decode_rate(rec)
     for name, source in sources.items():
         for workers in (1, 2):
-            yield f"{name} {workers}", lambda s=source, w=workers: images_a_second(loader_of(s, w), len(s))
-    yield "ours", lambda: images_a_second(loader_of(rec, 0), len(rec), lambda one, at: augment(one, at, 0))
+            yield f"{name} {workers}", partial(images_a_second, loader_of(source, workers), len(source))
+    ours = partial(images_a_second, loader_of(rec, 0), len(rec), lambda one, at: augment(one, at, 0))
+    yield "ours", ours
     yield "usual", lambda: usual_rate(rec)
     yield "usual decode", lambda: with_pillow(lambda: decode_rate(rec))
-    yield (
-        "ours by Pillow",
-        lambda: with_pillow(lambda: images_a_second(loader_of(rec, 0), len(rec), lambda one, at: augment(one, at, 0))),
-    )
+    yield "ours by Pillow", lambda: with_pillow(ours)
 
 
 def loader_of(source: Source, workers: int) -> Loader:

@@ -66,6 +66,8 @@ def test_all_formats_to_all_formats(
     assert (facts["images"], facts["classes"], facts["unreadable"]) == (48, 8, 0)
     assert after.pop("format").startswith(target)
     del before["format"]
+    for report in (before, after):  # with the names of files
+        del report["advice"], report["duplicates"]["groups"]
     assert after == before
     assert content(open_source(tmp_path / "out")) == content(open_source(path))
     assert [name for name in os.listdir(tmp_path) if "writing" in name] == []

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from partialfc.data.convert import convert
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +25,7 @@ from documents import write_between
 from partialfc.bench.machine import describe
 from partialfc.data import images as image_files
 from partialfc.data.augment import augment
+from partialfc.data.convert import convert
 from partialfc.data.images import decode_image, encode_jpeg
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source

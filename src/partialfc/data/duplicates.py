@@ -9,7 +9,7 @@ that differ in a few bits are found in sorted tables, and decided on by the imag
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -96,7 +96,7 @@ def fit_hasher(source: Source) -> Hasher:
     return Hasher(np.hstack(projections).astype(np.float32), np.concatenate(thresholds).astype(np.float32))
 
 
-def candidates(hashes: np.ndarray) -> np.ndarray:
+def candidates(hashes: np.ndarray, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
     """Pairs of images whose hashes, or the one's and the other's mirrored one, differ in at most `RADIUS` bits.
 
     Of images with equal hashes, each is paired with the first and the previous one. All pairs that differ in 3 bits are
@@ -104,6 +104,7 @@ def candidates(hashes: np.ndarray) -> np.ndarray:
 
     Args:
         hashes: uint64 (N,).
+        progress: called regularly with (N, N), so that a display shows the time.
 
     Returns:
         int64 (P, 2), sorted, the smaller index first.
@@ -122,6 +123,8 @@ def candidates(hashes: np.ndarray) -> np.ndarray:
         near = _distances(both[rows[:, 0]], both[rows[:, 1]]) <= RADIUS
         rows = rows[near & (rows.min(axis=1) < len(unique))]  # two mirrored ones are the pair of their originals
         found.append(images[rows])
+        if progress is not None:
+            progress(len(hashes), len(hashes))
     pairs = np.sort(np.concatenate(found), axis=1)
     return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
 
@@ -164,20 +167,26 @@ def compare(first: np.ndarray, second: np.ndarray) -> str | None:
     return None
 
 
-def find_duplicates(source: Source, records: np.ndarray, hashes: np.ndarray) -> dict[str, Any]:
+def find_duplicates(
+    source: Source,
+    records: np.ndarray,
+    hashes: np.ndarray,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """The duplicates among the images of a set.
 
     Args:
         source: the set.
         records: the indices of the images that have a hash: int64 (N,).
         hashes: uint64 (N,).
+        progress: as for `candidates`.
 
     Returns:
         exact, re-encoded, mirrored: images that are such copies of an earlier one, each counted once;
         across_identities: those of them whose original has another label; groups: up to 20 of the largest groups of
         copies, each with the records, names and labels of its images, the original first, and the kinds of the copies.
     """
-    pairs = records[candidates(hashes)].tolist()
+    pairs = records[candidates(hashes, progress)].tolist()
 
     def decide(pair: list[int]) -> tuple[str | None, list[int]]:
         try:
@@ -193,6 +202,8 @@ def find_duplicates(source: Source, records: np.ndarray, hashes: np.ndarray) -> 
     with ThreadPoolExecutor() as pool:
         # Pairs come by their first image, so that an image's root is known before its copies are.
         for (first, second), (kind, both) in zip(pairs, pool.map(decide, pairs), strict=True):
+            if progress is not None:
+                progress(len(records), len(records))
             if kind is None:
                 continue
             labels |= dict(zip((first, second), both, strict=True))
@@ -203,17 +214,24 @@ def find_duplicates(source: Source, records: np.ndarray, hashes: np.ndarray) -> 
             root[second], kinds[second] = root.get(first, first), kind
             groups.setdefault(root[second], []).append(second)
     copies = list(kinds.values())
-    largest = sorted(groups, key=lambda original: (-len(groups[original]), original))[:_GROUPS_SHOWN]
     return {
         **{kind: copies.count(kind) for kind in KINDS},
         "across_identities": sum(labels[copy] != labels[original] for copy, original in root.items()),
-        "groups": [
-            {
-                "records": [original, *groups[original]],
-                "names": [source.name(index) for index in (original, *groups[original])],
-                "labels": [labels[index] for index in (original, *groups[original])],
-                "kinds": [kinds[index] for index in groups[original]],
-            }
-            for original in largest
-        ],
+        "groups": _largest(source, groups, labels, kinds),
     }
+
+
+def _largest(
+    source: Source, groups: dict[int, list[int]], labels: dict[int, int], kinds: dict[int, str]
+) -> list[dict[str, Any]]:
+    """The largest groups, described; `groups` are the copies of each original."""
+    originals = sorted(groups, key=lambda original: (-len(groups[original]), original))[:_GROUPS_SHOWN]
+    return [
+        {
+            "records": [original, *groups[original]],
+            "names": [source.name(index) for index in (original, *groups[original])],
+            "labels": [labels[index] for index in (original, *groups[original])],
+            "kinds": [kinds[index] for index in groups[original]],
+        }
+        for original in originals
+    ]

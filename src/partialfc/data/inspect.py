@@ -50,7 +50,7 @@ def inspect(
         path: as `open_source` takes it.
         num_classes: the number of classes; by default what the data says.
         overlay: a file of decisions about the set, which are applied.
-        progress: called regularly with (images done, images in all).
+        progress: called regularly with (images done, images in all), while duplicates are looked for too.
 
     Returns:
         format, images (number of readable ones), classes, unreadable (their number), min_per_class and max_per_class
@@ -66,47 +66,67 @@ def inspect(
             [0, num_classes).
     """
     source = open_source(path, num_classes=num_classes, overlay=overlay)
-    total = len(source)
-    counts, sizes, brightness = np.zeros(source.num_classes, np.int64), Counter[tuple[int, int]](), np.zeros(256, int)
-    digests, unreadable, without_colour, not_upright = bytearray(), list[str](), 0, 0
-    hasher, hashes, is_readable = fit_hasher(source), np.zeros(total, np.uint64), np.zeros(total, bool)
+    total, tally = len(source), _Tally(source)
     # Pillow and hashlib release the GIL.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, total, _CHUNK):
             stop = min(start + _CHUNK, total)
-            results = list(pool.map(lambda index: _examine(source, index), range(start, stop)))
-            unreadable += [result for result in results if isinstance(result, str)]
-            if found := [result for result in results if not isinstance(result, str)]:
-                rows = start + np.flatnonzero([not isinstance(result, str) for result in results])
-                thumbnails = np.stack([result.thumbnail for result in found])
-                hashes[rows], is_readable[rows] = hasher(thumbnails), True
-                np.add.at(counts, [result.label for result in found], 1)
-                np.add.at(brightness, grey(thumbnails).mean((1, 2)).astype(int), 1)
-                sizes.update(result.size for result in found)
-                digests += b"".join(result.digest for result in found)
-                without_colour += int((np.ptp(thumbnails, axis=3).max((1, 2)) <= _GREY_SPREAD).sum())
-                not_upright += sum(not result.is_upright for result in found)
+            tally.add(start, list(pool.map(lambda index: _examine(source, index), range(start, stop))))
             if progress is not None:
                 progress(stop, total)
-    records = np.flatnonzero(is_readable)
-    facts = {
-        "format": source.format,
-        "images": len(records),
-        "classes": source.num_classes,
-        "unreadable": len(unreadable),
-        "min_per_class": int(counts.min()),
-        "max_per_class": int(counts.max()),
-        "images_per_class": _histogram(counts),
-        "sizes": {f"{width} x {height}": images for (width, height), images in sizes.most_common(_NAMED)},
-        "brightness": _percentiles(brightness),
-        "grey": without_colour,
-        "not_upright": not_upright,
-        "duplicates": find_duplicates(source, records, hashes[records]),
-        "sha256_of_decoded": _combine(digests),
-        "unreadable_records": unreadable[:_NAMED],
-    }
+    facts = tally.facts(progress)
     options = f"--data.path {path}" + (f" --data.overlay {overlay}" if overlay is not None else "")
-    return facts | {"advice": _advice(facts, list(sizes), counts, options)}
+    return facts | {"advice": _advice(facts, list(tally.sizes), tally.counts, options)}
+
+
+class _Tally:
+    """What is found in the images so far."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.hasher = source, fit_hasher(source)
+        self.counts, self.brightness = np.zeros(source.num_classes, np.int64), np.zeros(256, np.int64)
+        self.hashes, self.is_readable = np.zeros(len(source), np.uint64), np.zeros(len(source), bool)
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.unreadable: list[str] = []
+        self.digests = bytearray()
+        self.grey = self.not_upright = 0
+
+    def add(self, start: int, results: list[_Finding | str]) -> None:
+        """Count the images from index `start` on."""
+        self.unreadable += [result for result in results if isinstance(result, str)]
+        found = [result for result in results if not isinstance(result, str)]
+        if not found:
+            return
+        rows = start + np.flatnonzero([not isinstance(result, str) for result in results])
+        thumbnails = np.stack([result.thumbnail for result in found])
+        self.hashes[rows], self.is_readable[rows] = self.hasher(thumbnails), True
+        np.add.at(self.counts, [result.label for result in found], 1)
+        np.add.at(self.brightness, grey(thumbnails).mean((1, 2)).astype(int), 1)
+        self.sizes.update(result.size for result in found)
+        self.digests += b"".join(result.digest for result in found)
+        self.grey += int((np.ptp(thumbnails, axis=3).max((1, 2)) <= _GREY_SPREAD).sum())
+        self.not_upright += sum(not result.is_upright for result in found)
+
+    def facts(self, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+        """All but the advice of `inspect`."""
+        records = np.flatnonzero(self.is_readable)
+        sizes = self.sizes.most_common(_NAMED)
+        return {
+            "format": self.source.format,
+            "images": len(records),
+            "classes": self.source.num_classes,
+            "unreadable": len(self.unreadable),
+            "min_per_class": int(self.counts.min()),
+            "max_per_class": int(self.counts.max()),
+            "images_per_class": _histogram(self.counts),
+            "sizes": {f"{width} x {height}": images for (width, height), images in sizes},
+            "brightness": _percentiles(self.brightness),
+            "grey": self.grey,
+            "not_upright": self.not_upright,
+            "duplicates": find_duplicates(self.source, records, self.hashes[records], progress),
+            "sha256_of_decoded": _combine(self.digests),
+            "unreadable_records": self.unreadable[:_NAMED],
+        }
 
 
 def _examine(source: Source, index: int) -> _Finding | str:

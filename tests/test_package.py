@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ CORE_ONLY = """
 import importlib, importlib.abc, pkgutil, sys
 
 EXTRAS = {"tensorboard", "wandb", "timm", "sklearn", "scipy", "pytest", "hypothesis", "onnx"}
-EXTRAS |= {"pyarrow", "lmdb", "msgpack"}
+EXTRAS |= {"pyarrow", "lmdb", "msgpack", "simplejpeg"}
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -55,3 +56,19 @@ def test_python_m_partialfc_answers() -> None:
     done = subprocess.run([sys.executable, "-m", "partialfc", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "train" in done.stdout
+
+
+def test_the_command_tells_openmp_not_to_spin_before_torch_is_imported() -> None:
+    program = """
+import os, sys
+import partialfc.__main__ as entry
+assert "torch" not in sys.modules
+import partialfc.cli
+partialfc.cli.main = lambda: print(os.environ["GOMP_SPINCOUNT"]) or 0
+entry.main()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment | given, check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == expected

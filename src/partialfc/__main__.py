@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import NoReturn
 
@@ -11,6 +12,9 @@ from partialfc.distributed.signals import end_process, exit_unsaved
 def main() -> NoReturn:
     """Run one command. Until training handles SIGTERM itself, it ends the process with a sentence and status 143."""
     signal.signal(signal.SIGTERM, exit_unsaved)
+    # A thread of GNU OpenMP that waits for the others spins for a long time by default. Beside other programs it then
+    # keeps the very processor that the others wait for (docs/performance.md). Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from partialfc.cli import main as run  # imports torch, which takes seconds
 
     end_process(run())

@@ -141,7 +141,7 @@ class TestDamage:
             open_source(copy_of(real_lmdb))
 
     @pytest.mark.slow
-    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.data())
     def test_changed_bytes(self, tmp_path: Path, real_lmdb: Path, data: st.DataObject) -> None:
         """Whatever the file does to the process that reads it, here is an error or a set that can be read."""

@@ -208,6 +208,16 @@ class TestMembers:
             assert (os.fsdecode(member.name), member.size) == (name, 5)
             assert content[member.offset :][:5] == b"12345"
 
+    @pytest.mark.parametrize(
+        "records", [b"6 a=b\nno-length=12345678901", b"6 a=b\n0 a=b\n", b" a=b\n", b"99 a=b\n", b"6 ab\n\n"]
+    )
+    def test_a_damaged_extended_head_is_refused_and_does_not_loop(self, records: bytes) -> None:
+        member = tarfile.TarInfo("x")
+        member.type, member.size = tarfile.XHDTYPE, len(records)
+        content = member.tobuf(tarfile.USTAR_FORMAT) + records.ljust(BLOCK, b"\0") + member_head("a", 0)
+        with pytest.raises(DamagedTar, match="extended head at byte 512 is damaged"):
+            list(members(content + bytes(2 * BLOCK)))
+
     def test_a_size_past_8_gib(self) -> None:
         head = bytearray(member_head("a.jpg", 0))
         head[124:136] = b"\x80" + (1 << 34).to_bytes(11, "big")

@@ -93,10 +93,10 @@ def _pax_records(data: bytes, offset: int) -> dict[bytes, bytes]:
     start = 0
     while start < len(data) and data[start : start + 1] != b"\0":
         space = data.find(b" ", start, start + 20)
-        length = _number(data[start:space], offset) if space > 0 else 0
+        length = _number(data[start:space], offset) if space > start else 0
         record = data[space + 1 : start + length - 1]
         keyword, equals, value = record.partition(b"=")
-        if length <= space - start + 1 or not equals or start + length > len(data):
+        if length <= max(space - start + 1, 0) or not equals or start + length > len(data):
             raise DamagedTar(f"the extended head at byte {offset} is damaged")
         records[keyword] = value
         start += length

@@ -258,3 +258,17 @@ def test_wrong_input_is_refused() -> None:
         roc([0.5], [float("nan")]).tar_at(0.1)
     with pytest.raises(InputError, match="false accept rate 2"):
         roc([0.5], [0.5]).tar_at(2)
+
+
+@given(
+    genuine=scores,
+    impostor=st.lists(st.integers(-4, 4).map(lambda value: value / 4), min_size=20, max_size=60),
+    far=st.sampled_from([0.05, 0.1, 0.2, 0.5]),
+)
+@settings(max_examples=100, deadline=None)
+def test_tar_at_far_is_that_of_the_insightface_package(genuine: list[float], impostor: list[float], far: float) -> None:
+    """Run where `pip install insightface` (2.1) was done."""
+    theirs = pytest.importorskip("insightface.gui.core.evaluation", exc_type=ImportError)
+    rows = [{"label": 1, "similarity": score} for score in genuine]
+    rows += [{"label": 0, "similarity": score} for score in impostor]
+    assert roc(genuine, impostor).tar_at(far) == pytest.approx(theirs.tar_at_far(rows, far), abs=1e-12)

@@ -193,6 +193,12 @@ class TestWorkers:
             assert (one.step, one.micro_step, one.unreadable) == (other.step, other.micro_step, other.unreadable)
         assert alone.unreadable == helped.unreadable != {}
 
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_batches_stay_as_they_were_while_later_ones_are_read(self, workers: int) -> None:
+        alone, helped = (list(loader(Pictures(30), workers=count).batches(0, 40)) for count in (0, workers))
+        assert all(torch.equal(one.images, other.images) for one, other in zip(alone, helped, strict=True))
+
     @pytest.mark.parametrize("workers", [0, 1])
     def test_no_global_generator_moves(self, workers: int) -> None:
         before = torch.get_rng_state()

@@ -140,7 +140,7 @@ def test_what_may_be_wrong_with_a_set(odd_folder: Path) -> None:
         "The images are of",
         "1 records cannot be",
         "1 images have an",
-        "1 identities have fewer",
+        "1 identities have one",
         "1 copies of images",
     ]
 

@@ -72,4 +72,6 @@ def evaluate_features(name: str, benchmark: Benchmark, features: Features) -> Re
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write `results.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(
+        json.dumps({"schema_version": 1, **results}, indent=2) + "\n", encoding="utf-8"
+    )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,6 +74,39 @@ def mapping_of(source: Source) -> str | None:
     return mapping
 
 
+def order_digest(source: Source) -> str:
+    """A digest of the samples in their order, 16 hexadecimal digits, without reading images.
+
+    It covers the labels. A source that has something better or faster than those to tell its samples by (names of
+    files, offsets of records, other sources) has a method `order()` with its bytes.
+    """
+    content = source.order() if hasattr(source, "order") else [source.labels().tobytes()]
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+PassedOver = dict[str, tuple[int, str]]  # files that a source leaves out: kind -> their number, name of the first
+
+
+def passed_over(*sources: Source) -> PassedOver:
+    """What the sources leave out."""
+    found: PassedOver = {}
+    for source in sources:
+        for kind, (count, first) in getattr(source, "passed_over", {}).items():
+            before, name = found.get(kind, (0, first))
+            found[kind] = (before + count, name)
+    return found
+
+
+def describe_passed_over(found: PassedOver) -> str:
+    """What is left out and how to take it, in one sentence; "" if nothing is."""
+    kinds = [f"{count:,} {kind} (such as {first})" for kind, (count, first) in sorted(found.items())]
+    remedy = "those that are images are taken as <identity>/<name>.jpg, or from a .lst file with any name"
+    return f"files are passed over: {', '.join(kinds)}; {remedy}" if kinds else ""
+
+
 def read_image(source: Source, index: int) -> tuple[Sample, np.ndarray]:
     """The sample at `index` and its decoded image, uint8 (H, W, 3) RGB. Raises as `Source.read`."""
     sample = source.read(index)
@@ -77,6 +114,30 @@ def read_image(source: Source, index: int) -> tuple[Sample, np.ndarray]:
         return sample, decode_image(sample.encoded)
     except UnreadableImage as error:
         raise UnreadableImage(f"{sample.name}: {error}") from error
+
+
+def read_file(path: str) -> bytes:
+    """The content of a regular file; anything else, such as a pipe, might keep the reader waiting, and is not opened.
+
+    Raises:
+        UnreadableImage: it is none, or cannot be read; the message names it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImage(f"{path}: it is no regular file")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UnreadableImage(f"{path}: {error.strerror}") from error
+
+
+def check_regular(files: Iterable[Path]) -> list[Path]:
+    """The files; an InputError names one that is a pipe, socket or device, or a link that leads nowhere."""
+    files = list(files)
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is no regular file, but a pipe, a socket, a device or a dead link: remove it.")
+    return files
 
 
 def check_label(sample: Sample, num_classes: int) -> None:

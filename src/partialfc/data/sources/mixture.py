@@ -20,7 +20,16 @@ import numpy as np
 import yaml
 
 from partialfc.core.errors import InputError, did_you_mean
-from partialfc.data.sources.base import Sample, Source, check_label, check_labels, file_name, mapping_of
+from partialfc.data.sources.base import (
+    Sample,
+    Source,
+    check_label,
+    check_labels,
+    file_name,
+    mapping_of,
+    order_digest,
+    passed_over,
+)
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -46,7 +55,7 @@ def open_mixture(path: Path, open_source: Callable[..., Source]) -> MixtureSourc
         OSError: the file cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_bytes())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read {path} as YAML: {' '.join(str(error).split())}.") from error
     content = _checked_keys(content, ("sources", "identities"), path)
@@ -122,6 +131,7 @@ class MixtureSource:
             digest.update(f"{len(part.source)} {mapping_of(part.source)}\n".encode())
             digest.update(hashlib.sha256(labels.tobytes()).digest())
         self.mapping: str | None = digest.hexdigest()[:16]
+        self.passed_over = passed_over(*(part.source for part in parts))
 
     def __len__(self) -> int:
         return int(self._stops[-1])
@@ -152,6 +162,10 @@ class MixtureSource:
         sample = self._parts[part].source.read(own_index)
         check_label(sample, len(self._new_labels[part]))
         return Sample(sample.encoded, int(self._new_labels[part][sample.label]), sample.name)
+
+    def order(self) -> list[bytes]:
+        """What tells the samples apart: those of the parts; `mapping` has the rest."""
+        return [order_digest(part.source).encode() for part in self._parts]
 
     def _place(self, index: int) -> tuple[int, int]:
         """The number of the part, repeated ones counted, and the index in it."""

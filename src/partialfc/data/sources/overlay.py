@@ -17,8 +17,18 @@ from safetensors.numpy import save
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import output_errors, write_file
+from partialfc.core.schema import check_schema_version
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import Sample, Source, check_label, check_labels, file_name, mapping_of
+from partialfc.data.sources.base import (
+    Sample,
+    Source,
+    check_label,
+    check_labels,
+    file_name,
+    mapping_of,
+    order_digest,
+    passed_over,
+)
 
 SCHEMA_VERSION = 1
 DROPPED = -1
@@ -163,11 +173,7 @@ def read_overlay(path: str | Path) -> Decisions:
             facts = file.metadata() or {}
             if facts.get("kind") != "overlay" or not facts.get("schema_version", "").isdecimal():
                 raise InputError(f"{path} is no overlay file: give one that partialfc has written.")
-            if int(facts["schema_version"]) > SCHEMA_VERSION:
-                raise InputError(
-                    f"{path} is an overlay of version {facts['schema_version']}, and this partialfc reads versions up "
-                    f"to {SCHEMA_VERSION}: install a newer one."
-                )
+            check_schema_version(path, {"schema_version": int(facts["schema_version"])}, SCHEMA_VERSION)
             arrays = {name: file.get_tensor(name) for name in _ARRAYS if file.get_slice(name).get_dtype() == "I64"}
         decisions = Decisions(int(facts["images"]), int(facts["classes"]), facts["fingerprint"], **arrays)
         _check(decisions)
@@ -236,6 +242,7 @@ class Overlay:
         self._new_labels = decisions.new_labels()
         self.num_classes = int(self._new_labels.max()) + 1
         self.identities = _names(source.identities, decisions, self._new_labels)
+        self.passed_over = passed_over(source)
         self.mapping: str | None = hashlib.sha256(f"{mapping_of(source)} {decisions.digest()}".encode()).hexdigest()[
             :16
         ]
@@ -273,6 +280,10 @@ class Overlay:
                 "made for another set?"
             )
         return Sample(sample.encoded, label, sample.name)
+
+    def order(self) -> list[bytes]:
+        """What tells the samples apart: those of the set below; `mapping` has the decisions."""
+        return [order_digest(self._source).encode()]
 
     def _record(self, index: int) -> int:
         """The index in the set below of the image at `index`."""

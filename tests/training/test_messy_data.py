@@ -26,8 +26,11 @@ def config_of(data: Path, **changes: object) -> TrainConfig:
 
 
 def test_a_single_identity_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has one identity \(anna\), and a training needs at least two"):
-        train(config_of(write_images(tmp_path / "images", ["anna"])), tmp_path / "run", quiet=True)
+    images = write_images(tmp_path / "images", ["anna"])
+    (images / "empty").mkdir()
+    for data in (images, images.parent):
+        with pytest.raises(InputError, match="shows one identity, and a training needs at least two"):
+            train(config_of(data), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,8 +12,9 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -233,35 +234,31 @@ class Loader:
 
     def _find_image_size(self) -> int:
         """The size of some images that are spread over the set; an InputError names one that has another."""
-        sizes: dict[str, tuple[int, int]] = {}  # of images, by name
-        for index in np.unique(np.linspace(0, len(self) - 1, _PROBES, dtype=np.int64)).tolist():
-            with suppress(UnreadableImage):
-                self._look_at(index, sizes)
-        for index in range(len(self)):
-            if sizes:
+        probes = np.unique(np.linspace(0, len(self) - 1, _PROBES, dtype=np.int64)).tolist()
+        sizes: dict[str, tuple[int, int]] = {}  # width and height, by name
+        for number, index in enumerate(chain(probes, range(len(self)))):
+            if sizes and number >= len(probes):
                 break
             try:
-                self._look_at(index, sizes)
+                sample, image = read_image(self.source, index)
             except UnreadableImage as error:
-                self._count(self.source.name(index), str(error))
+                if number >= len(probes):
+                    self._count(self.source.name(index), str(error))
+                continue
+            check_label(sample, self.num_classes)
+            sizes[sample.name] = (image.shape[1], image.shape[0])
         if not sizes:
             raise InputError(f"None of the {len(self)} images of {self.source.path} can be read.")
-        [((width, height), count)] = Counter(sizes.values()).most_common(1)
-        for name, (other_width, other_height) in sizes.items():
-            if (other_width, other_height) != (width, height):
+        [(usual, count)] = Counter(sizes.values()).most_common(1)
+        for name, (width, height) in sizes.items():
+            if (width, height) != usual:
                 raise InputError(
-                    f"{name} is {other_width} x {other_height}, but {count} of the {len(sizes)} images looked at are "
-                    f"{width} x {height}: align all images to one size first."
+                    f"{name} is {width} x {height}, but {count} of the {len(sizes)} images looked at are "
+                    f"{usual[0]} x {usual[1]}: align all images to one size first."
                 )
-        if width != height:
-            name = next(iter(sizes))
-            raise InputError(f"{name} is {width} x {height}, but images must be square: align them.")
-        return height
-
-    def _look_at(self, index: int, sizes: dict[str, tuple[int, int]]) -> None:
-        sample, image = read_image(self.source, index)
-        check_label(sample, self.num_classes)
-        sizes[sample.name] = (image.shape[1], image.shape[0])
+            if width != height:
+                raise InputError(f"{name} is {width} x {height}, but images must be square: align them.")
+        return usual[0]
 
     def _count(self, name: str, reason: str) -> None:
         self.unreadable.setdefault(name, reason)

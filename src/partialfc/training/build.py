@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import describe_passed_over, mapping_of, order_digest, passed_over
+from partialfc.data.sources.base import Source, describe_passed_over, mapping_of, order_digest, passed_over
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.distributed.collectives import rank_of, world_size_of
 from partialfc.training.nonfinite import LossScale
@@ -29,6 +28,7 @@ from partialfc.training.weights import freeze, set_frozen_layers_eval
 
 _SAMPLES = 256
 _FEW_IDENTITIES = 50
+_COUNTED = 100_000
 
 
 def open_loader(config: TrainConfig) -> Loader:
@@ -38,13 +38,12 @@ def open_loader(config: TrainConfig) -> Loader:
         InputError: they cannot be read, or show a single identity.
     """
     data = config.data
-    source = open_source(data.path, num_classes=data.num_classes, overlay=data.overlay)
+    source: Source = open_source(data.path, num_classes=data.num_classes, overlay=data.overlay)
     if data.min_images:
         source = SubsetSource(source, data.min_images)
-    if source.num_classes < 2:
-        name = f" ({source.identities[0]})" if source.identities else ""
+    if _classes_with_images(source) < 2:
         raise InputError(
-            f"{source.path} has one identity{name}, and a training needs at least two: give the folder that holds all "
+            f"{source.path} shows one identity, and a training needs at least two: give the folder that holds all "
             "identity folders, or correct the labels."
         )
     return Loader(
@@ -68,7 +67,6 @@ def data_signature(loader: Loader) -> dict[str, int | str | None]:
         "classes": loader.num_classes,
         "image_size": loader.image_size,
         "overlay_or_mixture": mapping_of(loader.source),
-        "names_of_identities": _digest(json.dumps(loader.source.identities).encode()),
         "order_of_the_samples": f"{loader.source.format} {order_digest(loader.source)}",
     }
 
@@ -83,12 +81,8 @@ def data_facts(loader: Loader) -> dict[str, Any]:
     for index in np.unique(np.linspace(0, len(loader) - 1, _SAMPLES, dtype=np.int64)).tolist():
         with contextlib.suppress(UnreadableImage):
             sample = loader.source.read(index)
-            found.append([sample.label, _digest(sample.encoded)])
+            found.append([sample.label, hashlib.sha256(sample.encoded).hexdigest()[:16]])
     return {**data_signature(loader), "samples": found}
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def remarks(loader: Loader) -> list[str]:
@@ -101,14 +95,19 @@ def remarks(loader: Loader) -> list[str]:
             f"{source.path} has only {classes} identities, from which a network learns little about other people: "
             "fine-tune a trained one with --backbone.init MODEL"
         )
-    if 2 * classes > len(source):  # otherwise labels are not worth a pass over a large file
-        empty = classes - len(np.setdiff1d(source.labels(), [-1]))
-        if empty:
-            sentences.append(
-                f"{empty:,} of the {classes:,} classes of {source.path} have no image, and the head keeps centers for "
-                "them all the same: --data.min-images 1 numbers the others without gaps"
-            )
+    if empty := classes - _classes_with_images(source):
+        sentences.append(
+            f"{empty:,} of the {classes:,} classes of {source.path} have no image, and the head keeps centers for them "
+            "all the same: --data.min-images 1 numbers the others without gaps"
+        )
     return sentences
+
+
+def _classes_with_images(source: Source) -> int:
+    """Their number; of large sets, whose labels take long to read, only if the classes are many for their images."""
+    if len(source) > _COUNTED and 2 * source.num_classes <= len(source):
+        return source.num_classes
+    return len(np.setdiff1d(source.labels(), [-1]))
 
 
 def check_config(config: TrainConfig) -> None:

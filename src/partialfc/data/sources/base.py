@@ -77,24 +77,27 @@ def mapping_of(source: Source) -> str | None:
 def order_digest(source: Source) -> str:
     """A digest of the samples in their order, 16 hexadecimal digits, without reading images.
 
-    It covers the labels. A source that has something better or faster than those to tell its samples by (names of
-    files, offsets of records, other sources) has a method `order()` with its bytes.
+    It covers the labels, or what the method `order` of a source has: something faster, or that tells more, such as the
+    names of files. A source that stands on others has them as its attribute `parts`.
     """
-    content = source.order() if hasattr(source, "order") else [source.labels().tobytes()]
+    if parts := getattr(source, "parts", None):
+        content = [order_digest(part).encode() for part in parts]
+    else:
+        content = source.order() if hasattr(source, "order") else [source.labels().tobytes()]
     digest = hashlib.sha256()
-    for part in content:
-        digest.update(part)
+    for piece in content:
+        digest.update(piece)
     return digest.hexdigest()[:16]
 
 
-PassedOver = dict[str, tuple[int, str]]  # files that a source leaves out: kind -> their number, name of the first
+PassedOver = dict[str, tuple[int, str]]  # files that are no part of a set: kind -> their number, name of the first
 
 
-def passed_over(*sources: Source) -> PassedOver:
-    """What the sources leave out."""
-    found: PassedOver = {}
-    for source in sources:
-        for kind, (count, first) in getattr(source, "passed_over", {}).items():
+def passed_over(source: Source) -> PassedOver:
+    """What an image folder, or those that `source` stands on, leave out."""
+    found: PassedOver = dict(getattr(source, "passed_over", {}))
+    for part in getattr(source, "parts", []):
+        for kind, (count, first) in passed_over(part).items():
             before, name = found.get(kind, (0, first))
             found[kind] = (before + count, name)
     return found

@@ -20,16 +20,7 @@ import numpy as np
 import yaml
 
 from partialfc.core.errors import InputError, did_you_mean
-from partialfc.data.sources.base import (
-    Sample,
-    Source,
-    check_label,
-    check_labels,
-    file_name,
-    mapping_of,
-    order_digest,
-    passed_over,
-)
+from partialfc.data.sources.base import Sample, Source, check_label, check_labels, file_name, mapping_of
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -104,7 +95,7 @@ class MixtureSource:
     format = "mixture"
 
     def __init__(self, path: Path, parts: Sequence[Part], identities: Literal["disjoint", "merged"]) -> None:
-        self.path = path
+        self.path, self.parts = path, [part.source for part in parts]
         self._parts = [part for part in parts for _ in range(part.weight)]
         self._stops = np.cumsum([len(part.source) for part in self._parts])
         numbers: dict[str, int] = {}
@@ -131,7 +122,6 @@ class MixtureSource:
             digest.update(f"{len(part.source)} {mapping_of(part.source)}\n".encode())
             digest.update(hashlib.sha256(labels.tobytes()).digest())
         self.mapping: str | None = digest.hexdigest()[:16]
-        self.passed_over = passed_over(*(part.source for part in parts))
 
     def __len__(self) -> int:
         return int(self._stops[-1])
@@ -162,10 +152,6 @@ class MixtureSource:
         sample = self._parts[part].source.read(own_index)
         check_label(sample, len(self._new_labels[part]))
         return Sample(sample.encoded, int(self._new_labels[part][sample.label]), sample.name)
-
-    def order(self) -> list[bytes]:
-        """What tells the samples apart: those of the parts; `mapping` has the rest."""
-        return [order_digest(part.source).encode() for part in self._parts]
 
     def _place(self, index: int) -> tuple[int, int]:
         """The number of the part, repeated ones counted, and the index in it."""

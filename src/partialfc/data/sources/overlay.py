@@ -19,16 +19,7 @@ from partialfc.core.errors import InputError
 from partialfc.core.files import output_errors, write_file
 from partialfc.core.schema import check_schema_version
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import (
-    Sample,
-    Source,
-    check_label,
-    check_labels,
-    file_name,
-    mapping_of,
-    order_digest,
-    passed_over,
-)
+from partialfc.data.sources.base import Sample, Source, check_label, check_labels, file_name, mapping_of
 
 SCHEMA_VERSION = 1
 DROPPED = -1
@@ -233,7 +224,7 @@ class Overlay:
             other = "other labels or images" if own == other else other
             raise InputError(f"{path} was made for a set of {own}, but {source.path} has {other}: give its own set.")
         self.path, self.format = source.path, source.format
-        self._source, self._overlay_path = source, path
+        self._source, self.parts, self._overlay_path = source, [source], path
         is_dropped = decisions.labels == DROPPED
         dropped = decisions.records[is_dropped]
         # The number of images that remain before each dropped one.
@@ -242,7 +233,6 @@ class Overlay:
         self._new_labels = decisions.new_labels()
         self.num_classes = int(self._new_labels.max()) + 1
         self.identities = _names(source.identities, decisions, self._new_labels)
-        self.passed_over = passed_over(source)
         self.mapping: str | None = hashlib.sha256(f"{mapping_of(source)} {decisions.digest()}".encode()).hexdigest()[
             :16
         ]
@@ -280,10 +270,6 @@ class Overlay:
                 "made for another set?"
             )
         return Sample(sample.encoded, label, sample.name)
-
-    def order(self) -> list[bytes]:
-        """What tells the samples apart: those of the set below; `mapping` has the decisions."""
-        return [order_digest(self._source).encode()]
 
     def _record(self, index: int) -> int:
         """The index in the set below of the image at `index`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from partialfc.core.errors import InputError
-from partialfc.data.sources.base import Sample, Source, file_name, mapping_of, order_digest, passed_over
+from partialfc.data.sources.base import Sample, Source, file_name, mapping_of
 
 
 class SubsetSource:
@@ -34,8 +34,7 @@ class SubsetSource:
         names = source.identities
         self.identities: list[str] | None = [str(old) if names is None else names[old] for old in classes.tolist()]
         self.num_classes = len(classes)
-        self.path, self.format, self.mapping = source.path, source.format, mapping_of(source)
-        self.passed_over = passed_over(source)
+        self.path, self.format, self.mapping, self.parts = source.path, source.format, mapping_of(source), [source]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -51,10 +50,6 @@ class SubsetSource:
     def labels(self) -> np.ndarray:
         """As `Source.labels`: the new class ids."""
         return self._new_labels[self._source.labels()[self._indices]]
-
-    def order(self) -> list[bytes]:
-        """What tells the samples apart: which ones remain, and those of the set below."""
-        return [self._indices.tobytes(), order_digest(self._source).encode()]
 
     def read(self, index: int) -> Sample:
         """As `Source.read`, with the new class id."""

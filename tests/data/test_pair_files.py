@@ -319,6 +319,11 @@ class TestNoPairs:
         with pytest.raises(InputError, match=reason):
             read_pairs(written(tmp_path / "a.bin", content))
 
+    def test_a_pipe_is_not_opened(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.bin")
+        with pytest.raises(InputError, match=r"a.bin is no regular file, but a pipe"):
+            read_pairs(tmp_path / "a.bin")
+
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="No such file"):
             read_pairs(tmp_path / "a.bin")

@@ -22,6 +22,7 @@ import numpy as np
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, output_errors
 from partialfc.data.images import UnreadableImage, decode_image
+from partialfc.data.sources.base import check_regular
 
 _OPCODE_NAMES = (
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
@@ -174,7 +175,7 @@ def read_pairs(path: str | Path) -> PairSet:
         InputError: the file cannot be read, has another form, asks for other objects (none of its code is executed),
             or one of its images is damaged or of another size than the first.
     """
-    path = Path(path)
+    [path] = check_regular([Path(path)])
     try:
         content = path.read_bytes()
     except OSError as error:

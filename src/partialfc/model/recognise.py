@@ -37,15 +37,11 @@ def find_backbone(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     if len(found) > 1:
         raise InputError(f"it holds several backbones ({', '.join(found)}): save one of them alone")
     if not found:
-        if almost := [reason for reason in reasons if not reason.startswith("its keys")]:
-            raise InputError(almost[0])
-        if all(isinstance(value, Tensor) for value in content.values()) and reasons:
-            raise InputError(reasons[0])
+        almost = [reason for reason in reasons if not reason.startswith("its keys")]
         seen = ", ".join(f"{key} ({_kind(value)})" for key, value in list(content.items())[:6]) or "nothing"
-        raise InputError(f"it holds {seen}, and no state_dict of an IResNet, ViT or MobileFaceNet")
+        raise InputError(*almost[:1] or [f"it holds {seen}, and no state_dict of an IResNet, ViT or MobileFaceNet"])
     [(place, weights)] = found.items()
-    left_out = [key for key in content if not place and key not in weights]
-    return weights, place or (f"without {', '.join(left_out[:3])}" if left_out else "")
+    return weights, place
 
 
 def _state_dicts(

@@ -108,11 +108,7 @@ class TrainState:
 def check_data_matches(checkpoint: Checkpoint, data: dict[str, Any], identities: list[str] | None) -> None:
     """Raise an InputError if the checkpoint was trained on other data than `data` describes.
 
-    A checkpoint of an older version lacks some facts; those, and names that one side lacks, are not compared.
-
-    Args:
-        checkpoint: of the run.
-        data, identities: as in `TrainState`.
+    An older checkpoint lacks some facts; those, and names that one side lacks, are not compared.
     """
     saved = {"overlay_or_mixture": None, **checkpoint.state["data"]}
     for name in ("images", "classes", "image_size", "overlay_or_mixture"):

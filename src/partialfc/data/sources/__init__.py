@@ -50,8 +50,7 @@ def open_source(path: str | Path, *, num_classes: int | None = None, overlay: st
         raise InputError(f"num_classes is {num_classes}, but a training set has at least one class.")
     if not os.path.lexists(path):
         raise InputError(f"{path} does not exist: give the file or folder of a training set.")
-    if not path.is_dir():
-        check_regular([path])
+    check_regular([path])
     try:
         if path.suffix in SUFFIXES:
             if num_classes is not None:

@@ -135,10 +135,10 @@ def read_file(path: str) -> bytes:
 
 
 def check_regular(files: Iterable[Path]) -> list[Path]:
-    """The files; an InputError names one that is there and is a pipe, socket or device, or a link that leads nowhere."""
+    """The paths; an InputError names one at which there is neither a file nor a folder, but a pipe or a dead link."""
     files = list(files)
     for file in files:
-        if os.path.lexists(file) and not file.is_file():
+        if os.path.lexists(file) and not file.is_file() and not file.is_dir():
             raise InputError(f"{file} is no regular file, but a pipe, a socket, a device or a dead link: remove it.")
     return files
 

@@ -21,7 +21,7 @@ import numpy as np
 from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import Sample
+from partialfc.data.sources.base import Sample, check_regular
 from partialfc.data.sources.derived import locked, places, write_derived
 from partialfc.data.sources.names import read_classes
 
@@ -61,7 +61,9 @@ def parquet_files(path: Path, suffix: str) -> list[Path]:
     """The file `path`, or the files in the folder `path` by name, if they have the suffix."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     # Beside a data set of Hugging Face, cache-*.arrow are results of its own functions.
-    return [file for file in files if file.suffix.lower() == suffix and not file.name.startswith((".", "cache-"))]
+    return check_regular(
+        file for file in files if file.suffix.lower() == suffix and not file.name.startswith((".", "cache-"))
+    )
 
 
 class ArrowSource:

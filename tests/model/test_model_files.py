@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from partialfc.backbones import create_backbone
 from partialfc.core import files as core_files
 from partialfc.core.errors import InputError
-from partialfc.model import files as model_module
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed, embed_batches, prepare
 from partialfc.model.files import Model, load_model, save_model
@@ -129,7 +128,7 @@ def test_an_interrupted_save_leaves_a_whole_model(tmp_path: Path, monkeypatch: p
 
         monkeypatch.setattr(owner, name, step)
 
-    for owner, name in ((model_module, "save_file"), (core_files, "fsync"), (Path, "rename"), (shutil, "rmtree")):
+    for owner, name in ((Path, "write_bytes"), (core_files, "fsync"), (Path, "rename"), (shutil, "rmtree")):
         stop_at(owner, name)
     save_model(folder, old, CONFIG)
     total, replaced = steps_done, []

@@ -71,6 +71,13 @@ def test_other_files_are_refused_in_one_sentence(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "ran").exists()
 
 
+HEAD = {"head.weight": torch.zeros(3, 8)}
+
+
+def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in weights.items()}
+
+
 @pytest.mark.parametrize(
     ("name", "wrapped", "said"),
     [
@@ -91,13 +98,6 @@ def test_a_backbone_is_found_in_what_holds_more(
     assert said in model.origin
     assert "lack" not in model.origin
     assert all(torch.equal(weights[key], value) for key, value in model.backbone.state_dict().items())
-
-
-HEAD = {"head.weight": torch.zeros(3, 8)}
-
-
-def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + key: value for key, value in weights.items()}
 
 
 def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ def data_signature(loader: Loader) -> dict[str, int | str | None]:
         "classes": loader.num_classes,
         "image_size": loader.image_size,
         "overlay_or_mixture": mapping_of(loader.source),
+        "names_of_identities": hashlib.sha256(json.dumps(loader.source.identities).encode()).hexdigest()[:16],
         "order_of_the_samples": f"{loader.source.format} {order_digest(loader.source)}",
     }
 

@@ -70,7 +70,7 @@ def test_special_files_are_never_opened(kind: str, folder: Path, monkeypatch: py
         (folder / "other").mkdir(exist_ok=True)
         make(folder / "other" / name)
         with pytest.raises(
-            InputError, match=f"{name} is no regular file, but a pipe, a socket, a device or a dead link"
+            InputError, match=f"{name} is no regular file, but a dead link, a pipe, a socket or a device"
         ):
             open_source(folder / "other" / name)
         if name not in ("x", "x.lst"):

@@ -139,7 +139,7 @@ def check_regular(files: Iterable[Path]) -> list[Path]:
     files = list(files)
     for file in files:
         if os.path.lexists(file) and not file.is_file() and not file.is_dir():
-            raise InputError(f"{file} is no regular file, but a pipe, a socket, a device or a dead link: remove it.")
+            raise InputError(f"{file} is no regular file, but a dead link, a pipe, a socket or a device: remove it.")
     return files
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ class FolderSource:
         path = self.name(index)
         return Sample(read_file(path), self._label(index), path)
 
-    def order(self) -> list[bytes]:
+    def order(self) -> list[bytes | mmap]:
         """What tells the samples apart: the names of the files and how many each identity has."""
         return [self._files.block, self._identity_stops.tobytes()]
 
@@ -92,7 +93,7 @@ class FolderSource:
         folders = [""]
         while folders:
             below = folders.pop()
-            current = os.path.join(self.path, identity, below)
+            current = os.path.join(self.path, identity, below).rstrip("/")
             state = os.stat(current)
             if (state.st_dev, state.st_ino) in seen:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from codecs import BOM_UTF8
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ class ListSource:
         path = self.name(index)
         return Sample(read_file(path), int(self._labels[index]), path)
 
-    def order(self) -> list[bytes]:
+    def order(self) -> list[bytes | mmap]:
         """What tells the samples apart: the names of the files, and the labels."""
         return [self._files.block, self._labels.tobytes()]
 

@@ -74,7 +74,7 @@ class MetricsLog:
         if not isinstance(line.get("step"), int):
             raise ValueError(f"a line of metrics needs an integer step: {dict(line)}")
         if self._file is not None:
-            content = {"schema_version": SCHEMA_VERSION, **_encode(line)}
+            content = {**_encode(line), "schema_version": SCHEMA_VERSION}
             text = json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
             self._waiting += text.encode("utf-8", NO_UTF8)
             try:

@@ -110,11 +110,13 @@ def test_names_that_are_no_utf8_survive(folder: Path, tmp_path: Path) -> None:
     source = open_source(folder)
     assert source.identities == [name, "a"] or source.identities == ["a", name]
     expected = inspect(folder)["sha256_of_decoded"]
+    (tmp_path / os.fsdecode(b"\xe9")).mkdir()
     for target in ("recordio", "webdataset", "parquet", "folder"):
-        convert(folder, tmp_path / target, target, quiet=True)
-        converted = open_source(tmp_path / target)
+        out = tmp_path / os.fsdecode(b"\xe9") / target  # the folder's own name, too
+        convert(folder, out, target, quiet=True)
+        converted = open_source(out)
         assert converted.identities == source.identities, target
-        assert inspect(tmp_path / target)["sha256_of_decoded"] == expected
+        assert inspect(out)["sha256_of_decoded"] == expected
     write_classes(tmp_path, 2, source.identities)
     assert read_classes(tmp_path) == (2, source.identities)
 

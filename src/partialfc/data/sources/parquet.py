@@ -8,6 +8,7 @@ mapped into memory; Arrow IPC files are mapped as they are.
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -189,9 +190,9 @@ def _open_batches(file: Path) -> tuple[Any, Iterable[Any]]:
     """The schema of a file and its batches; an Arrow file may have the form for files or that for streams."""
     pa = import_pyarrow()
     if file.suffix.lower() == ".parquet":
-        opened = pa.parquet.ParquetFile(file, memory_map=True, pre_buffer=False)
+        opened = pa.parquet.ParquetFile(pa.memory_map(os.fsencode(file)), pre_buffer=False)
         return opened.schema_arrow, opened.iter_batches(_ROWS, columns=["image", "label"], use_threads=False)
-    mapped = pa.memory_map(str(file))
+    mapped = pa.memory_map(os.fsencode(file))
     try:
         reader = pa.ipc.open_file(mapped)
     except pa.ArrowInvalid:

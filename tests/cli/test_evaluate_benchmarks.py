@@ -79,7 +79,7 @@ def test_all_pairs_of_people_and_of_a_list_agree(
     # The images are shared: they are embedded once.
     (stored,) = (tmp_path / "out").glob("features-*.npy")
     assert len(np.load(stored)) == images
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == {"schema_version": 1, **found}
     again = evaluated(capsys, model, "--embeddings", stored, "--benchmark", f"own={people}")
     assert again["verified"] is True
     assert again["benchmarks"]["own"] == own

@@ -32,7 +32,7 @@ def test_train_on_every_layout_and_evaluate(
         run("evaluate", tmp_path / "header", "--benchmark", f"lfw={LFW}", "--out", tmp_path / "scores", "--json") == 0
     )
     printed = json.loads(capsys.readouterr().out)
-    assert json.loads((tmp_path / "scores" / "results.json").read_text()) == printed
+    assert json.loads((tmp_path / "scores" / "results.json").read_text()) == {"schema_version": 1, **printed}
     scores = np.load(tmp_path / "scores" / "lfw-scores.npz")
     assert scores["scores"].shape == (40,)
     assert run("report", tmp_path / "header", "--benchmark", f"lfw={LFW}", "--json") == 0

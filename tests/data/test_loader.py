@@ -305,19 +305,24 @@ class TestWrongInput:
     def test_the_source_says_the_number_of_classes(self) -> None:
         source = Pictures(30)
         source.num_classes = 14
-        whole = loader(source)
-        assert whole.num_classes == 14
-        with pytest.raises(InputError, match=r"\[0, 14\)"):
-            list(whole.batches(0, 4))
+        with pytest.raises(InputError, match=r"picture 28 is 14, outside the range \[0, 14\)"):
+            loader(source)
+        source.num_classes = 16
+        assert loader(source).num_classes == 16
 
     def test_an_image_of_another_size(self) -> None:
-        source = Pictures(30)
-        source.other_size = {12: 9}
-        with pytest.raises(InputError, match="picture 12 is 9 x 9 and not 8 x 8 like the others"):
-            list(loader(source).batches(0, 4))
-        source.other_size = {0: 10}
-        with pytest.raises(InputError, match=r"picture \d+ is 8 x 8 and not 10 x 10"):
-            list(loader(source).batches(0, 4))
+        source = Pictures(100)
+        source.other_size = {13: 9}  # not among those that are looked at before
+        with pytest.raises(InputError, match="picture 13 is 9 x 9 and not 8 x 8 like the others"):
+            list(loader(source).batches(0, 13))
+
+    @pytest.mark.parametrize("odd", [0, 7])
+    def test_the_odd_image_is_named_and_not_the_others(self, odd: int) -> None:
+        source = Pictures(16)
+        source.other_size = {odd: 16}
+        message = rf"picture {odd} is 16 x 16, but 15 of the 16 images looked at are 8 x 8: align all"
+        with pytest.raises(InputError, match=message):
+            loader(source)
 
     def test_images_that_are_not_square(self, tmp_path: Path) -> None:
         (tmp_path / "identity").mkdir()
@@ -333,4 +338,6 @@ class TestWrongInput:
     def test_the_size_is_found_behind_damaged_records(self) -> None:
         whole = loader(Pictures(30, broken=(0, 1)))
         assert whole.image_size == 8
-        assert sorted(whole.unreadable) == ["picture 0", "picture 1"]
+        whole = loader(Pictures(100, broken=tuple(set(range(100)) - {5})), max_unreadable=5)
+        assert whole.image_size == 8
+        assert sorted(whole.unreadable) == [f"picture {number}" for number in range(5)]

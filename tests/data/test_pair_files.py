@@ -63,13 +63,27 @@ class TestForms:
             tuple(ENCODED),
             [vector(encoded) for encoded in ENCODED],
             [vector(encoded).copy() for encoded in ENCODED],
+            [vector(encoded).reshape(-1, 1) for encoded in ENCODED],
+            [vector(encoded).reshape(1, -1) for encoded in ENCODED],
             [picture(number) for number in range(4)],
             [np.asfortranarray(picture(number)) for number in range(4)],
             [np.bytes_(encoded) for encoded in ENCODED],
             np.array(ENCODED),
             np.stack([picture(number) for number in range(4)]),
         ],
-        ids=["bytes", "tuple", "frozen", "vectors", "pixels", "fortran", "scalars", "S-array", "pixel-array"],
+        ids=[
+            "bytes",
+            "tuple",
+            "frozen",
+            "vectors",
+            "column",
+            "row",
+            "pixels",
+            "fortran",
+            "scalars",
+            "S-array",
+            "pixel-array",
+        ],
     )
     def test_images(self, tmp_path: Path, images: Any, protocol: int) -> None:
         pairs = read_pairs(written(tmp_path / "a.bin", (images, ANSWERS), protocol))
@@ -88,6 +102,9 @@ class TestForms:
             np.array([1, 0], np.uint8),
             [np.bool_(True), np.bool_(False)],
             [np.int64(1), np.int64(0)],
+            [1.0, 0.0],
+            np.array([1, 0], np.float32),
+            [np.float64(1), np.float64(0)],
         ],
         ids=str,
     )
@@ -198,7 +215,7 @@ class TestMalice:
         "array",
         [
             np.array([{"a": 1}, None], object),
-            np.array([1.5, 2.5]),
+            np.array([1.5, 2.5], np.float16),
             np.array(["a", "b"]),
             np.zeros(2, [("a", "u1")]),
             np.array(["2020-01-01"], "M8[D]"),
@@ -288,6 +305,8 @@ class TestNoPairs:
             ((ENCODED, 5), "two lists"),
             ((ENCODED, [True, 2]), "answer 1 is neither"),
             ((ENCODED, [True, b"x"]), "answer 1 is neither"),
+            ((ENCODED, [1.0, 0.5]), "answer 1 is neither"),
+            ((ENCODED, np.array([float("nan"), 1.0])), "answer 0 is neither"),
             (([*ENCODED[:3], b"broken"], ANSWERS), "Image 3 of .* cannot be read"),
             (([*ENCODED[:3], encode_png(picture(1))[:40]], ANSWERS), "Image 3 of .* cannot be read"),
             (([*ENCODED[:3], 5], ANSWERS), "Image 3 of .* neither bytes nor"),
@@ -299,6 +318,11 @@ class TestNoPairs:
     def test_wrong_contents(self, tmp_path: Path, content: Any, reason: str) -> None:
         with pytest.raises(InputError, match=reason):
             read_pairs(written(tmp_path / "a.bin", content))
+
+    def test_a_pipe_is_not_opened(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.bin")
+        with pytest.raises(InputError, match=r"a.bin is no regular file"):
+            read_pairs(tmp_path / "a.bin")
 
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="No such file"):

@@ -70,7 +70,9 @@ def test_damaged_newer_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = write_thresholds(measure_thresholds(draw(0), name="twins", contract="ab12"), tmp_path)
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "schema_version": 2, "thresholds": "of another shape"}))
-    with pytest.raises(InputError, match=r"schema version 2, but this partialfc reads 1 at most: update it\.$"):
+    with pytest.raises(
+        InputError, match=r"schema_version 2, and this partialfc reads them up to 1: install a newer one\.$"
+    ):
         read_thresholds(path)
     for damaged in ("", "[]", "{}", json.dumps({**content, "thresholds": [{}]})):
         path.write_text(damaged)

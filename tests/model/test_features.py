@@ -145,10 +145,10 @@ def change(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(schema_version=2), "schema_version 2, which is newer than partialfc here: update it"),
-        (change(schema_version="1"), r"describes no features \(schema_version '1'\)"),
-        (change(schema_version=True), r"describes no features \(schema_version True\)"),
-        (lambda values: [], r"describes no features \(schema_version None\)"),
+        (change(schema_version=2), "schema_version 2, and this partialfc reads them up to 1: install a newer one"),
+        (change(schema_version="1"), "schema_version '1', which is none"),
+        (change(schema_version=True), "schema_version True, which is none"),
+        (lambda values: [], r"describes no features \(it has no schema_version\)"),
         (change(count=8), "has 7 rows of 4 numbers, but a.npy.json describes 8 of 4"),
         (change(width=5), "describes 7 of 5"),
         (change(contract=None), "damaged .contract is None"),

@@ -1,6 +1,7 @@
 """Model folders: what is saved is what is loaded, a save is never half done, and each mistake is one sentence."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from partialfc.backbones import create_backbone
 from partialfc.core import files as core_files
 from partialfc.core.errors import InputError
-from partialfc.model import files as model_module
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed, embed_batches, prepare
 from partialfc.model.files import Model, load_model, save_model
@@ -53,6 +53,7 @@ def test_all_of_the_configuration_is_kept(tmp_path: Path) -> None:
     assert load_model(tmp_path / "model").config == config
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == {
         "format": "partialfc-model-1",
+        "schema_version": 1,
         "backbone": "mini",
         "embedding_dim": 8,
         "image_size": 16,
@@ -70,6 +71,26 @@ def test_a_run_folder_gives_its_best_model_or_else_its_last(tmp_path: Path) -> N
     assert same_weights(load_model(tmp_path).backbone, last)
     save_model(tmp_path / "model" / "best", best, CONFIG)
     assert same_weights(load_model(str(tmp_path)).backbone, best)
+
+
+def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_model(tmp_path / "model", make_backbone(), CONFIG)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
+
+
+def test_versions_of_the_configuration(tmp_path: Path) -> None:
+    save_model(tmp_path, make_backbone(), CONFIG)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "schema_version": 2, "depth": 7}))
+    with pytest.raises(InputError, match=r"config.json has schema_version 2, and this partialfc reads them up to 1"):
+        load_model(tmp_path)
+    del values["schema_version"]  # as older ones
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_model(tmp_path).config == CONFIG
 
 
 def test_half_precision_weights_are_loaded_as_float32(tmp_path: Path) -> None:
@@ -107,7 +128,7 @@ def test_an_interrupted_save_leaves_a_whole_model(tmp_path: Path, monkeypatch: p
 
         monkeypatch.setattr(owner, name, step)
 
-    for owner, name in ((model_module, "save_file"), (core_files, "fsync"), (Path, "rename"), (shutil, "rmtree")):
+    for owner, name in ((Path, "write_bytes"), (core_files, "fsync"), (Path, "rename"), (shutil, "rmtree")):
         stop_at(owner, name)
     save_model(folder, old, CONFIG)
     total, replaced = steps_done, []

@@ -94,7 +94,7 @@ def test_an_extended_run_trains_resumes_and_names_its_identities(folder: Path, t
     config = extending(folder)
     train(config, tmp_path / "run", quiet=True)
     names = json.loads((tmp_path / "run" / "model" / "best" / "identities.json").read_text())
-    assert names == NEW
+    assert names == {"schema_version": 1, "identities": NEW}
     assert load_model(tmp_path / "run").config.embedding_dim == 16  # the file beside it does not disturb
     assert train(config, tmp_path / "run", resume=True, quiet=True).steps == 6
 

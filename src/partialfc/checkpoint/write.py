@@ -24,7 +24,7 @@ from partialfc.checkpoint.blocks import BLOCK_BYTES, VerifiedFiles, safetensors_
 from partialfc.checkpoint.format import MANIFEST, FileRecord, Manifest, Part, RowTensor, dtype_code
 from partialfc.checkpoint.read import folder_name, is_whole, leftovers, steps_in
 from partialfc.core.errors import JobError
-from partialfc.core.files import fsync
+from partialfc.core.files import NO_UTF8, fsync
 from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import Group, Shard, gather_json
 
@@ -165,7 +165,7 @@ def _write_files(folder: Path, snapshot: Snapshot, block_bytes: int) -> dict[str
             files[name] = write_hashed(folder / name, safetensors_pieces(tensors, {"format": "pt"}), block_bytes)
         for document, value in snapshot.documents.items():
             name = f"{document}.json"
-            encoded = json.dumps(value, indent=0, ensure_ascii=False, allow_nan=False).encode()
+            encoded = json.dumps(value, indent=0, ensure_ascii=False, allow_nan=False).encode("utf-8", NO_UTF8)
             files[name] = write_hashed(folder / name, [encoded], block_bytes)
     name = f"head-{shard.rank:05d}-of-{shard.world_size:05d}.safetensors"
     row_range = {"start": str(shard.start), "stop": str(shard.stop), "total": str(shard.total)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from importlib import metadata
 from partialfc.cli import bench, data, demo, evaluate, plan, recipes, report, train
 from partialfc.cli.parser import Parser, add_commands
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
+from partialfc.core.files import NO_UTF8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 the job failed, 2 the input was wrong, 130 interrupted, 143 stopped by SIGTERM
         after saving.
     """
+    with contextlib.suppress(AttributeError):  # of a stream that is no file
+        sys.stdout.reconfigure(errors=NO_UTF8)  # type: ignore[union-attr]
     try:
         options = build_parser().parse_args(arguments)
         options.run(options)

@@ -16,6 +16,10 @@ from typing import BinaryIO
 
 from partialfc.core.errors import InputError
 
+# What stands for the parts of a file name that are no UTF-8, which Python holds as surrogates: `\udce9`, by which JSON
+# reads the same name again, and which a page shows.
+NO_UTF8 = "backslashreplace"
+
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
@@ -40,7 +44,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 def write_file(path: str | Path, content: bytes | str) -> None:
     """Replace the file `path` by `content` (text as UTF-8). Raises OSError as `atomic_file` does."""
     with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", NO_UTF8) if isinstance(content, str) else content)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import os
 from array import array
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,7 @@ def _read_table(path: Path, columns: int, form: str) -> tuple[list[str], NDArray
     names, numbers = [], array("d")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(BOM_UTF8)
             name, *fields = line.rsplit(None, columns) or [b""]
             if not name:
                 continue

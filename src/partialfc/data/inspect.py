@@ -18,7 +18,7 @@ from PIL import Image
 from partialfc.data.duplicates import find_duplicates, fit_hasher, grey, thumbnail
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, check_label, read_image
+from partialfc.data.sources.base import Source, check_label, describe_passed_over, passed_over, read_image
 
 _CHUNK = 1024  # images between two calls of `progress`
 _NAMED = 20  # unreadable records in the result, and sizes
@@ -56,7 +56,8 @@ def inspect(
         format, images (number of readable ones), classes, unreadable (their number), min_per_class and max_per_class
         (0 for a class without images), images_per_class (range of images -> classes), sizes (the 20 most frequent,
         "width x height" -> images), brightness (percentiles of the images' mean luma, 0 to 255), grey (images without
-        colour), not_upright (images with an EXIF orientation other than upright, which training ignores), duplicates
+        colour), not_upright (images with an EXIF orientation other than upright, which training ignores), passed_over
+        (files that are left out, kind -> their number), duplicates
         (see `find_duplicates`), sha256_of_decoded, advice (what to do next, in sentences), and unreadable_records (the
         reasons of the first 20). An image's SHA-256 covers its label in decimal, a newline, and the RGB pixels, uint8,
         row by row; sha256_of_decoded is that of the images' SHA-256s in hexadecimal, sorted and joined by newlines.
@@ -74,9 +75,12 @@ def inspect(
             tally.add(start, list(pool.map(lambda index: _examine(source, index), range(start, stop))))
             if progress is not None:
                 progress(stop, total)
-    facts = tally.facts(progress)
+    left_out = passed_over(source)
+    facts = tally.facts(progress) | {"passed_over": {kind: count for kind, (count, _) in left_out.items()}}
     options = f"--data.path {path}" + (f" --data.overlay {overlay}" if overlay is not None else "")
-    return facts | {"advice": _advice(facts, list(tally.sizes), tally.counts, options)}
+    sentence = describe_passed_over(left_out)
+    advice = [f"Of {path}, {sentence}."] if sentence else []
+    return facts | {"advice": advice + _advice(facts, list(tally.sizes), tally.counts, options)}
 
 
 class _Tally:
@@ -183,8 +187,10 @@ def _advice(facts: dict[str, Any], sizes: list[tuple[int, int]], counts: np.ndar
         sentences.append(f"{facts['unreadable']:,} records cannot be read, and training replaces them by others.")
     if facts["not_upright"]:
         sentences.append(f"{facts['not_upright']:,} images have an EXIF orientation, which is ignored: turn them.")
-    if few := int((counts < 2).sum()):
-        sentences.append(f"{few:,} identities have fewer than 2 images: --data.min-images 2 leaves them out.")
+    if empty := int((counts == 0).sum()):
+        sentences.append(f"{empty:,} classes have no image: --data.min-images 1 numbers the others without gaps.")
+    if few := int((counts == 1).sum()):
+        sentences.append(f"{few:,} identities have one image: --data.min-images 2 leaves them out.")
     if copies := facts["duplicates"]["across_identities"]:
         sentences.append(f"{copies:,} copies of images have another identity: an overlay can merge or drop them.")
     if not sentences:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -30,6 +32,7 @@ from partialfc.distributed.collectives import split_evenly
 ColorOrder = Literal["rgb", "bgr"]
 T = TypeVar("T")
 PREFETCH = 2  # micro-batches that each worker reads ahead
+_PROBES = 32  # images whose size is looked at before a training
 _MAX_ATTEMPTS = 1000  # replacements tried for one position
 
 
@@ -93,7 +96,7 @@ class Loader:
         micro_steps: micro-batches a step.
         steps_per_epoch: optimizer steps an epoch, not a whole number in general.
         num_classes: of the source.
-        image_size: height and width of the first readable image, which all others must have.
+        image_size: height and width of most of the images that are looked at, which all others must have.
         unreadable: unreadable records met so far by this rank, name -> reason.
         max_unreadable: how many of them are allowed.
 
@@ -109,8 +112,8 @@ class Loader:
         micro_steps: by default as few as `micro_batch_size` allows.
 
     Raises:
-        InputError: a size is not positive, the micro-steps are too few for `micro_batch_size`, or the first readable
-            image is not square.
+        InputError: a size is not positive, the micro-steps are too few for `micro_batch_size`, the images that are
+            looked at are not square or of several sizes.
     """
 
     def __init__(
@@ -252,18 +255,32 @@ class Loader:
         raise InputError(f"{self.source.path}: {_MAX_ATTEMPTS} records drawn in a row cannot be read.")
 
     def _find_image_size(self) -> int:
-        for index in range(len(self)):
+        """The size of some images that are spread over the set; an InputError names one that has another."""
+        probes = np.unique(np.linspace(0, len(self) - 1, _PROBES, dtype=np.int64)).tolist()
+        sizes: dict[str, tuple[int, int]] = {}  # width and height, by name
+        for number, index in enumerate(chain(probes, range(len(self)))):
+            if sizes and number >= len(probes):
+                break
             try:
                 sample, image = read_image(self.source, index)
             except UnreadableImage as error:
-                self._count(self.source.name(index), str(error))
+                if number >= len(probes):
+                    self._count(self.source.name(index), str(error))
                 continue
-            if image.shape[0] != image.shape[1]:
+            check_label(sample, self.num_classes)
+            sizes[sample.name] = (image.shape[1], image.shape[0])
+        if not sizes:
+            raise InputError(f"None of the {len(self)} images of {self.source.path} can be read.")
+        [(usual, count)] = Counter(sizes.values()).most_common(1)
+        for name, (width, height) in sizes.items():
+            if (width, height) != usual:
                 raise InputError(
-                    f"{sample.name} is {image.shape[1]} x {image.shape[0]}, but images must be square: align them."
+                    f"{name} is {width} x {height}, but {count} of the {len(sizes)} images looked at are "
+                    f"{usual[0]} x {usual[1]}: align all images to one size first."
                 )
-            return image.shape[0]
-        raise InputError(f"None of the {len(self)} images of {self.source.path} can be read.")
+            if width != height:
+                raise InputError(f"{name} is {width} x {height}, but images must be square: align them.")
+        return usual[0]
 
     def _count(self, name: str, reason: str) -> None:
         self.unreadable.setdefault(name, reason)

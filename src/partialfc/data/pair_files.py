@@ -22,9 +22,10 @@ import numpy as np
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, output_errors
 from partialfc.data.images import UnreadableImage, decode_image
+from partialfc.data.sources.base import check_regular
 
 _OPCODE_NAMES = (
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 "
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
     "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
     "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS "
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE "
@@ -33,7 +34,7 @@ _OPCODE_NAMES = (
 _OPCODES = {
     opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes if opcode.name in _OPCODE_NAMES.split()
 }
-_DTYPES = ("u1", "b1", "i4", "i8")
+_DTYPES = ("u1", "b1", "i4", "i8", "f4", "f8")
 _XZ_MAGIC, _XZ_MEMORY = b"\xfd7zXZ\0", 1 << 28  # xz -9 takes 65 MiB to unpack
 _MAX_UNPACKED = 20  # times the bytes of an .xz, or 1 GiB; encoded images hardly shrink
 # Decoded images may take this many times the bytes of the file, or 1 GiB. A plain PNG reaches about 200.
@@ -58,7 +59,7 @@ class _Refused(Exception):
 
 
 class _Dtype:
-    """Replaces numpy.dtype while unpickling: u1, b1, i4, i8 and S only."""
+    """Replaces numpy.dtype while unpickling: u1, b1, i4, i8, f4, f8 and S only."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
         text = _text(code).lstrip("|<=>")
@@ -174,7 +175,7 @@ def read_pairs(path: str | Path) -> PairSet:
         InputError: the file cannot be read, has another form, asks for other objects (none of its code is executed),
             or one of its images is damaged or of another size than the first.
     """
-    path = Path(path)
+    [path] = check_regular([Path(path)])
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -209,7 +210,8 @@ def _parse(content: bytes) -> tuple[Sequence[Any] | np.ndarray, np.ndarray]:
         raise _Refused("it must hold (images, is_same)")
     images, answers = _elements(loaded[0]), _elements(loaded[1])
     for number, answer in enumerate(answers):
-        if not isinstance(answer, bool | int | np.bool_ | np.integer) or answer not in (0, 1):
+        answers_as_numbers = bool | int | float | np.bool_ | np.integer | np.floating
+        if not isinstance(answer, answers_as_numbers) or answer not in (0, 1):
             raise _Refused(f"answer {number} is neither true nor false")
     if len(images) != 2 * len(answers) or not len(answers):
         raise _Refused(f"it holds {len(images)} images and {len(answers)} answers, but every answer needs two images")
@@ -253,7 +255,7 @@ def _pixels(element: Any) -> np.ndarray:
         return decode_image(bytes(element))
     if not isinstance(element, np.ndarray) or element.dtype != np.uint8:
         raise UnreadableImage("it is neither bytes nor an array of uint8")
-    if element.ndim == 1:
+    if element.ndim == 1 or (element.ndim == 2 and 1 in element.shape):  # OpenCV 3 and 4.0 encode to a column
         return decode_image(element.tobytes())
     if element.ndim != 3 or element.shape[2] != 3 or not element.size:
         raise UnreadableImage(f"an array of shape {element.shape} is neither an encoded image nor height x width x 3")

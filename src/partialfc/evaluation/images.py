@@ -14,6 +14,7 @@ from partialfc.core.errors import InputError
 from partialfc.data.align import align_faces
 from partialfc.data.ijb_files import FaceList
 from partialfc.data.images import UnreadableImage, decode_image
+from partialfc.data.sources.base import check_regular
 from partialfc.model.embed import Images
 
 
@@ -32,7 +33,7 @@ class Files:
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """As `Images.image`; a missing file is an error, a damaged one a failure to enrol."""
-        path = self.paths[index]
+        [path] = check_regular([self.paths[index]])
         try:
             content = path.read_bytes()
         except OSError as error:

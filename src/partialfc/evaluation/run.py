@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.core.errors import InputError
+from partialfc.core.files import write_file
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.benchmarks import Benchmark, open_benchmark
 from partialfc.evaluation.figures import Result
@@ -72,4 +73,4 @@ def evaluate_features(name: str, benchmark: Benchmark, features: Features) -> Re
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write `results.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_file(folder / "results.json", json.dumps({"schema_version": 1, **results}, indent=2) + "\n")

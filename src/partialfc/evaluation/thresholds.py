@@ -11,6 +11,7 @@ from typing import Any
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
+from partialfc.core.schema import check_schema_version
 from partialfc.evaluation.calibration import Calibration, calibrate
 from partialfc.evaluation.figures import Figure
 from partialfc.evaluation.intervals import fmr_at, fnmr_at, interval_facts, why_unresolvable
@@ -182,11 +183,7 @@ def read_thresholds(path: Path) -> Thresholds:
     path = path / NAME if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        version = int(content["schema_version"])
-        if version > SCHEMA_VERSION:
-            raise InputError(
-                f"{path} has schema version {version}, but this partialfc reads {SCHEMA_VERSION} at most: update it."
-            )
+        check_schema_version(path, content, SCHEMA_VERSION)
         calibration = content["calibration"]
         return Thresholds(
             str(content["contract"]),
@@ -201,5 +198,5 @@ def read_thresholds(path: Path) -> Thresholds:
         raise InputError(f"{path} does not exist: measure the thresholds of the model first.") from error
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no file of thresholds, or is damaged ({error}): measure them again.") from error

@@ -276,6 +276,7 @@ def _grid(identities: range, shots: int) -> tuple[Tensor, Tensor]:
 
 def _about(seed: int, identities: range, size: int, settings: FaceSettings) -> dict[str, object]:
     return {
+        "schema_version": 1,
         "content": "procedural faces: drawings of people who do not exist",
         "seed": seed,
         "identities": [identities.start, identities.stop, identities.step],

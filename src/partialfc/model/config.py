@@ -10,8 +10,10 @@ import numpy as np
 
 from partialfc.backbones import check_backbone
 from partialfc.core.errors import InputError
+from partialfc.core.schema import check_schema_version
 
 FORMAT = "partialfc-model-1"
+SCHEMA_VERSION = 1
 CONFIG_NAME = "config.json"
 COLOR_ORDERS = ("rgb", "bgr")
 TEMPLATES = ("arcface-112",)
@@ -69,11 +71,13 @@ def read_config(folder: Path) -> ModelConfig:
     """The configuration of a model folder."""
     path = folder / CONFIG_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}): save the model again.") from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise InputError(f'{path} does not describe a partialfc model: its "format" must be "{FORMAT}".')
+    check_schema_version(path, values, SCHEMA_VERSION)
+    values.pop("schema_version", None)
     known = [field.name for field in fields(ModelConfig)]
     unknown = [key for key in values if key not in known]
     if unknown:

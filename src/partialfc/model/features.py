@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, fsync, temporary_name, write_file
+from partialfc.core.schema import check_schema_version
 from partialfc.model.contract import same_source
 
 SCHEMA_VERSION = 1
@@ -275,11 +276,9 @@ def _read_sidecar(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{sidecar} cannot be read ({error.strerror or error}): make it readable.") from error
     except ValueError as error:
         raise InputError(f"{sidecar} is not JSON ({error}): write the features again, or remove it.") from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if type(version) is int and version > SCHEMA_VERSION:
-        raise InputError(f"{sidecar} has schema_version {version}, which is newer than partialfc here: update it.")
-    if version != SCHEMA_VERSION or type(version) is not int:
-        raise InputError(f"{sidecar} describes no features (schema_version {version!r}): write the features again.")
+    if not isinstance(values, dict) or "schema_version" not in values:
+        raise InputError(f"{sidecar} describes no features (it has no schema_version): write the features again.")
+    check_schema_version(sidecar, values, SCHEMA_VERSION)
     if reason := _contradiction(values):
         raise InputError(f"{sidecar} is damaged ({reason}): write the features again, or remove it.")
     return {"names": None, **values}

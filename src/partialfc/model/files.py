@@ -7,23 +7,27 @@ colour order, normalisation, alignment template, mirroring). Nothing in it is pi
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_folder, previous_name, recover_folder
-from partialfc.model.config import CONFIG_NAME, FORMAT, ModelConfig, read_config
-from partialfc.model.recognise import recognise, without_prefixes
+from partialfc.model.config import CONFIG_NAME, FORMAT, SCHEMA_VERSION, ModelConfig, read_config
+from partialfc.model.recognise import find_backbone, recognise
 
 WEIGHTS_NAME = "model.safetensors"
-STATE_DICT_SUFFIXES = (".pt", ".pth")
+STATE_DICT_SUFFIXES = (".pt", ".pth", ".ckpt", ".pth.tar")
+
+
+_COUNTER = "num_batches_tracked"  # which state_dicts converted or written by old versions of torch lack
 
 
 @dataclass
@@ -72,26 +76,24 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
         if folder.exists():
             own = shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME)
             shutil.copytree(folder, new, ignore=own, dirs_exist_ok=True)
-        try:
-            save_file(weights, new / WEIGHTS_NAME, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, for example
-            raise OSError(f"{new / WEIGHTS_NAME} cannot be written ({error})") from error
-        text = json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
+        (new / WEIGHTS_NAME).write_bytes(save(weights, metadata={"format": "pt"}))  # `save_file` has mode 0600
+        text = json.dumps({"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(config)}, indent=2) + "\n"
         (new / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model of a model folder, of a run folder (its best model, else its last), or of a .pt or .pth file.
+    """The model of a model folder, of a run folder (its best model, else its last), or of a file of weights.
 
-    Such a file is a bare state_dict as the reference implementation writes it (`model.pt`, `backbone.pth`): its keys
-    and shapes tell backbone, embedding_dim and image_size; the input is RGB, (x/255 - 0.5) / 0.5, and embeddings of
-    mirrored images are added, as there. The model is in evaluation mode, and its `origin` says what was recognised.
+    Such a file (.pt, .pth, .ckpt, .pth.tar) holds a state_dict as the reference implementation writes it (`model.pt`,
+    `backbone.pth`), perhaps among other things and with the prefixes of wrappers: keys and shapes tell backbone,
+    embedding_dim and image_size; the input is RGB, (x/255 - 0.5) / 0.5, and embeddings of mirrored images are added, as
+    there. The model is in evaluation mode, and its `origin` says what was recognised.
 
     Raises:
         InputError: there is no model, its configuration has an unknown key or an impossible value, or its weights do
             not fit the architecture that it names.
     """
-    if Path(path).is_file() and Path(path).suffix in STATE_DICT_SUFFIXES:
+    if Path(path).is_file() and Path(path).name.lower().endswith(STATE_DICT_SUFFIXES):
         return _load_state_dict(Path(path), device)
     folder = find_model(Path(path))
     config = read_config(folder)
@@ -100,26 +102,29 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
 
 
 def _load_state_dict(path: Path, device: str | torch.device) -> Model:
-    """The model of a bare state_dict. Reading it executes no code from the file."""
+    """The model of a file with a state_dict. Reading it executes no code from the file."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # for a file of another kind, torch's reader raises anything
-        raise InputError(f"{path} is no readable file of weights alone: give a state_dict saved by torch.") from error
-    named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
-    if not weights or not named or not all(isinstance(value, Tensor) for value in weights.values()):
+        objects = re.search(r"GLOBAL (\S+)", str(error))  # what torch would have to execute
+        also = f" (it also holds objects of {objects[1]}, which only its own program can read)" if objects else ""
         raise InputError(
-            f"{path} holds no bare state_dict (names and tensors): save the backbone's state_dict() alone."
-        )
-    plain = without_prefixes(weights)
+            f"{path} is no readable file of weights alone{also}: save the backbone's state_dict() with torch.save."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{path} holds a {type(content).__name__} and no state_dict (names and tensors): save that.")
     try:
+        plain, place = find_backbone(content)
         name, embedding_dim, image_size = recognise(plain)
     except InputError as error:
         raise InputError(f"The weights of {path} were not recognised: {error}.") from error
     config = ModelConfig(name, embedding_dim, image_size)
     backbone = build(config, plain, name=str(path), device=device)
     origin = f"{name}, embedding_dim {embedding_dim}, image_size {image_size}, recognised from the weights in {path}"
+    origin += f" ({place})" if place else ""
+    origin += "" if any(key.endswith(_COUNTER) for key in plain) else f", which lack {_COUNTER} (set to 0)"
     return Model(backbone, config, origin)
 
 
@@ -160,6 +165,8 @@ def build(
     """
     backbone = _architecture(config)
     expected = backbone.state_dict()
+    zero = torch.zeros((), dtype=torch.int64)  # nothing in our networks depends on the counters of BatchNorm
+    weights = {**{key: zero for key in expected if key.endswith(_COUNTER)}, **weights}
     differences = _differences(weights, expected)
     if differences:
         raise InputError(

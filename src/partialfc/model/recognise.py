@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -12,15 +13,56 @@ from partialfc.backbones.mobilefacenet import BLOCKS_AND_SCALE
 from partialfc.backbones.vit import PATCH, WIDTHS_AND_DEPTHS
 from partialfc.core.errors import InputError
 
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+# What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning and their like.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.")
+_MAX_DEPTH = 4  # of wrappers around wrappers
 
 
-def without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights without the prefixes that wrappers put before every name."""
-    plain = dict(weights)
-    while prefix := next((p for p in _PREFIXES if plain and all(key.startswith(p) for key in plain)), None):
-        plain = {key.removeprefix(prefix): tensor for key, tensor in plain.items()}
-    return plain
+def find_backbone(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The backbone's state_dict in what a file holds, and in words where in it that was found, "" for all of it.
+
+    It may stand among other things, below a key such as `state_dict`, and its names may have the prefixes of wrappers.
+
+    Raises:
+        InputError: no published backbone, or more than one, was recognised; the message says what is there.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    reasons: list[str] = []
+    for place, weights in _state_dicts(content):
+        try:
+            recognise(weights)
+            found[place] = weights
+        except InputError as error:
+            reasons.append(str(error))
+    if len(found) > 1:
+        raise InputError(f"it holds several backbones ({', '.join(found)}): save one of them alone")
+    if not found:
+        almost = [reason for reason in reasons if not reason.startswith("its keys")]
+        seen = ", ".join(f"{key} ({_kind(value)})" for key, value in list(content.items())[:6]) or "nothing"
+        raise InputError(*almost[:1] or [f"it holds {seen}, and no state_dict of an IResNet, ViT or MobileFaceNet"])
+    [(place, weights)] = found.items()
+    return weights, place
+
+
+def _state_dicts(
+    content: Mapping[str, Any], place: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Everything in nested mappings that may be a state_dict, and where it is: "state_dict" "model."."""
+    if tensors := {key: value for key, value in content.items() if isinstance(value, Tensor)}:
+        yield place, tensors
+    if depth == _MAX_DEPTH:
+        return
+    for prefix in _PREFIXES:
+        if below := {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}:
+            yield from _state_dicts(below, f"{place} {prefix}*".strip(), depth + 1)
+    for key, value in content.items():
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            yield from _state_dicts(value, f"{place} {key}".strip(), depth + 1)
+
+
+def _kind(value: Any) -> str:
+    is_group = isinstance(value, Mapping) and value
+    return f"{len(value)} entries such as {next(iter(value))}" if is_group else type(value).__name__
 
 
 def recognise(weights: Mapping[str, Tensor]) -> tuple[str, int, int]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import json
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,9 +16,10 @@ from partialfc.config.build import build_backbone, build_head, build_optimizers
 from partialfc.config.options import TrainConfig
 from partialfc.core.device import compute_dtype
 from partialfc.core.errors import InputError
+from partialfc.data.images import UnreadableImage
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import mapping_of
+from partialfc.data.sources.base import Source, describe_passed_over, mapping_of, order_digest, passed_over
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.distributed.collectives import rank_of, world_size_of
 from partialfc.training.nonfinite import LossScale
@@ -21,13 +27,28 @@ from partialfc.training.replicas import shard_over_processes
 from partialfc.training.state import TrainState
 from partialfc.training.weights import freeze, set_frozen_layers_eval
 
+_SAMPLES = 256
+_FEW_IDENTITIES = 50
+_COUNTED = 100_000
+
 
 def open_loader(config: TrainConfig) -> Loader:
-    """The training data; the loader reads this rank's share of every batch."""
+    """The training data; the loader reads this rank's share of every batch.
+
+    Raises:
+        InputError: they cannot be read, or show a single identity.
+    """
     data = config.data
-    source = open_source(data.path, num_classes=data.num_classes, overlay=data.overlay)
+    source: Source = open_source(data.path, num_classes=data.num_classes, overlay=data.overlay)
+    if data.min_images:
+        source = SubsetSource(source, data.min_images)
+    if _classes_with_images(source) < 2:
+        raise InputError(
+            f"{source.path} shows one identity, and a training needs at least two: give the folder that holds all "
+            "identity folders, or correct the labels."
+        )
     return Loader(
-        SubsetSource(source, data.min_images) if data.min_images else source,
+        source,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
         seed=config.seed,
@@ -47,7 +68,48 @@ def data_signature(loader: Loader) -> dict[str, int | str | None]:
         "classes": loader.num_classes,
         "image_size": loader.image_size,
         "overlay_or_mixture": mapping_of(loader.source),
+        "names_of_identities": hashlib.sha256(json.dumps(loader.source.identities).encode()).hexdigest()[:16],
+        "order_of_the_samples": f"{loader.source.format} {order_digest(loader.source)}",
     }
+
+
+def data_facts(loader: Loader) -> dict[str, Any]:
+    """What a checkpoint knows of the data: the signature, and `samples`, by which a resumed run knows moved images.
+
+    They are label and digest of 256 images that are spread evenly over the set. An unreadable one is left out, so that
+    new damage does not end a run.
+    """
+    found: list[list[int | str]] = []
+    for index in np.unique(np.linspace(0, len(loader) - 1, _SAMPLES, dtype=np.int64)).tolist():
+        with contextlib.suppress(UnreadableImage):
+            sample = loader.source.read(index)
+            found.append([sample.label, hashlib.sha256(sample.encoded).hexdigest()[:16]])
+    return {**data_signature(loader), "samples": found}
+
+
+def remarks(loader: Loader) -> list[str]:
+    """What the user should know of the data before a training, a sentence each."""
+    source, classes, sentences = loader.source, loader.num_classes, []
+    if sentence := describe_passed_over(passed_over(source)):
+        sentences.append(f"{source.path}: {sentence}")
+    if classes < _FEW_IDENTITIES:
+        sentences.append(
+            f"{source.path} has only {classes} identities, from which a network learns little about other people: "
+            "fine-tune a trained one with --backbone.init MODEL"
+        )
+    if empty := classes - _classes_with_images(source):
+        sentences.append(
+            f"{empty:,} of the {classes:,} classes of {source.path} have no image, and the head keeps centers for them "
+            "all the same: --data.min-images 1 numbers the others without gaps"
+        )
+    return sentences
+
+
+def _classes_with_images(source: Source) -> int:
+    """Their number; of large sets, whose labels take long to read, only if the classes are many for their images."""
+    if len(source) > _COUNTED and 2 * source.num_classes <= len(source):
+        return source.num_classes
+    return len(np.setdiff1d(source.labels(), [-1]))
 
 
 def check_config(config: TrainConfig) -> None:
@@ -83,7 +145,7 @@ def build_state(config: TrainConfig, loader: Loader, device: torch.device) -> Tr
         backbone,
         head,
         *optimizers,
-        data_signature(loader),
+        data_facts(loader),
         identities=loader.source.identities,
         loss_scale=LossScale() if scaled else None,
         average=average,

@@ -25,7 +25,7 @@ from partialfc.distributed.collectives import Shard, all_reduce, rank_of, world_
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model, load_model
-from partialfc.training.build import data_signature
+from partialfc.training.build import data_facts
 from partialfc.training.replicas import load_weights, whole_network
 from partialfc.training.state import TrainState, check_data_matches
 
@@ -45,7 +45,8 @@ def is_resumable(root: Path, loader: Loader) -> bool:
     steps = steps_in(checkpoints)
     for step in reversed(steps):
         with contextlib.suppress(DamagedCheckpoint):
-            check_data_matches(Checkpoint(checkpoints / folder_name(step)), data_signature(loader))
+            checkpoint = Checkpoint(checkpoints / folder_name(step))
+            check_data_matches(checkpoint, data_facts(loader), loader.source.identities)
             break
     return bool(steps)
 
@@ -167,7 +168,7 @@ def write_identities(folder: Path, identities: list[str] | None) -> None:
     if identities is None:
         path.unlink(missing_ok=True)
     else:
-        write_file(path, json.dumps(identities, indent=0, ensure_ascii=False))
+        write_file(path, json.dumps({"schema_version": 1, "identities": identities}, indent=0, ensure_ascii=False))
 
 
 # -- centers of new identities ---------------------------------------------------------------------------------------

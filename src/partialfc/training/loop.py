@@ -34,7 +34,7 @@ from partialfc.evaluation.run import read_benchmarks
 from partialfc.head.files import head_rows
 from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model, save_model
-from partialfc.training.build import build_state, check_batch, open_loader
+from partialfc.training.build import build_state, check_batch, open_loader, remarks
 from partialfc.training.initialize import fill_with_class_means, initialize, is_resumable, write_identities
 from partialfc.training.nonfinite import describe_skip
 from partialfc.training.run.folder import open_run_folder
@@ -147,7 +147,7 @@ class _Trainer:
         self.stepper = Stepper(config, self.state, self.loader, device)
         self.total_steps = self.stepper.total_steps
         self._open_log(stack, quiet)
-        for note in [*notes, self._description()]:
+        for note in [*remarks(self.loader), *notes, self._description()]:
             self.progress.message(note)
 
     def _restore(self, verify: bool) -> list[str]:

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from partialfc.checkpoint.format import MANIFEST
 from partialfc.checkpoint.read import Checkpoint
 from partialfc.checkpoint.write import Snapshot
 from partialfc.core.errors import InputError
+from partialfc.core.schema import check_schema_version
 from partialfc.distributed.sharded import shard_like
 from partialfc.head.files import head_rows, head_state, restore_head, row_shard
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
@@ -18,6 +20,7 @@ from partialfc.head.partial_fc import PartialFC
 from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import load_weights, whole_network
 
+_SCHEMA_VERSION = 1  # of the state in the manifest
 _SAVED_COUNTERS = ("skipped", "best_score", "best_step", "pending_evaluation")
 
 
@@ -26,7 +29,7 @@ class TrainState:
     """Tensors and counters of a run.
 
     Attributes:
-        data: what must be the same when the run is resumed, such as the number of images (`build.data_signature`).
+        data: what must be the same when the run is resumed, such as the number of images (`build.data_facts`).
         identities: their names in the order of the classes, None if the data has none.
         loss_scale: of float16, None in other precisions.
         average: the backbone with averaged weights, None if they are not averaged.
@@ -71,6 +74,7 @@ class TrainState:
             shard=row_shard(self.head),
             rows=head_rows(self.head, self.head_optimizer),
             state={
+                "schema_version": _SCHEMA_VERSION,
                 "data": self.data,
                 # The options follow from the configuration and the step.
                 "head": {**head_state(self.head, self.head_optimizer), "optimizer_options": {}},
@@ -85,9 +89,10 @@ class TrainState:
         """Restore a checkpoint, written at any world size.
 
         Raises:
-            InputError: it belongs to other data or another head.
+            InputError: it belongs to other data or another head, or is of a newer version.
         """
-        check_data_matches(checkpoint, self.data)
+        check_schema_version(checkpoint.folder / MANIFEST, checkpoint.state, _SCHEMA_VERSION)
+        check_data_matches(checkpoint, self.data, self.identities)
         restore_head(checkpoint, self.head, self.head_optimizer)
         load_weights(self.backbone, checkpoint.tensors("backbone"))
         if self.average is not None:
@@ -100,16 +105,45 @@ class TrainState:
             setattr(self, name, checkpoint.state[name])
 
 
-def check_data_matches(checkpoint: Checkpoint, data: dict[str, Any]) -> None:
-    """Raise an InputError if the checkpoint was trained on other data than `data` describes."""
-    for name, value in data.items():
-        saved = checkpoint.state["data"].get(name)
-        if saved != value:
+def check_data_matches(checkpoint: Checkpoint, data: dict[str, Any], identities: list[str] | None) -> None:
+    """Raise an InputError if the checkpoint was trained on other data than `data` describes.
+
+    An older checkpoint lacks some facts; those, and names that one side lacks, are not compared.
+    """
+    saved = {"overlay_or_mixture": None, **checkpoint.state["data"]}
+    for name in ("images", "classes", "image_size", "overlay_or_mixture"):
+        if saved.get(name) != data[name]:
             what = name.replace("_", " ")
-            raise InputError(
-                f"{checkpoint.folder} was trained on data with {what} {saved}, but now {what} is {value}: resume with "
-                "the same data, or start a new run that takes this one's head over with head.from_run."
-            )
+            raise _other_data(checkpoint, f"with {what} {saved.get(name)}, but now {what} is {data[name]}")
+    same_names = saved.get("names_of_identities") == data["names_of_identities"]
+    names = None if same_names else checkpoint.document("identities")
+    if names is not None and identities is not None and names != identities:
+        other = [label for label, pair in enumerate(zip(names, identities, strict=False)) if pair[0] != pair[1]] or [0]
+        raise _other_data(
+            checkpoint,
+            f"whose class {other[0]} is {names[other[0]]}, but now that is {identities[other[0]]} ({len(other):,} "
+            "classes have other names, so that labels would be permuted)",
+        )
+    before: dict[str, set[int]] = {}
+    for label, digest in saved.get("samples", []):
+        before.setdefault(digest, set()).add(label)
+    moved = [(before[digest], label) for label, digest in data["samples"] if label not in before.get(digest, {label})]
+    if moved:
+        old, new = min(moved[0][0]), moved[0][1]
+        raise _other_data(
+            checkpoint,
+            f"in which an image had label {old} that has {new} now ({len(moved)} of {len(data['samples'])} looked at)",
+        )
+    order, now = saved.get("order_of_the_samples", ""), data["order_of_the_samples"]
+    if order.partition(" ")[0] == now.partition(" ")[0] and order != now:  # of another format, they cannot be compared
+        raise _other_data(checkpoint, "with its images in another order or under other identities, as their files show")
+
+
+def _other_data(checkpoint: Checkpoint, difference: str) -> InputError:
+    return InputError(
+        f"{checkpoint.folder} was trained on data {difference}: resume with the same data, or start a new run that "
+        "takes this one's head over with head.from_run."
+    )
 
 
 def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -188,7 +188,7 @@ class TestDamagedFiles:
         return change
 
     def test_a_newer_version(self, changed: Callable[..., Path]) -> None:
-        with pytest.raises(InputError, match=r"version 2, and this partialfc reads versions up to 1: install"):
+        with pytest.raises(InputError, match=r"version 2, and this partialfc reads them up to 1: install"):
             read_overlay(changed({"schema_version": "2"}))
 
     @pytest.mark.parametrize(

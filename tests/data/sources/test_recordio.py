@@ -295,7 +295,7 @@ class TestDamage:
     def test_index_entries_that_point_nowhere(self, copy_of: Copy, im2rec: Path) -> None:
         folder = copy_of(im2rec)
         index = (folder / "train.idx").read_text().splitlines()
-        index[5:8] = ["5\t99999999", "6\t4", "7\t-8"]
+        index[5:8] = ["5\t99999999", "6\t4", "7\t999999999999999"]
         (folder / "train.idx").write_text("\n".join(index))
         reader = RecordReader(folder / "train.rec")
         for key, reason in ((5, "past the end"), (6, "no record begins"), (7, "past the end")):

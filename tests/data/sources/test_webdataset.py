@@ -120,7 +120,7 @@ class TestForms:
         assert (source.num_classes, source.identities) == (3, ["a", "b", "c"])
         assert open_source(tmp_path, num_classes=5).identities is None
         classes.write_text(json.dumps({"schema_version": 2, "num_classes": 3, "identities": None}))
-        with pytest.raises(InputError, match=r"partialfc-classes.json is of version 2, newer than 1"):
+        with pytest.raises(InputError, match=r"partialfc-classes.json has schema_version 2, and this partialfc reads"):
             open_source(tmp_path)
         classes.write_text("[1]")
         with pytest.raises(InputError, match=r"partialfc-classes.json does not name the classes"):

@@ -104,7 +104,7 @@ def test_a_full_disk_ends_the_log_without_half_a_line(tmp_path: Path, monkeypatc
         SmallDisk(monkeypatch, 7)
         with pytest.raises(JobError, match=r"metrics\.jsonl cannot be written \(No space left on device\): make room"):
             log.write({"step": 2})
-        assert path.read_bytes() == b'{"step": 1}\n'
+        assert path.read_bytes() == b'{"step": 1, "schema_version": 1}\n'
 
 
 def test_a_patient_log_writes_later_what_it_could_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +132,7 @@ def test_numbers_that_json_lacks_return_as_numbers(tmp_path: Path) -> None:
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
         "step": 1,
         "loss": "NaN",
+        "schema_version": 1,
         "norms": {"high": "Infinity", "low": ["-Infinity", 0.5]},
         "text": "Nan",
     }
@@ -168,3 +169,14 @@ def test_a_damaged_line_is_named_and_nothing_is_overwritten(tmp_path: Path, bad:
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read \(No such file"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_line_of_a_newer_version_is_refused_and_names_may_be_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = {"step": 1, "samples": [os.fsdecode(b"Jos\xe9"), "José"]}
+    with MetricsLog(path) as log:
+        log.write(line)
+    assert read_metrics(path) == [line]
+    path.write_bytes(path.read_bytes().replace(b'"schema_version": 1', b'"schema_version": 2'))
+    with pytest.raises(InputError, match=r"metrics.jsonl has schema_version 2, and this partialfc reads them up to 1"):
+        read_metrics(path)

@@ -13,17 +13,18 @@ and `names` holds those of images and classes.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from partialfc.core.errors import InputError
-from partialfc.data.sources.base import Source
-from partialfc.data.sources.folder import open_folder
+from partialfc.data.sources.base import Source, check_labels, check_regular, describe_passed_over
+from partialfc.data.sources.folder import FolderSource, open_folder
 from partialfc.data.sources.list_file import open_list
 from partialfc.data.sources.lmdb import open_lmdb
 from partialfc.data.sources.mixture import SUFFIXES, open_mixture
 from partialfc.data.sources.overlay import Overlay, read_overlay
 from partialfc.data.sources.parquet import open_parquet
-from partialfc.data.sources.record_source import open_recordio
+from partialfc.data.sources.record_source import RecordSource, open_recordio
 from partialfc.data.sources.webdataset import open_webdataset
 
 # The first that recognises a folder opens it. For a file they are tried from the last to the first, because any file of
@@ -47,8 +48,9 @@ def open_source(path: str | Path, *, num_classes: int | None = None, overlay: st
     path = Path(path)
     if num_classes is not None and num_classes < 1:
         raise InputError(f"num_classes is {num_classes}, but a training set has at least one class.")
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(f"{path} does not exist: give the file or folder of a training set.")
+    check_regular([path])
     try:
         if path.suffix in SUFFIXES:
             if num_classes is not None:
@@ -56,10 +58,13 @@ def open_source(path: str | Path, *, num_classes: int | None = None, overlay: st
             return open_mixture(path, open_source)
         for open_format in _FORMATS if path.is_dir() else _FORMATS[::-1]:
             if (source := open_format(path, num_classes)) is not None:
+                if num_classes is not None and not isinstance(source, RecordSource):
+                    check_labels(source, source.labels())  # those of RecordIO take a pass over the file
                 return source
+        hint = describe_passed_over(FolderSource(path).passed_over) if path.is_dir() else ""
     except OSError as error:
         raise InputError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
     raise InputError(
         f"{path} is no training set: give a .rec, .tar, .parquet, .arrow, .lmdb or .lst file, a folder with such "
-        "files, or a folder of identity folders with images."
+        "files, or a folder of identity folders with images." + (f" Of it, {hint}." if hint else "")
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,6 +74,42 @@ def mapping_of(source: Source) -> str | None:
     return mapping
 
 
+def order_digest(source: Source) -> str:
+    """A digest of the samples in their order, 16 hexadecimal digits, without reading images.
+
+    It covers the labels, or what the method `order` of a source has: something faster, or that tells more, such as the
+    names of files. A source that stands on others has them as its attribute `parts`.
+    """
+    if parts := getattr(source, "parts", None):
+        content = [order_digest(part).encode() for part in parts]
+    else:
+        content = source.order() if hasattr(source, "order") else [source.labels().tobytes()]
+    digest = hashlib.sha256()
+    for piece in content:
+        digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+PassedOver = dict[str, tuple[int, str]]  # files that are no part of a set: kind -> their number, name of the first
+
+
+def passed_over(source: Source) -> PassedOver:
+    """What an image folder, or those that `source` stands on, leave out."""
+    found: PassedOver = dict(getattr(source, "passed_over", {}))
+    for part in getattr(source, "parts", []):
+        for kind, (count, first) in passed_over(part).items():
+            before, name = found.get(kind, (0, first))
+            found[kind] = (before + count, name)
+    return found
+
+
+def describe_passed_over(found: PassedOver) -> str:
+    """What is left out and how to take it, in one sentence; "" if nothing is."""
+    kinds = [f"{count:,} {kind} (such as {first})" for kind, (count, first) in sorted(found.items())]
+    remedy = "those that are images are taken as <identity>/<name>.jpg, or from a .lst file with any name"
+    return f"files are passed over: {', '.join(kinds)}; {remedy}" if kinds else ""
+
+
 def read_image(source: Source, index: int) -> tuple[Sample, np.ndarray]:
     """The sample at `index` and its decoded image, uint8 (H, W, 3) RGB. Raises as `Source.read`."""
     sample = source.read(index)
@@ -77,6 +117,30 @@ def read_image(source: Source, index: int) -> tuple[Sample, np.ndarray]:
         return sample, decode_image(sample.encoded)
     except UnreadableImage as error:
         raise UnreadableImage(f"{sample.name}: {error}") from error
+
+
+def read_file(path: str) -> bytes:
+    """The content of a regular file; anything else, such as a pipe, might keep the reader waiting, and is not opened.
+
+    Raises:
+        UnreadableImage: it is none, or cannot be read; the message names it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImage(f"{path}: it is no regular file")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UnreadableImage(f"{path}: {error.strerror}") from error
+
+
+def check_regular(files: Iterable[Path]) -> list[Path]:
+    """The paths; an InputError names one at which there is neither a file nor a folder, but a pipe or a dead link."""
+    files = list(files)
+    for file in files:
+        if os.path.lexists(file) and not file.is_file() and not file.is_dir():
+            raise InputError(f"{file} is no regular file, but a dead link, a pipe, a socket or a device: remove it.")
+    return files
 
 
 def check_label(sample: Sample, num_classes: int) -> None:

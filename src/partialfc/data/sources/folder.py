@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 
-from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import Sample
+from partialfc.data.sources.base import PassedOver, Sample, read_file
 from partialfc.data.sources.names import pack
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_OF_THE_DESKTOP = ("thumbs.db", "desktop.ini")
 
 
 def open_folder(path: Path, num_classes: int | None) -> FolderSource | None:
@@ -36,10 +37,17 @@ class FolderSource:
         self.path = path
         files: list[str] = []
         stops: list[int] = []
+        self.passed_over: PassedOver = {}
+        names: list[str] = []
         with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
+            for entry in entries:
+                if not entry.name.startswith(".") and _leads_to(entry, os.path.isdir):
+                    names.append(entry.name)
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    self._pass_over("without an identity folder", entry.name)
+        names.sort()
         for name in names:
-            files += sorted(_images_below(os.path.join(path, name), os.stat(path)))
+            files += sorted(self._images_below(name, os.stat(path)))
             stops.append(len(files))
         self._files = pack(files)  # below their identity folders
         self._identity_stops = np.array(stops, np.int64)
@@ -67,43 +75,53 @@ class FolderSource:
     def read(self, index: int) -> Sample:
         """As `Source.read`."""
         path = self.name(index)
-        try:
-            with open(path, "rb") as file:
-                return Sample(file.read(), self._label(index), path)
-        except OSError as error:
-            raise UnreadableImage(f"{path}: {error.strerror}") from error
+        return Sample(read_file(path), self._label(index), path)
+
+    def order(self) -> list[bytes | mmap]:
+        """What tells the samples apart: the names of the files and how many each identity has."""
+        return [self._files.block, self._identity_stops.tobytes()]
 
     def _label(self, index: int) -> int:
         return int(np.searchsorted(self._identity_stops, index, side="right"))
 
+    def _images_below(self, identity: str, root: os.stat_result) -> Iterator[str]:
+        """The paths, relative to the folder of an identity, of the images in it and in the folders below.
 
-def _images_below(folder: str, root: os.stat_result) -> Iterator[str]:
-    """The paths, relative to `folder`, of the images in it and in the folders below.
+        A folder to which several symbolic links lead counts once, so that loops end; a link to `root` is left out.
+        """
+        seen = {(root.st_dev, root.st_ino)}
+        folders = [""]
+        while folders:
+            below = folders.pop()
+            current = os.path.join(self.path, identity, below).rstrip("/")
+            state = os.stat(current)
+            if (state.st_dev, state.st_ino) in seen:
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            deeper: list[str] = []
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    path = os.path.join(below, entry.name)
+                    if entry.name.startswith(".") or entry.name.lower() in _OF_THE_DESKTOP:
+                        continue
+                    if _leads_to(entry, os.path.isdir):
+                        deeper.append(path)
+                    elif not _leads_to(entry, os.path.isfile):
+                        self._pass_over("that are no regular files", os.path.join(identity, path))
+                    elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                        yield path
+                    else:
+                        suffix = os.path.splitext(entry.name)[1].lower()
+                        self._pass_over(suffix or "without a suffix", os.path.join(identity, path))
+            folders += sorted(deeper, reverse=True)
 
-    A folder to which several symbolic links lead counts once, so that loops end; a link to `root` is left out.
-    """
-    seen = {(root.st_dev, root.st_ino)}
-    folders = [""]
-    while folders:
-        below = folders.pop()
-        current = os.path.join(folder, below) if below else folder
-        state = os.stat(current)
-        if (state.st_dev, state.st_ino) in seen:
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        deeper: list[str] = []
-        with os.scandir(current) as entries:
-            for entry in entries:
-                path = os.path.join(below, entry.name)
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    deeper.append(path)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    yield path
-        folders += sorted(deeper, reverse=True)
+    def _pass_over(self, kind: str, name: str) -> None:
+        count, first = self.passed_over.get(kind, (0, name))
+        self.passed_over[kind] = (count + 1, min(first, name))
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Also of a symbolic link to one; a link to itself is none."""
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+def _leads_to(entry: os.DirEntry[str], is_kind: Callable[[str], bool]) -> bool:
+    """Whether an entry is a folder (os.path.isdir) or a regular file (isfile), or a symbolic link to one."""
+    if entry.is_symlink():
+        return is_kind(entry.path)  # False of a link to itself
+    return entry.is_dir() if is_kind is os.path.isdir else entry.is_file()

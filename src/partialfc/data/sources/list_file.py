@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from array import array
+from codecs import BOM_UTF8
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 
 from partialfc.core.errors import InputError
-from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import Sample
+from partialfc.data.sources.base import Sample, read_file
 from partialfc.data.sources.names import pack
 
 _PROBES = 16  # images tried to find out what the paths are relative to
@@ -37,6 +38,8 @@ class ListSource:
         labels, files = array("q"), []
         with path.open("rb") as lines:
             number = 0
+            if lines.read(len(BOM_UTF8)) != BOM_UTF8:
+                lines.seek(0)
             while line := lines.readline(_LINE):
                 number += 1
                 if line.strip():
@@ -70,11 +73,11 @@ class ListSource:
     def read(self, index: int) -> Sample:
         """As `Source.read`."""
         path = self.name(index)
-        try:
-            with open(path, "rb") as file:
-                return Sample(file.read(), int(self._labels[index]), path)
-        except OSError as error:
-            raise UnreadableImage(f"{path}: {error.strerror}") from error
+        return Sample(read_file(path), int(self._labels[index]), path)
+
+    def order(self) -> list[bytes | mmap]:
+        """What tells the samples apart: the names of the files, and the labels."""
+        return [self._files.block, self._labels.tobytes()]
 
 
 def _parse(line: bytes, name: str) -> tuple[int, str]:

@@ -24,7 +24,7 @@ import numpy as np
 from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import Sample
+from partialfc.data.sources.base import Sample, check_regular
 from partialfc.data.sources.derived import derived_rows
 
 _SECONDS = 120  # for a thousand records, until the process that reads them is taken for hanging
@@ -44,7 +44,7 @@ def open_lmdb(path: Path, num_classes: int | None) -> LmdbSource | None:
     if path.is_dir():
         files = [path / "data.mdb"] if (path / "data.mdb").exists() else sorted(path.glob("*.lmdb"))
         files = [file / "data.mdb" if file.is_dir() else file for file in files]
-    files = [file for file in files if file.suffix.lower() in (".lmdb", ".mdb")]
+    files = check_regular(file for file in files if file.suffix.lower() in (".lmdb", ".mdb"))
     if len(files) > 1:
         raise InputError(f"{path} holds several .lmdb files ({files[0].name}, …): give the path of one of them.")
     return LmdbSource(files[0], num_classes) if files else None

@@ -46,7 +46,7 @@ def open_mixture(path: Path, open_source: Callable[..., Source]) -> MixtureSourc
         OSError: the file cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_bytes())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read {path} as YAML: {' '.join(str(error).split())}.") from error
     content = _checked_keys(content, ("sources", "identities"), path)
@@ -95,7 +95,7 @@ class MixtureSource:
     format = "mixture"
 
     def __init__(self, path: Path, parts: Sequence[Part], identities: Literal["disjoint", "merged"]) -> None:
-        self.path = path
+        self.path, self.parts = path, [part.source for part in parts]
         self._parts = [part for part in parts for _ in range(part.weight)]
         self._stops = np.cumsum([len(part.source) for part in self._parts])
         numbers: dict[str, int] = {}

@@ -12,6 +12,7 @@ import numpy as np
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
+from partialfc.core.schema import check_schema_version
 
 CLASSES = "partialfc-classes.json"
 SCHEMA_VERSION = 1
@@ -26,8 +27,8 @@ class PackedStrings:
         stops: where each one ends in the block, int64 (N,).
     """
 
-    def __init__(self, block: bytes | bytearray | mmap.mmap, stops: np.ndarray) -> None:
-        self._block, self._stops = block, stops
+    def __init__(self, block: bytes | mmap.mmap, stops: np.ndarray) -> None:
+        self.block, self._stops = block, stops
 
     def __len__(self) -> int:
         return len(self._stops)
@@ -36,7 +37,7 @@ class PackedStrings:
         if not 0 <= index < len(self._stops):
             raise IndexError(index)
         start = int(self._stops[index - 1]) if index else 0
-        return os.fsdecode(bytes(self._block[start : int(self._stops[index])]))
+        return os.fsdecode(bytes(self.block[start : int(self._stops[index])]))
 
 
 def pack(strings: Iterable[str]) -> PackedStrings:
@@ -65,16 +66,16 @@ def read_classes(folder: Path) -> tuple[int, list[str] | None]:
     """
     path = folder / CLASSES
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, count, names = content["schema_version"], content["num_classes"], content["identities"]
-        newer = version > SCHEMA_VERSION
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        check_schema_version(path, content, SCHEMA_VERSION)
+        count, names = content["num_classes"], content["identities"]
         sound = type(count) is int and count >= 1 and (names is None or len(names) == count)
     except FileNotFoundError:
         return 0, None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        newer = sound = False
-    if newer:
-        raise InputError(f"{path} is of version {version}, newer than {SCHEMA_VERSION}: upgrade partialfc.")
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        sound = False
     if not sound:
         raise InputError(f"{path} does not name the classes: remove it, and they are numbered.")
     return count, names and [str(name) for name in names]

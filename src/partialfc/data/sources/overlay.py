@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import output_errors, write_file
+from partialfc.core.schema import check_schema_version
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources.base import Sample, Source, check_label, check_labels, file_name, mapping_of
 
@@ -163,11 +164,7 @@ def read_overlay(path: str | Path) -> Decisions:
             facts = file.metadata() or {}
             if facts.get("kind") != "overlay" or not facts.get("schema_version", "").isdecimal():
                 raise InputError(f"{path} is no overlay file: give one that partialfc has written.")
-            if int(facts["schema_version"]) > SCHEMA_VERSION:
-                raise InputError(
-                    f"{path} is an overlay of version {facts['schema_version']}, and this partialfc reads versions up "
-                    f"to {SCHEMA_VERSION}: install a newer one."
-                )
+            check_schema_version(path, {"schema_version": int(facts["schema_version"])}, SCHEMA_VERSION)
             arrays = {name: file.get_tensor(name) for name in _ARRAYS if file.get_slice(name).get_dtype() == "I64"}
         decisions = Decisions(int(facts["images"]), int(facts["classes"]), facts["fingerprint"], **arrays)
         _check(decisions)
@@ -227,7 +224,7 @@ class Overlay:
             other = "other labels or images" if own == other else other
             raise InputError(f"{path} was made for a set of {own}, but {source.path} has {other}: give its own set.")
         self.path, self.format = source.path, source.format
-        self._source, self._overlay_path = source, path
+        self._source, self.parts, self._overlay_path = source, [source], path
         is_dropped = decisions.labels == DROPPED
         dropped = decisions.records[is_dropped]
         # The number of images that remain before each dropped one.

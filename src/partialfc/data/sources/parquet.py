@@ -8,6 +8,7 @@ mapped into memory; Arrow IPC files are mapped as they are.
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import Sample
+from partialfc.data.sources.base import Sample, check_regular
 from partialfc.data.sources.derived import locked, places, write_derived
 from partialfc.data.sources.names import read_classes
 
@@ -61,7 +62,9 @@ def parquet_files(path: Path, suffix: str) -> list[Path]:
     """The file `path`, or the files in the folder `path` by name, if they have the suffix."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     # Beside a data set of Hugging Face, cache-*.arrow are results of its own functions.
-    return [file for file in files if file.suffix.lower() == suffix and not file.name.startswith((".", "cache-"))]
+    return check_regular(
+        file for file in files if file.suffix.lower() == suffix and not file.name.startswith((".", "cache-"))
+    )
 
 
 class ArrowSource:
@@ -187,9 +190,9 @@ def _open_batches(file: Path) -> tuple[Any, Iterable[Any]]:
     """The schema of a file and its batches; an Arrow file may have the form for files or that for streams."""
     pa = import_pyarrow()
     if file.suffix.lower() == ".parquet":
-        opened = pa.parquet.ParquetFile(file, memory_map=True, pre_buffer=False)
+        opened = pa.parquet.ParquetFile(pa.memory_map(os.fsencode(file)), pre_buffer=False)
         return opened.schema_arrow, opened.iter_batches(_ROWS, columns=["image", "label"], use_threads=False)
-    mapped = pa.memory_map(str(file))
+    mapped = pa.memory_map(os.fsencode(file))
     try:
         reader = pa.ipc.open_file(mapped)
     except pa.ArrowInvalid:

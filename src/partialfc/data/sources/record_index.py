@@ -12,6 +12,7 @@ import mmap
 import struct
 import warnings
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3
 CHUNK_HEAD = struct.Struct("<II")
 _CHUNK_AND_RECORD_HEAD = struct.Struct("<IIIfQ")
 _ID_LIMIT = 1 << 62  # ids are u64, keys int64
+_NO_OFFSET = (1 << 63) - 1  # as which NumPy reads larger numbers, such as the (size_t)-1 of a failed write
 _TEXT_BLOCK = 1 << 24  # bytes of .idx text parsed at a time
 
 
@@ -53,7 +55,7 @@ def read_index(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
         The keys in increasing order, a range or int64 (N,), and their offsets in bytes, int64 (N,).
 
     Raises:
-        InputError: a line is not two whole numbers.
+        InputError: a line is not two whole numbers from 0, or larger ones than a file has bytes.
     """
     with path.open("rb") as file:
         lines = 1 + sum(block.count(b"\n") for block in iter(lambda: file.read(_TEXT_BLOCK), b""))
@@ -79,6 +81,8 @@ def _index_blocks(path: Path) -> Iterator[np.ndarray]:
     """The lines of an `.idx` as int64 (n, 2), one block of text at a time."""
     with path.open("rb") as file:
         rest = b""
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
         while block := file.read(_TEXT_BLOCK):
             text, _, rest = (rest + block).rpartition(b"\n")
             if text := text.strip():
@@ -92,7 +96,11 @@ def _parse_lines(text: bytes, path: Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # older NumPy only warns of text that it cannot parse
             numbers = np.fromstring(text, np.int64, sep=" ")
-        return numbers.reshape(text.count(b"\n") + 1, 2)
+        table = numbers.reshape(text.count(b"\n") + 1, 2)
+        if (wrong := (table < 0).any(axis=1) | (table[:, 1] == _NO_OFFSET)).any():
+            text = text.split(b"\n")[int(np.argmax(wrong))]
+            raise ValueError("a key or offset is negative, or of more than 63 bits")
+        return table
     except (ValueError, DeprecationWarning) as error:
         start = text[:40].decode(errors="replace")
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from bisect import bisect_left
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ def open_recordio(path: Path, num_classes: int | None) -> RecordSource | None:
     """
     if path.is_dir():
         with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries if entry.name.endswith(".rec"))
+            names = sorted(entry.name for entry in entries if entry.name.lower().endswith(".rec"))
         if not names:
             return None
-        if len(names) > 1 and "train.rec" not in names:
+        trains = [name for name in names if name.lower() == "train.rec"]
+        if len(trains or names) > 1:
             raise InputError(f"{path} holds several .rec files ({', '.join(names[:5])}): give the path of one of them.")
-        path = path / ("train.rec" if "train.rec" in names else names[0])
+        path = path / (trains or names)[0]
     return RecordSource(path, num_classes)
 
 
@@ -98,6 +100,10 @@ class RecordSource:
             class_of(labels[index : index + 1], self.name(int(index)))
         return np.where(np.isfinite(labels), labels, -1).astype(np.int64)
 
+    def order(self) -> list[bytes]:
+        """What tells the samples apart: where they begin, since reading all labels of a large file takes hours."""
+        return [self._reader.offsets[self._start : self._stop].tobytes()]
+
     def _check_fit(self) -> None:
         """Refuse a file of another format, and an index that belongs to another file."""
         for row in np.linspace(0, len(self._reader) - 1, _PROBES, dtype=np.int64).tolist():
@@ -132,19 +138,27 @@ class RecordSource:
             return False
 
     def _first_identity_row(self, key: int) -> int:
-        """The row of the first identity record, whose key the header gives in float32, so that it may be a few off."""
-        slack = int(np.spacing(np.float32(key)))
-        low = max(1, self._reader.row_of(key - slack))
-        high = min(len(self._reader), self._reader.row_of(key + slack) + 1)
-        rows = (row for row in range(low, high) if self._is_bookkeeping(row))
-        return next(rows, min(self._reader.row_of(key), len(self._reader)))
+        """The row of the first identity record, found by bisection.
+
+        The header gives its `key`, but in float32, and some headers are those of another file. What that says decides
+        only about rows that cannot be read.
+        """
+        named = self._reader.row_of(key)
+
+        def is_identity(row: int) -> bool:
+            try:
+                return self._reader.read(row).is_bookkeeping
+            except UnreadableRecord:
+                return row >= named
+
+        return bisect_left(range(len(self._reader)), True, lo=self._reader.row_of(1), key=is_identity)
 
     def _read_property(self) -> int | None:
         """The class count in the `property` file beside the data, None without that file."""
         path = self.path.with_name("property")
         if not path.is_file():
             return None
-        first_line = path.read_text(errors="replace").partition("\n")[0]
+        first_line = path.read_text(encoding="utf-8-sig", errors="replace").partition("\n")[0]
         count = first_line.split(",")[0].strip()
         if not count.isdecimal() or int(count) < 1:
             raise InputError(f"{path} begins with {first_line[:40]!r} instead of 'num_classes,height,width'.")
@@ -154,4 +168,6 @@ class RecordSource:
         if header is None:
             return int(self.labels().max(initial=0)) + 1
         first, stop = float(header.labels[0]), float(header.labels[1])
-        return int(stop - first) if stop < LABEL_LIMIT else len(self._reader) - self._stop
+        identities = len(self._reader) - self._stop  # 0 of a file that was cut off and has no index
+        is_exact = stop < LABEL_LIMIT and (self._reader.row_of(int(first)) == self._stop or not identities)
+        return int(stop - first) if is_exact else identities

@@ -19,6 +19,7 @@ import numpy as np
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, output_errors
 from partialfc.data.images import UnreadableImage, decode_image
+from partialfc.data.sources.base import check_regular
 from partialfc.data.sources.record_index import (
     CHUNK_HEAD,
     FIRST,
@@ -76,14 +77,15 @@ class RecordReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_regular([self.path])
         try:
             self.size = os.fstat(self._open()).st_size
         except OSError as error:
             raise InputError(f"Cannot read {self.path}: {error.strerror}.") from error
         index = self.path.with_suffix(".idx")
-        self.keys, self.offsets = read_index(index) if index.exists() else scan_records(self.path)
+        self.keys, self.offsets = read_index(index) if index.is_file() else scan_records(self.path)
         if not len(self.offsets):
-            raise InputError(f"{index if index.exists() else self.path} holds no record: is it the right file?")
+            raise InputError(f"{index if index.is_file() else self.path} holds no record: is it the right file?")
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -150,7 +152,7 @@ class RecordReader:
         descriptor = self._open()
         parts: list[bytes] = []
         while True:
-            head = os.pread(descriptor, CHUNK_HEAD.size, offset) if offset >= 0 else b""
+            head = os.pread(descriptor, CHUNK_HEAD.size, offset) if 0 <= offset < self.size else b""
             if len(head) < CHUNK_HEAD.size:
                 raise UnreadableRecord(f"byte {offset} lies past the end of the file")
             magic, lrec = CHUNK_HEAD.unpack(head)

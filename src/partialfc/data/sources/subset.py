@@ -34,7 +34,7 @@ class SubsetSource:
         names = source.identities
         self.identities: list[str] | None = [str(old) if names is None else names[old] for old in classes.tolist()]
         self.num_classes = len(classes)
-        self.path, self.format, self.mapping = source.path, source.format, mapping_of(source)
+        self.path, self.format, self.mapping, self.parts = source.path, source.format, mapping_of(source), [source]
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -21,7 +21,7 @@ import numpy as np
 from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import Sample
+from partialfc.data.sources.base import Sample, check_regular
 from partialfc.data.sources.derived import derived_rows
 from partialfc.data.sources.folder import IMAGE_SUFFIXES
 from partialfc.data.sources.names import read_classes
@@ -54,7 +54,9 @@ def open_webdataset(path: Path, num_classes: int | None) -> WebDatasetSource | N
 def tar_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The file `path`, or the files in the folder `path` by name, if they end in one of the suffixes."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [file for file in files if file.name.lower().endswith(suffixes) and not file.name.startswith(".")]
+    return check_regular(
+        file for file in files if file.name.lower().endswith(suffixes) and not file.name.startswith(".")
+    )
 
 
 class WebDatasetSource:

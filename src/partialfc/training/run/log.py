@@ -14,9 +14,11 @@ from typing import Any
 
 from partialfc.config.options import OutputConfig, TrainConfig
 from partialfc.core.errors import InputError, JobError
-from partialfc.core.files import write_file
+from partialfc.core.files import NO_UTF8, write_file
+from partialfc.core.schema import check_schema_version
 
 Tracker = Callable[[Mapping[str, Any]], None]
+SCHEMA_VERSION = 1
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -72,7 +74,9 @@ class MetricsLog:
         if not isinstance(line.get("step"), int):
             raise ValueError(f"a line of metrics needs an integer step: {dict(line)}")
         if self._file is not None:
-            self._waiting += (json.dumps(_encode(line), ensure_ascii=False, allow_nan=False) + "\n").encode()
+            content = {**_encode(line), "schema_version": SCHEMA_VERSION}
+            text = json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+            self._waiting += text.encode("utf-8", NO_UTF8)
             try:
                 _append(self._file, self._waiting)
             except OSError as error:
@@ -128,7 +132,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, without a last one that was cut off.
 
     Raises:
-        InputError: there is no such file, or a line is no JSON object with a step.
+        InputError: there is no such file, or a line is no JSON object with a step or of a newer version.
     """
     try:
         content = path.read_bytes()
@@ -147,6 +151,8 @@ def _parse(path: Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             raise InputError(f"{path}, line {number}, is no line of metrics: remove it, or restore the file.")
+        check_schema_version(path, line, SCHEMA_VERSION)
+        line.pop("schema_version", None)
         lines.append((encoded, line))
     return lines
 

@@ -127,19 +127,6 @@ def plan_workload(workload: Workload, rates: MachineRates | None, capacity: int)
     )
 
 
-def recipe_hours(name: str) -> float | None:
-    """Predicted hours of a recipe on its H100 GPUs (data sheet times an assumed efficiency); None for drawn faces.
-
-    Raises:
-        InputError: unknown name.
-    """
-    config, data = recipe_config(name), data_set(name)
-    if data is None:
-        return None
-    workload = Workload(config, data[1], config.data.fewest_processes, images=data[2])
-    return step_time(workload, preset(workload)).step * (workload.steps or 0) / 3600
-
-
 def recipe_memory(name: str) -> dict[str, int] | None:
     """Bytes of weights, gradients and optimizers on each GPU of a recipe; None for procedural faces.
 

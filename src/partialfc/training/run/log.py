@@ -208,7 +208,9 @@ class SlowData:
         if importlib.util.find_spec("simplejpeg") is None:
             remedies.append("decode faster with pip install 'partialfc[jpeg]'")
         remedy = ", or ".join(remedies) or "keep the data on a faster disk, or as images of the size that is trained on"
-        return f"reading images is slower than training, {data_wait:.0%} of the time is spent waiting for them: {remedy}"
+        return (
+            f"reading images is slower than training, {data_wait:.0%} of the time is spent waiting for them: {remedy}"
+        )
 
 
 # -- trackers --------------------------------------------------------------------------------------------------------

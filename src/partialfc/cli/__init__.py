@@ -12,7 +12,6 @@ from partialfc.cli import bench, data, demo, evaluate, plan, recipes, report, tr
 from partialfc.cli.parser import Parser, add_commands
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 
-
 _FIRST_STEPS = """first steps:
   partialfc demo                                     the whole job on drawn faces, in minutes
   partialfc data inspect DATA                        what is in a data set

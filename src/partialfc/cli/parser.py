@@ -71,6 +71,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         if action.nargs == 0 or not action.option_strings or action.default in (None, "", []):
             return sentence
         default = json.dumps(action.default) if isinstance(action.default, bool) else action.default
+        default = f"{default:g}" if isinstance(default, float) else default
         return f"{sentence} (default: {default})"
 
 
@@ -125,7 +126,7 @@ class Parser(argparse.ArgumentParser):
             options, unknown = super().parse_known_args(words, namespace)
         if unknown:
             self.error(self._describe_unknown(unknown, options))
-        if getattr(options, "DATA", None) is not None:
+        if "--data.path" in self._option_string_actions and getattr(options, "DATA", None) is not None:
             if getattr(options, "data.path") != self.get_default("data.path"):
                 self.error("the data are given twice: leave out DATA or --data.path")
             setattr(options, "data.path", options.DATA)

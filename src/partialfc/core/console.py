@@ -121,7 +121,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a permanent line above the bar."""
         if self._shown:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
     def _rate(self) -> float | None:
         """Units per second over the last half minute, None while unknown."""
@@ -136,7 +136,9 @@ class Progress:
         self.message(", ".join(part for part in parts if part))
 
     def _draw(self) -> Group:
+        # A Ctrl-C is shown as ^C behind the last character, and would break a full line in two.
         row = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        row.width = self._console.width - 2
         bar = ProgressBar(total=self.total or None, completed=self._done or 0, pulse=self.total == 0)
         beside = [self._position(), *(self._figures if len(self._figures) == 1 else []), self._time()]
         row.add_column(no_wrap=True)

@@ -27,7 +27,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
-        self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+        self.say: Callable[[str], object] = lambda text: os.write(2, f"\n{text}\n".encode())
         self._received_at = 0.0
         self._handlers: dict[int, Any] = {}
 

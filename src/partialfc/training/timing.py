@@ -55,15 +55,15 @@ class TrainResult:
             accuracy = f"{result['accuracy']:.2%} ± {result['accuracy_std']:.2%}"
             lines.append(f"{name}: accuracy {accuracy} of {counted(result['pairs'], 'pair')}, {versus}")
         if self.benchmarks and not any(map(beats_guessing, self.benchmarks.values())):
-            lines.append("The model has learned nothing that shows: train longer (--epochs), on more people, or start")
-            lines.append("from a trained model (--backbone.init MODEL).")
+            lines.append("It has learned nothing that shows: train longer (--epochs), on more people, or")
+            lines.append("start from a trained model (--backbone.init MODEL).")
         if self.best_step is not None:
             best = f"best model (step {self.best_step:,})" if self.benchmarks else "model"
             lines.append(f"{best}: {self.folder / 'model' / 'best'}")
         given = " ".join(["--benchmark", *benchmarks]) if benchmarks else "--benchmark lfw.bin"
         lines.append(f"next: partialfc {'report' if benchmarks else 'evaluate'} {self.folder} {given}")
         if not benchmarks:
-            lines.append("      (no benchmark was given: how good the model is on people it has not seen is unknown)")
+            lines.append("      (how good the model is on other people is unknown without a benchmark)")
         return "\n".join(lines)
 
 

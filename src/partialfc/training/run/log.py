@@ -197,7 +197,7 @@ class SlowData:
         self._workers, self._lines = workers, 0
 
     def hint(self, data_wait: float) -> str:
-        """The sentence for a line's share of time spent waiting, at the third line in a row with much of it; else ""."""
+        """The sentence at the third line in a row of which much is spent waiting; else ""."""
         self._lines = self._lines + 1 if data_wait > _MUCH_WAIT or self._lines > 2 else 0
         if self._lines != 3:
             return ""

@@ -1,7 +1,8 @@
-"""Puts what a benchmark measured between its markers of a document."""
+"""Puts what a benchmark measured between its markers of a document. As a program it writes docs/commands.md."""
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,3 +27,19 @@ def paragraph(text: str) -> list[str]:
 def items(texts: Sequence[str]) -> list[str]:
     """A list of Markdown in lines that fit the documents."""
     return [line for text in texts for line in textwrap.wrap(f"- {text}", _COLUMNS, subsequent_indent="  ")]
+
+
+def command_pages() -> str:
+    """docs/commands.md: the help of every command at 80 columns."""
+    from partialfc.cli import build_parser, commands_below
+
+    os.environ["COLUMNS"] = "80"
+    parts = ["# Commands", "", "What `--help` of each command prints, and `--help-all` of `train`.", ""]
+    for parser in commands_below(build_parser()):
+        text = parser.format_help(everything=parser.prog == "partialfc train").rstrip()
+        parts += [f"## {parser.prog}", "", "```text", text, "```", ""]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    (DOCS / "commands.md").write_text(command_pages(), encoding="utf-8")

@@ -49,7 +49,7 @@ MISTAKES = {
     "train DATA --benchmark lfw": "benchmark 'lfw' is neither a path that exists nor NAME=PATH: …",
     # files
     "train DATA --config TMP/r50.py": "--config TMP/r50.py is a Python file, which is not run: …",
-    "train DATA --config TMP/latin1.yaml": "--config TMP/latin1.yaml is not UTF-8 text (byte 8): save it as UTF-8.",
+    "train DATA --config TMP/latin1.yaml": "--config TMP/latin1.yaml is not UTF-8 text (byte 7): save it as UTF-8.",
     "train DATA --config TMP/utf16.yaml": "--config TMP/utf16.yaml is not UTF-8 text (byte 0): save it as UTF-8.",
     "train DATA --config TMP/checkpoint.pt": "--config TMP/checkpoint.pt is a file of weights, no configuration: …",
     "train DATA --config TMP": "--config TMP is a folder: give a YAML file; …",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import yaml
 from command_line import complaint, run
 
-from partialfc.cli import build_parser
+from partialfc.cli import build_parser, commands_below
 
 
 def test_precedence_is_defaults_recipe_file_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -126,18 +125,9 @@ def test_a_file_may_hold_the_other_options_too(capsys: pytest.CaptureFixture[str
     assert "NAME=PATH" in complaint(capsys, "train", "--config", tmp_path / "config.yaml")
 
 
-def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and all below it."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from commands(below)
-
-
 def test_help_fits_80_columns_and_has_a_sentence_for_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    parsers = list(commands(build_parser()))
+    parsers = list(commands_below(build_parser()))
     assert len(parsers) >= 12
     for parser in parsers:
         assert all(len(line) < 80 for line in parser.format_help().splitlines())
@@ -146,7 +136,7 @@ def test_help_fits_80_columns_and_has_a_sentence_for_every_option(monkeypatch: p
 
 
 def test_options_are_kebab_case() -> None:
-    options = {option for parser in commands(build_parser()) for option in parser._option_string_actions}
+    options = {option for parser in commands_below(build_parser()) for option in parser._option_string_actions}
     assert not [option for option in options if "_" in option]
 
 
@@ -158,7 +148,7 @@ def test_without_a_command_it_shows_what_to_do_first(capsys: pytest.CaptureFixtu
 
 
 def test_short_names_and_data_are_the_keys_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    short = "--backbone r50 --epochs 20 --batch-size 128 --lr 0.1 --sample_rate 0.2 --workers 1".split()
+    short = ["--backbone", "r50", "--epochs", "20", "--batch-size", "128", "--lr", "0.1", "--sample_rate", "0.2", "--workers", "1"]
     long = "--backbone.name=r50 --schedule.epochs=20 --data.global_batch_size=128 --optimizer.lr=0.1"
     long += " --head.sample-rate=0.2 --data.workers=1 --data.path=here"
     printed = []

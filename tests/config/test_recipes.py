@@ -82,7 +82,7 @@ def test_published_batches_and_what_is_our_choice() -> None:
 @pytest.mark.parametrize("family", [recipes.convolutional, recipes.ms1m, recipes.glint360k, recipes.noisy, recipes.vit])
 def test_docstrings_give_command_cost_and_score_as_described(family: Callable[..., Any]) -> None:
     text = " ".join(str(family.__doc__).split())
-    name, command = re.findall(r"([\w.-]+): (torchrun .*? PATH)\.", text)[0]
+    name, command = re.findall(r"([\w.-]+): (torchrun .*? --recipe \S*\w)\.", text)[0]
     facts = describe(name)
     assert command == facts["command"]
     gpus, steps = facts["cost"].split(", ", 1)

@@ -8,7 +8,7 @@ from workloads import changed, workload
 
 from partialfc.backbones import BACKBONES, create_backbone
 from partialfc.core.errors import InputError
-from partialfc.plan.network import LiveBytes, network_pass, network_size
+from partialfc.plan.network import LiveBytes, network_flops, network_pass, network_size
 
 SMALL = workload(100, 6, backbone__name="r18", precision="float32")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
 from partialfc.cli import bench, data, demo, evaluate, plan, recipes, report, train
@@ -13,11 +14,11 @@ from partialfc.cli.parser import Parser, add_commands
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 
 _FIRST_STEPS = """first steps:
-  partialfc demo                                     the whole job on drawn faces, in minutes
-  partialfc data inspect DATA                        what is in a data set
+  partialfc demo                  the whole job on drawn faces, in minutes
+  partialfc data inspect DATA     what is in a data set
   partialfc train DATA --benchmark lfw.bin --out runs/mine
-  partialfc evaluate runs/mine --benchmark lfw.bin   how good the model is
-  partialfc recipes                                  published trainings
+  partialfc evaluate runs/mine --benchmark lfw.bin
+  partialfc recipes               published trainings, and what they take
 
 `partialfc COMMAND --help` shows the options of a command."""
 
@@ -62,3 +63,12 @@ def build_parser() -> Parser:
     for command in (demo, train, recipes, plan, evaluate, report, data, bench):
         command.add_parser(commands)
     return parser
+
+
+def commands_below(parser: Parser) -> Iterator[Parser]:
+    """A parser and those of all commands below it."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from commands_below(below)

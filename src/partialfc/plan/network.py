@@ -149,8 +149,9 @@ def _flops(backbone: BackboneConfig, image_size: int) -> int:
 @cache
 def _pass(backbone: BackboneConfig, image_size: int, images: int, dtype: torch.dtype) -> NetworkPass:
     """Both passes with tensors that have shapes and no values; autocast is the CPU's, since no GPU may be there."""
+    built = _build(backbone, image_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        module = _build(backbone, image_size).to_empty(device="cpu")
+        module = built.to_empty(device="cpu")
         keys = torch.zeros(images, dtype=torch.int64)
         with LiveBytes(module) as live:
             batch = torch.zeros(images, 3, image_size, image_size)

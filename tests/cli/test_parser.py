@@ -11,7 +11,8 @@ import pytest
 import yaml
 from command_line import complaint, run
 
-from partialfc.cli import build_parser, commands_below
+from documents import commands_below
+from partialfc.cli import build_parser
 
 
 def test_precedence_is_defaults_recipe_file_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_without_a_command_it_shows_what_to_do_first(capsys: pytest.CaptureFixtu
 
 
 def test_short_names_and_data_are_the_keys_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--backbone", "r50", "--epochs", "20", "--batch-size", "128", "--lr", "0.1", "--sample_rate", "0.2", "--workers", "1"]
+    short = ["--backbone=r50", "--epochs=20", "--batch-size=128", "--lr", "0.1", "--sample_rate=0.2", "--workers=1"]
     long = "--backbone.name=r50 --schedule.epochs=20 --data.global_batch_size=128 --optimizer.lr=0.1"
     long += " --head.sample-rate=0.2 --data.workers=1 --data.path=here"
     printed = []

@@ -77,8 +77,8 @@ def test_what_does_not_fit_is_said_with_remedies(capsys: pytest.CaptureFixture[s
             ["--classes=10", "--head.sample_rate=2"],
             "head.sample_rate is 2.0; it is a part of the classes",
         ),
-        (["--classes=ten"], "argument --classes: 'ten' is not a whole number."),
-        (["--classes=10", "--device=tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
+        (["--classes=ten"], "--classes: 'ten' is not a whole number."),
+        (["--classes=10", "--device=tpu"], "--device: 'tpu' is not one of auto, v100, "),
         (
             ["--classes=10", "--backbone.name=mini", "--backbone.checkpointing=true"],
             "mini does not take the option 'checkpointing'",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 
 from partialfc.cli import bench, data, demo, evaluate, plan, recipes, report, train
@@ -63,12 +62,3 @@ def build_parser() -> Parser:
     for command in (demo, train, recipes, plan, evaluate, report, data, bench):
         command.add_parser(commands)
     return parser
-
-
-def commands_below(parser: Parser) -> Iterator[Parser]:
-    """A parser and those of all commands below it."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from commands_below(below)

@@ -27,12 +27,12 @@ _ELSEWHERE = {
     "--sample-rate": "rate sample",
     "--benchmark": "eval val val-targets verification benchmarks test",
     "--out": "output output-dir save-dir work-dir",
-    "--precision": "fp16 amp bf16 mixed-precision dtype",
+    "--precision": "amp mixed-precision dtype",
     "--optimizer.name": "optimizer optim",
     "--backbone.init": "init pretrained weights finetune load",
     "--backbone.embedding-dim": "embedding-size embedding-dim dim",
     "--data.path": "data dataset data-dir train-dir root rec",
-    "--device": "gpu cuda cpu",
+    "--device": "cuda cpu",
     "--head.margin": "margin loss margin-list",
     "--head.conflict-threshold": "interclass-filtering-threshold",
     "--schedule.warmup-epochs": "warmup warmup-epoch",
@@ -51,7 +51,8 @@ class _HelpFormatter(argparse.HelpFormatter):
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         """The arguments that must be given, and [options] for the others."""
         words = [self._form(action) for action in actions if action.required or not action.option_strings]
-        super().add_usage(" ".join([self._prog, *words, "[options]"]).replace("%", "%%"), actions, groups, prefix)
+        usage = textwrap.fill(" ".join([self._prog, *words, "[options]"]), self._width, subsequent_indent=" " * 7)
+        super().add_usage(usage.replace("%", "%%"), actions, groups, prefix)
 
     def _form(self, action: argparse.Action) -> str:
         value = self._format_args(action, action.dest)
@@ -138,7 +139,7 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-"):
             return f"{word!r} is one argument too many: see {self.prog} --help"
         name = word.strip("-").replace("_", "-").lower()
-        if name in ("gpus", "nproc", "nproc-per-node", "world-size", "num-gpus") and hasattr(options, "resume"):
+        if name in ("gpu", "gpus", "nproc", "nproc-per-node", "world-size", "num-gpus") and hasattr(options, "resume"):
             return f"there is no option {word}: start several processes with torchrun --nproc-per-node N -m partialfc"
         meant = _MEANT.get(name.rpartition(".")[2])
         known = [option for option in self._option_string_actions if option not in ("-h", "--help", "--help-all")]

@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: Namespace) -> None:
     """Predict the memory of each GPU and the time of a step of a training, and the largest sample rate that fits."""
-    device = "h100" if options.device == "auto" else options.device
+    device: Device = "h100" if options.device == "auto" else options.device
     config = build_config(options).with_backbone("cpu" if device == "cpu" else "cuda")
     data = None if options.recipe is None else data_set(options.recipe)
     known = config.data.num_classes if data is None else data[1]

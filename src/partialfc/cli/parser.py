@@ -51,7 +51,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         """The arguments that must be given, and [options] for the others."""
         words = [self._form(action) for action in actions if action.required or not action.option_strings]
-        usage = textwrap.fill(" ".join([self._prog, *words, "[options]"]), self._width, subsequent_indent=" " * 7)
+        usage = textwrap.fill(" ".join([self._prog, *words, "[options]"]), self._width - 7, subsequent_indent=" " * 7)
         super().add_usage(usage.replace("%", "%%"), actions, groups, prefix)
 
     def _form(self, action: argparse.Action) -> str:

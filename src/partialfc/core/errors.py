@@ -21,8 +21,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     plain = {_plain(one): one for one in known}
     word = _plain(name)
-    first = word.partition("-")[0]
-    near = [one for one in plain if one.partition("-")[0] == first] or list(plain)
+    first, dash, _ = word.partition("-")
+    near = [one for one in plain if dash and one.partition("-")[0] == first] or list(plain)
     ends = [one for one in plain if one == word or one.endswith(f"-{word}")]
     begins = [one for one in near if one.startswith(word)]
     close = difflib.get_close_matches(word, near, n=1, cutoff=0.5)

@@ -133,7 +133,7 @@ def test_help_fits_80_columns_and_has_a_sentence_for_every_option(monkeypatch: p
     for parser in parsers:
         assert all(len(line) < 80 for line in parser.format_help().splitlines())
         assert all(action.help for action in parser._actions if not isinstance(action, argparse._SubParsersAction))
-    assert "Margin of the target class (default: cosface)" in " ".join(parsers[2].format_help().split())
+    assert "Margin of the target class (default: cosface)" in " ".join(parsers[2].format_help(everything=True).split())
 
 
 def test_options_are_kebab_case() -> None:

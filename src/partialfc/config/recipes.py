@@ -6,6 +6,7 @@ reproduced with this package yet. `partialfc recipes NAME` prints command, cost,
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from partialfc.config.options import (
@@ -187,77 +188,16 @@ SCORES: dict[str, tuple[float, float, float]] = {
 }
 
 # Hours of the whole training on one H100, over all GPUs: predictions of `partialfc plan` from the data sheet.
-_HOURS = [
-    "ms1mv2-r50",
-    "6.29",
-    "ms1mv2-r100",
-    "9.57",
-    "ms1mv2-mbf",
-    "6.47",
-    "ms1mv3-r50",
-    "5.6",
-    "ms1mv3-r100",
-    "8.52",
-    "ms1mv3-mbf",
-    "5.75",
-    "glint360k-r50",
-    "18.8",
-    "glint360k-r100",
-    "28.4",
-    "glint360k-mbf",
-    "9.5",
-    "wf4m-r50",
-    "4.61",
-    "wf4m-r100",
-    "7",
-    "wf4m-mbf",
-    "2.35",
-    "wf12m-r100-pfc0.05",
-    "21.1",
-    "wf12m-r100-pfc0.1",
-    "21.4",
-    "wf12m-r100-pfc0.2",
-    "22",
-    "wf12m-r100-pfc0.3",
-    "22.5",
-    "wf12m-r100-pfc1",
-    "26.5",
-    "wf12m-conflict-r50",
-    "22.9",
-    "wf12m-conflict-r50-pfcstar0.3",
-    "16.4",
-    "wf12m-flip40-r50",
-    "19.3",
-    "wf12m-flip40-r50-pfcstar0.1",
-    "14.2",
-    "wf42m-r100",
-    "88.4",
-    "wf42m-r200",
-    "136",
-    "wf42m-mbf",
-    "39.6",
-    "wf42m-r100-batch2048",
-    "77.9",
-    "wf42m-r100-batch4096",
-    "79.5",
-    "wf42m-r100-batch4096-warmup2",
-    "79.5",
-    "wf42m-r100-batch8192",
-    "80",
-    "wf42m-mbf-batch8192",
-    "30.9",
-    "wf42m-vit_t",
-    "67",
-    "wf42m-vit_s",
-    "103",
-    "wf42m-vit_b",
-    "167",
-    "wf42m-vit_l",
-    "305",
-    "wf42m-vit_h",
-    "420",
-]
-GPU_HOURS: dict[str, float] = dict(zip(_HOURS[::2], map(float, _HOURS[1::2]), strict=True))
+_HOURS = """
+    ms1mv2-r50 6.29 ms1mv2-r100 9.57 ms1mv2-mbf 6.47 ms1mv3-r50 5.6 ms1mv3-r100 8.52 ms1mv3-mbf 5.75 glint360k-r50
+    18.8 glint360k-r100 28.4 glint360k-mbf 9.5 wf4m-r50 4.61 wf4m-r100 7 wf4m-mbf 2.35 wf12m-r100-pfc0.05 21.1
+    wf12m-r100-pfc0.1 21.4 wf12m-r100-pfc0.2 22 wf12m-r100-pfc0.3 22.5 wf12m-r100-pfc1 26.5 wf12m-conflict-r50 22.9
+    wf12m-conflict-r50-pfcstar0.3 16.4 wf12m-flip40-r50 19.3 wf12m-flip40-r50-pfcstar0.1 14.2 wf42m-r100 88.4
+    wf42m-r200 136 wf42m-mbf 39.6 wf42m-r100-batch2048 77.9 wf42m-r100-batch4096 79.5 wf42m-r100-batch4096-warmup2
+    79.5 wf42m-r100-batch8192 80 wf42m-mbf-batch8192 30.9 wf42m-vit_t 67 wf42m-vit_s 103 wf42m-vit_b 167 wf42m-vit_l
+    305 wf42m-vit_h 420
+"""
+GPU_HOURS = {name: float(hours) for name, hours in re.findall(r"(\S+)\s+(\S+)", _HOURS)}
 
 
 def recipe_config(name: str) -> TrainConfig:

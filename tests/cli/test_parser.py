@@ -13,6 +13,7 @@ from command_line import complaint, run
 
 from documents import commands_below
 from partialfc.cli import build_parser
+from partialfc.cli.parser import Parser
 
 
 def test_precedence_is_defaults_recipe_file_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -133,7 +134,11 @@ def test_help_fits_80_columns_and_has_a_sentence_for_every_option(monkeypatch: p
     for parser in parsers:
         assert all(len(line) < 80 for line in parser.format_help().splitlines())
         assert all(action.help for action in parser._actions if not isinstance(action, argparse._SubParsersAction))
-    assert "Margin of the target class (default: cosface)" in " ".join(parsers[2].format_help(everything=True).split())
+    train = parsers[2]
+    assert isinstance(train, Parser)
+    everything = train.format_help(everything=True)
+    assert all(len(line) < 80 for line in everything.splitlines())
+    assert "Margin of the target class (default: cosface)" in " ".join(everything.split())
 
 
 def test_options_are_kebab_case() -> None:

@@ -1,10 +1,15 @@
-"""Puts what a benchmark measured between its markers of a document."""
+"""Puts what a benchmark measured between its markers of a document. As a program it writes docs/commands.md."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from partialfc.cli import build_parser
+from partialfc.cli.parser import Parser
 
 DOCS = Path(__file__).parent.parent / "docs"
 _COLUMNS = 100  # of prose; tables are as wide as they are
@@ -26,3 +31,27 @@ def paragraph(text: str) -> list[str]:
 def items(texts: Sequence[str]) -> list[str]:
     """A list of Markdown in lines that fit the documents."""
     return [line for text in texts for line in textwrap.wrap(f"- {text}", _COLUMNS, subsequent_indent="  ")]
+
+
+def commands_below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of all commands below it."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from commands_below(below)
+
+
+def command_pages() -> str:
+    """docs/commands.md: the help of every command at 80 columns."""
+    os.environ["COLUMNS"] = "80"
+    parts = ["# Commands", "", "What `--help` of each command prints, and `--help-all` of `train`.", ""]
+    for parser in commands_below(build_parser()):
+        assert isinstance(parser, Parser)
+        text = parser.format_help(everything=parser.prog == "partialfc train").rstrip()
+        parts += [f"## {parser.prog}", "", "```text", text, "```", ""]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    (DOCS / "commands.md").write_text(command_pages(), encoding="utf-8")

@@ -71,8 +71,8 @@ Look at
 
 Next, with your own data (a .rec file, or one folder of aligned images for each identity)
     partialfc data inspect FOLDER
-    partialfc train --data.path FOLDER --backbone.name r50 --benchmark lfw=lfw.bin --out runs/mine
-    partialfc evaluate runs/mine --benchmark lfw=lfw.bin
+    partialfc train FOLDER --benchmark lfw.bin --out runs/mine
+    partialfc evaluate runs/mine --benchmark lfw.bin
 """
 
 

@@ -70,3 +70,12 @@ def test_prose_fits_the_documents() -> None:
     lines = [*documents.paragraph("word " * 60), *documents.items(["word " * 60, "one"])]
     assert max(map(len, lines)) <= 100
     assert lines[-1] == "- one"
+
+
+def test_the_page_of_commands_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    import documents
+
+    monkeypatch.setenv("COLUMNS", "80")
+    page = (documents.DOCS / "commands.md").read_text(encoding="utf-8")
+    assert page == documents.command_pages(), "run: python benchmarks/documents.py"
+    assert max(map(len, page.splitlines())) < 80

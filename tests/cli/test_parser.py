@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import pytest
 import yaml
 from command_line import complaint, run
 
+from documents import commands_below
 from partialfc.cli import build_parser
+from partialfc.cli.parser import Parser
 
 
 def test_precedence_is_defaults_recipe_file_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -54,7 +55,6 @@ def test_precedence_is_defaults_recipe_file_flags(capsys: pytest.CaptureFixture[
         (["report", "run", "--titel=x"], ["--titel", "--title"]),
         (["train", "--data.path=x", "--benchmark", "lfw"], ["lfw", "NAME=PATH"]),
         (["trian"], ["trian", "train"]),
-        ([], ["command"]),
         (["data"], ["command"]),
         (["evaluate", "/no/model", "--benchmark", "a=b"], ["/no/model"]),
         (["bench", "head"], ["classes"]),
@@ -127,28 +127,60 @@ def test_a_file_may_hold_the_other_options_too(capsys: pytest.CaptureFixture[str
     assert "NAME=PATH" in complaint(capsys, "train", "--config", tmp_path / "config.yaml")
 
 
-def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and all below it."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from commands(below)
-
-
 def test_help_fits_80_columns_and_has_a_sentence_for_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    parsers = list(commands(build_parser()))
+    parsers = list(commands_below(build_parser()))
     assert len(parsers) >= 12
     for parser in parsers:
         assert all(len(line) < 80 for line in parser.format_help().splitlines())
         assert all(action.help for action in parser._actions if not isinstance(action, argparse._SubParsersAction))
-    assert "Margin of the target class (default: cosface)" in " ".join(parsers[2].format_help().split())
+    train = parsers[2]
+    assert isinstance(train, Parser)
+    everything = train.format_help(everything=True)
+    assert all(len(line) < 80 for line in everything.splitlines())
+    assert "Margin of the target class (default: cosface)" in " ".join(everything.split())
 
 
 def test_options_are_kebab_case() -> None:
-    options = {option for parser in commands(build_parser()) for option in parser._option_string_actions}
+    options = {option for parser in commands_below(build_parser()) for option in parser._option_string_actions}
     assert not [option for option in options if "_" in option]
+
+
+def test_without_a_command_it_shows_what_to_do_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    shown = capsys.readouterr().out
+    assert "partialfc demo" in shown
+    assert "partialfc train DATA" in shown
+
+
+def test_short_names_and_data_are_the_keys_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--backbone=r50", "--epochs=20", "--batch-size=128", "--lr", "0.1", "--sample_rate=0.2", "--workers=1"]
+    long = "--backbone.name=r50 --schedule.epochs=20 --data.global_batch_size=128 --optimizer.lr=0.1"
+    long += " --head.sample-rate=0.2 --data.workers=1 --data.path=here"
+    printed = []
+    for line in (["here", *short], [*short, "here"], long.split()):
+        assert run("train", "--print-config", *line) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    assert yaml.safe_load(printed[0])["data"]["path"] == "here"
+
+
+def test_the_default_backbone_depends_on_the_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--print-config", "--device=cpu") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["backbone"]["name"] == "mini"
+    assert run("plan", "--classes=1000", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["workload"]["config"]["backbone"]["name"] == "r50"
+
+
+def test_help_shows_the_common_options_and_help_all_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for option in ("--help", "--help-all"):
+        assert run("train", option) == 0
+        shown.append(capsys.readouterr().out)
+    assert all("--lr, --optimizer.lr X" in text for text in shown)
+    assert ["--head.conflict-threshold" in text for text in shown] == [False, True]
+    assert len(shown[0].splitlines()) < 60
+    assert not any(sign in shown[1] for sign in ("<class", "Optional["))
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,16 @@ def test_recipes_are_listed_and_described(capsys: pytest.CaptureFixture[str]) ->
     assert run("recipes", "wf12m-r100-pfc0.1") == 0
     assert "94.49" in capsys.readouterr().out
     assert run("recipes") == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(every) + 1
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 80
+    assert [line.split()[0] for line in lines[2:-3]] == [facts["name"] for facts in every]
     sentence = complaint(capsys, "recipes", "wf12m-r100-pfc0.15")
     assert "Did you mean 'wf12m-r100-pfc0.1'" in sentence
+
+
+def test_recipes_are_filtered_by_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes", "WebFace42M", "VIT_L") == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:-3]
+    name, identities, images, hours, gpu_hours, mfr, ijbc = row.split()
+    assert (name, identities, images, mfr, ijbc) == ("wf42m-vit_l", "2,059,906", "42.5M", "97.85", "98.00")
+    assert float(gpu_hours) == pytest.approx(64 * float(hours), rel=0.02)

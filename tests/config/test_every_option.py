@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -55,12 +56,12 @@ def test_every_option_is_read_somewhere() -> None:
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build_parser().parse_args(["train", "--help"])
+        build_parser().parse_args(["train", "--help-all"])
     explained: dict[str, str] = {}
     option = ""
     for line in capsys.readouterr().out.splitlines():
-        if line.startswith("  --"):
-            option, _, line = line.strip().partition(" ")
+        if named := re.match(r"  (?:--[\w-]+, )?(--[\w.-]+)", line):
+            option, line = named[1], line[named.end() :]
         if option:
             explained[option] = f"{explained.get(option, '')} {line.strip()}"
     for key in dotted_keys():

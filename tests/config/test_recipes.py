@@ -13,9 +13,12 @@ from small_runs import write_images
 
 from partialfc.config import recipes
 from partialfc.config.options import BackboneConfig, OutputConfig
-from partialfc.config.recipes import DATA_SETS, RECIPES, SCORES, describe
+from partialfc.config.recipes import DATA_SETS, GPU_HOURS, RECIPES, SCORES, data_set, describe
 from partialfc.core.errors import InputError
 from partialfc.plan.planning import recipe_memory
+from partialfc.plan.rates import preset
+from partialfc.plan.step_time import step_time
+from partialfc.plan.workload import Workload
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 
@@ -42,7 +45,7 @@ def test_figures_of_one_plan() -> None:
     assert memory["centers"] == 4 * 512 * 257_489
     assert recipe_memory("demo") is None
     assert describe("wf12m-conflict-r50")["data"].startswith("WebFace12M-Conflict: 1,017,970")
-    assert describe("ms1mv3-r50")["score"] == "no published figure in our records"
+    assert describe("ms1mv3-r50")["score"] == "none published"
 
 
 def test_published_settings() -> None:
@@ -73,13 +76,13 @@ def test_published_batches_and_what_is_our_choice() -> None:
     assert describe("wf42m-vit_l")["our_choice"] == "nothing"
     assert describe("wf42m-vit_b")["our_choice"] == "the sample rate"
     assert "8,192 lr 0.6 (warm-up 4)" in describe("wf12m-r100-pfc0.1")["other_batches"]
-    assert describe("wf42m-vit_l")["other_batches"].startswith("no rule published")
+    assert describe("wf42m-vit_l")["other_batches"].startswith("keep the learning rate")
 
 
 @pytest.mark.parametrize("family", [recipes.convolutional, recipes.ms1m, recipes.glint360k, recipes.noisy, recipes.vit])
 def test_docstrings_give_command_cost_and_score_as_described(family: Callable[..., Any]) -> None:
     text = " ".join(str(family.__doc__).split())
-    name, command = re.findall(r"([\w.-]+): (torchrun .*? PATH)\.", text)[0]
+    name, command = re.findall(r"([\w.-]+): (torchrun .*? --recipe \S*\w)\.", text)[0]
     facts = describe(name)
     assert command == facts["command"]
     gpus, steps = facts["cost"].split(", ", 1)
@@ -123,5 +126,16 @@ def test_scaled_down_its_loss_falls(recipe: str, backbone: BackboneConfig, tmp_p
 
 
 def test_an_unknown_recipe_offers_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"no recipe 'wf42m-r20': choose one of demo, .* Did you mean 'wf42m-r200'"):
+    with pytest.raises(InputError, match=r"no recipe 'wf42m-r20'; .* Did you mean 'wf42m-r200'"):
         describe("wf42m-r20")
+
+
+@pytest.mark.slow
+def test_hours_are_those_of_the_plan() -> None:
+    for name, hours in GPU_HOURS.items():
+        data, config = data_set(name), RECIPES[name]
+        assert data is not None
+        workload = Workload(config, data[1], config.data.fewest_processes, images=data[2])
+        planned = step_time(workload, preset(workload)).step * (workload.steps or 0) / 3600 * workload.gpus
+        assert hours == pytest.approx(planned, rel=0.01), name
+    assert set(GPU_HOURS) == set(PUBLISHED)

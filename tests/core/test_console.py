@@ -86,6 +86,14 @@ def test_other_figures_are_shown_under_their_names(clock: Clock, plain: Console)
     ]
 
 
+def test_the_position_moves_without_figures_which_stay(clock: Clock, plain: Console) -> None:
+    with Progress("training", 20, unit=None, console=plain, clock=clock) as shown:
+        shown.update(10, loss=3.0)
+        clock.now += 10.0
+        shown.update(11)
+    assert lines(plain)[-1] == "training: step 11/20 (55%), loss 3.00, 1:30 left"
+
+
 def test_messages_are_kept_as_they_are(clock: Clock, plain: Console) -> None:
     text = "step 3: [bold] 99.50% " + "long " * 30 + "."
     with Progress("training", 20, unit=None, console=plain, clock=clock) as shown:

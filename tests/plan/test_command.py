@@ -77,15 +77,18 @@ def test_what_does_not_fit_is_said_with_remedies(capsys: pytest.CaptureFixture[s
             ["--classes=10", "--head.sample_rate=2"],
             "head.sample_rate is 2.0; it is a part of the classes",
         ),
-        (["--classes=ten"], "argument --classes: 'ten' is not a whole number."),
-        (["--classes=10", "--device=tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
+        (["--classes=ten"], "--classes: 'ten' is not a whole number."),
+        (["--classes=10", "--device=tpu"], "--device: 'tpu' is not one of auto, v100, "),
         (
             ["--classes=10", "--backbone.name=mini", "--backbone.checkpointing=true"],
             "mini does not take the option 'checkpointing'",
         ),
         (["--recipe=demo"], "--classes is missing"),
         (["--recipe=wf42m"], "There is no recipe 'wf42m'"),
-        (["--classes=10", "--gpu=3"], "there is no option --gpu; options are not abbreviated. Did you mean '--gpus'?"),
+        (
+            ["--classes=10", "--gpu=3"],
+            "there is no option --gpu; options are not abbreviated. Did you mean '--gpus' or ",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:

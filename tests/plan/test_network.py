@@ -8,7 +8,7 @@ from workloads import changed, workload
 
 from partialfc.backbones import BACKBONES, create_backbone
 from partialfc.core.errors import InputError
-from partialfc.plan.network import LiveBytes, network_pass, network_size
+from partialfc.plan.network import LiveBytes, network_flops, network_pass, network_size
 
 SMALL = workload(100, 6, backbone__name="r18", precision="float32")
 
@@ -57,16 +57,16 @@ def test_sizes_of_published_networks() -> None:
     [name if name in ("r18", "mini") else pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES],
 )
 def test_every_backbone_is_counted(backbone: str) -> None:
-    counted = network_pass(workload(100, 2, backbone__name=backbone, image_size=48))
+    small = workload(100, 2, backbone__name=backbone, image_size=48)
+    counted = network_pass(small)
     assert 0 < counted.saved_bytes <= counted.peak_bytes
-    assert counted.flops > 1e6
+    assert network_flops(small) > 1e6
 
 
 @pytest.mark.slow
 def test_what_lowers_the_memory_of_activations() -> None:
     asked = changed(SMALL, image_size=64)
     full, recomputed = (network_pass(changed(asked, backbone__checkpointing=c)) for c in (False, True))
-    assert recomputed.flops == full.flops
     assert recomputed.saved_bytes < full.saved_bytes / 2
     assert network_pass(changed(asked, precision="bfloat16")).saved_bytes < 0.8 * full.saved_bytes
 

@@ -14,6 +14,15 @@ from partialfc.cli.parser import Parser, add_commands
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.core.files import NO_UTF8
 
+_FIRST_STEPS = """first steps:
+  partialfc demo                  the whole job on drawn faces, in minutes
+  partialfc data inspect DATA     what is in a data set
+  partialfc train DATA --benchmark lfw.bin --out runs/mine
+  partialfc evaluate runs/mine --benchmark lfw.bin
+  partialfc recipes               published trainings, and what they take
+
+`partialfc COMMAND --help` shows the options of a command."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -37,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (JobError, OSError) as error:
         return _failed(error, 1)
-    except KeyboardInterrupt:
-        return _failed("interrupted; a training run goes on from its last checkpoint with --resume", 130)
+    except KeyboardInterrupt as error:
+        return _failed(str(error) or "interrupted", 130)
     return 0
 
 
@@ -49,9 +58,11 @@ def _failed(message: object, status: int) -> int:
 
 def build_parser() -> Parser:
     """The parser of the whole command line; what it parses has a function `run`."""
-    parser = Parser(prog="partialfc", description="Train face recognition with Partial FC, and see how good it is.")
+    what = "Train face recognition on millions of identities with Partial FC, and see how good it is."
+    parser = Parser(prog="partialfc", description=what, epilog=_FIRST_STEPS)
     parser.add_argument("--version", action="version", version=f"partialfc {metadata.version('partialfc')}")
     commands = add_commands(parser)
+    parser.set_defaults(run=lambda _: parser.print_help())
     for command in (demo, train, recipes, plan, evaluate, report, data, bench):
         command.add_parser(commands)
     return parser

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.cli.parser import add_command, show
+from partialfc.core.errors import StoppedBySignal
 from partialfc.demo import demo
 
 
@@ -18,5 +19,9 @@ def add_parser(commands: Any) -> None:
 
 def run(options: Namespace) -> None:
     """Train on procedural faces and test on identities never seen: the whole job on this machine."""
-    summary = demo(options.out, seed=options.seed, quiet=options.json)
+    try:
+        summary = demo(options.out, seed=options.seed, quiet=options.json)
+    except StoppedBySignal as stop:
+        stop.args = (str(stop).replace("--resume", "the same command"),)  # the demo goes on by itself
+        raise
     show(options, summary.to_dict(), summary.text())

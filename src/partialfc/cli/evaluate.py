@@ -22,14 +22,13 @@ from partialfc.model.embed import Precision
 from partialfc.model.features import read_features
 from partialfc.model.files import Model, find_model, load_model
 
-_USAGE = "partialfc evaluate [MODEL ...] --benchmark [NAME=]PATH ... [options]"
 _SIZE = 112  # of the images of a benchmark whose features are stored
 
 
 def add_parser(commands: Any) -> None:
-    parser = add_command(commands, "evaluate", run, usage=_USAGE)
+    parser = add_command(commands, "evaluate", run)
     help_ = "run folder, model folder, or file of weights; several give one table"
-    parser.add_argument("model", type=Path, nargs="*", help=help_)
+    parser.add_argument("model", type=Path, nargs="*", metavar="MODEL", help=help_)
     what = ".bin files, folders of IJB, lists (.csv), folders of one's own people (docs/evaluation.md)"
     add_benchmarks(parser, required=True, what=what)
     help_ = "features (.npy) of the benchmark's images instead of a model, or those of the model"
@@ -60,7 +59,8 @@ def run(options: Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give a positive number.")
     paths, device = named_paths(options.benchmark), choose_device(options.device)
     if not options.model and options.embeddings is None:
-        raise InputError("There is nothing to evaluate: give a model, or features with --embeddings.")
+        remedy = "give a model before --benchmark, or features with --embeddings"
+        raise InputError(f"There is nothing to evaluate: {remedy}.")
     if options.embeddings is not None and (len(paths) > 1 or len(options.model) > 1):
         raise InputError("--embeddings holds the features of one benchmark: give one benchmark, and one model at most.")
     if options.write_thresholds and (len(paths) > 1 or len(options.model) != 1):

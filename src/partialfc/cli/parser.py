@@ -3,29 +3,68 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
-import itertools
 import json
+import shutil
 import sys
 import textwrap
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
-import yaml
-
-from partialfc.config.options import TrainConfig, flatten
+from partialfc.cli.values import convert, read_yaml
+from partialfc.config.options import flatten
 from partialfc.config.recipes import recipe_config
 from partialfc.core.errors import InputError, did_you_mean
 
+# What others call our options, the published configurations among them.
+_ELSEWHERE = {
+    "--backbone": "arch model network net",
+    "--epochs": "epoch num-epoch num-epochs max-epochs",
+    "--lr": "learning-rate base-lr",
+    "--sample-rate": "rate sample",
+    "--benchmark": "eval val val-targets verification benchmarks test",
+    "--out": "output output-dir save-dir work-dir",
+    "--precision": "amp mixed-precision dtype",
+    "--optimizer.name": "optimizer optim",
+    "--backbone.init": "init pretrained weights finetune load",
+    "--backbone.embedding-dim": "embedding-size embedding-dim dim",
+    "--data.path": "data dataset data-dir train-dir root rec",
+    "--device": "cuda cpu",
+    "--head.margin": "margin loss margin-list",
+    "--head.conflict-threshold": "interclass-filtering-threshold",
+    "--schedule.warmup-epochs": "warmup warmup-epoch",
+    "--output.log-every": "frequent verbose",
+    "--print-config": "config-print show-config dry-run",
+}
+_MEANT = {name: option for option, names in _ELSEWHERE.items() for name in names.split()}
+
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to the help of each option that has one."""
+    """Adds the default to the help of each option that has one; the text is the same in every version of Python."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=min(80, shutil.get_terminal_size().columns) - 2)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        """The arguments that must be given, and [options] for the others."""
+        words = [self._form(action) for action in actions if action.required or not action.option_strings]
+        usage = textwrap.fill(" ".join([self._prog, *words, "[options]"]), self._width - 7, subsequent_indent=" " * 7)
+        super().add_usage(usage.replace("%", "%%"), actions, groups, prefix)
+
+    def _form(self, action: argparse.Action) -> str:
+        value = self._format_args(action, action.dest)
+        return f"{action.option_strings[0]} {value}" if action.option_strings else value
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest.upper())}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         sentence = (action.help or "").rstrip(".")
@@ -33,6 +72,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         if action.nargs == 0 or not action.option_strings or action.default in (None, "", []):
             return sentence
         default = json.dumps(action.default) if isinstance(action.default, bool) else action.default
+        default = f"{default:g}" if isinstance(default, float) else default
         return f"{sentence} (default: {default})"
 
 
@@ -44,12 +84,35 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, add_help=False, **options)
         for kind in (int, float):
             self.register("type", kind, partial(convert, kind))
+        self.add_argument("-h", "--help", action="help", help="show this help and exit")
+        self.details: list[Any] = []
 
     def error(self, message: str) -> NoReturn:
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing != message:
+            message = f"{missing} missing: see {self.prog} --help"
+        message = message.removeprefix("argument ")
         self.exit(2, f"partialfc: error: {message}{'' if message.endswith(('.', '?')) else '.'}\n")
+
+    def format_help(self, *, everything: bool = False) -> str:
+        """The help, without the groups of `details` unless everything is to be shown."""
+        groups = self._action_groups
+        self._action_groups = [group for group in groups if everything or group not in self.details]
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups = groups
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        if isinstance(action, argparse._SubParsersAction):
+            hint = did_you_mean(value, action.choices)
+            self.error(f"there is no command {value!r}: {self.prog} has {', '.join(action.choices)}.{hint}")
+        self.error(f"{'/'.join(action.option_strings)}: {value!r} is not one of {', '.join(action.choices)}")
 
     def parse_known_args(  # type: ignore[override]
         self, arguments: Sequence[str] | None = None, namespace: Namespace | None = None
@@ -63,10 +126,25 @@ class Parser(argparse.ArgumentParser):
                 self.set_defaults(**self._read_config(path))
             options, unknown = super().parse_known_args(words, namespace)
         if unknown:
-            option = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-            hint = did_you_mean(option.replace("_", "-"), self._option_string_actions)
-            self.error(f"there is no option {option}; options are not abbreviated.{hint}")
+            self.error(self._describe_unknown(unknown, options))
+        if "--data.path" in self._option_string_actions and getattr(options, "DATA", None) is not None:
+            if getattr(options, "data.path") != self.get_default("data.path"):
+                self.error("the data are given twice: leave out DATA or --data.path")
+            setattr(options, "data.path", options.DATA)
         return options, unknown
+
+    def _describe_unknown(self, unknown: Sequence[str], options: Namespace) -> str:
+        """One sentence on the first word that is no option and no argument."""
+        word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        if not word.startswith("-"):
+            return f"{word!r} is one argument too many: see {self.prog} --help"
+        name = word.strip("-").replace("_", "-").lower()
+        if name in ("gpu", "gpus", "nproc", "nproc-per-node", "world-size", "num-gpus") and hasattr(options, "resume"):
+            return f"there is no option {word}: start several processes with torchrun --nproc-per-node N -m partialfc"
+        meant = _MEANT.get(name.rpartition(".")[2])
+        known = [option for option in self._option_string_actions if option not in ("-h", "--help", "--help-all")]
+        hint = f" Did you mean {meant!r}?" if meant in known else did_you_mean(word, known)
+        return f"there is no option {word}; options are not abbreviated.{hint}"
 
     def _kebab_case(self, word: str) -> str:
         name, equals, value = word.partition("=")
@@ -75,13 +153,8 @@ class Parser(argparse.ArgumentParser):
 
     def _read_config(self, path: Path) -> dict[str, Any]:
         """The values of a YAML file of options, by their dotted names."""
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"cannot read {path} as YAML: {' '.join(str(error).split())}.") from error
-        if not isinstance(content, dict):
-            raise InputError(f"{path} holds no options: write lines such as `seed: 1`.")
-        actions = {action.dest: action for action in self._actions}
+        content = read_yaml(path)
+        actions = {action.dest: action for action in self._actions if action.option_strings}
         values = flatten(content)
         for name, value in values.items():
             if name not in actions:
@@ -96,7 +169,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_commands(parser: Parser) -> Any:
     """The place of the commands below `parser`, whose own `run` asks for one of them."""
-    commands = parser.add_subparsers(title="commands", metavar="command")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog=parser.prog)
     parser.set_defaults(run=lambda _: parser.error(f"give a command: one of {', '.join(commands.choices)}"))
     return commands
 
@@ -116,98 +189,10 @@ def show(options: Namespace, result: Any, text: str) -> None:
 
 
 def facts_text(facts: dict[str, Any]) -> str:
-    """Facts by name as two aligned columns."""
-    width = max(map(len, facts))
-    return "\n".join(f"{name:>{width}}  {value}" for name, value in facts.items())
-
-
-# -- options of a configuration ----------------------------------------------------------------------------------------
-
-
-def add_config_options(parser: Parser, *, skip: str = "") -> None:
-    """Add --recipe, --config, and an option for each key of `TrainConfig`; see `build_config`.
-
-    Args:
-        skip: the key whose option the command adds itself.
-    """
-    parser.add_argument("--recipe", metavar="NAME", help="start from this recipe; `partialfc recipes` lists them")
-    help_ = "YAML file with any of these options, which overrides the recipe"
-    parser.add_argument("--config", metavar="FILE", type=Path, action="append", default=[], help=help_)
-    _add_fields(parser, TrainConfig, "", skip)
-
-
-def _add_fields(parser: Parser, config_class: type, prefix: str, skip: str = "") -> None:
-    types, sections = _type_hints(config_class), []
-    group = parser.add_argument_group((config_class.__doc__ or "").rstrip("."))
-    for name, sentence in _docstrings(config_class).items():
-        if name == skip:
-            continue
-        if is_dataclass(types[name]):
-            sections.append(name)
-            continue
-        group.add_argument(
-            f"--{prefix}{name}".replace("_", "-"),
-            dest=f"{prefix}{name}",
-            type=partial(convert, types[name]),
-            default=getattr(config_class(), name),
-            metavar=_form(types[name])[0],
-            help=sentence.replace("%", "%%"),
-        )
-    for name in sections:
-        _add_fields(parser, types[name], f"{prefix}{name}.")
-
-
-_type_hints = cache(get_type_hints)
-
-
-@cache
-def _docstrings(config_class: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, as one line."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
-    assert isinstance(definition, ast.ClassDef)
-    return {
-        field.target.id: " ".join(str(docstring.value.value).split())
-        for field, docstring in itertools.pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
-    }
-
-
-def _form(hint: Any) -> tuple[str, str, Callable[[str], Any]]:
-    """What the help shows for a value of this type, what a message calls it, and what makes it from text."""
-    if NoneType in get_args(hint):
-        hint = next(part for part in get_args(hint) if part is not NoneType)
-    known: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
-        bool: ("{true,false}", "true or false", {"true": True, "false": False}.__getitem__),
-        int: ("N", "a whole number", int),
-        float: ("X", "a number", float),
-        str: ("TEXT", "text", str),
-        list[str]: ("[NAME,...]", "a list such as [a,b]", _names),
-    }
-    names = get_args(hint)
-    choices = {name: name for name in names}
-    return known.get(hint) or (f"{{{','.join(names)}}}", f"one of {', '.join(names)}", choices.__getitem__)
-
-
-def _names(text: str) -> list[str]:
-    return [str(name) for name in yaml.safe_load(text if text.startswith("[") else f"[{text}]")]
-
-
-def convert(hint: Any, text: str) -> Any:
-    """The value of type `hint` (bool, int, float, str, list[str], a Literal, or one of these | None) of an option."""
-    if text == "null" and NoneType in get_args(hint):
-        return None
-    _, kind, make = _form(hint)
-    try:
-        return make(text)
-    except (KeyError, ValueError, yaml.YAMLError):
-        raise ArgumentTypeError(f"{text!r} is not {kind}") from None
-
-
-def build_config(options: Namespace) -> TrainConfig:
-    """The configuration that the options of `add_config_options` give."""
-    config = TrainConfig()
-    return config.with_values({key: getattr(options, key) for key in flatten(config.to_dict())})
+    """Facts by name as two aligned columns, wrapped to the terminal."""
+    width, columns = max(map(len, facts)), max(60, shutil.get_terminal_size().columns)
+    wrap = partial(textwrap.fill, width=columns - 1, subsequent_indent=" " * (width + 2), break_long_words=False)
+    return "\n".join(wrap(f"{name:>{width}}  {value}", break_on_hyphens=False) for name, value in facts.items())
 
 
 # -- options of several commands ---------------------------------------------------------------------------------------
@@ -221,7 +206,8 @@ def add_device(parser: Parser) -> None:
 def add_benchmarks(parser: Parser, *, required: bool = False, what: str = "verification .bin files") -> None:
     """Add --benchmark, which `named_paths` reads."""
     help_ = f"{what}, each under a name; by default that of its path"
-    parser.add_argument("--benchmark", nargs="+", required=required, default=[], metavar="[NAME=]PATH", help=help_)
+    options: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "[NAME=]PATH"}
+    parser.add_argument("--benchmark", required=required, help=help_, **options)
 
 
 def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
@@ -240,8 +226,8 @@ def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
             raise InputError(
                 f"benchmark {pair!r} is neither a path that exists nor NAME=PATH: write for example lfw=data/lfw.bin."
             )
-        if "/" in name:
-            raise InputError(f"benchmark name {name!r} has a slash, which separates the parts of a figure: rename it.")
+        if "/" in name or name.startswith("."):
+            raise InputError(f"benchmark name {name!r} has a slash or begins with a dot; files bear it: rename it.")
         if name in named:
             raise InputError(f"benchmark name {name!r} is given twice: give each file its own name.")
         named[name] = Path(path)

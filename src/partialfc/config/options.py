@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from partialfc.core.errors import InputError
@@ -57,8 +58,8 @@ class DataConfig:
 class BackboneConfig:
     """The network from images to embeddings."""
 
-    name: str = "r50"
-    """Name of the network, such as r18, r50, r100, vit_b or mini."""
+    name: str = "auto"
+    """Name of the network, such as r18, r50, r100, vit_b or mini; auto is r50 on a GPU and mini on a CPU."""
     embedding_dim: int = 512
     """Dimension of the embedding."""
     dropout: float | None = None
@@ -144,7 +145,7 @@ class OptimizerConfig:
     name: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: float = 0.05
-    """Peak learning rate."""
+    """Peak learning rate; for a global batch of 512 images, unless optimizer.lr_scaling is absolute."""
     lr_scaling: Literal["per_512", "absolute"] = "per_512"
     """Whether lr is given for a global batch of 512 images and scales in proportion, or is used as it is."""
     head_lr_factor: float = 1.0
@@ -310,11 +311,17 @@ class TrainConfig:
     def describe_lr(self) -> str:
         """The rule behind `peak_lr`, in words."""
         if self.optimizer.lr_scaling == "absolute":
-            rule = "in proportion for another" if self.optimizer.name == "sgd" else "no rule is published for another"
-            return f"lr {self.peak_lr():g} for a global batch of {self.data.global_batch_size:,} ({rule})"
+            return f"lr {self.peak_lr():g}"
         return (
             f"lr {self.peak_lr():g} = {self.optimizer.lr:g} x global batch {self.data.global_batch_size} / {LR_BATCH}"
         )
+
+    def with_backbone(self, device: str | None = None) -> TrainConfig:
+        """This configuration with the network that "auto" stands for on a device; by default that of the run."""
+        if self.backbone.name != "auto":
+            return self
+        has_gpu = torch.cuda.is_available() if (device or self.device) == "auto" else (device or self.device) == "cuda"
+        return self.with_values({"backbone.name": "r50" if has_gpu else "mini"})
 
     def with_values(self, values: Mapping[str, Any]) -> TrainConfig:
         """This configuration with other values for some dotted keys, such as {"head.scale": 30.0}."""

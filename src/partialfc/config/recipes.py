@@ -6,6 +6,7 @@ reproduced with this package yet. `partialfc recipes NAME` prints command, cost,
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from partialfc.config.options import (
@@ -40,7 +41,7 @@ def demo() -> TrainConfig:
 def demo_r18() -> TrainConfig:
     """The faces of the demo with an IResNet-18 and a longer schedule.
 
-    Command: partialfc train --recipe demo-r18 --data.path runs/demo/data/train. Score: docs/demo.md.
+    Command: partialfc train runs/demo/data/train --recipe demo-r18. Score: docs/demo.md.
     """
     return demo().with_values({"backbone.name": "r18", "backbone.embedding_dim": 512, "schedule.epochs": 12})
 
@@ -48,7 +49,7 @@ def demo_r18() -> TrainConfig:
 def convolutional(name: str, sample_rate: float = 0.1, conflict_threshold: float | None = None) -> TrainConfig:
     """CosFace 0.4 and SGD on 8 GPUs with 128 images each; with a conflict threshold it is PFC*.
 
-    wf12m-r100-pfc0.1: torchrun --nproc-per-node 8 -m partialfc train --recipe wf12m-r100-pfc0.1 --data.path PATH.
+    wf12m-r100-pfc0.1: torchrun --nproc-per-node 8 -m partialfc train DATA --recipe wf12m-r100-pfc0.1.
     Cost: 248,438 steps on 8 GPUs. Score: 94.49, 97.56, 95.92.
     wf42m-r200 costs 829,581 steps on 8 GPUs. Score: 97.70, 97.97, 96.93.
     """
@@ -66,7 +67,7 @@ def convolutional(name: str, sample_rate: float = 0.1, conflict_threshold: float
 def ms1m(name: str) -> TrainConfig:
     """MS1MV2 and MS1MV3: ArcFace 0.5; MobileFaceNets train for 40 epochs.
 
-    ms1mv3-r50: torchrun --nproc-per-node 8 -m partialfc train --recipe ms1mv3-r50 --data.path PATH.
+    ms1mv3-r50: torchrun --nproc-per-node 8 -m partialfc train DATA --recipe ms1mv3-r50.
     Cost: 101,162 steps on 8 GPUs. No published score in our records.
     """
     epochs = 40 if name == "mbf" else 20
@@ -78,7 +79,7 @@ def ms1m(name: str) -> TrainConfig:
 def glint360k(name: str) -> TrainConfig:
     """Glint360K: weight decay 1e-4.
 
-    glint360k-r50: torchrun --nproc-per-node 8 -m partialfc train --recipe glint360k-r50 --data.path PATH.
+    glint360k-r50: torchrun --nproc-per-node 8 -m partialfc train DATA --recipe glint360k-r50.
     Cost: 333,821 steps on 8 GPUs. No published score in our records.
     """
     return convolutional(name).with_values({"optimizer.weight_decay": 1e-4})
@@ -87,8 +88,8 @@ def glint360k(name: str) -> TrainConfig:
 def noisy(sample_rate: float, conflict_threshold: float | None = None) -> TrainConfig:
     """The Conflict and Flip sets: an IResNet-50, two epochs of warm-up.
 
-    wf12m-conflict-r50-pfcstar0.3: torchrun --nproc-per-node 8 -m partialfc train --recipe
-    wf12m-conflict-r50-pfcstar0.3 --data.path PATH. Cost: 248,438 steps on 8 GPUs. Score: 91.68, 97.28, 95.75.
+    wf12m-conflict-r50-pfcstar0.3: torchrun --nproc-per-node 8 -m partialfc train DATA
+    --recipe wf12m-conflict-r50-pfcstar0.3. Cost: 248,438 steps on 8 GPUs. Score: 91.68, 97.28, 95.75.
     """
     return convolutional("r50", sample_rate, conflict_threshold).with_values({"schedule.warmup_epochs": 2})
 
@@ -96,8 +97,8 @@ def noisy(sample_rate: float, conflict_threshold: float | None = None) -> TrainC
 def large_batch(name: str, row: tuple[int, float, float]) -> TrainConfig:
     """WebFace42M by another row of `BATCH_ROWS`, on 8 GPUs up to 2048 images and with 256 images a GPU beyond.
 
-    wf42m-r100-batch8192: torchrun --nproc-per-node 8 --nnodes 4 -m partialfc train --recipe wf42m-r100-batch8192
-    --data.path PATH. Cost: 103,697 steps on 32 GPUs. No published score in our records.
+    wf42m-r100-batch8192: torchrun --nproc-per-node 8 --nnodes 4 -m partialfc train DATA
+    --recipe wf42m-r100-batch8192. Cost: 103,697 steps on 32 GPUs. No published score in our records.
     """
     batch, lr, warmup_epochs = row
     return convolutional(name, 0.3).with_values(
@@ -113,7 +114,7 @@ def large_batch(name: str, row: tuple[int, float, float]) -> TrainConfig:
 def vit(name: str) -> TrainConfig:
     """WebFace42M with a ViT on 64 GPUs: AdamW, 40 epochs, token mask 0.10 for B and L; H has a row of its own.
 
-    wf42m-vit_l: torchrun --nproc-per-node 8 --nnodes 8 -m partialfc train --recipe wf42m-vit_l --data.path PATH.
+    wf42m-vit_l: torchrun --nproc-per-node 8 --nnodes 8 -m partialfc train DATA --recipe wf42m-vit_l.
     Cost: 69,131 steps on 64 GPUs. Score: 97.85, 98.00, 97.23.
     """
     huge = name == "vit_h"
@@ -186,6 +187,18 @@ SCORES: dict[str, tuple[float, float, float]] = {
     "wf42m-vit_l": (97.85, 98.00, 97.23),
 }
 
+# Hours of the whole training on one H100, over all GPUs: predictions of `partialfc plan` from the data sheet.
+_HOURS = """
+    ms1mv2-r50 6.29 ms1mv2-r100 9.57 ms1mv2-mbf 6.47 ms1mv3-r50 5.6 ms1mv3-r100 8.52 ms1mv3-mbf 5.75 glint360k-r50
+    18.8 glint360k-r100 28.4 glint360k-mbf 9.5 wf4m-r50 4.61 wf4m-r100 7 wf4m-mbf 2.35 wf12m-r100-pfc0.05 21.1
+    wf12m-r100-pfc0.1 21.4 wf12m-r100-pfc0.2 22 wf12m-r100-pfc0.3 22.5 wf12m-r100-pfc1 26.5 wf12m-conflict-r50 22.9
+    wf12m-conflict-r50-pfcstar0.3 16.4 wf12m-flip40-r50 19.3 wf12m-flip40-r50-pfcstar0.1 14.2 wf42m-r100 88.4
+    wf42m-r200 136 wf42m-mbf 39.6 wf42m-r100-batch2048 77.9 wf42m-r100-batch4096 79.5 wf42m-r100-batch4096-warmup2
+    79.5 wf42m-r100-batch8192 80 wf42m-mbf-batch8192 30.9 wf42m-vit_t 67 wf42m-vit_s 103 wf42m-vit_b 167 wf42m-vit_l
+    305 wf42m-vit_h 420
+"""
+GPU_HOURS = {name: float(hours) for name, hours in re.findall(r"(\S+)\s+(\S+)", _HOURS)}
+
 
 def recipe_config(name: str) -> TrainConfig:
     """The configuration of a recipe.
@@ -195,7 +208,7 @@ def recipe_config(name: str) -> TrainConfig:
     """
     if name not in RECIPES:
         hint = did_you_mean(name, RECIPES)
-        raise InputError(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.{hint}")
+        raise InputError(f"There is no recipe {name!r}; `partialfc recipes` lists them.{hint}")
     return RECIPES[name]
 
 
@@ -214,7 +227,7 @@ def describe(name: str) -> dict[str, Any]:
     config = recipe_config(name)
     facts: dict[str, Any] = {
         "name": name,
-        "command": "partialfc demo" if name == "demo" else f"partialfc train --recipe {name} --data.path PATH",
+        "command": "partialfc demo" if name == "demo" else f"partialfc train DATA --recipe {name}",
         "learning_rate": config.describe_lr(),
         "epochs": config.schedule.epochs,
     }
@@ -223,14 +236,15 @@ def describe(name: str) -> dict[str, Any]:
         return facts | {"data": "procedural faces", "score": "see docs/demo.md"}
     gpus = config.data.fewest_processes
     torchrun = f"torchrun --nproc-per-node {min(gpus, 8)} " + (f"--nnodes {gpus // 8} " if gpus > 8 else "")
-    score = SCORES.get(name)
+    score, gpu_hours = SCORES.get(name), GPU_HOURS[name]
     return facts | {
         "command": f"{torchrun}-m {facts['command']}",
         "data": f"{data[0]}: {data[1]:,} identities, {data[2]:,} images",
         "cost": f"{gpus} GPUs, {int(config.schedule.epochs * data[2] / config.data.global_batch_size):,} steps",
+        "hours": f"{gpu_hours / gpus:.2g} on H100 GPUs, {gpu_hours:.3g} GPU-hours (predicted, not measured)",
         "other_batches": other_batches(config),
         "our_choice": ", ".join(open_values(name)) or "nothing",
-        "score": "no published figure in our records"
+        "score": "none published"
         if score is None
         else f"MFR-ALL {score[0]:.2f}, IJB-C 1e-4 {score[1]:.2f}, 1e-5 {score[2]:.2f}",
     }
@@ -239,7 +253,7 @@ def describe(name: str) -> dict[str, Any]:
 def other_batches(config: TrainConfig) -> str:
     """The learning rates that go with other global batches."""
     if config.optimizer.name == "adamw":
-        return "no rule published: keep the learning rate, or search"
+        return "keep the learning rate, or search for one"
     rows = (f"{batch:,} lr {lr:g} (warm-up {warm_up:g})" for batch, lr, warm_up in BATCH_ROWS.values())
     return "in proportion; published: " + ", ".join(rows)
 

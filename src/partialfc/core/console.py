@@ -65,6 +65,7 @@ class Progress:
         self._clock, self._shown = clock, not quiet
         self._done: int | None = None
         self._figures: list[str] = []
+        self._given: dict[str, float] = {}
         self._ended = False
         self._samples: deque[tuple[float, int]] = deque()
         self._started = clock()
@@ -96,14 +97,15 @@ class Progress:
             done: amount done.
             total: the amount to do, where it was not known before.
             figures: epoch, loss, target_cosine, lr, images_per_second and data_wait (the share of time, 0 to 1, that a
-                step waits for data) are shown with their units, any other under its name.
+                step waits for data) are shown with their units, any other under its name; without any, the last ones.
         """
         now = self._clock()
         self._samples.append((now, done))
         while len(self._samples) > 2 and now - self._samples[1][0] >= _SECONDS_OF_RATE:
             self._samples.popleft()
         self._done, self.total = done, self.total if total is None else total
-        self._figures = [_describe(name, value) for name, value in figures.items()]
+        self._given = figures or self._given
+        self._figures = [_describe(name, value) for name, value in self._given.items()]
         if self.unit is not None and (rate := self._rate()) is not None:
             self._figures.append(f"{_count(rate)} {self.unit}s/s")
         if not self._shown:
@@ -119,7 +121,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a permanent line above the bar."""
         if self._shown:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
     def _rate(self) -> float | None:
         """Units per second over the last half minute, None while unknown."""
@@ -134,7 +136,9 @@ class Progress:
         self.message(", ".join(part for part in parts if part))
 
     def _draw(self) -> Group:
+        # A Ctrl-C is shown as ^C behind the last character, and would break a full line in two.
         row = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        row.width = self._console.width - 2
         bar = ProgressBar(total=self.total or None, completed=self._done or 0, pulse=self.total == 0)
         beside = [self._position(), *(self._figures if len(self._figures) == 1 else []), self._time()]
         row.add_column(no_wrap=True)
@@ -168,6 +172,11 @@ def _describe(name: str, value: float) -> str:
 
 def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 step, 1,000 steps."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

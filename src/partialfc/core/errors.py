@@ -14,9 +14,24 @@ class InputError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to append to the message about an unknown name: " Did you mean 'r50'?", or "" if nothing is near."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    """What to append to the message about an unknown name: " Did you mean 'r50'?", or "" if nothing is near.
+
+    Case, `-` and `_` do not count. Names that share their first part are preferred, and so are those that begin with
+    the unknown name, or end with it as an option does without its section.
+    """
+    plain = {_plain(one): one for one in known}
+    word = _plain(name)
+    first, dash, _ = word.partition("-")
+    near = [one for one in plain if dash and one.partition("-")[0] == first] or list(plain)
+    ends = [one for one in plain if one == word or one.endswith(f"-{word}")]
+    begins = [one for one in near if one.startswith(word)]
+    close = difflib.get_close_matches(word, near, n=1, cutoff=0.5)
+    nearest = ends or begins[:4] or close
+    return f" Did you mean {' or '.join(repr(plain[one]) for one in nearest)}?" if nearest else ""
+
+
+def _plain(name: str) -> str:
+    return name.strip("-").replace("_", "-").replace(".", "-").lower()
 
 
 class JobError(RuntimeError):

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,10 +22,12 @@ class StopSignals:
 
     Attributes:
         received: number of the first signal, 0 before.
+        say: shows a sentence after the first Ctrl-C; the loop prints it above its bar.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.say: Callable[[str], object] = lambda text: os.write(2, f"\n{text}\n".encode())
         self._received_at = 0.0
         self._handlers: dict[int, Any] = {}
 
@@ -68,9 +70,9 @@ class StopSignals:
         if not self.received:
             self.received, self._received_at = number, time.monotonic()
             if number == signal.SIGINT:
-                os.write(2, b"\ninterrupted: saving after this step; once more to end at once, without saving\n")
+                self.say("stopping: saving after this step; once more to end at once, without saving")
         elif number == signal.SIGINT and time.monotonic() - self._received_at > _SECONDS_TO_SECOND_INTERRUPT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("interrupted without saving; go on from the last checkpoint with --resume")
 
 
 def _exit_unless(returned: threading.Event, reader: int) -> None:

@@ -141,6 +141,9 @@ def find_model(path: Path) -> Path:
         raise InputError(f"{path} is a file: give a model folder (with {CONFIG_NAME}) or the folder of a training run.")
     if (path / WEIGHTS_NAME).is_file():
         raise InputError(f"{path} has {WEIGHTS_NAME} but no {CONFIG_NAME}, which says what the weights are: add it.")
+    weights = sorted(file for file in path.iterdir() if file.suffix in STATE_DICT_SUFFIXES)
+    if weights:
+        raise InputError(f"{path} is no model folder but holds weights: give the file itself, {weights[0]}.")
     raise InputError(f"{path} holds no model: it has neither {CONFIG_NAME} nor a folder model/best or model/last.")
 
 

@@ -41,13 +41,11 @@ class NetworkPass:
     """Forward and backward pass of one batch.
 
     Attributes:
-        flops: operations of the forward pass; backward takes twice as many, recomputed activations as many again.
         saved_bytes: alive between forward and backward, images included.
         peak_bytes: the most alive at any time, gradients included.
         working_bytes: the most alive at any time, without finished gradients.
     """
 
-    flops: int
     saved_bytes: int
     peak_bytes: int
     working_bytes: int
@@ -106,8 +104,16 @@ def network_size(workload: Workload) -> NetworkSize:
 
 
 def network_pass(workload: Workload) -> NetworkPass:
-    """Operations and memory of one micro-batch, of 2 images at least."""
+    """Memory of one micro-batch, of 2 images at least."""
     return _pass(*_cost_key(workload), max(2, workload.batch_size), workload.dtype)
+
+
+def network_flops(workload: Workload) -> int:
+    """Operations of a micro-batch's forward pass; backward takes twice as many, recomputed activations as many again.
+
+    The micro-batch has 2 images at least.
+    """
+    return _flops(*_cost_key(workload)) * max(2, workload.batch_size) // 2
 
 
 def _cost_key(workload: Workload) -> tuple[BackboneConfig, int]:
@@ -128,14 +134,22 @@ def _size(backbone: BackboneConfig, image_size: int) -> NetworkSize:
 
 
 @cache
+def _flops(backbone: BackboneConfig, image_size: int) -> int:
+    """Operations of the forward pass of 2 images."""
+    images = torch.zeros(2, 3, image_size, image_size, device="meta")
+    network = _build(backbone, image_size)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.eval()  # statistics of batches take longer to trace than all else, and count no operations
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(images, torch.zeros(2, dtype=torch.int64, device="meta"))
+    return int(counter.get_total_flops())
+
+
+@cache
 def _pass(backbone: BackboneConfig, image_size: int, images: int, dtype: torch.dtype) -> NetworkPass:
     """Both passes with tensors that have shapes and no values; autocast is the CPU's, since no GPU may be there."""
     built = _build(backbone, image_size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        built(
-            torch.zeros(2, 3, image_size, image_size, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
-        )
-    flops = counter.get_total_flops() * images // 2
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = built.to_empty(device="cpu")
         keys = torch.zeros(images, dtype=torch.int64)
@@ -145,4 +159,4 @@ def _pass(backbone: BackboneConfig, image_size: int, images: int, dtype: torch.d
                 embeddings = module(batch, keys).float()
             saved = live.now
             embeddings.backward(torch.ones_like(embeddings))
-        return NetworkPass(flops, saved, live.peak, live.working_peak)
+        return NetworkPass(saved, live.peak, live.working_peak)

@@ -12,6 +12,7 @@ import torch
 from partialfc.bench.machine import available_bytes
 from partialfc.config.build import build_head
 from partialfc.config.recipes import data_set, recipe_config
+from partialfc.core.console import counted
 from partialfc.core.device import dtype_name
 from partialfc.core.errors import InputError
 from partialfc.plan.memory import FRAGMENTATION, MemoryPlan, plan_memory, weights_memory
@@ -63,6 +64,12 @@ class Plan:
         """Over all processes."""
         return None if self.time is None else self.workload.config.data.global_batch_size / self.time.step
 
+    @property
+    def hours(self) -> float | None:
+        """Of the whole training, without evaluations and checkpoints."""
+        steps = self.workload.steps
+        return None if self.time is None or steps is None else self.time.step * steps / 3600
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: bytes and seconds."""
         time = self.time
@@ -74,6 +81,8 @@ class Plan:
             "fits": self.fits,
             "time": None if time is None else asdict(time) | {"step": time.step, "limit": time.limit},
             "images_per_second": self.images_per_second,
+            "hours": self.hours,
+            "gpu_hours": None if self.hours is None else self.hours * self.workload.gpus,
         }
 
 
@@ -237,6 +246,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _conclusions(plan: Plan) -> list[str]:
+    workload, config = plan.workload, plan.workload.config
     needed = f"{plan.memory.peak / GIB:.1f} of {plan.capacity / GIB:.1f} GiB"
     remedies = "; ".join(plan.advice) or "a smaller backbone or batch, or more GPUs"
     lines = [
@@ -248,6 +258,10 @@ def _conclusions(plan: Plan) -> list[str]:
     if plan.time is None:
         return lines
     lines.append(f"The largest part of a step is the {plan.time.limit}.")
+    if plan.hours is not None and workload.steps is not None:
+        work = f"{config.schedule.epochs:g} epochs, {counted(workload.steps, 'step')}"
+        unit = "process" if workload.on_cpu else "GPU"
+        lines.append(f"{work}: {plan.hours:,.1f} hours, {plan.hours * workload.gpus:,.1f} {unit}-hours.")
     if plan.equal_rate:
         return [*lines, f"Beyond a sample rate of {plan.equal_rate:g} the head takes more time than the backbone."]
     amount = "less" if plan.equal_rate is None else "more"

@@ -11,7 +11,7 @@ from partialfc.bench.head_step import HeadCase, median_seconds
 from partialfc.config.build import build_backbone, build_head, build_optimizers
 from partialfc.core.device import choose_device
 from partialfc.plan.memory import kept_classes
-from partialfc.plan.network import network_pass, network_size
+from partialfc.plan.network import network_flops, network_size
 from partialfc.plan.rates import MachineRates
 from partialfc.plan.workload import Workload
 
@@ -71,7 +71,7 @@ def step_time(workload: Workload, rates: MachineRates) -> StepTime:
 def backbone_flops(workload: Workload) -> float:
     """Operations of a step: forward, twice as much backward, and forward again where activations are recomputed."""
     passes = 4 if workload.config.backbone.checkpointing else 3
-    return float(passes * workload.micro_steps * network_pass(workload).flops)
+    return float(passes * workload.micro_steps * network_flops(workload))
 
 
 def head_work(workload: Workload) -> tuple[float, float, float]:

@@ -29,6 +29,7 @@ class Workload:
         device: kind of GPU, or "cpu" or "cuda" for this machine.
         image_size: side of the images in pixels.
         gpus_per_node: GPUs of one machine; more are joined by the network.
+        images: of the data, if the whole training is planned.
     """
 
     config: TrainConfig
@@ -37,6 +38,7 @@ class Workload:
     device: Device = "h100"
     image_size: int = 112
     gpus_per_node: int = 8
+    images: int | None = None
 
     def check(self) -> None:
         """Raise InputError, naming the option, for what no training can have."""
@@ -45,6 +47,8 @@ class Workload:
         for name in ("classes", "gpus", "image_size", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
+        if self.images is not None and self.images < 1:
+            raise InputError(f"--images is {self.images}; it must be at least 1.")
         self.config.check()
         if self.config.precision == "float64":
             raise InputError("precision float64 is for proofs and cannot be planned: choose another.")
@@ -62,6 +66,13 @@ class Workload:
     def with_rate(self, sample_rate: float) -> Workload:
         """The same training at another sample rate."""
         return self.with_values({"head.sample_rate": sample_rate})
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the whole training; None if the number of images is unknown."""
+        if self.images is None:
+            return None
+        return max(1, int(self.config.schedule.epochs * self.images / self.config.data.global_batch_size))
 
     @property
     def on_this_machine(self) -> bool:

@@ -122,7 +122,7 @@ def check_config(config: TrainConfig) -> None:
     """
     config.check()
     if not config.data.path:
-        raise InputError("data.path is missing: give the training images with --data.path.")
+        raise InputError("data.path is missing: give the training images, as in `partialfc train DATA`.")
     freeze(build_backbone(config, 112, device=torch.device("meta")), config.backbone.freeze)
     build_head(config, 1, device=torch.device("cpu"))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from partialfc.checkpoint.read import Checkpoint, load_latest
 from partialfc.config.options import TrainConfig, parse_steps
-from partialfc.core.console import Progress
+from partialfc.core.console import Progress, counted
 from partialfc.core.device import dtype_name, peak_bytes
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.distributed.activity import activity
@@ -39,7 +39,7 @@ from partialfc.training.initialize import fill_with_class_means, initialize, is_
 from partialfc.training.nonfinite import describe_skip
 from partialfc.training.run.folder import open_run_folder
 from partialfc.training.run.launch import check_same_data, joined
-from partialfc.training.run.log import MetricsLog, open_trackers
+from partialfc.training.run.log import MetricsLog, SlowData, open_trackers
 from partialfc.training.saver import CheckpointWriter
 from partialfc.training.step import Stepper
 from partialfc.training.timing import StepClock, StepProfiler, TrainResult
@@ -73,7 +73,7 @@ def train(
         StoppedBySignal: SIGTERM or SIGINT came to any process; the state is saved.
         JobError: the training failed.
     """
-    benchmarks = benchmarks or {}
+    config, benchmarks = config.with_backbone(), benchmarks or {}
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         with signals.exit_on_signal():
             seconds = _collective_timeout(config)
@@ -182,6 +182,8 @@ class _Trainer:
         )
         progress = Progress("training", self.total_steps, unit=None, quiet=quiet or not is_main_process)
         self.metrics, self.progress = stack.enter_context(metrics), stack.enter_context(progress)
+        self.signals.say = self.progress.message
+        self.slow_data = SlowData(config.data.workers)
 
     def run(self) -> TrainResult:
         """Train the steps that are left, with the evaluations and checkpoints that fall due."""
@@ -232,6 +234,8 @@ class _Trainer:
                 self._report_skip()
                 if self._is_due(output.log_every):
                     self._report(figures, clock)
+                else:
+                    self.progress.update(state.done)
                 with clock.stopped():
                     if not is_writing:
                         self.writer.finish()
@@ -374,6 +378,8 @@ class _Trainer:
             line["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         self.metrics.write(line)
         self.progress.update(state.done, **{name: line[name] for name in _SHOWN_FIGURES if name in line})
+        if hint := self.slow_data.hint(line["data_wait"]):
+            self.progress.message(f"step {state.done:,}: {hint}")
         clock.restart()
 
     def _report_skip(self) -> None:
@@ -392,7 +398,8 @@ class _Trainer:
         config, loader, first = self.config, self.loader, self.state.done
         start = f"resumed at step {first}" if first else "new run"
         return (
-            f"{start}: {config.backbone.name} on {len(loader):,} images of {loader.num_classes:,} identities, "
-            f"{self.total_steps:,} steps of {config.data.global_batch_size}, {config.describe_lr()}, "
-            f"{world_size_of()} x {self.device.type} in {dtype_name(self.stepper.compute_dtype)}"
+            f"{start}: {config.backbone.name} on {counted(len(loader), 'image')} of {loader.num_classes:,} identities, "
+            f"{counted(self.total_steps, 'step')} of {counted(config.data.global_batch_size, 'image')}, "
+            f"{config.describe_lr()}, {world_size_of()} x {self.device.type} "
+            f"in {dtype_name(self.stepper.compute_dtype)}"
         )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from partialfc.core.console import counted
 from partialfc.data.loader import Batch
 
 
@@ -40,15 +42,34 @@ class TrainResult:
         """Plain values that JSON can hold."""
         return {**asdict(self), "folder": str(self.folder)}
 
-    def text(self) -> str:
-        """The result as text of a few lines."""
+    def text(self, benchmarks: Sequence[str] = ()) -> str:
+        """The result as text of a few lines: speed, how good the model is, and what to do next.
+
+        Args:
+            benchmarks: the words that followed --benchmark.
+        """
         speed = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
-        lines = [f"{self.steps:,} steps, {self.images:,} images in {self.seconds:,.0f} s{speed}"]
+        lines = [f"{counted(self.steps, 'step')}, {counted(self.images, 'image')} in {self.seconds:,.0f} s{speed}"]
         for name, result in self.benchmarks.items():
-            lines.append(f"{name}: accuracy {result['accuracy']:.2%} ± {result['accuracy_std']:.2%}")
+            versus = "above guessing (50%)" if beats_guessing(result) else "no better than guessing (50%)"
+            accuracy = f"{result['accuracy']:.2%} ± {result['accuracy_std']:.2%}"
+            lines.append(f"{name}: accuracy {accuracy} of {counted(result['pairs'], 'pair')}, {versus}")
+        if self.benchmarks and not any(map(beats_guessing, self.benchmarks.values())):
+            lines.append("It has learned nothing that shows: train longer (--epochs), on more people, or")
+            lines.append("start from a trained model (--backbone.init MODEL).")
         if self.best_step is not None:
-            lines.append(f"best model (step {self.best_step}): {self.folder / 'model' / 'best'}")
+            best = f"best model (step {self.best_step:,})" if self.benchmarks else "model"
+            lines.append(f"{best}: {self.folder / 'model' / 'best'}")
+        given = " ".join(["--benchmark", *benchmarks]) if benchmarks else "--benchmark lfw.bin"
+        lines.append(f"next: partialfc {'report' if benchmarks else 'evaluate'} {self.folder} {given}")
+        if not benchmarks:
+            lines.append("      (how good the model is on other people is unknown without a benchmark)")
         return "\n".join(lines)
+
+
+def beats_guessing(result: Mapping[str, Any]) -> bool:
+    """Whether an accuracy lies more than three standard errors above 50 %, that of guessing on as many pairs."""
+    return bool(result["accuracy"] > 0.5 + 3 * math.sqrt(0.25 / result["pairs"]))
 
 
 class StepClock:

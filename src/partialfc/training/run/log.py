@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import math
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.config.options import OutputConfig, TrainConfig
+from partialfc.core.console import counted
 from partialfc.core.errors import InputError, JobError
 from partialfc.core.files import NO_UTF8, write_file
 from partialfc.core.schema import check_schema_version
+from partialfc.distributed.collectives import local_world_size
 
 Tracker = Callable[[Mapping[str, Any]], None]
 SCHEMA_VERSION = 1
+_MUCH_WAIT = 0.3
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -186,6 +190,33 @@ def _map_items(convert: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: convert(item) for key, item in value.items()}
     return [convert(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class SlowData:
+    """Notices when a training waits for its images, and says once what helps.
+
+    Args:
+        workers: processes that read for each training process.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers, self._lines = workers, 0
+
+    def hint(self, data_wait: float) -> str:
+        """The sentence at the third line in a row of which much is spent waiting; else ""."""
+        self._lines = self._lines + 1 if data_wait > _MUCH_WAIT or self._lines > 2 else 0
+        if self._lines != 3:
+            return ""
+        cores = (os.cpu_count() or 1) // local_world_size()
+        remedies = []
+        if self._workers < cores:
+            remedies.append(f"raise --workers, {self._workers} of {counted(cores, 'core')} now")
+        if importlib.util.find_spec("simplejpeg") is None:
+            remedies.append("decode faster with pip install 'partialfc[jpeg]'")
+        remedy = ", or ".join(remedies) or "keep the data on a faster disk, or as images of the size that is trained on"
+        return (
+            f"reading images is slower than training, {data_wait:.0%} of the time is spent waiting for them: {remedy}"
+        )
 
 
 # -- trackers --------------------------------------------------------------------------------------------------------

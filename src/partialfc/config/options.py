@@ -27,16 +27,13 @@ class DataConfig:
     micro_batch_size: int = 128
     """The most images in a process at once; gradients are accumulated if its share of the step is larger."""
     micro_steps: int | None = None
-    """Micro-batches of a step; null is as few as micro_batch_size allows, and 1 with backbone.sync_batch_norm. With a
-    fixed number, the same run can continue on more or fewer processes."""
+    """Micro-batches of a step; null is as few as fit. With a fixed number, a run can go on with other processes."""
     workers: int = 2
     """Loader processes for each training process; 0 loads in the training process itself."""
     flip: bool = True
-    """Mirror images at random, with probability one half; false also for evaluation, where embeddings of mirrored
-    images are then not added."""
+    """Mirror images with probability one half; with false, evaluation adds no embeddings of mirrored images either."""
     augment: Literal["flip", "strong", "masks", "all"] = "flip"
-    """Further augmentation: none (flip), crops, low resolution and photometric changes (strong), medical masks (masks),
-    or all of them with grey, blur, compression and occlusion (all)."""
+    """Beyond mirroring: nothing (flip), crops, low resolution and light (strong), medical masks, or all and more."""
     color_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the stored images."""
     overlay: str | None = None
@@ -123,8 +120,7 @@ class HeadConfig:
     unsampled: Literal["freeze", "lazy_dense"] = "freeze"
     """Centers that a step does not sample: leave them unchanged, or move them as dense SGD would (SGD only)."""
     from_run: str | None = None
-    """Run folder whose centers to keep for the identities that the data still has, and whose backbone to start from
-    unless backbone.init is set."""
+    """Run folder whose centers of known identities to keep, and whose backbone unless backbone.init is set."""
     new_centers: Literal["mean", "random"] = "mean"
     """With from_run: start new identities from the mean of their embeddings, or at random."""
 
@@ -237,8 +233,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of initial weights, sample order, augmentation and sampled classes."""
     precision: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Compute dtype of the backbone; auto is bfloat16 on hardware where it is faster, and float32 elsewhere. float64 is
-    for proofs and covers weights, centers and all arithmetic."""
+    """Compute dtype of the backbone; auto is bfloat16 where it is faster, else float32; float64 is for proofs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto is a GPU if there is one."""
 
@@ -359,9 +354,7 @@ def parse_steps(text: str | None) -> range:
         return range(0)
     first, colon, stop = text.partition(":")
     if not (colon and first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
-        raise InputError(
-            f"output.profile_steps is {text!r}; write the first step and the one after the last, as in 10:15."
-        )
+        raise InputError(f"output.profile_steps is {text!r}: write the first step and the one after the last, 10:15.")
     return range(int(first), int(stop))
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from partialfc.checkpoint.read import Checkpoint, load_latest
 from partialfc.config.options import TrainConfig, parse_steps
-from partialfc.core.console import Progress, counted
-from partialfc.core.device import dtype_name, peak_bytes
+from partialfc.core.console import Progress
+from partialfc.core.device import peak_bytes
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.distributed.activity import activity
 from partialfc.distributed.collectives import (
@@ -147,7 +147,7 @@ class _Trainer:
         self.stepper = Stepper(config, self.state, self.loader, device)
         self.total_steps = self.stepper.total_steps
         self._open_log(stack, quiet)
-        for note in [*remarks(self.loader), *notes, self._description()]:
+        for note in [*remarks(self.loader), *notes, self.stepper.describe()]:
             self.progress.message(note)
 
     def _restore(self, verify: bool) -> list[str]:
@@ -393,13 +393,3 @@ class _Trainer:
     def _report_unsaved(self, message: str) -> None:
         self.metrics.write({"kind": "checkpoint_error", "step": self.state.done, "message": message})
         self.progress.message(f"step {self.state.done}: {message}; training goes on without it")
-
-    def _description(self) -> str:
-        config, loader, first = self.config, self.loader, self.state.done
-        start = f"resumed at step {first}" if first else "new run"
-        return (
-            f"{start}: {config.backbone.name} on {counted(len(loader), 'image')} of {loader.num_classes:,} identities, "
-            f"{counted(self.total_steps, 'step')} of {counted(config.data.global_batch_size, 'image')}, "
-            f"{config.describe_lr()}, {world_size_of()} x {self.device.type} "
-            f"in {dtype_name(self.stepper.compute_dtype)}"
-        )

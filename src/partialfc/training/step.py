@@ -11,12 +11,13 @@ from torch.profiler import record_function
 
 from partialfc.config.options import TrainConfig
 from partialfc.core import keyed_random
-from partialfc.core.device import compute_dtype
+from partialfc.core.console import counted
+from partialfc.core.device import compute_dtype, dtype_name
 from partialfc.core.errors import JobError
 from partialfc.data.augment import augment
 from partialfc.data.loader import Batch, Loader
 from partialfc.distributed.activity import activity
-from partialfc.distributed.collectives import rank_of, split_evenly, start_gather_rows
+from partialfc.distributed.collectives import rank_of, split_evenly, start_gather_rows, world_size_of
 from partialfc.distributed.sharded import full_tensor, local_shard
 from partialfc.head.inputs import GlobalLabels, NonFiniteEmbeddings
 from partialfc.training.nonfinite import Where, locate, scale_gradient
@@ -64,6 +65,16 @@ class Stepper:
         self._buffers_before = [buffer.clone() for buffer in state.backbone.buffers()]
         warm_up_ddp_buckets(self.network, self._dummy_forward)
         torch._foreach_copy_(list(state.backbone.buffers()), self._buffers_before)
+
+    def describe(self) -> str:
+        """The training, in one line."""
+        config, loader, first = self.config, self.loader, self.state.done
+        start = f"resumed at step {first}" if first else "new run"
+        return (
+            f"{start}: {config.backbone.name} on {counted(len(loader), 'image')} of {loader.num_classes:,} identities, "
+            f"{counted(self.total_steps, 'step')} of {counted(config.data.global_batch_size, 'image')}, "
+            f"{config.describe_lr()}, {world_size_of()} x {self.device.type} in {dtype_name(self.compute_dtype)}"
+        )
 
     def on_micro_batch(self, batch: Batch) -> Batch:
         """Called with every micro-batch just before it is computed; what it returns is computed instead.

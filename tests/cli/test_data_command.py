@@ -49,7 +49,7 @@ def test_convert(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert line.endswith("shards exists already: remove it, or write somewhere else.")
     assert run("data", "inspect", tmp_path / "shards") == 0
     assert "webdataset" in capsys.readouterr().out
-    assert "invalid choice: 'zip'" in complaint(
+    assert "'zip' is not one of recordio" in complaint(
         capsys, "data", "convert", IM2REC, "--out", tmp_path / "x", "--to", "zip"
     )
 

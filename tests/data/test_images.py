@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -109,3 +110,14 @@ def test_both_decoders_give_the_same_pixels_and_the_same_errors(
                     except UnreadableImage as error:
                         outcomes.append(str(error))
             assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("encode", [encode_jpeg, encode_png])
+def test_an_image_is_decoded_in_place_where_that_saves_a_copy(encode: Callable[[np.ndarray], bytes]) -> None:
+    encoded, out = encode(RGB), np.zeros((2, *RGB.shape), np.uint8)
+    expected = decode_image(encoded)
+    result = decode_image(encoded, out[1])
+    assert np.array_equal(result, expected)
+    assert (out[0] == 0).all()
+    assert np.array_equal(out[1], expected) == (encode is encode_jpeg)
+    assert np.array_equal(decode_image(encoded, np.zeros((5, 5, 3), np.uint8)), expected)

@@ -27,11 +27,16 @@ class UnreadableImage(Exception):
     """The bytes are no image or a damaged one. The message says what is wrong, and with which image if known."""
 
 
-def decode_image(encoded: bytes) -> np.ndarray:
+def decode_image(encoded: bytes, out: np.ndarray | None = None) -> np.ndarray:
     """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM image to RGB.
 
     Grey, palette and CMYK images are converted, transparency is dropped. The EXIF orientation is ignored, because
     aligned faces are stored upright.
+
+    Args:
+        encoded: the image file.
+        out: uint8, contiguous; what the decoder can put there without a copy is put there, and `out` is returned. It
+            may also be overwritten where something else is returned or raised.
 
     Returns:
         uint8 (H, W, 3), red first.
@@ -40,7 +45,7 @@ def decode_image(encoded: bytes) -> np.ndarray:
         UnreadableImage: Pillow refuses the bytes (truncated files included), or the image is larger than
             64 megapixels or deeper than 8 bits a channel in grey.
     """
-    if simplejpeg is not None and encoded[:2] == b"\xff\xd8" and (pixels := _decode_jpeg(encoded)) is not None:
+    if simplejpeg is not None and encoded[:2] == b"\xff\xd8" and (pixels := _decode_jpeg(encoded, out)) is not None:
         return pixels
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
@@ -57,12 +62,15 @@ def decode_image(encoded: bytes) -> np.ndarray:
         raise UnreadableImage(reason or type(error).__name__) from error
 
 
-def _decode_jpeg(encoded: bytes) -> np.ndarray | None:
+def _decode_jpeg(encoded: bytes, out: np.ndarray | None) -> np.ndarray | None:
     """The pixels of a flawless grey or YCbCr JPEG; None leaves the rest, and the words for what is wrong, to Pillow."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
         if height * width > MAX_PIXELS or colors not in ("YCbCr", "Gray"):
             return None
+        if out is not None and out.shape == (height, width, 3):
+            simplejpeg.decode_jpeg(encoded, buffer=out)
+            return out
         pixels: np.ndarray = simplejpeg.decode_jpeg(encoded)
         return pixels
     except ValueError:  # also for what libjpeg only warns of

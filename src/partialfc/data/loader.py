@@ -230,16 +230,19 @@ class Loader:
         labels = np.empty(len(positions), np.int64)
         unreadable: dict[str, str] = {}
         for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist(), strict=True)):
-            labels[row], images[row] = self._read_sample(position, index, unreadable)
+            labels[row] = self._read_sample(position, index, unreadable, images[row])
         if self._color_order == "bgr":
             images[:] = images[..., ::-1].copy()
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions, step, micro_step, unreadable)
 
-    def _read_sample(self, position: int, index: int, unreadable: dict[str, str]) -> tuple[int, np.ndarray]:
-        """The label and image at `index`, or of a replacement, drawn by (seed, position), if that is unreadable."""
+    def _read_sample(self, position: int, index: int, unreadable: dict[str, str], out: np.ndarray) -> int:
+        """Put the image at `index` into `out` (S, S, 3), and return its label.
+
+        If it is unreadable, a replacement drawn by (seed, position) takes its place.
+        """
         for attempt in range(_MAX_ATTEMPTS):
             try:
-                sample, image = read_image(self.source, index)
+                sample, image = read_image(self.source, index, out)
             except UnreadableImage as error:
                 unreadable[self.source.name(index)] = str(error)
                 key = keyed_random.derive_key(self._seed, "replacement", position)
@@ -251,7 +254,9 @@ class Loader:
                     f"{sample.name} is {image.shape[1]} x {image.shape[0]} and not {self.image_size} x "
                     f"{self.image_size} like the others: align all images to one size first."
                 )
-            return sample.label, image
+            if image is not out:
+                out[:] = image
+            return sample.label
         raise InputError(f"{self.source.path}: {_MAX_ATTEMPTS} records drawn in a row cannot be read.")
 
     def _find_image_size(self) -> int:

@@ -110,11 +110,12 @@ def describe_passed_over(found: PassedOver) -> str:
     return f"files are passed over: {', '.join(kinds)}; {remedy}" if kinds else ""
 
 
-def read_image(source: Source, index: int) -> tuple[Sample, np.ndarray]:
-    """The sample at `index` and its decoded image, uint8 (H, W, 3) RGB. Raises as `Source.read`."""
+def read_image(source: Source, index: int, out: np.ndarray | None = None) -> tuple[Sample, np.ndarray]:
+    """The sample at `index` and its decoded image, uint8 (H, W, 3) RGB. Raises as `Source.read`; `out` as in
+    `decode_image`."""
     sample = source.read(index)
     try:
-        return sample, decode_image(sample.encoded)
+        return sample, decode_image(sample.encoded, out)
     except UnreadableImage as error:
         raise UnreadableImage(f"{sample.name}: {error}") from error
 

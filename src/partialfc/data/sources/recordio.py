@@ -40,6 +40,7 @@ LABEL_LIMIT = 1 << 24
 _RECORD_HEAD = struct.Struct("<IfQQ")
 _HEAD_WORDS = 9
 _HEADS_AT_ONCE = 1 << 18
+_READ_AT_ONCE = 1 << 14  # bytes; most records of faces are shorter, so that one call reads them
 
 
 class UnreadableRecord(UnreadableImage):
@@ -152,15 +153,17 @@ class RecordReader:
         descriptor = self._open()
         parts: list[bytes] = []
         while True:
-            head = os.pread(descriptor, CHUNK_HEAD.size, offset) if 0 <= offset < self.size else b""
-            if len(head) < CHUNK_HEAD.size:
+            block = os.pread(descriptor, _READ_AT_ONCE, offset) if 0 <= offset < self.size else b""
+            if len(block) < CHUNK_HEAD.size:
                 raise UnreadableRecord(f"byte {offset} lies past the end of the file")
-            magic, lrec = CHUNK_HEAD.unpack(head)
+            magic, lrec = CHUNK_HEAD.unpack_from(block)
             flag, length = lrec >> 29, lrec & MAX_LENGTH
             if magic != MAGIC or flag not in ((MIDDLE, LAST) if parts else (WHOLE, FIRST)):
                 raise UnreadableRecord(f"no {'next part of it' if parts else 'record'} begins at byte {offset}")
             fits = offset + CHUNK_HEAD.size + length <= self.size  # otherwise not even the memory is allocated
-            data = os.pread(descriptor, length, offset + CHUNK_HEAD.size) if fits else b""
+            data = block[CHUNK_HEAD.size : CHUNK_HEAD.size + length] if fits else b""
+            if fits and len(data) < length:
+                data = os.pread(descriptor, length, offset + CHUNK_HEAD.size)
             if len(data) < length:
                 raise UnreadableRecord("it runs past the end of the file")
             if find_aligned_magic(data, 0) >= 0:

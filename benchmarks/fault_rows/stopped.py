@@ -17,7 +17,7 @@ from fault_rows.killed import on_rank
 from fault_rows.launch import Fault, Run
 from fault_rows.patches import terminate
 from partialfc.config import build
-from partialfc.training import loop
+from partialfc.training import loop, step
 
 STOPPED = 128 + signal.SIGTERM
 RANDOM_MOMENTS = 24
@@ -27,7 +27,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "while the data is opened": lambda: patches.wrap(loop, "open_loader", after=terminate),
     "while the networks are built": lambda: patches.wrap(build, "PartialFC", before=terminate),
     "while the run folder is opened": lambda: patches.wrap(loop, "open_run_folder", before=terminate),
-    "before the first step": lambda: patches.wrap(loop._Trainer, "_description", before=terminate),
+    "before the first step": lambda: patches.wrap(step.Stepper, "describe", before=terminate),
     "in the first step": lambda: patches.in_step(0, terminate),
     "between the micro-steps of a step": lambda: patches.in_micro_step(4, 1, terminate),
     "in the step before an evaluation": lambda: patches.in_step(3, terminate),

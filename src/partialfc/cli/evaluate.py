@@ -80,7 +80,13 @@ def run(options: Namespace) -> None:
     content = {name: one["json"] for name, one in models.items()}
     shown = next(iter(content.values())) if len(content) == 1 else {"models": content}
     if options.out is not None:
-        write_results(options.out, shown)
+        several = len(models) > 1
+        results = {
+            f"{Path(path).name}-{name}" if several else name: result
+            for path, one in models.items()
+            for name, result in one["results"].items()
+        }
+        write_results(options.out, shown, results)
     show(options, shown, _text(models))
 
 

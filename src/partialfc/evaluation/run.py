@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
 from partialfc.data.pair_files import PairSet, read_pairs
@@ -70,7 +72,17 @@ def evaluate_features(name: str, benchmark: Benchmark, features: Features) -> Re
         raise InputError(f"benchmark {name}: {error}") from error
 
 
-def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write `results.json`."""
+def write_results(folder: Path, content: Mapping[str, Any], results: Mapping[str, Result]) -> None:
+    """Write `results.json`, and the 1:1 scores of each result as `<name>-scores.npz`.
+
+    Such a file has `scores` and `is_same` of the pairs, genuine ones first, and `impostor_pairs`, how many were
+    compared: of large sets only the largest impostor scores are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "results.json", json.dumps({"schema_version": 1, **results}, indent=2) + "\n")
+    write_file(folder / "results.json", json.dumps({"schema_version": 1, **content}, indent=2) + "\n")
+    for name, result in results.items():
+        if (scores := result.scores.get("")) is not None:
+            both = np.concatenate([scores.genuine, scores.impostor])
+            is_same = np.arange(len(both)) < len(scores.genuine)
+            path = folder / f"{name}-scores.npz"
+            np.savez_compressed(path, scores=both, is_same=is_same, impostor_pairs=scores.impostors)

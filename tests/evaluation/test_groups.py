@@ -21,7 +21,7 @@ from partialfc.evaluation.groups import (
 )
 from partialfc.evaluation.metrics import Scores
 
-rates = st.lists(st.floats(0, 1), min_size=2, max_size=8)
+rates = st.lists(st.floats(0, 1).map(lambda rate: round(rate, 9)), min_size=2, max_size=8)
 
 
 def group(seed: int, shift: float = 0.0) -> Scores:
@@ -46,6 +46,7 @@ def test_fdr_and_garbe_equal_their_definitions(fmr: list[float], fnmr: list[floa
 def test_rates_of_zero() -> None:
     assert gini([0.0, 0.0]) == 0.0
     assert gini([0.0, 0.0, 0.3]) == pytest.approx(1.0)
+    assert gini([0.0, 5e-324]) == pytest.approx(1.0)
     assert max_min_ratio([0.0, 0.1]).value is None
     assert max_mean_ratio([0.0, 0.1]).reason == "A group without errors has no ratio to the others."
     assert max_min_ratio([0.2, 0.1]).value == 2.0

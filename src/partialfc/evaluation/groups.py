@@ -91,6 +91,7 @@ def gini(rates: Sequence[float]) -> float:
         raise InputError(f"{count} group has no inequality: give at least two groups.")
     if not values.any():
         return 0.0
+    values = values / values.max()  # G has no scale; tiny rates would underflow below
     differences = np.abs(values[:, None] - values).sum()
     return float(count / (count - 1) * differences / (2 * count**2 * values.mean()))
 

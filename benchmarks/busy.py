@@ -23,7 +23,7 @@ from partialfc.faces.sets import FaceWorld
 from partialfc.training.run.log import read_metrics
 
 LOADS = (0, 1, 4)
-DEFAULT_SPINS = "30000000"  # what GNU OpenMP takes where nothing is set
+DEFAULT_SPINS = "300000"  # what GNU OpenMP takes where neither this nor OMP_WAIT_POLICY is set
 BATCH = 128
 
 

@@ -1,6 +1,6 @@
 """Decoding images to RGB pixels and encoding them, by Pillow; JPEG by simplejpeg where it is installed.
 
-simplejpeg (extra `jpeg`) binds libjpeg-turbo, which Pillow uses too: the pixels are the same, in half of the time.
+simplejpeg (extra `jpeg`) binds libjpeg-turbo, which Pillow uses too: the pixels are the same, in less time.
 """
 
 from __future__ import annotations

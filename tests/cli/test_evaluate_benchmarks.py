@@ -179,6 +179,9 @@ def test_a_list_has_group_figures_and_the_error_against_the_share_discarded(
     assert "Quality by norm: without the worst 10%" in shown
     assert "set for FMR 0.01 over all" in shown
     assert "training set are among these is unknown" in shown
+    listed.write_text(listed.read_text().replace(",b,", ",,", 4))
+    assert run("evaluate", *arguments, "--workers", 0) == 0
+    assert "4 of 120 images name no group" in capsys.readouterr().out
 
 
 def test_a_list_may_bring_a_quality(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ class ListedImages:
     """All pairs of a list with identities, groups and masks."""
 
     def __init__(self, listed: ImageList, folder: Path) -> None:
-        group_names(listed.groups, len(listed.paths))  # refused before hours of embedding
+        self.groupless = int((group_names(listed.groups, len(listed.paths)) == "").sum())
         self.listed = listed
         self.images = Files([folder / path for path in listed.paths])
         self.what = f"a list of {len(listed.paths):,} images, all pairs"
@@ -205,7 +205,11 @@ class ListedImages:
     @classmethod
     def read(cls, path: Path) -> ListedImages:
         """Of a `.csv` file; its paths are relative to its folder."""
-        return cls(read_list(path), path.parent)
+        listed = read_list(path)
+        try:
+            return cls(listed, path.parent)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def evaluate(self, features: Features) -> Result:
         """As `Benchmark.evaluate`."""
@@ -214,6 +218,9 @@ class ListedImages:
         result = evaluate_all_pairs(units, listed.identities, listed.groups, listed.masked, failed=features.failed)
         if result.scores[""].complete:  # a list too small for the FAR of MFR alone
             result = replace(result, figures=verification_figures(result.scores[""]) | result.figures)
+        if 0 < self.groupless < len(listed.paths):
+            note = f"{self.groupless:,} of {len(listed.paths):,} images name no group and are in no figure of a group."
+            result = replace(result, facts=result.facts | {"notes": [*result.facts.get("notes", ()), note]})
         return with_quality(result, features, listed.qualities)
 
 

@@ -6,9 +6,8 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,8 +15,7 @@ from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage, decode_image
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """An encoded image, its class id, and its name in messages."""
 
     encoded: bytes

@@ -91,13 +91,13 @@ class RecordSource:
             raise IndexError(index)
         record = self._reader.read(self._start + index)
         name = self.name(index)
-        return Sample(record.body, class_of(record.labels, name), name)
+        return Sample(record.body, class_of(record.labels[0], name), name)
 
     def labels(self) -> np.ndarray:
         """As `Source.labels`, by a pass over the heads of the records."""
         labels = self._reader.first_labels(self._start, self._stop)
         for index in np.flatnonzero(np.isfinite(labels) & ((labels % 1 != 0) | (labels >= LABEL_LIMIT)))[:1]:
-            class_of(labels[index : index + 1], self.name(int(index)))
+            class_of(float(labels[index]), self.name(int(index)))
         return np.where(np.isfinite(labels), labels, -1).astype(np.int64)
 
     def order(self) -> list[bytes]:
@@ -167,7 +167,7 @@ class RecordSource:
     def _count_classes(self, header: Record | None) -> int:
         if header is None:
             return int(self.labels().max(initial=0)) + 1
-        first, stop = float(header.labels[0]), float(header.labels[1])
+        first, stop = header.labels
         identities = len(self._reader) - self._stop  # 0 of a file that was cut off and has no index
         is_exact = stop < LABEL_LIMIT and (self._reader.row_of(int(first)) == self._stop or not identities)
         return int(stop - first) if is_exact else identities

@@ -119,16 +119,20 @@ def read_image(source: Source, index: int, out: np.ndarray | None = None) -> tup
 
 
 def read_file(path: str) -> bytes:
-    """The content of a regular file; anything else, such as a pipe, might keep the reader waiting, and is not opened.
+    """The content of a regular file; anything else, such as a pipe, might keep the reader waiting, and is not read.
 
     Raises:
         UnreadableImage: it is none, or cannot be read; the message names it.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UnreadableImage(f"{path}: it is no regular file")
-        with open(path, "rb") as file:
-            return file.read()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block
+        try:
+            state = os.fstat(descriptor)
+            if not stat.S_ISREG(state.st_mode):
+                raise UnreadableImage(f"{path}: it is no regular file")
+            return os.read(descriptor, state.st_size)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise UnreadableImage(f"{path}: {error.strerror}") from error
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from partialfc.core import keyed_random
 from partialfc.data.augmentations import PRESETS
 
-
 _PART = 16  # images that stay in a CPU's cache from one operation to the next
 
 

@@ -15,12 +15,12 @@ MISTAKES = {
     "eval TMP": "there is no command 'eval': partialfc has demo, train, … Did you mean 'evaluate'?",
     "data inspekt DATA": "there is no command 'inspekt': partialfc data has inspect, … Did you mean 'inspect'?",
     # options
-    "train DATA --learning-rate 0.1": "there is no option --learning-rate; … Did you mean '--lr'?",
+    "train DATA --learning-rate 0.1": "there is no option --learning-rate; … Did you mean '--lr 0.1'?",
     "train DATA --batch 64": "there is no option --batch; … Did you mean '--batch-size'?",
-    "train DATA --network r50": "there is no option --network; … Did you mean '--backbone'?",
-    "train DATA --num_epoch 5": "there is no option --num_epoch; … Did you mean '--epochs'?",
-    "train DATA --eval LFW": "there is no option --eval; … Did you mean '--benchmark'?",
-    "train DATA --output x": "there is no option --output; … Did you mean '--out'?",
+    "train DATA --network r50": "there is no option --network; … Did you mean '--backbone r50'?",
+    "train DATA --num_epoch 5": "there is no option --num_epoch; … Did you mean '--epochs 5'?",
+    "train DATA --eval x=LFW": "there is no option --eval; … Did you mean '--benchmark x=LFW'?",
+    "train DATA --output x": "there is no option --output; … Did you mean '--out x'?",
     "train DATA --Resume": "there is no option --Resume; … Did you mean '--resume'?",
     "train DATA --margin-value 0.3": "there is no option --margin-value; … Did you mean '--head.margin-value'?",
     "train DATA --head.sample_rte 0.1": "there is no option --head.sample_rte; … Did you mean '--head.sample-rate'?",
@@ -84,7 +84,7 @@ def test_a_mistake_gives_its_sentence(command: str, folder: Path, capsys: pytest
     given = {"DATA": str(INSIGHTFACE), "LFW": str(LFW)}
     words = [given.get(word, word.replace("=LFW", f"={LFW}").replace("TMP", str(folder))) for word in command.split()]
     sentence = complaint(capsys, *words).removeprefix("partialfc: error: ")
-    for path, name in ((str(folder), "TMP"), (str(INSIGHTFACE), "DATA")):
+    for path, name in ((str(folder), "TMP"), (str(INSIGHTFACE), "DATA"), (str(LFW), "LFW")):
         sentence = sentence.replace(path, name)
     parts = [part.strip() for part in MISTAKES[command].split("…")]
     assert sentence.startswith(parts[0])

@@ -77,7 +77,7 @@ def inspect(
                 progress(stop, total)
     left_out = passed_over(source)
     facts = tally.facts(progress) | {"passed_over": {kind: count for kind, (count, _) in left_out.items()}}
-    options = f"--data.path {path}" + (f" --data.overlay {overlay}" if overlay is not None else "")
+    options = f"{path}" + (f" --data.overlay {overlay}" if overlay is not None else "")
     sentence = describe_passed_over(left_out)
     advice = [f"Of {path}, {sentence}."] if sentence else []
     return facts | {"advice": advice + _advice(facts, list(tally.sizes), tally.counts, options)}
@@ -180,6 +180,8 @@ def _percentiles(histogram: np.ndarray) -> dict[str, int]:
 def _advice(facts: dict[str, Any], sizes: list[tuple[int, int]], counts: np.ndarray, options: str) -> list[str]:
     """What to do next, in sentences."""
     sentences = []
+    if (counts > 0).sum() < 2:
+        sentences.append("A training needs at least two identities: give the folder that holds all identity folders.")
     if len(sizes) > 1 or any(width != height for width, height in sizes):
         what = f"of {len(sizes)} sizes" if len(sizes) > 1 else "not square"
         sentences.append(f"The images are {what}, and training takes square ones of one size: align them first.")

@@ -138,9 +138,9 @@ def test_what_may_be_wrong_with_a_set(odd_folder: Path) -> None:
     starts = [sentence.split(" ")[:4] for sentence in report["advice"]]
     assert [" ".join(words) for words in starts] == [
         "The images are of",
-        "1 records cannot be",
-        "1 images have an",
-        "1 identities have one",
+        "1 record cannot be",
+        "The EXIF orientation of",
+        "With one image: 1",
         "1 copies of images",
     ]
 

@@ -183,8 +183,9 @@ def _count(value: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 step, 1,000 steps."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """1 step, 1,000 steps, 2 identities."""
+    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else several}"
 
 
 def _duration(seconds: float) -> str:

@@ -57,6 +57,8 @@ def run(options: Namespace) -> None:
     for name in ("batch_size", "workers"):
         if getattr(options, name) < (name == "batch_size"):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give a positive number.")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise InputError(f"{options.out} is a file: give a folder with --out.")
     paths, device = named_paths(options.benchmark), choose_device(options.device)
     if not options.model and options.embeddings is None:
         remedy = "give a model before --benchmark, or features with --embeddings"

@@ -23,10 +23,10 @@ from partialfc.core.errors import InputError, did_you_mean
 _ELSEWHERE = {
     "--backbone": "arch model network net",
     "--epochs": "epoch num-epoch num-epochs max-epochs",
-    "--lr": "learning-rate base-lr",
+    "--lr": "learning-rate base-lr lr",
     "--sample-rate": "rate sample",
     "--benchmark": "eval val val-targets verification benchmarks test",
-    "--out": "output output-dir save-dir work-dir",
+    "--out": "output output-dir save-dir work-dir o",
     "--precision": "amp mixed-precision dtype",
     "--optimizer.name": "optimizer optim",
     "--backbone.init": "init pretrained weights finetune load",
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             message = f"{missing} missing: see {self.prog} --help"
-        message = message.removeprefix("argument ")
+        message = message.removeprefix("argument ").replace("ignored explicit argument", "it takes no value, and not")
         raise InputError(message if message.endswith((".", "?")) else f"{message}.")
 
     def format_help(self, *, everything: bool = False) -> str:
@@ -152,7 +152,7 @@ class Parser(argparse.ArgumentParser):
         if name in ("gpu", "gpus", "nproc", "nproc-per-node", "world-size", "num-gpus") and hasattr(options, "resume"):
             return f"there is no option {word}: start several processes with torchrun --nproc-per-node N -m partialfc"
         meant = _MEANT.get(name.rpartition(".")[2])
-        known = [option for option in self._option_string_actions if option not in ("-h", "--help", "--help-all")]
+        known = [option for option in self._option_string_actions if option not in ("-h", "--help")]
         if meant not in known:
             return f"there is no option {word}; options are not abbreviated.{did_you_mean(word, known)}"
         after = words[words.index(given) + 1 :][: self._option_string_actions[meant].nargs != 0]
@@ -171,11 +171,13 @@ class Parser(argparse.ArgumentParser):
         actions = {action.dest: action for action in self._actions if action.option_strings}
         values = flatten(content)
         for name, value in values.items():
+            if any(action.startswith(f"{name}.") for action in actions):
+                raise InputError(f"{path}: {name} is a section: write its options below it, indented.")
             if name not in actions:
                 raise InputError(f"{path}: there is no option {name}.{did_you_mean(name, actions)}")
             if isinstance(convert := actions[name].type, partial):
                 try:
-                    values[name] = convert(value if isinstance(value, str) else json.dumps(value))
+                    values[name] = convert(value if isinstance(value, str) else json.dumps(value, default=str))
                 except ArgumentTypeError as error:
                     raise InputError(f"{path}: {name}: {error}.") from error
         return values

@@ -137,7 +137,7 @@ def _load_state_dict(path: Path, device: str | torch.device) -> Model:
 def find_model(path: Path) -> Path:
     """The model folder that `path` is, or that the run folder `path` holds; InputError if neither."""
     resolved = path.resolve()
-    for folder in (resolved, resolved / "model" / "best", resolved / "model" / "last"):
+    for folder in (resolved, *(resolved / inner for inner in ("model/best", "model/last", "best", "last"))):
         for candidate in (folder, previous_name(folder)):
             if (candidate / CONFIG_NAME).is_file():
                 return candidate

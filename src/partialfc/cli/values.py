@@ -59,7 +59,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         encoded = path.read_bytes()
     except OSError as error:
         raise InputError(f"--config {path} cannot be read: {error.strerror}.") from error
-    if encoded.startswith((b"PK\3\4", b"\x80\x02", b"\x80\x03", b"\x80\x04")) or path.suffix in (".pt", ".pth"):
+    is_weights = path.suffix in (".pt", ".pth", ".safetensors")
+    if is_weights or encoded.startswith((b"PK\3\4", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
         weights = "give a model to `evaluate` or --backbone.init, and a YAML file here"
         raise InputError(f"--config {path} is a file of weights, no configuration: {weights}.")
     if path.suffix == ".py":

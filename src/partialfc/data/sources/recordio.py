@@ -120,6 +120,13 @@ class RecordReader:
         except (UnreadableRecord, OSError) as error:  # OSError: a failing disk
             raise UnreadableRecord(f"{self.name(row)}: {error}") from None
 
+    def unlisted_bytes(self) -> int:
+        """The bytes after the last of the records, 0 if that is damaged: an index may list too few."""
+        last = int(self.offsets.max())
+        with suppress(UnreadableRecord, OSError):
+            return max(0, self.size - last - len(build_record(self._read_payload(last))))
+        return 0
+
     def first_labels(self, start: int, stop: int) -> np.ndarray:
         """The first label of the records in rows [start, stop), from their heads alone.
 

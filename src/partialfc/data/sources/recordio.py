@@ -174,8 +174,7 @@ class RecordReader:
             if len(data) < length:
                 raise UnreadableRecord("it runs past the end of the file")
             end = offset + CHUNK_HEAD.size + padded(length)
-            # The comparison is faster than a search for the bytes.
-            if end != following and b"\1" in (np.frombuffer(data, "<u4", length // 4) == MAGIC).tobytes():
+            if end != following and find_aligned_magic(data, 0) >= 0:
                 raise UnreadableRecord(f"its length, {length} bytes, runs into the next record")
             parts.append(data)
             if flag in (WHOLE, LAST):

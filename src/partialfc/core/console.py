@@ -188,6 +188,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else several}"
 
 
+def duration_words(seconds: float) -> str:
+    """90 s, 100 min, 3 h 05 min or 4 days."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 2 * 24 * 60 else f"{minutes // 1440} days"
+
+
 def _duration(seconds: float) -> str:
     """0:07, 12:34 or 3:12:45."""
     minutes, rest = divmod(round(seconds), 60)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from partialfc.config.options import HeadConfig
+from partialfc.core.console import duration_words
 from partialfc.pages.axes import value_format
 from partialfc.pages.plots import Line, line_chart
 from partialfc.pages.template import definition_list
@@ -73,7 +74,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("Images seen", _words(_count(seen), f"{seen / images:.3g} epochs" if seen and images else None)),
         ("Epochs planned", f"{epochs:g}" if epochs else ""),
         ("Speed", f"{seen / seconds:,.0f} images/s" if seen and seconds else ""),
-        ("Time of the steps", _duration(seconds)),
+        ("Time of the steps", "" if seconds is None else duration_words(seconds)),
         ("memory of a process, peak", f"{peak / 2**30:.1f} GiB" if peak else ""),
         ("Seed", _words(run.setting("seed"))),
     ]
@@ -100,15 +101,6 @@ def _margin(run: RunData) -> str:
 
 def _count(value: float | None) -> str:
     return f"{value:,.0f}" if value else ""
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def curves_section(run: RunData) -> str:

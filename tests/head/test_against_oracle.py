@@ -108,7 +108,11 @@ class Oracle:
             cosine = reference.dense_cosines(embeddings, self.centers, MARGINS[case.margin].sub_centers).detach()
             self.target_cosine = cosine[torch.arange(len(labels)), labels].mean()
             norms = embeddings.detach().norm(dim=1)
-            batch = {"t": self.target_cosine, "mean": norms.mean(), "deviation": norms.std(correction=min(1, len(norms) - 1))}
+            batch = {
+                "t": self.target_cosine,
+                "mean": norms.mean(),
+                "deviation": norms.std(correction=min(1, len(norms) - 1)),
+            }
             self.state = {name: 0.99 * value + 0.01 * float(batch[name]) for name, value in self.state.items()}
             options = oracle_options(case, self.state)
             self.losses.append(reference.dense_loss(embeddings, self.centers, labels, classes, **options))

@@ -35,8 +35,8 @@ Sampler = Literal["uniform", "sweep", "runs"]
 """How the negatives of a step are drawn: always as many, and every class equally often.
 
 - uniform: a new order of each block in every step (the paper).
-- sweep: a step takes up the order where the step before left it, and all classes have had their turn before a new order
-  begins: after many steps, the numbers of times that classes were negatives differ by few.
+- sweep: the steps of a sweep, C / sample size of them rounded down, share an order and take up where the step before
+  ends: no class is drawn twice in a sweep, and at rates of 1 / n each is drawn once, but for what positives replace.
 - runs: 32 neighbouring classes together, in a new order of the runs in every step: storage reads them at once. At
   rates below 1 % a block contributes less than a run.
 """
@@ -110,10 +110,10 @@ def order_of_step(sampler: Sampler, num_classes: int, size: int, seed: int, step
     """The order of a step, and the key of its systematic sampling; `step` is () int64 on any device. No host read."""
     *numbers, quota, last, offset = [keyed_random.derive_key(seed, "negatives", n) for n in range(_ROUNDS + 3)]
     key, offset_key = keyed_random.keys_at([quota, offset], step)
-    if sampler == "sweep":  # `done` of C classes of the current sweep had their turn
-        sweep, done = step * size // num_classes, step * size % num_classes
-        keys = keyed_random.keys_at([*numbers, last], sweep)
-        return _Order(num_classes, keys, rotation=lambda blocks: done.double() / num_classes), key
+    if sampler == "sweep":
+        steps = num_classes // size  # of a sweep
+        keys = keyed_random.keys_at([*numbers, last], step // steps)
+        return _Order(num_classes, keys, rotation=lambda blocks: (step % steps).double() / steps), key
     keys = keyed_random.keys_at([*numbers, last], step)
     if sampler == "runs":
         return _Order(num_classes, keys, RUN_BITS, lambda blocks: keyed_random.uniform(offset_key, blocks)), key

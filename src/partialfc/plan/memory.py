@@ -48,9 +48,10 @@ def weights_memory(workload: Workload) -> dict[str, int]:
     """Everything whose size is exact: weights, gradients and states of backbone and head, in bytes per process."""
     size, shards = network_size(workload), workload.backbone_shards
     parameters, trained = -(-size.parameters // shards), -(-size.trained // shards)
-    centers = workload.local_classes * workload.width
-    steps = 4 * workload.local_classes * (workload.config.optimizer.name == "adamw")
-    rows = workload.center_bytes * workload.width * workload.sampled * workload.micro_steps  # added only in the update
+    local_rows = workload.local_classes * workload.margin.sub_centers
+    centers = local_rows * workload.width
+    steps = 4 * local_rows * (workload.config.optimizer.name == "adamw")
+    rows = workload.center_bytes * workload.width * workload.sampled_rows * workload.micro_steps
     average = workload.config.optimizer.ema_decay > 0
     return {
         "backbone weights": 4 * parameters,

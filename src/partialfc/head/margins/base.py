@@ -107,7 +107,7 @@ def add_angle(cosine: Tensor, angle: Tensor) -> Tensor:
 def check_range(margin: Margin, low: float, high: float, **options: object) -> None:
     """Raise InputError for an option of a margin that is no number in [low, high], or is not finite."""
     for name, value in options.items():
-        if not (isinstance(value, Real) and math.isfinite(value) and low <= value <= high):
+        if not (isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high):
             limits = f"of at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
             raise InputError(f"{type(margin).__name__}'s {name} is {value!r}; it is a finite number {limits}.")
 
@@ -115,7 +115,7 @@ def check_range(margin: Margin, low: float, high: float, **options: object) -> N
 def check_angle(margin: Margin, **options: object) -> None:
     """Raise InputError for an option that is no angle which `add_angle` accepts."""
     for name, value in options.items():
-        if not (isinstance(value, Real) and 0 <= value <= LARGEST_ANGLE):
+        if not (isinstance(value, Real) and 0 <= float(value) <= LARGEST_ANGLE):
             raise InputError(
                 f"{type(margin).__name__}'s {name} is {value!r}; it is an angle in radians in [0, {LARGEST_ANGLE}]."
             )

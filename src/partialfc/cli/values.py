@@ -13,7 +13,6 @@ import yaml
 from partialfc.config.sample_rate import SampleRate
 from partialfc.core.errors import InputError
 
-
 _WIDEST = 50  # characters of choices in the help
 
 
@@ -29,10 +28,12 @@ def form(hint: Any) -> tuple[str, str, Callable[[str], Any]]:
         list[str]: ("[NAME,...]", "a list such as [a,b]", _names),
         SampleRate: ("X", "a number, or a list such as [[0.8,0.1],[0.2,1]]", _rate),
     }
+    if hint in known:
+        return known[hint]
     names = get_args(hint)
-    choices, shown = {name: name for name in names}, f"{{{','.join(names)}}}"
-    shown = shown if len(shown) < _WIDEST else "NAME"  # the sentence of the option then has the names
-    return known.get(hint) or (shown, f"one of {', '.join(names)}", choices.__getitem__)
+    choices, shown = {name: name for name in names}, ",".join(names)
+    shown = f"{{{shown}}}" if len(shown) < _WIDEST else "NAME"  # the sentence of the option then has the names
+    return shown, f"one of {', '.join(names)}", choices.__getitem__
 
 
 def _names(text: str) -> list[str]:

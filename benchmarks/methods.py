@@ -112,7 +112,11 @@ def main() -> int:
             write_file(path, json.dumps(results, indent=1))
             print(json.dumps(results[name]), flush=True)
     facts = describe("cpu")
-    lines = [f"{facts['cpu']}, torch {facts['torch']}, {options.steps} steps of {BATCH} images.", "", *lines_of(results)]
+    lines = [
+        f"{facts['cpu']}, torch {facts['torch']}, {options.steps} steps of {BATCH} images.",
+        "",
+        *lines_of(results),
+    ]
     print("\n".join(lines))
     if options.steps == STEPS and options.only == list(METHODS):
         write_between("results/margins.md", "benchmarks/methods.py", lines)

@@ -36,7 +36,7 @@ Sampler = Literal["uniform", "sweep", "runs"]
 
 - uniform: a new order of each block in every step (the paper).
 - sweep: the steps of a sweep, C / sample size of them rounded down, share an order and take up where the step before
-  ends: no class is drawn twice in a sweep, and at rates of 1 / n each is drawn once, but for what positives replace.
+  ends: at rates of 1 / n each class is drawn once in a sweep, but for what positives shift.
 - runs: 32 neighbouring classes together, in a new order of the runs in every step: storage reads them at once. At
   rates below 1 % a block contributes less than a run.
 """

@@ -132,7 +132,8 @@ def kept_classes(workload: Workload) -> int:
     if workload.compiled_head:
         kept = tile_sizes.cpu_kept_classes(workload.gathered, workload.operand_bytes, tile_sizes.SCRATCH_BYTES)
     else:
-        kept = tile_sizes.CHUNKED_CPU_SCRATCH_BYTES // (4 * (workload.gathered + workload.width))
+        row_bytes = 4 * workload.margin.sub_centers * (workload.gathered + workload.width)
+        kept = tile_sizes.CHUNKED_CPU_SCRATCH_BYTES // row_bytes
     return min(workload.sampled, kept)
 
 
@@ -141,13 +142,15 @@ def head_pass_memory(workload: Workload) -> int:
     samples, width, sampled = workload.gathered, workload.width, workload.sampled
     common = GATHERED_BYTES * samples * width + CLASS_BYTES * sampled
     if not workload.on_cpu:
-        return common + tile_sizes.GPU_TILE_BYTES
+        margin = workload.margin
+        has_kernels = margin.sub_centers == 1 and margin.negatives_bound == 1
+        return common + (tile_sizes.GPU_TILE_BYTES if has_kernels else 2 * tile_sizes.SCRATCH_BYTES)
     if workload.compiled_head:
         converted = torch.get_num_threads() * (workload.operand_bytes == 2)
         return common + (tile_sizes.CPU_PARTS + converted) * 4 * samples * width
     if _tile_classes(workload) < sampled:
         return common + 2 * tile_sizes.CHUNKED_CPU_SCRATCH_BYTES
-    return common + 4 * (5 * samples + 5 * width) * sampled
+    return common + 4 * (5 * samples + 5 * width) * workload.sampled_rows
 
 
 def head_update_memory(workload: Workload) -> int:
@@ -158,7 +161,7 @@ def head_update_memory(workload: Workload) -> int:
     if optimizer == "sgd" and (in_kernel or (workload.compiled_head and workload.state_bytes == 4)):
         return 0
     temporaries = UPDATE_BYTES[optimizer, 2 in (workload.center_bytes, workload.state_bytes)]
-    elements, threads = workload.sampled * width, torch.get_num_threads()
+    elements, threads = workload.sampled_rows * width, torch.get_num_threads()
     if sparse:
         at_once = CPU_UPDATE_ELEMENTS * threads if workload.on_cpu else GPU_UPDATE_ELEMENTS
         return temporaries * min(elements, at_once)
@@ -174,5 +177,6 @@ def _tile_classes(workload: Workload) -> int:
     elif workload.compiled_head:
         classes = tile_sizes.cpu_tile_classes(samples, width, tile_sizes.SCRATCH_BYTES)
     else:
-        classes = tile_sizes.chunked_tile_classes(samples, width, 4, tile_sizes.CHUNKED_CPU_SCRATCH_BYTES)
+        class_bytes = 4 * workload.margin.sub_centers
+        classes = tile_sizes.chunked_tile_classes(samples, width, class_bytes, tile_sizes.CHUNKED_CPU_SCRATCH_BYTES)
     return min(workload.sampled, classes)

@@ -150,7 +150,7 @@ def test_the_loss_in_eval_mode_is_over_all_classes(update: Any) -> None:
     labels = torch.arange(9)
     loss = head(batch(), labels)
     cosines = cosines_of(head, batch())
-    target = head.loss_config.margin.target(cosines, MarginBatch(torch.ones(9), 0, {}))
+    target = head.loss_config.margin.target(cosines, MarginBatch(torch.ones(9), torch.tensor(0), {}))
     logits = 16.0 * torch.where(torch.arange(300) == labels[:, None], target, cosines)
     torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(logits, labels), rtol=1e-6, atol=0)
     head.step = 3

@@ -108,9 +108,9 @@ def cases() -> dict[str, Case]:
         )
     for number, margin in enumerate(list(MARGINS)[4:]):
         several: dict[str, Any] = {"margin": margin, "batch": 15, "micro_steps": 3}
-        tiles = {"scratch_bytes": (256 << 20, 6000)[number % 2]}
+        tiles: dict[str, Any] = {"scratch_bytes": (256 << 20, 6000)[number % 2]}
         found |= {
-            f"{margin}, sparse": Case(margin, sample_rate=1.0, **tiles),  # type: ignore[arg-type]
+            f"{margin}, sparse": Case(margin, sample_rate=1.0, **tiles),
             f"{margin}, sampled, deferred": Case(margin, update="deferred", optimizer="adamw"),
             f"{margin}, three micro-steps, deferred": Case(sample_rate=1.0, update="deferred", **several),
             f"{margin}, conflicts, three micro-steps": Case(threshold=0.25, **several, **tiles),
@@ -186,8 +186,8 @@ def make_head(case: Case, group: Group | None = None) -> tuple[PartialFC, Rowwis
         group=group,
     )
     head.step = STEP
-    for name, value in STATES.get(case.margin, {}).items():
-        head.get_buffer(f"margin_{name}").fill_(value)
+    for name, figure in STATES.get(case.margin, {}).items():
+        head.get_buffer(f"margin_{name}").fill_(figure)
     optimizer = RowwiseSGD([head.centers], **SGD) if case.optimizer == "sgd" else RowwiseAdamW([head.centers], **ADAMW)
     state = optimizer.row_state(head.centers)
     first = head.shard.start * head.loss_config.margin.sub_centers

@@ -1,10 +1,11 @@
 """Images a second of the demo's training on a machine that other programs use: alone, beside one and four busy loops.
 
-    python benchmarks/busy.py [--rounds 3] [--steps 60]
+    python benchmarks/busy.py [--rounds 3] [--steps 24]
 
-Each training is a process of its own, once as `partialfc train` runs it, once with the waiting that GNU OpenMP does by
-default. A busy loop is a process that never waits. Fair is the share of the processors that the training's threads have
-among all that run, times the rate alone. Writes the table of docs/performance.md.
+A training of one process runs once as `partialfc train` runs it, once with the waiting that GNU OpenMP does by default;
+a third one has a process of one thread for each core. A busy loop is a process that never waits. Fair is the share of
+the processors that the training's threads have among all that run, times the rate alone. Writes the table of
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -25,16 +26,32 @@ from partialfc.training.run.log import read_metrics
 LOADS = (0, 1, 4)
 DEFAULT_SPINS = "300000"  # what GNU OpenMP takes where neither this nor OMP_WAIT_POLICY is set
 BATCH = 128
+IMAGES = 8000
 
 
-def rate(data: Path, folder: Path, spins: str | None, steps: int) -> float:
-    """The median images a second of a short training."""
+def rate(data: Path, folder: Path, settings: dict[str, str], processes: int, steps: int) -> float:
+    """The median images a second of a short training; `settings` are environment variables."""
     command = [sys.executable, "-m", "partialfc", "train", "--recipe", "demo", "--data.path", str(data / "train")]
-    command += ["--schedule.epochs", str(steps * BATCH / 8000), "--output.log-every", "5", "--out", str(folder)]
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    if spins is not None:
-        environment["GOMP_SPINCOUNT"] = spins
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    command += ["--schedule.epochs", str(steps * BATCH / IMAGES), "--output.log-every", str(max(1, steps // 8))]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+    }
+    environment |= settings
+    if processes > 1:  # what torchrun sets; its own sessions would count as other programs to Linux
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "OMP_NUM_THREADS": "1"}
+        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = [
+        subprocess.Popen(
+            [*command, "--out", str(folder)],
+            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(processes)
+    ]
+    statuses = [process.wait() for process in ranks]
+    if any(statuses):
+        raise SystemExit(f"a training failed: {' '.join(command)}")
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
     return statistics.median(line["images_per_second"] for line in lines[1:])
 
@@ -42,39 +59,50 @@ def rate(data: Path, folder: Path, spins: str | None, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args()
-    rates: dict[tuple[int, str | None], list[float]] = {}
+    cores = os.cpu_count() or 1
+    variants: dict[str, tuple[dict[str, str], int]] = {
+        "partialfc": ({}, 1),
+        "GNU OpenMP's default": ({"GOMP_SPINCOUNT": DEFAULT_SPINS}, 1),
+        f"{cores} processes": ({}, cores),
+    }
+    rates: dict[tuple[int, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "data"
-        FaceWorld(identities=1000, pairs=100, pair_identities=50).write(data, quiet=True)
+        FaceWorld(identities=IMAGES // 8, pairs=100, pair_identities=50).write(data, quiet=True)
         for number in range(options.rounds):
             for load in LOADS:
                 loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
                 try:
-                    for spins in (None, DEFAULT_SPINS):
-                        folder = Path(temporary) / f"{number}-{load}-{spins}"
-                        rates.setdefault((load, spins), []).append(rate(data, folder, spins, options.steps))
-                        print(load, spins, rates[load, spins], flush=True)
+                    for name, (settings, processes) in variants.items():
+                        folder = Path(temporary) / f"{number}-{load}-{name}"
+                        found = rates.setdefault((load, name), [])
+                        found.append(rate(data, folder, settings, processes, options.steps))
+                        print(load, name, [round(one) for one in found], flush=True)
                 finally:
                     for loop in loops:
                         loop.kill()
                         loop.wait()
-    hardware, cores = describe("cpu"), os.cpu_count() or 1
+    write_between("performance.md", "benchmarks/busy.py", table(rates, list(variants), cores, options.rounds))
+
+
+def table(rates: dict[tuple[int, str], list[float]], names: list[str], cores: int, rounds: int) -> list[str]:
+    hardware = describe("cpu")
     lines = [
-        f"{hardware['cpu']}, {cores} cores, torch {hardware['torch']}; images/s, medians of {options.rounds} runs.",
+        f"{hardware['cpu']}, {cores} cores, torch {hardware['torch']}; images/s, medians of {rounds} runs.",
         "",
-        "| busy loops | fair | partialfc | of fair | GNU OpenMP's default | of fair |",
-        "|---|---|---|---|---|---|",
+        "| busy loops | fair | " + " | ".join(f"{name} | of fair" for name in names) + " |",
+        "|---|---" + "|---|---" * len(names) + "|",
     ]
-    alone = max(statistics.median(rates[0, spins]) for spins in (None, DEFAULT_SPINS))
+    alone = statistics.median(rates[0, names[0]])
     for load in LOADS:
         fair = alone * min(1.0, cores / (cores + load))
-        ours, default = (statistics.median(rates[load, spins]) for spins in (None, DEFAULT_SPINS))
+        found = [statistics.median(rates[load, name]) for name in names]
         lines.append(
-            f"| {load} | {fair:,.0f} | {ours:,.0f} | {ours / fair:.2f} | {default:,.0f} | {default / fair:.2f} |"
+            f"| {load} | {fair:,.0f} | " + " | ".join(f"{one:,.0f} | {one / fair:.2f}" for one in found) + " |"
         )
-    write_between("performance.md", "benchmarks/busy.py", lines)
+    return lines
 
 
 if __name__ == "__main__":

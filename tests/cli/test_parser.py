@@ -79,6 +79,8 @@ def test_a_mistake_is_one_sentence_and_status_2(
         ("head: {margin: arc}", ["head.margin", "arc", "cosface"]),
         ("- seed", ["holds no options"]),
         ("seed: [", ["YAML"]),
+        ("? [1]\n: 2\n", ["YAML"]),
+        ("seed: 1\nhead: {}\nseed: 2\n", ["'seed' stands twice", "line 3"]),
     ],
 )
 def test_a_mistake_in_a_file_names_file_and_key(

@@ -338,8 +338,8 @@ def test_recordio_has_the_layout_of_the_published_sets(tmp_path: Path) -> None:
     reader = RecordReader(tmp_path / "out" / "train.rec")
     assert isinstance(reader.keys, range)
     header = reader.read(0)
-    assert (header.is_bookkeeping, header.labels.tolist()) == (True, [5.0, 9.0])
-    assert [reader.read(row).labels.tolist() for row in range(1, 9)] == [
+    assert (header.is_bookkeeping, header.labels) == (True, (5.0, 9.0))
+    assert [list(reader.read(row).labels) for row in range(1, 9)] == [
         [0], [1], [1], [3], [1, 2], [2, 4], [5, 5], [4, 5],
     ]  # fmt: skip
     assert (tmp_path / "out" / "property").read_text() == "4,16,16\n"

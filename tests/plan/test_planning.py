@@ -178,7 +178,7 @@ def test_text_and_values_agree() -> None:
     assert MINI.config.data.fewest_processes == MINI.gpus
     values, text = plan.to_dict(), plan_text(plan)
     assert values["memory"]["peak_bytes"] == sum(values["memory"]["parts"].values())
-    assert "not measured" in text.splitlines()[2]
+    assert "not measured" in text
     assert f"{values['images_per_second']:,.0f} images a second" in text
     for part in values["memory"]["parts"]:
         assert part in text

@@ -8,6 +8,8 @@ from torch import Tensor
 from partialfc.core import keyed_random
 from partialfc.data.augmentations import PRESETS
 
+_PART = 16  # images that stay in a CPU's cache from one operation to the next
+
 
 def normalise(images: Tensor) -> Tensor:
     """(x / 255 - 0.5) / 0.5.
@@ -18,11 +20,7 @@ def normalise(images: Tensor) -> Tensor:
     Returns:
         float32 (B, 3, H, W) in [-1, 1], in channels-last memory format.
     """
-    return _normalise(images.permute(0, 3, 1, 2).to(torch.float32))
-
-
-def _normalise(images: Tensor) -> Tensor:
-    return images.div_(127.5).sub_(1.0)
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def augment(images: Tensor, positions: Tensor, seed: int, *, flip: bool = True, preset: str = "flip") -> Tensor:
@@ -42,11 +40,24 @@ def augment(images: Tensor, positions: Tensor, seed: int, *, flip: bool = True, 
     """
     if flip:
         mirrored = keyed_random.bits(keyed_random.derive_key(seed, "flip"), positions.to(images.device)) < 0
-        # Selecting whole rows of both versions is several times as fast as torch.where on a CPU, and a boolean mask
-        # would make a GPU wait for the host.
-        rows = torch.arange(len(images), device=images.device) + len(images) * mirrored
-        images = torch.cat((images, images.flip(2))).index_select(0, rows)
-    inputs = images.permute(0, 3, 1, 2).to(torch.float32)
+    outputs = torch.empty(images.shape, dtype=torch.float32, device=images.device).permute(0, 3, 1, 2)
+    size = _PART if images.device.type == "cpu" else max(1, len(images))
+    for part in (slice(start, start + size) for start in range(0, len(images), size)):
+        inputs = _mirror(images[part], mirrored[part]) if flip else images[part]
+        inputs = _augment(inputs.permute(0, 3, 1, 2).to(torch.float32), positions[part], seed, preset)
+        torch.div(inputs, 127.5, out=outputs[part]).sub_(1.0)
+    return outputs
+
+
+def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
+    # Selecting whole rows of both versions is several times as fast as torch.where on a CPU, and a boolean mask
+    # would make a GPU wait for the host.
+    rows = torch.arange(len(images), device=images.device) + len(images) * mirrored
+    return torch.cat((images, images.flip(2))).index_select(0, rows)
+
+
+def _augment(inputs: Tensor, positions: Tensor, seed: int, preset: str) -> Tensor:
+    """Apply the augmentations of a preset to float32 (B, 3, S, S) in [0, 255], in place."""
     for augmentation, probability in PRESETS[preset]:
         name = augmentation.__name__
 
@@ -59,11 +70,11 @@ def augment(images: Tensor, positions: Tensor, seed: int, *, flip: bool = True, 
             continue
 
         def draw(purpose: str, of: Tensor = positions[chosen]) -> Tensor:
-            return uniform(purpose, of).float().to(images.device, non_blocking=True)
+            return uniform(purpose, of).float().to(inputs.device, non_blocking=True)
 
-        rows = chosen.to(images.device, non_blocking=True)
+        rows = chosen.to(inputs.device, non_blocking=True)
         inputs[rows] = augmentation(inputs[rows].contiguous(), draw)
-    return _normalise(inputs)
+    return inputs
 
 
 def augmented_sheet(images: Tensor, seed: int, *, flip: bool = True, rows: int = 3) -> Tensor:

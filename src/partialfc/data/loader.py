@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -60,6 +60,14 @@ class Batch:
         """The same in page-locked memory, which a GPU copies from while the host goes on; DataLoader calls it."""
         pinned = {name: getattr(self, name).pin_memory() for name in ("images", "labels", "positions")}
         return replace(self, **pinned)
+
+
+class _Read(NamedTuple):
+    """What a worker sends: arrays, since each tensor would be a file in shared memory. `images` unless in a slot."""
+
+    labels: np.ndarray
+    unreadable: dict[str, str]
+    images: np.ndarray | None
 
 
 def sample_index(positions: Tensor, images: int, seed: int) -> Tensor:
@@ -186,13 +194,17 @@ class Loader:
             for number, outcome in zip(numbers, outcomes, strict=False):
                 if isinstance(outcome, InputError):
                     raise outcome
+                step, micro_step = divmod(number, self.micro_steps)
                 for name, reason in outcome.unreadable.items():
                     self._count(name, reason)
-                if slots is not None:
-                    shared = slots[number % len(slots), : len(outcome.labels)]
-                    images = shared.pin_memory() if torch.cuda.is_available() else shared.clone()
-                    outcome = replace(outcome, images=images)
-                yield outcome
+                labels, positions = torch.from_numpy(outcome.labels), self._positions(step, micro_step)
+                if slots is None:
+                    images = torch.from_numpy(outcome.images)
+                else:
+                    images = slots[number % len(slots), : len(labels)]
+                    images = images if torch.cuda.is_available() else images.clone()
+                batch = Batch(images, labels, positions, step, micro_step, outcome.unreadable)
+                yield batch.pin_memory() if torch.cuda.is_available() else batch
 
     def _shared_slots(self) -> Tensor:
         """Shared memory (slots, B, S, S, 3) for the images of the micro-batches in work; number n is in slot n % slots.
@@ -210,30 +222,35 @@ class Loader:
         first, last = split_evenly(stop - start, self._world_size, rank)
         return start + first, start + last
 
-    def _read(self, number: int, slots: Tensor | None) -> Batch | InputError:
+    def _positions(self, step: int, micro_step: int) -> Tensor:
+        return torch.arange(*self._share(micro_step, self._rank)) + step * self._global_batch_size
+
+    def _read(self, number: int, slots: Tensor | None) -> _Read | InputError:
         """Read a micro-batch by number, its images into a slot if there are any.
 
         An InputError comes back as a value: torch would rewrite its message.
         """
         try:
-            slot = None if slots is None else slots[number % len(slots)]
-            batch = self._read_batch(*divmod(number, self.micro_steps), slot)
-            return batch if slots is None else replace(batch, images=batch.images[:0].clone())
+            positions = self._positions(*divmod(number, self.micro_steps))
+            if slots is None:
+                images = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
+            else:
+                images = slots[number % len(slots), : len(positions)].numpy()
+            labels, unreadable = self._read_into(images, positions)
+            return _Read(labels, unreadable, images if slots is None else None)
         except InputError as error:
             return error
 
-    def _read_batch(self, step: int, micro_step: int, slot: Tensor | None) -> Batch:
-        positions = torch.arange(*self._share(micro_step, self._rank)) + step * self._global_batch_size
-        indices = sample_index(positions, len(self), self._seed)
-        shape = (len(positions), self.image_size, self.image_size, 3)
-        images = np.empty(shape, np.uint8) if slot is None else slot[: len(positions)].numpy()
-        labels = np.empty(len(positions), np.int64)
+    def _read_into(self, images: np.ndarray, positions: Tensor) -> tuple[np.ndarray, dict[str, str]]:
+        indices = sample_index(positions, len(self), self._seed).tolist()
         unreadable: dict[str, str] = {}
-        for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist(), strict=True)):
-            labels[row] = self._read_sample(position, index, unreadable, images[row])
+        labels = [
+            self._read_sample(position, index, unreadable, image)
+            for position, index, image in zip(positions.tolist(), indices, images, strict=True)
+        ]
         if self._color_order == "bgr":
             images[:] = images[..., ::-1].copy()
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), positions, step, micro_step, unreadable)
+        return np.array(labels, np.int64), unreadable
 
     def _read_sample(self, position: int, index: int, unreadable: dict[str, str], out: np.ndarray) -> int:
         """Put the image at `index` into `out` (S, S, 3), and return its label.

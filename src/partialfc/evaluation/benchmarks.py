@@ -1,7 +1,7 @@
 """Benchmarks: what a path is, found out from its files, and the protocol that belongs to it.
 
 NAME.bin                              pairs of images, as those of LFW
-FOLDER with .bin files                the same, a group a file, as those of RFW
+FOLDER with .bin or .xz files         the same, a group a file, as those of RFW
 FOLDER with *_face_tid_mid.txt        IJB-B or IJB-C, 1:1, and 1:N if its galleries are there
 LIST.csv: path,identity,group,mask    all pairs of a list, as those of MFR
 PAIRS.csv: left,right,is_same         pairs of one's own images
@@ -100,8 +100,9 @@ def open_benchmark(path: Path, image_size: int, *, compat: bool = False) -> Benc
         return ListedImages.read(path)
     if path.is_file():
         return PairFile(read_pairs(path), path)
-    if files := sorted(path.glob("*.bin")):
-        return PairFiles({file.stem.lower(): PairFile(read_pairs(file), file) for file in files})
+    if files := sorted([*path.glob("*.xz"), *path.glob("*.bin")], key=lambda file: file.name.lower()):
+        groups = {file.name.lower().removesuffix(".xz").removesuffix(".bin"): file for file in files}
+        return PairFiles({name: PairFile(read_pairs(file), file) for name, file in groups.items()})
     if find_files(path, FACES) or find_files(path, "*_face_tid_mid.txt"):
         return Templates(path, image_size, compat=compat)
     if (path / GALLERY).is_dir() or (path / PROBE).is_dir():
@@ -197,7 +198,7 @@ class ListedImages:
     """All pairs of a list with identities, groups and masks."""
 
     def __init__(self, listed: ImageList, folder: Path) -> None:
-        group_names(listed.groups, len(listed.paths))  # refused before hours of embedding
+        self.groupless = int((group_names(listed.groups, len(listed.paths)) == "").sum())
         self.listed = listed
         self.images = Files([folder / path for path in listed.paths])
         self.what = f"a list of {len(listed.paths):,} images, all pairs"
@@ -205,7 +206,11 @@ class ListedImages:
     @classmethod
     def read(cls, path: Path) -> ListedImages:
         """Of a `.csv` file; its paths are relative to its folder."""
-        return cls(read_list(path), path.parent)
+        listed = read_list(path)
+        try:
+            return cls(listed, path.parent)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def evaluate(self, features: Features) -> Result:
         """As `Benchmark.evaluate`."""
@@ -214,6 +219,9 @@ class ListedImages:
         result = evaluate_all_pairs(units, listed.identities, listed.groups, listed.masked, failed=features.failed)
         if result.scores[""].complete:  # a list too small for the FAR of MFR alone
             result = replace(result, figures=verification_figures(result.scores[""]) | result.figures)
+        if 0 < self.groupless < len(listed.paths):
+            note = f"{self.groupless:,} of {len(listed.paths):,} images name no group and are in no figure of a group."
+            result = replace(result, facts=result.facts | {"notes": [*result.facts.get("notes", ()), note]})
         return with_quality(result, features, listed.qualities)
 
 

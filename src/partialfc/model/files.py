@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """The model of a model folder, of a run folder (its best model, else its last), or of a file of weights.
 
-    Such a file (.pt, .pth, .ckpt, .pth.tar) holds a state_dict as the reference implementation writes it (`model.pt`,
+    Such a file, of any suffix, holds a state_dict as the reference implementation writes it (`model.pt`,
     `backbone.pth`), perhaps among other things and with the prefixes of wrappers: keys and shapes tell backbone,
     embedding_dim and image_size; the input is RGB, (x/255 - 0.5) / 0.5, and embeddings of mirrored images are added, as
     there. The model is in evaluation mode, and its `origin` says what was recognised.
@@ -93,9 +94,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         InputError: there is no model, its configuration has an unknown key or an impossible value, or its weights do
             not fit the architecture that it names.
     """
-    if Path(path).is_file() and Path(path).name.lower().endswith(STATE_DICT_SUFFIXES):
-        return _load_state_dict(Path(path), device)
-    folder = find_model(Path(path))
+    path = Path(path)
+    if path.name in (WEIGHTS_NAME, CONFIG_NAME) and (path.parent / CONFIG_NAME).is_file():
+        path = path.parent  # a file of a model folder stands for the folder
+    if path.is_file():
+        return _load_state_dict(path, device)
+    folder = find_model(path)
     config = read_config(folder)
     origin = f"{config.backbone}, as {folder / CONFIG_NAME} says"
     return Model(build(config, read_weights(folder), name=str(folder), device=device), config, origin)
@@ -104,7 +108,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
 def _load_state_dict(path: Path, device: str | torch.device) -> Model:
     """The model of a file with a state_dict. Reading it executes no code from the file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of a TorchScript archive, and then refuses it
+            is_safe = path.suffix.lower() == ".safetensors"
+            content = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # for a file of another kind, torch's reader raises anything
@@ -131,7 +137,7 @@ def _load_state_dict(path: Path, device: str | torch.device) -> Model:
 def find_model(path: Path) -> Path:
     """The model folder that `path` is, or that the run folder `path` holds; InputError if neither."""
     resolved = path.resolve()
-    for folder in (resolved, resolved / "model" / "best", resolved / "model" / "last"):
+    for folder in (resolved, *(resolved / inner for inner in ("model/best", "model/last", "best", "last"))):
         for candidate in (folder, previous_name(folder)):
             if (candidate / CONFIG_NAME).is_file():
                 return candidate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -208,7 +209,7 @@ def _option_value(value: Any) -> str:
 def plan_text(plan: Plan) -> str:
     """The workload, its memory and time part by part, and the conclusions, as aligned text."""
     workload, memory, time = plan.workload, plan.memory, plan.time
-    lines = [*_heading(plan), ""]
+    lines = [*_wrapped(_heading(plan)), ""]
     lines.append(f"memory of {'the process' if workload.on_cpu else 'each GPU'} at its peak, in {memory.moment}")
     lines += _chart(dict(sorted(memory.parts.items(), key=lambda part: -part[1])), _size)
     lines.append(f"  {'together':<{_NAME}}{_size(memory.peak)}  of {plan.capacity / GIB:.1f} GiB usable")
@@ -219,7 +220,11 @@ def plan_text(plan: Plan) -> str:
         lines += ["", "time of a step", *_chart(time.parts | {"loader, in parallel": time.loader}, _milliseconds)]
         speed = f"{plan.images_per_second:,.0f} images a second"
         lines.append(f"  {'together':<{_NAME}}{_milliseconds(time.step)}  {speed}")
-    return "\n".join([*lines, "", *_conclusions(plan)])
+    return "\n".join([*lines, "", *_wrapped(_conclusions(plan))])
+
+
+def _wrapped(lines: list[str]) -> list[str]:
+    return [part for line in lines for part in wrap(line, 80, subsequent_indent="  ", break_on_hyphens=False)]
 
 
 def _heading(plan: Plan) -> list[str]:

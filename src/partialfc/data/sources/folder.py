@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from mmap import mmap
 from pathlib import Path
@@ -54,6 +55,13 @@ class FolderSource:
         self._identity_names = names
         self.identities: list[str] | None = names
         self.num_classes = num_classes or len(names)
+        self.notes: list[str] = []
+        if files and all(os.sep in file for file in files):
+            first = self.file_name(0)
+            self.notes.append(
+                f"{path} has no image directly in an identity folder, and {first} is taken for one of "
+                f"{first.partition(os.sep)[0]}: if the inner folders are identities, give the folder that holds them"
+            )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -65,24 +73,24 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         """As `Source.name`: the path of the file."""
-        return os.path.join(self.path, self.file_name(index))
+        return f"{self.path}/{self.file_name(index)}"
 
     def file_name(self, index: int) -> str:
         """The path of the file below the folder."""
-        below = self._files[index]
-        return os.path.join(self._identity_names[self._label(index)], below)
+        return f"{self._identity_names[self._label(index)]}/{self._files[index]}"
 
     def read(self, index: int) -> Sample:
         """As `Source.read`."""
-        path = self.name(index)
-        return Sample(read_file(path), self._label(index), path)
+        label = self._label(index)
+        path = f"{self.path}/{self._identity_names[label]}/{self._files[index]}"
+        return Sample(read_file(path), label, path)
 
     def order(self) -> list[bytes | mmap]:
         """What tells the samples apart: the names of the files and how many each identity has."""
         return [self._files.block, self._identity_stops.tobytes()]
 
     def _label(self, index: int) -> int:
-        return int(np.searchsorted(self._identity_stops, index, side="right"))
+        return bisect_right(self._identity_stops, index)
 
     def _images_below(self, identity: str, root: os.stat_result) -> Iterator[str]:
         """The paths, relative to the folder of an identity, of the images in it and in the folders below.

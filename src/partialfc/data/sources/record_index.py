@@ -12,13 +12,13 @@ import mmap
 import struct
 import warnings
 from array import array
-from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from partialfc.core.errors import InputError
+from partialfc.data.sources.base import skip_byte_order_mark
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -28,7 +28,8 @@ CHUNK_HEAD = struct.Struct("<II")
 _CHUNK_AND_RECORD_HEAD = struct.Struct("<IIIfQ")
 _ID_LIMIT = 1 << 62  # ids are u64, keys int64
 _NO_OFFSET = (1 << 63) - 1  # as which NumPy reads larger numbers, such as the (size_t)-1 of a failed write
-_TEXT_BLOCK = 1 << 24  # bytes of .idx text parsed at a time
+_TEXT_BLOCK = 1 << 22  # bytes of .idx text parsed at a time
+_DIGITS = 18  # of a number that fits into 63 bits, whatever it is
 
 
 def padded(length: int) -> int:
@@ -58,7 +59,8 @@ def read_index(path: Path) -> tuple[range | np.ndarray, np.ndarray]:
         InputError: a line is not two whole numbers from 0, or larger ones than a file has bytes.
     """
     with path.open("rb") as file:
-        lines = 1 + sum(block.count(b"\n") for block in iter(lambda: file.read(_TEXT_BLOCK), b""))
+        blocks = iter(lambda: file.read(_TEXT_BLOCK), b"")
+        lines = 1 + sum(np.count_nonzero(np.frombuffer(block, np.uint8) == ord("\n")) for block in blocks)
     offsets = np.full(lines, -1, np.int64)
     count = 0
     for block in _index_blocks(path):
@@ -81,8 +83,7 @@ def _index_blocks(path: Path) -> Iterator[np.ndarray]:
     """The lines of an `.idx` as int64 (n, 2), one block of text at a time."""
     with path.open("rb") as file:
         rest = b""
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:
-            file.seek(0)
+        skip_byte_order_mark(file)
         while block := file.read(_TEXT_BLOCK):
             text, _, rest = (rest + block).rpartition(b"\n")
             if text := text.strip():
@@ -91,7 +92,34 @@ def _index_blocks(path: Path) -> Iterator[np.ndarray]:
             yield _parse_lines(rest, path)
 
 
+def _parse_even_lines(text: bytes) -> np.ndarray | None:
+    """The lines where all keys have as many digits, and all offsets, as in nearly every block; otherwise None.
+
+    Whole columns of digits are added up, in a fraction of the time that parsing line by line takes.
+    """
+    width = text.find(b"\n") + 1
+    tab = text.find(b"\t", 0, width)
+    if tab < 0 or (len(text) + 1) % width or max(tab, width - tab - 2) > _DIGITS:
+        return None
+    columns = np.frombuffer(text + b"\n", np.uint8).reshape(-1, width).T.copy()
+    if (columns[tab] != ord("\t")).any() or (columns[-1] != ord("\n")).any():
+        return None
+    columns -= ord("0")  # wraps around for what stands before the digits, and is then above 9, too
+    table = np.zeros((columns.shape[1], 2), np.int64)
+    for number, part in enumerate((columns[:tab], columns[tab + 1 : -1])):
+        if not len(part) or (part > 9).any():
+            return None
+        total = np.zeros(columns.shape[1], np.int64)
+        for digits in part:
+            total *= 10
+            total += digits
+        table[:, number] = total
+    return table
+
+
 def _parse_lines(text: bytes, path: Path) -> np.ndarray:
+    if (table := _parse_even_lines(text)) is not None:
+        return table
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # older NumPy only warns of text that it cannot parse

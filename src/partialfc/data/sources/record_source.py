@@ -13,10 +13,13 @@ import numpy as np
 
 from partialfc.core.errors import InputError
 from partialfc.data.sources.base import Sample
+from partialfc.data.sources.folder import IMAGE_SUFFIXES
 from partialfc.data.sources.names import PackedStrings, pack, pack_lines, read_classes
 from partialfc.data.sources.recordio import LABEL_LIMIT, Record, RecordReader, UnreadableRecord, class_of
 
 _PROBES = 16  # records tried to tell a damaged file from one that does not fit its index
+_OF_OTHERS = (*IMAGE_SUFFIXES, ".csv", ".txt", ".json", ".zip", ".idx")
+_FEWEST_BYTES = 32  # of a record
 
 
 def open_recordio(path: Path, num_classes: int | None) -> RecordSource | None:
@@ -35,6 +38,8 @@ def open_recordio(path: Path, num_classes: int | None) -> RecordSource | None:
         if len(trains or names) > 1:
             raise InputError(f"{path} holds several .rec files ({', '.join(names[:5])}): give the path of one of them.")
         path = path / (trains or names)[0]
+    elif path.suffix.lower() in _OF_OTHERS:
+        return None
     return RecordSource(path, num_classes)
 
 
@@ -50,6 +55,12 @@ class RecordSource:
         self.path = path
         self._reader = RecordReader(path)
         self._check_fit()
+        self.notes: list[str] = []
+        if (rest := self._reader.unlisted_bytes()) >= _FEWEST_BYTES:
+            self.notes.append(
+                f"{path} has {rest:,} bytes after the last record that its .idx lists, and they are passed over: "
+                "without the .idx all records are found by a scan"
+            )
         header = self._read_header()
         self.format = "recordio" if header is None else "recordio-header"
         self._start, self._stop = 0, len(self._reader)
@@ -91,13 +102,13 @@ class RecordSource:
             raise IndexError(index)
         record = self._reader.read(self._start + index)
         name = self.name(index)
-        return Sample(record.body, class_of(record.labels, name), name)
+        return Sample(record.body, class_of(record.labels[0], name), name)
 
     def labels(self) -> np.ndarray:
         """As `Source.labels`, by a pass over the heads of the records."""
         labels = self._reader.first_labels(self._start, self._stop)
         for index in np.flatnonzero(np.isfinite(labels) & ((labels % 1 != 0) | (labels >= LABEL_LIMIT)))[:1]:
-            class_of(labels[index : index + 1], self.name(int(index)))
+            class_of(float(labels[index]), self.name(int(index)))
         return np.where(np.isfinite(labels), labels, -1).astype(np.int64)
 
     def order(self) -> list[bytes]:
@@ -167,7 +178,7 @@ class RecordSource:
     def _count_classes(self, header: Record | None) -> int:
         if header is None:
             return int(self.labels().max(initial=0)) + 1
-        first, stop = float(header.labels[0]), float(header.labels[1])
+        first, stop = header.labels
         identities = len(self._reader) - self._stop  # 0 of a file that was cut off and has no index
         is_exact = stop < LABEL_LIMIT and (self._reader.row_of(int(first)) == self._stop or not identities)
         return int(stop - first) if is_exact else identities

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import struct
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,19 +39,18 @@ LABEL_LIMIT = 1 << 24
 _RECORD_HEAD = struct.Struct("<IfQQ")
 _HEAD_WORDS = 9
 _HEADS_AT_ONCE = 1 << 18
-_READ_AT_ONCE = 1 << 14  # bytes; most records of faces are shorter, so that one call reads them
+_READ_AT_ONCE = 1 << 16  # bytes; a shorter record, as those of faces are, is read by one call
 
 
 class UnreadableRecord(UnreadableImage):
     """A record that is damaged, missing or cut off. The message names the record and says what is wrong."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """A parsed payload. `labels` is float32: the label array, or the one label of a record without array."""
+class Record(NamedTuple):
+    """A parsed payload. `labels` are float32: the label array, or the one label of a record without array."""
 
     flag: int
-    labels: np.ndarray
+    labels: tuple[float, ...]
     identifier: int
     body: bytes
 
@@ -118,9 +116,16 @@ class RecordReader:
             UnreadableRecord: no whole record begins at its offset.
         """
         try:
-            return parse_payload(self._read_payload(int(self.offsets[row])))
+            return parse_payload(self._read_payload(*self.offsets[row : row + 2].tolist()))
         except (UnreadableRecord, OSError) as error:  # OSError: a failing disk
             raise UnreadableRecord(f"{self.name(row)}: {error}") from None
+
+    def unlisted_bytes(self) -> int:
+        """The bytes after the last of the records, 0 if that is damaged: an index may list too few."""
+        last = int(self.offsets.max())
+        with suppress(UnreadableRecord, OSError):
+            return max(0, self.size - last - len(build_record(self._read_payload(last))))
+        return 0
 
     def first_labels(self, start: int, stop: int) -> np.ndarray:
         """The first label of the records in rows [start, stop), from their heads alone.
@@ -149,11 +154,13 @@ class RecordReader:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         return self._descriptor
 
-    def _read_payload(self, offset: int) -> bytes:
+    def _read_payload(self, offset: int, following: int = 0) -> bytes:
+        """The payload of the record at `offset`; `following` is where the next one begins, if that is known."""
         descriptor = self._open()
         parts: list[bytes] = []
         while True:
-            block = os.pread(descriptor, _READ_AT_ONCE, offset) if 0 <= offset < self.size else b""
+            expected = following - offset if offset < following < offset + _READ_AT_ONCE else _READ_AT_ONCE
+            block = os.pread(descriptor, expected, offset) if 0 <= offset < self.size else b""
             if len(block) < CHUNK_HEAD.size:
                 raise UnreadableRecord(f"byte {offset} lies past the end of the file")
             magic, lrec = CHUNK_HEAD.unpack_from(block)
@@ -166,12 +173,13 @@ class RecordReader:
                 data = os.pread(descriptor, length, offset + CHUNK_HEAD.size)
             if len(data) < length:
                 raise UnreadableRecord("it runs past the end of the file")
-            if find_aligned_magic(data, 0) >= 0:
+            end = offset + CHUNK_HEAD.size + padded(length)
+            if end != following and find_aligned_magic(data, 0) >= 0:
                 raise UnreadableRecord(f"its length, {length} bytes, runs into the next record")
             parts.append(data)
             if flag in (WHOLE, LAST):
                 return MAGIC_BYTES.join(parts)
-            offset += CHUNK_HEAD.size + padded(length)
+            offset = end
 
 
 def parse_payload(payload: bytes) -> Record:
@@ -186,17 +194,16 @@ def parse_payload(payload: bytes) -> Record:
     stop = _RECORD_HEAD.size + 4 * flag
     if stop > len(payload):
         raise UnreadableRecord(f"it promises {flag} labels and is too short to hold them")
-    labels = np.frombuffer(payload, "<f4", flag, _RECORD_HEAD.size) if flag else np.array([label], np.float32)
+    labels = struct.unpack_from(f"<{flag}f", payload, _RECORD_HEAD.size) if flag else (label,)
     return Record(flag, labels, identifier, payload[stop:])
 
 
-def class_of(labels: np.ndarray, name: str) -> int:
-    """The class id of a record: the first of its labels.
+def class_of(value: float, name: str) -> int:
+    """The class id that the first label of a record stands for.
 
     Raises:
         InputError: it is no whole number, or at or past 2^24.
     """
-    value = float(labels[0])
     if not value.is_integer():
         raise InputError(f"The label of {name} is {value:g}, but a class id is a whole number: correct the labels.")
     if value >= LABEL_LIMIT:
@@ -286,7 +293,7 @@ class RecordWriter:
             raise InputError(f"The label of {name} is {label}: class ids begin at 0.")
         if self._num_classes is not None and label >= self._num_classes:
             raise InputError(f"The label of {name} is {label}, outside the range [0, {self._num_classes}).")
-        class_of(np.array([label], np.float64), name)
+        class_of(float(label), name)
         if self._header:
             first, stop = self._images_of.get(label, (key, key))
             if stop != key:

@@ -59,7 +59,7 @@ def test_a_schedule_of_the_rate_and_several_centers_are_counted() -> None:
     assert all_.hours is not None
     assert plan.hours == pytest.approx(0.75 * few.hours + 0.25 * all_.hours)
     assert [phase[:2] for phase in plan.phases] == [(0.75, 0.1), (0.25, 1.0)]
-    text = plan_text(plan)
+    text = " ".join(plan_text(plan).split())
     assert "sample rate 0.1 for 75 % of the steps, then 1: at most 125,000 of 125,000 classes a GPU" in text
     assert "At sample rate 0.1 a step takes " in text
     three = changed(MINI, head__margin="subcenter")

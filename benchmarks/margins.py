@@ -104,12 +104,14 @@ def steps_of(case: HeadCase) -> dict[str, Step]:
 
 
 def measure(case: HeadCase, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step of each variant, in turns."""
+    """Seconds of each step of each variant, in turns; each round begins with another, since one warms the caches."""
     steps = steps_of(case)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
     for number in range(WARM_UP + rounds):
-        for name, step in steps.items():
-            taken = step(number)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            taken = steps[name](number)
             if number >= WARM_UP:
                 seconds[name].append(taken)
     return seconds

@@ -44,7 +44,9 @@ MISTAKES = {
     "train DATA --recipe wf42m-r20": "There is no recipe 'wf42m-r20'; … Did you mean 'wf42m-r200'?",
     "recipes webface99m": "There is no recipe 'webface99m'; `partialfc recipes` lists them.",
     "train DATA --epochs many": "--epochs/--schedule.epochs: 'many' is not a number.",
-    "train DATA --head.margin arc": "--head.margin: 'arc' is not one of cosface, arcface, none.",
+    "train DATA --head.margin arc": "--head.margin: 'arc' is not one of cosface, "
+    "arcface, combined, adaface, magface, curricularface, elasticface, "
+    "subcenter, none.",
     "train DATA --device gpu": "--device: 'gpu' is not one of auto, cpu, cuda.",
     "train DATA --batch-size 0": "data.global_batch_size is 0; it must be at least 1.",
     "train DATA --batch-size -8": "data.global_batch_size is -8; it must be at least 1.",

@@ -140,7 +140,7 @@ def test_help_fits_80_columns_and_has_a_sentence_for_every_option(monkeypatch: p
     assert isinstance(train, Parser)
     everything = train.format_help(everything=True)
     assert all(len(line) < 80 for line in everything.splitlines())
-    assert "Margin of the target class (default: cosface)" in " ".join(everything.split())
+    assert "curricularface, elasticface, subcenter or none (default: cosface)" in " ".join(everything.split())
 
 
 def test_options_are_kebab_case() -> None:

@@ -10,7 +10,10 @@ from typing import Any, get_args
 
 import yaml
 
+from partialfc.config.sample_rate import SampleRate
 from partialfc.core.errors import InputError
+
+_WIDEST = 50  # characters of choices in the help
 
 
 def form(hint: Any) -> tuple[str, str, Callable[[str], Any]]:
@@ -23,24 +26,34 @@ def form(hint: Any) -> tuple[str, str, Callable[[str], Any]]:
         float: ("X", "a number", float),
         str: ("TEXT", "text", str),
         list[str]: ("[NAME,...]", "a list such as [a,b]", _names),
+        SampleRate: ("X", "a number, or a list such as [[0.8,0.1],[0.2,1]]", _rate),
     }
+    if hint in known:
+        return known[hint]
     names = get_args(hint)
-    choices = {name: name for name in names}
-    return known.get(hint) or (f"{{{','.join(names)}}}", f"one of {', '.join(names)}", choices.__getitem__)
+    choices, shown = {name: name for name in names}, ",".join(names)
+    shown = f"{{{shown}}}" if len(shown) < _WIDEST else "NAME"  # the sentence of the option then has the names
+    return shown, f"one of {', '.join(names)}", choices.__getitem__
 
 
 def _names(text: str) -> list[str]:
     return [str(name) for name in yaml.safe_load(text if text.startswith("[") else f"[{text}]")]
 
 
+def _rate(text: str) -> SampleRate:
+    if not text.startswith("["):
+        return float(text)
+    return [[float(part) for part in phase] for phase in yaml.safe_load(text)]
+
+
 def convert(hint: Any, text: str) -> Any:
-    """The value of type `hint` (bool, int, float, str, list[str], a Literal, or one of these | None) of an option."""
+    """The value of an option: bool, int, float, str, list[str], SampleRate, a Literal, or one of these | None."""
     if text == "null" and NoneType in get_args(hint):
         return None
     _, kind, make = form(hint)
     try:
         return make(text)
-    except (KeyError, ValueError, yaml.YAMLError):
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):
         raise ArgumentTypeError(f"{text!r} is not {kind}") from None
 
 

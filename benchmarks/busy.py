@@ -32,7 +32,8 @@ IMAGES = 8000
 def rate(data: Path, folder: Path, settings: dict[str, str], processes: int, steps: int) -> float:
     """The median images a second of a short training; `settings` are environment variables."""
     command = [sys.executable, "-m", "partialfc", "train", "--recipe", "demo", "--data.path", str(data / "train")]
-    command += ["--schedule.epochs", str(steps * BATCH / IMAGES), "--output.log-every", str(max(1, steps // 8))]
+    command += ["--schedule.warmup-epochs", "0", "--schedule.epochs", str(steps * BATCH / IMAGES)]
+    command += ["--output.log-every", str(max(1, steps // 8))]
     environment = {
         name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")
     }

@@ -146,7 +146,9 @@ def table(rates: dict[str, list[float]], names: list[str], images: int, size: in
     hardware = describe("cpu")
     lines = [
         f"{hardware['cpu']}, {hardware['cores']} cores, torch {hardware['torch']}; {images:,} images of "
-        f"{size} × {size}, JPEG of quality 90; decoding alone by Pillow: {rate('usual decode')} images/s.",
+        f"{size} × {size}, JPEG of quality 90.",
+        "",
+        f"Decoding alone by Pillow: {rate('usual decode')} images/s.",
         "",
         "| format | decoding alone, images/s | 1 worker | of decoding alone | 2 workers | of 1 worker |",
         "|---|---|---|---|---|---|",

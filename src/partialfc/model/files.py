@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -65,7 +68,7 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
         ValueError: `backbone` is not what `config` says, so that it could not be loaded again.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    differences = _differences(weights, _architecture(config).state_dict())
+    differences = describe_differences(weights, _architecture(config).state_dict())
     if differences:
         raise ValueError(f"the backbone is no {config.backbone} as its config says (is it wrapped?): {differences}")
     folder = Path(folder).resolve()
@@ -101,10 +104,18 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     return Model(build(config, read_weights(folder), name=str(folder), device=device), config, origin)
 
 
-def _load_state_dict(path: Path, device: str | torch.device) -> Model:
-    """The model of a file with a state_dict. Reading it executes no code from the file."""
+def read_torch_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """What `torch.save` wrote: names and tensors, numbers and the like, on the CPU. No code of the file is executed.
+
+    Args:
+        mapped: leave the tensors in the file, of which a page is read when it is used.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = mapped and zipfile.is_zipfile(path)  # older files cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # for a file of another kind, torch's reader raises anything
@@ -115,6 +126,12 @@ def _load_state_dict(path: Path, device: str | torch.device) -> Model:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} holds a {type(content).__name__} and no state_dict (names and tensors): save that.")
+    return content
+
+
+def _load_state_dict(path: Path, device: str | torch.device) -> Model:
+    """The model of a file with a state_dict."""
+    content = read_torch_file(path)
     try:
         plain, place = find_backbone(content)
         name, embedding_dim, image_size = recognise(plain)
@@ -170,7 +187,7 @@ def build(
     expected = backbone.state_dict()
     zero = torch.zeros((), dtype=torch.int64)  # nothing in our networks depends on the counters of BatchNorm
     weights = {**{key: zero for key in expected if key.endswith(_COUNTER)}, **weights}
-    differences = _differences(weights, expected)
+    differences = describe_differences(weights, expected)
     if differences:
         raise InputError(
             f"The weights of {name} do not fit {config.backbone} with embedding_dim {config.embedding_dim} at "
@@ -187,7 +204,7 @@ def _architecture(config: ModelConfig) -> nn.Module:
         return create_backbone(config.backbone, embedding_dim=config.embedding_dim, image_size=config.image_size)
 
 
-def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+def describe_differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """The first differences in names and shapes of two state_dicts, in words; "" if they agree."""
     differences = [f"{key} is missing" for key in expected if key not in weights]
     differences += [f"{key} is left over" for key in weights if key not in expected]

@@ -52,7 +52,7 @@ class PublishedTraining:
         total: int,
         warmup: int = 0,
         power: float = 2.0,
-        lr: float = 0.1,
+        lr: float = 0.01,
         margin: tuple[float, float] = (0.0, 0.4),
         optimizer: str = "sgd",
         dtype: torch.dtype = torch.float64,
@@ -89,7 +89,8 @@ class PublishedTraining:
             shift = torch.zeros_like(cosine)
             shift[rows, targets] = with_margin - target
         probability = torch.softmax(scale * (cosine + shift), dim=1)[rows, targets]
-        loss = -probability.clamp_min(1e-30).log().mean()
+        assert probability.detach().min() > 1e-30  # below, the published value of the loss is clamped, and ours is not
+        loss = -probability.log().mean()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.backbone.parameters(), 5)

@@ -23,8 +23,8 @@ from partialfc.head.sampling import sample_classes
 from partialfc.training.migrate import backbone_state, read_rank_file
 from partialfc.training.step import Stepper
 
-CLASSES, WIDTH, BATCH, RANKS, SIZE = 40, 8, 4, 3, 16
-NETWORK = "mbf"
+CLASSES, WIDTH, BATCH, RANKS, SIZE = 40, 64, 4, 3, 16
+NETWORK = "r18"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training(name: str = NETWORK, **options: Any) -> PublishedTraining:
     """Some steps of the published training with random images."""
     backbone = create_backbone(name, embedding_dim=WIDTH, image_size=SIZE)
-    arguments: dict[str, Any] = {"world_size": RANKS, "total": 6, **options}
+    arguments: dict[str, Any] = {"world_size": RANKS, "total": 5, **options}
     published = PublishedTraining(backbone, CLASSES, WIDTH, **arguments)
     for seed in range(3):
         random_step(published, BATCH, SIZE, seed)
@@ -62,7 +62,7 @@ def resume(out: Path, *options: object) -> int:
 
 
 @pytest.mark.parametrize(
-    ("margin", "network", "warmup"), [((0.0, 0.4), "mbf", 0), ((0.5, 0.0), "mbf", 2), ((0.0, 0.4), "r18", 0)]
+    ("margin", "network", "warmup"), [((0.0, 0.4), "r18", 0), ((0.5, 0.0), "mbf", 2)]
 )
 def test_a_resumed_run_equals_the_published_continuation(
     tmp_path: Path, images: Path, margin: tuple[float, float], network: str, warmup: int
@@ -88,15 +88,15 @@ def test_a_resumed_run_equals_the_published_continuation(
         sample = {"num_classes": CLASSES, "sample_rate": 0.3, "seed": seed, "step": step, "start": 0, "stop": CLASSES}
         expected.append(published.step(inputs, labels, sample_classes(torch.cat(labels), **sample)))
         theirs, ours = published.backbone.named_parameters(), dict(stepper.state.backbone.named_parameters())
-        differences.append(max(float((value - ours[name]).abs().max()) for name, value in theirs))
+        differences.append(max(float((value - ours[name]).detach().abs().max()) for name, value in theirs))
 
     with on_micro_batch(record), after_each_step(follow):
         assert resume(out) == 0
-    assert sorted(batches) == [3, 4, 5]
+    assert sorted(batches) == [3, 4]
     assert losses(out) == pytest.approx(expected, rel=1e-12, abs=0)
     assert max(differences) < 1e-12
     tensors, state = final_tensors(out), published.optimizer.state
-    assert float((tensors["rows/centers"] - published.weight).abs().max()) < 1e-12
+    assert float((tensors["rows/centers"] - published.weight).detach().abs().max()) < 1e-12
     momentum = state[published.weight]["momentum_buffer"]
     assert float(momentum.abs().max()) > 0
     assert float((tensors["rows/momentum_buffer"] - momentum).abs().max()) < 1e-12

@@ -6,6 +6,7 @@ colour order, normalisation, alignment template, mirroring). Nothing in it is pi
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -24,6 +25,8 @@ from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_folder, previous_name, recover_folder
 from partialfc.model.config import CONFIG_NAME, FORMAT, SCHEMA_VERSION, ModelConfig, read_config
+from partialfc.model.onnx_file import NAME as ONNX
+from partialfc.model.onnx_file import OnnxNetwork
 from partialfc.model.recognise import find_backbone, recognise
 
 WEIGHTS_NAME = "model.safetensors"
@@ -43,7 +46,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        return next(itertools.chain(self.backbone.parameters(), self.backbone.buffers())).device
 
     def with_flip(self, flip: bool | None) -> Model:
         """The same backbone with another `ModelConfig.flip`; None keeps it."""
@@ -90,7 +93,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     Such a file (.pt, .pth, .ckpt, .pth.tar) holds a state_dict as the reference implementation writes it (`model.pt`,
     `backbone.pth`), perhaps among other things and with the prefixes of wrappers: keys and shapes tell backbone,
     embedding_dim and image_size; the input is RGB, (x/255 - 0.5) / 0.5, and embeddings of mirrored images are added, as
-    there. The model is in evaluation mode, and its `origin` says what was recognised.
+    there. An ONNX file (.onnx) with such an input is run by onnxruntime. The model is in evaluation mode, and its
+    `origin` says what was recognised.
 
     Raises:
         InputError: there is no model, its configuration has an unknown key or an impossible value, or its weights do
@@ -98,6 +102,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """
     if Path(path).is_file() and Path(path).name.lower().endswith(STATE_DICT_SUFFIXES):
         return _load_state_dict(Path(path), device)
+    if Path(path).is_file() and Path(path).suffix.lower() == ".onnx":
+        return _load_onnx(Path(path), device)
     folder = find_model(Path(path))
     config = read_config(folder)
     origin = f"{config.backbone}, as {folder / CONFIG_NAME} says"
@@ -143,6 +149,14 @@ def _load_state_dict(path: Path, device: str | torch.device) -> Model:
     origin += f" ({place})" if place else ""
     origin += "" if any(key.endswith(_COUNTER) for key in plain) else f", which lack {_COUNTER} (set to 0)"
     return Model(backbone, config, origin)
+
+
+def _load_onnx(path: Path, device: str | torch.device) -> Model:
+    """The model of an ONNX file."""
+    network = OnnxNetwork(path)
+    config = ModelConfig(ONNX, network.embedding_dim, network.image_size)
+    origin = f"{path}, embedding_dim {network.embedding_dim}, image_size {network.image_size}, run by onnxruntime"
+    return Model(network.to(device).eval(), config, origin)
 
 
 def find_model(path: Path) -> Path:

@@ -68,7 +68,17 @@ def measure(folder: Path, data: Path, ranks: int) -> tuple[int, float, int]:
     """Bytes of the files, seconds and peak bytes of the command."""
     folder.mkdir()
     size = write_checkpoint(folder, ranks)
-    words = ["migrate", folder, "--config-file", folder / "config.py", "--data", data, "--out", folder / "run", "--json"]
+    words = [
+        "migrate",
+        folder,
+        "--config-file",
+        folder / "config.py",
+        "--data",
+        data,
+        "--out",
+        folder / "run",
+        "--json",
+    ]
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "partialfc", *map(str, words)], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -92,7 +102,9 @@ def main() -> None:
             size, seconds, peak = measure(Path(temporary) / str(ranks), data, ranks)
             lines.append(f"| {ranks} | {size / 1e9:.2f} | {seconds:.0f} | {peak / 1e9:.2f} | {peak / size:.2f} |")
     print("\n".join(lines))
-    what = f"r50 with {CLASSES:,} classes of {WIDTH} values and all momentum, on {describe()}:"
+    facts = describe("cpu")
+    machine = f"{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}"
+    what = f"r50 with {CLASSES:,} classes of {WIDTH} values and all momentum, on {machine}:"
     write_between("migrate.md", "benchmarks/migrate.py", [*paragraph(what), "", *lines])
 
 

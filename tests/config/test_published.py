@@ -12,7 +12,9 @@ from partialfc.config.published import Conversion, convert_published, read_publi
 from partialfc.core.errors import InputError
 
 HEAD = "from easydict import EasyDict as edict\n\nconfig = edict()\n"
-BASE = HEAD + """
+BASE = (
+    HEAD
+    + """
 # Margin
 config.margin_list = (1.0, 0.5, 0.0)
 config.network = "r50"
@@ -44,6 +46,7 @@ config.wandb_log_all = True
 config.save_artifacts = False
 config.wandb_resume = False
 """
+)
 DATA = """
 config.rec = "/train_tmp/set"
 config.num_classes = 93431
@@ -93,7 +96,12 @@ COSFACE = {"head.margin": "cosface", "head.margin_value": 0.4}
         ),
         (
             'config.network = "vit_t_dp005_mask0"\nconfig.optimizer = "adamw"\nconfig.lr = 0.001',
-            {"backbone.name": "vit_t", "backbone.drop_path": 0.05, "backbone.mask_ratio": 0.0, "optimizer.name": "adamw"},
+            {
+                "backbone.name": "vit_t",
+                "backbone.drop_path": 0.05,
+                "backbone.mask_ratio": 0.0,
+                "optimizer.name": "adamw",
+            },
         ),
         ('config.network = "vit_s_dp005_mask_0"', {"backbone.name": "vit_s", "backbone.checkpointing": False}),
         (
@@ -103,7 +111,10 @@ COSFACE = {"head.margin": "cosface", "head.margin_value": 0.4}
         ('config.network = "vit_l_dp005_mask_005"', {"backbone.name": "vit_l", "backbone.drop_path": 0.05}),
         ('config.network = "vit_h"', {"backbone.name": "vit_h", "backbone.drop_path": 0.0, "backbone.mask_ratio": 0.0}),
         ("config.num_classes = 300 * 10000\nconfig.lr = 0.1 * config.batch_size / 512", {"optimizer.lr": 0.025}),
-        ('config.loss = "cosface"\nconfig.warmup_epoch = -1', {"head.margin": "cosface", "schedule.warmup_epochs": 0.0}),
+        (
+            'config.loss = "cosface"\nconfig.warmup_epoch = -1',
+            {"head.margin": "cosface", "schedule.warmup_epochs": 0.0},
+        ),
         ("config.using_wandb = True\nconfig.frequent = 50", {"output.wandb": "online", "output.log_every": 50}),
         ('"""About."""\nconfig.embedding_size = 256', {"backbone.embedding_dim": 256, "data.path": "/train_tmp/set"}),
     ],
@@ -117,7 +128,9 @@ def test_twenty_files_are_converted(tmp_path: Path, lines: str, expected: dict[s
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
-    conversion = convert(tmp_path, f'{HEAD}{DATA}config.dali = True\nconfig.batchsize = 3\nconfig.optim = {{"lr": 3}}\n')
+    conversion = convert(
+        tmp_path, f'{HEAD}{DATA}config.dali = True\nconfig.batchsize = 3\nconfig.optim = {{"lr": 3}}\n'
+    )
     notes = "\n".join(conversion.notes)
     assert "config.dali (job.py:11) has no meaning here: images are decoded" in notes
     assert "config.num_image (job.py:7) has no meaning here: the images are counted" in notes
@@ -189,7 +202,14 @@ def test_lines_that_are_no_literals_are_refused(
 
 @pytest.mark.parametrize(
     "text",
-    ["config.a = " + "[" * 30_000, "config.a = " + "-" * 60_000 + "1", "a" + ".a" * 30_000, "x = 1\0", "#" * 70_000, "a b"],
+    [
+        "config.a = " + "[" * 30_000,
+        "config.a = " + "-" * 60_000 + "1",
+        "a" + ".a" * 30_000,
+        "x = 1\0",
+        "#" * 70_000,
+        "a b",
+    ],
 )
 def test_bombs_and_broken_files_are_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match=r"job\.py"):

@@ -136,7 +136,9 @@ def test_onnx_files_are_models(tmp_path: Path, batch: int | None) -> None:
     model = load_model(onnx_file(tmp_path / "a.onnx", matrix, 16, batch))
     assert (model.config.backbone, model.config.embedding_dim, model.config.image_size) == ("onnx", 8, 16)
     images = torch.randn(3, 3, 16, 16)
-    torch.testing.assert_close(model.backbone(images), images.flatten(1) @ torch.from_numpy(matrix), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.backbone(images), images.flatten(1) @ torch.from_numpy(matrix), rtol=1e-4, atol=1e-4
+    )
     other = load_model(onnx_file(tmp_path / "b.onnx", matrix + 1, 16, batch))
     assert contract_of(model) != contract_of(other)
     assert model.device.type == "cpu"

@@ -110,7 +110,9 @@ class PublishedTraining:
         scheduler |= {"base_lrs": [self.lr, self.lr], "last_epoch": self.done, "_step_count": self.done + 1}
         start = 0
         for rank in range(self.world_size):
-            rows = slice(start, start + len(self.weight) // self.world_size + (rank < len(self.weight) % self.world_size))
+            rows = slice(
+                start, start + len(self.weight) // self.world_size + (rank < len(self.weight) % self.world_size)
+            )
             start = rows.stop
             shard = {key: value[rows].clone() if value.ndim else value for key, value in whole.items()}
             content = {

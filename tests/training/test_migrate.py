@@ -62,9 +62,7 @@ def resume(out: Path, *options: object) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("margin", "network", "warmup"), [((0.0, 0.4), "r18", 0), ((0.2, 0.0), "mbf", 2)]
-)
+@pytest.mark.parametrize(("margin", "network", "warmup"), [((0.0, 0.4), "r18", 0), ((0.2, 0.0), "mbf", 2)])
 def test_a_resumed_run_equals_the_published_continuation(
     tmp_path: Path, images: Path, margin: tuple[float, float], network: str, warmup: int
 ) -> None:
@@ -144,18 +142,33 @@ def cut_momentum(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "checkpoint_gpu_1.pt").unlink(), "has no checkpoint_gpu_1.pt, but checkpoint_gpu_2.pt"),
+        (
+            lambda folder: (folder / "checkpoint_gpu_1.pt").unlink(),
+            "has no checkpoint_gpu_1.pt, but checkpoint_gpu_2.pt",
+        ),
         (lambda folder: (folder / "checkpoint_gpu_2.pt").unlink(), "checkpoint_gpu_0.pt has centers of shape (14, 64)"),
         (lambda folder: truncate(folder / "checkpoint_gpu_1.pt"), "checkpoint_gpu_1.pt is no readable file"),
-        (lambda folder: torch.save(Harmful(), folder / "checkpoint_gpu_1.pt"), "checkpoint_gpu_1.pt is no readable file"),
+        (
+            lambda folder: torch.save(Harmful(), folder / "checkpoint_gpu_1.pt"),
+            "checkpoint_gpu_1.pt is no readable file",
+        ),
         (lambda folder: torch.save({}, folder / "checkpoint_gpu_1.pt"), "checkpoint_gpu_1.pt has no epoch"),
-        (lambda folder: change(folder / "checkpoint_gpu_2.pt", other_run), "checkpoint_gpu_2.pt has another conv1.weight"),
+        (
+            lambda folder: change(folder / "checkpoint_gpu_2.pt", other_run),
+            "checkpoint_gpu_2.pt has another conv1.weight",
+        ),
         (
             lambda folder: change(folder / "checkpoint_gpu_2.pt", lambda content: content.update(global_step=9)),
             "checkpoint_gpu_2.pt has global_step 9, and checkpoint_gpu_0.pt has 3",
         ),
-        (lambda folder: change(folder / "checkpoint_gpu_1.pt", widen), "checkpoint_gpu_1.pt has centers of shape (13, 65)"),
-        (lambda folder: change(folder / "checkpoint_gpu_0.pt", cut_momentum), "checkpoint_gpu_0.pt has an optimizer of"),
+        (
+            lambda folder: change(folder / "checkpoint_gpu_1.pt", widen),
+            "checkpoint_gpu_1.pt has centers of shape (13, 65)",
+        ),
+        (
+            lambda folder: change(folder / "checkpoint_gpu_0.pt", cut_momentum),
+            "checkpoint_gpu_0.pt has an optimizer of",
+        ),
     ],
 )
 def test_wrong_files_are_named(
@@ -183,7 +196,9 @@ def test_folders_that_are_no_published_checkpoint_are_refused(
     assert "is a folder of partialfc already" in complaint(capsys, "migrate", out, "--out", new)
     assert "exists and is not empty" in complaint(capsys, "migrate", published, "--out", out)
     assert "give its configuration" in complaint(capsys, "migrate", published, "--out", new)
-    assert "the folder with those of all" in complaint(capsys, "migrate", published / "checkpoint_gpu_0.pt", "--out", new)
+    assert "the folder with those of all" in complaint(
+        capsys, "migrate", published / "checkpoint_gpu_0.pt", "--out", new
+    )
     assert "how many there were" in complaint(capsys, "migrate", config, "--out", new)
     (tmp_path / "weights").mkdir()
     torch.save({}, tmp_path / "weights" / "backbone.pth")
@@ -238,10 +253,14 @@ def test_state_is_mapped_by_name(tmp_path: Path, network: str) -> None:
     torch.save(content, tmp_path / "checkpoint_gpu_0.pt")
     placed: dict[str, Tensor] = backbone_state(read_rank_file(tmp_path / "checkpoint_gpu_0.pt"))
     assert {name.removesuffix(".momentum_buffer") for name in placed} == set(names) - {"features.weight"}
-    assert all(value.shape[1:] == dict(entries)[name.removesuffix(".momentum_buffer")].shape for name, value in placed.items())
+    assert all(
+        value.shape[1:] == dict(entries)[name.removesuffix(".momentum_buffer")].shape for name, value in placed.items()
+    )
 
 
-def test_adamw_and_the_state_that_is_not_there(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adamw_and_the_state_that_is_not_there(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     published = training("mbf", optimizer="adamw", dtype=torch.float32)
     published.write_config(tmp_path / "config.py", images, "mbf", BATCH, 0.3)
     published.save(tmp_path)

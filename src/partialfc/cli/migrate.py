@@ -47,7 +47,9 @@ def run(options: Namespace) -> None:
     elif path.suffix == ".py":
         _migrate_config(options)
     elif path.name.startswith("checkpoint_gpu_"):
-        raise InputError(f"{path} is the checkpoint of one rank: give the folder with those of all ranks, {path.parent}.")
+        raise InputError(
+            f"{path} is the checkpoint of one rank: give the folder with those of all ranks, {path.parent}."
+        )
     elif path.name.lower().endswith(STATE_DICT_SUFFIXES):
         _migrate_weights(options)
     elif path.suffix == ".onnx":
@@ -70,7 +72,9 @@ def _migrate_folder(options: Namespace) -> None:
     conversion = _convert(options, options.config_file, len(files))
     data = options.data or Path(conversion.config.data.path or "DATA")
     if not data.exists():
-        raise InputError(f"There are no training images in {data}: name them with --data, since --resume compares them.")
+        raise InputError(
+            f"There are no training images in {data}: name them with --data, since --resume compares them."
+        )
     conversion = replace(conversion, config=conversion.config.with_values({"data.path": str(data)}))
     result = migrate_run(path, conversion, out, quiet=options.json)
     command = f"partialfc train {data} --config {out / 'config.yaml'} --out {out} --resume"
@@ -101,7 +105,11 @@ def _migrate_weights(options: Namespace) -> None:
     model = load_model(options.path)
     with output_errors(options.out):
         save_model(options.out, model.backbone, replace(model.config, color_order=options.color_order))
-    notes = [] if options.color_order == "bgr" else ["AdaFace's own weights take blue first: give --color-order bgr for them"]
+    notes = (
+        []
+        if options.color_order == "bgr"
+        else ["AdaFace's own weights take blue first: give --color-order bgr for them"]
+    )
     facts = {"kind": "model", "backbone": model.config.backbone, "embedding_dim": model.config.embedding_dim}
     command = f"partialfc evaluate {options.out} --benchmark lfw.bin"
     _show(options, facts, f"a model: {model.origin}", notes, command)

@@ -72,7 +72,9 @@ def _read_file(path: Path, settings: dict[str, Setting], depth: int) -> None:
         with path.open("rb") as file:
             encoded = file.read(_MOST_BYTES + 1)
         if len(encoded) > _MOST_BYTES:
-            raise InputError(f"{path} has more than {_MOST_BYTES:,} bytes: it is no configuration of the published code.")
+            raise InputError(
+                f"{path} has more than {_MOST_BYTES:,} bytes: it is no configuration of the published code."
+            )
         tree, lines = ast.parse(encoded), encoded.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -109,7 +111,7 @@ def _read_statement(statement: ast.stmt, path: Path, settings: dict[str, Setting
                 raise _Unreadable("extends a file in too many steps")
             _read_file(base, settings, depth + 1)
         case ast.Assign(targets=targets, value=value) if _is_new_config(value):
-            if not all(isinstance(target, ast.Name) and target.id == "config" or _name(target) for target in targets):
+            if not all((isinstance(one, ast.Name) and one.id == "config") or _name(one) for one in targets):
                 raise _Unreadable("does not assign to config")
         case ast.Assign(targets=targets, value=value):
             names = [_name(target) for target in targets]

@@ -1,7 +1,7 @@
 """A run of the published code (arXiv 2203.15565) becomes one of ours, which `--resume` continues.
 
-Its checkpoint is a file for each rank, `checkpoint_gpu_0.pt` and so on, with the whole backbone, the rank's classes (the
-first C mod W of W ranks have one more), the optimizer's state by number, and the state of a learning-rate scheduler.
+Its checkpoint is a file for each rank, `checkpoint_gpu_0.pt` and so on, with the whole backbone, the rank's classes,
+the optimizer's state by number, and the state of a learning-rate scheduler.
 Tensors are mapped from the files and written from there, so that memory holds one copy of the centers at most.
 """
 
@@ -89,7 +89,7 @@ def rank_files(folder: Path) -> list[Path]:
     missing = [rank for rank in range(max(ranks, default=0)) if rank not in ranks]
     if missing:
         raise InputError(
-            f"{folder} has no checkpoint_gpu_{missing[0]}.pt, but {ranks[max(ranks)].name}: bring the files of all ranks."
+            f"{folder} has no checkpoint_gpu_{missing[0]}.pt, but {ranks[max(ranks)].name}: bring the others."
         )
     return [ranks[rank] for rank in sorted(ranks)]
 
@@ -108,7 +108,9 @@ def read_rank_file(path: Path) -> RankFile:
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise InputError(f"{path} has no class centers in state_dict_softmax_fc (a tensor `weight` of rows).")
     if not (isinstance(groups, list) and len(groups) == 2 and len(groups[1].get("params", [])) == 1):
-        raise InputError(f"{path} has an optimizer without the two groups of backbone and head: it cannot be taken over.")
+        raise InputError(
+            f"{path} has an optimizer without the two groups of backbone and head: it cannot be taken over."
+        )
     return RankFile(path, content)
 
 
@@ -151,7 +153,9 @@ def published_share(num_classes: int, world_size: int, rank: int) -> tuple[int, 
 # -- the head ----------------------------------------------------------------------------------------------------------
 
 
-def gather_rows(paths: Sequence[Path], first: RankFile, num_classes: int, config: TrainConfig, *, quiet: bool) -> dict[str, Tensor]:
+def gather_rows(
+    paths: Sequence[Path], first: RankFile, num_classes: int, config: TrainConfig, *, quiet: bool
+) -> dict[str, Tensor]:
     """The centers and their optimizer state, in the order of the classes; no state if a file lacks it.
 
     A file is read and released before the next, so that one copy of the rows is in memory beside one file.
@@ -171,8 +175,8 @@ def gather_rows(paths: Sequence[Path], first: RankFile, num_classes: int, config
             if tuple(file.centers.shape) != (stop - start, width):
                 raise InputError(
                     f"{path} has centers of shape {tuple(file.centers.shape)}, but rank {rank} of {len(paths)} has "
-                    f"{stop - start:,} of {num_classes:,} classes with {width} values each: a file is missing or foreign, "
-                    "or config.num_classes or config.embedding_size is another run's."
+                    f"{stop - start:,} of {num_classes:,} classes with {width} values each: a file is missing or foreign,"
+                    " or config.num_classes or config.embedding_size is another run's."
                 )
             rows: dict[str, Any] = {"centers": file.centers, **{name: file.center_state.get(name) for name in names}}
             for name, values in rows.items():
@@ -228,7 +232,9 @@ def continued_config(file: RankFile, conversion: Conversion, loader: Loader) -> 
     warmup = scheduler.get("warmup_iters", scheduler.get("warmup_steps"))
     rates, power = scheduler.get("base_lrs"), scheduler.get("power")
     if not (type(total) is int and type(warmup) is int and type(power) in (int, float) and isinstance(rates, list)):
-        raise InputError(f"{file.path} has a learning-rate scheduler that is not the polynomial one of the published code.")
+        raise InputError(
+            f"{file.path} has a learning-rate scheduler that is not the polynomial one of the published code."
+        )
     parts, epoch = conversion.accumulated, loader.steps_per_epoch
     backbone_group, head_group = file.groups
     adam = "betas" in backbone_group
@@ -304,8 +310,8 @@ def migrate_run(folder: Path, conversion: Conversion, out: Path, *, quiet: bool 
     wanted = (config.backbone.name, config.backbone.embedding_dim)
     if found[:2] != wanted:
         raise InputError(
-            f"{first.path} holds {found[0]} with {found[1]} values an embedding, but the configuration says {wanted[0]} "
-            f"with {wanted[1]}: give the configuration of this run."
+            f"{first.path} holds {found[0]} with {found[1]} values an embedding, but the configuration says "
+            f"{wanted[0]} with {wanted[1]}: give the configuration of this run."
         )
     loader = open_loader(config)
     if loader.image_size != found[2]:
@@ -336,7 +342,10 @@ def _snapshot(first: RankFile, rows: dict[str, Tensor], config: TrainConfig, loa
         InputError: a tensor is missing, left over, or of another shape.
     """
     meta = torch.device("meta")
-    backbone, head = build_backbone(config, loader.image_size, device=meta), build_head(config, len(rows["centers"]), device=meta)
+    backbone, head = (
+        build_backbone(config, loader.image_size, device=meta),
+        build_head(config, len(rows["centers"]), device=meta),
+    )
     head.step = done
     scale = LossScale() if config.precision == "float16" else None
     state = TrainState(
@@ -350,7 +359,9 @@ def _snapshot(first: RankFile, rows: dict[str, Tensor], config: TrainConfig, loa
     )
     empty = state.snapshot(config.to_dict())
     if len(rows) == 1:
-        rows = rows | {name: torch.zeros(one.shape, dtype=one.dtype) for name, one in empty.rows.items() if name != "centers"}
+        rows = rows | {
+            name: torch.zeros(one.shape, dtype=one.dtype) for name, one in empty.rows.items() if name != "centers"
+        }
     tensors = {"backbone": first.weights, "backbone-optimizer": backbone_state(first)}
     for placed, places in ((first.weights, empty.tensors["backbone"]), (rows, empty.rows)):
         if differences := describe_differences(placed, places):
@@ -360,4 +371,3 @@ def _snapshot(first: RankFile, rows: dict[str, Tensor], config: TrainConfig, loa
             kinds = f"{dtype_name(tensor.dtype)}, not {dtype_name(expected)}"
             raise InputError(f"{first.path} holds {name} in {kinds}: save it in that type.")
     return replace(empty, tensors=tensors, rows=rows)
-

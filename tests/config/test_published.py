@@ -86,8 +86,8 @@ COSFACE = {"head.margin": "cosface", "head.margin_value": 0.4}
             {**COSFACE, "head.sample_rate": 0.2, "head.unsampled": "freeze"},
         ),
         (
-            "config.margin_list = (1.0, 0.0, 0.4)\nconfig.interclass_filtering_threshold = 0.4\nconfig.sample_rate = 0.3",
-            {"head.conflict_threshold": 0.4, "head.conflict_as_zero_logit": False, "head.sample_rate": 0.3},
+            "config.margin_list = (1.0, 0.0, 0.4)\nconfig.interclass_filtering_threshold = 0.4",
+            {"head.conflict_threshold": 0.4, "head.conflict_as_zero_logit": False},
         ),
         ("config.margin_list = (1.0, 0.0, 0.0)", {"head.margin": "none", "head.margin_value": None}),
         (

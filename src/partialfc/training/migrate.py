@@ -175,8 +175,8 @@ def gather_rows(
             if tuple(file.centers.shape) != (stop - start, width):
                 raise InputError(
                     f"{path} has centers of shape {tuple(file.centers.shape)}, but rank {rank} of {len(paths)} has "
-                    f"{stop - start:,} of {num_classes:,} classes with {width} values each: a file is missing or foreign,"
-                    " or config.num_classes or config.embedding_size is another run's."
+                    f"{stop - start:,} of {num_classes:,} classes with {width} values each: a file is missing or "
+                    "foreign, or config.num_classes or config.embedding_size is another run's."
                 )
             rows: dict[str, Any] = {"centers": file.centers, **{name: file.center_state.get(name) for name in names}}
             for name, values in rows.items():

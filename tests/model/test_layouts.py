@@ -69,7 +69,7 @@ def ir_18() -> IR:
     return network.eval()
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "net."])
+@pytest.mark.parametrize("prefix", ["model.", "net."])
 def test_ir_networks_give_their_own_embeddings(tmp_path: Path, prefix: str) -> None:
     network = ir_18()
     weights = {prefix + key: value for key, value in network.state_dict().items()}

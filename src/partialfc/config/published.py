@@ -307,7 +307,7 @@ def _network(settings: Mapping[str, Setting]) -> dict[str, Any]:
     text = _typed(settings, "network", str)
     name, _, suffix = text.partition("_dp")
     if name not in BACKBONES or name == "mini":
-        raise _refusal(settings, "network", f"which is no network here.{did_you_mean(name, BACKBONES)}".rstrip("?"))
+        raise _refusal(settings, "network", "which is no network here")
     if not name.startswith("vit"):
         return {"backbone.name": name}
     known = {"": (0.1, 0.1), "005_mask0": (0.05, 0.0), "005_mask_0": (0.05, 0.0), "005_mask_005": (0.05, 0.1)}

@@ -1,14 +1,16 @@
 """Images a second that the loader reads and decodes from each format, beside bare decoding and the usual pipeline.
 
-    python benchmarks/loader.py [--images 20000] [--size 112] [--rounds 3]
+    python benchmarks/loader.py [--images 8000] [--size 112] [--rounds 5]
 
-Every rate is the best of the rounds, in which all variants take turns. The files lie in the page cache, so this is
-decoding and handing over, not the disk. Writes docs/results/data.md.
+Rates are medians of the rounds. What a ratio compares is measured one right after the other, and the ratio is the
+median of those of the rounds, since the speed of a shared machine changes within minutes. The files lie in the page
+cache, so this is decoding and handing over, not the disk. Writes docs/results/data.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -111,15 +113,15 @@ def decode_rate(source: Source) -> float:
 def variants(sources: dict[str, Source]) -> Iterator[tuple[str, Callable[[], float]]]:
     """The name of each rate, and the function that measures it once."""
     rec = sources["recordio"]
-    yield "decode", lambda: decode_rate(rec)
     for name, source in sources.items():
+        yield f"{name} decode", lambda: decode_rate(rec)
         for workers in (1, 2):
             yield f"{name} {workers}", partial(images_a_second, loader_of(source, workers), len(source))
     ours = partial(images_a_second, loader_of(rec, 0), len(rec), lambda one, at: augment(one, at, 0))
     yield "ours", ours
     yield "usual", lambda: usual_rate(rec)
-    yield "usual decode", lambda: with_pillow(lambda: decode_rate(rec))
     yield "ours by Pillow", lambda: with_pillow(ours)
+    yield "usual decode", lambda: with_pillow(lambda: decode_rate(rec))
 
 
 def loader_of(source: Source, workers: int) -> Loader:
@@ -134,35 +136,41 @@ def with_pillow(measure: Callable[[], float]) -> float:
         image_files.simplejpeg = module
 
 
-def table(rates: dict[str, float], names: list[str], images: int, size: int) -> list[str]:
-    hardware, bare = describe("cpu"), rates["decode"]
+def table(rates: dict[str, list[float]], names: list[str], images: int, size: int) -> list[str]:
+    def rate(name: str) -> str:
+        return f"{statistics.median(rates[name]):,.0f}"
+
+    def ratio(name: str, to: str) -> str:
+        return f"{statistics.median(one / other for one, other in zip(rates[name], rates[to], strict=True)):.2f}"
+
+    hardware = describe("cpu")
     lines = [
         f"{hardware['cpu']}, {hardware['cores']} cores, torch {hardware['torch']}; {images:,} images of "
-        f"{size} × {size}, JPEG of quality 90.",
+        f"{size} × {size}, JPEG of quality 90; decoding alone by Pillow: {rate('usual decode')} images/s.",
         "",
-        f"Decoding alone, on one core: {bare:,.0f} images/s by simplejpeg, {rates['usual decode']:,.0f} by Pillow.",
-        "",
-        "| format | 1 worker, images/s | of decoding alone | 2 workers, images/s | of 1 worker |",
-        "|---|---|---|---|---|",
+        "| format | decoding alone, images/s | 1 worker | of decoding alone | 2 workers | of 1 worker |",
+        "|---|---|---|---|---|---|",
     ]
     for name in names:
-        one, two = rates[f"{name} 1"], rates[f"{name} 2"]
-        lines.append(f"| {name} | {one:,.0f} | {one / bare:.2f} | {two:,.0f} | {two / one:.2f} |")
+        alone, one, two = (f"{name} {what}" for what in ("decode", "1", "2"))
+        lines.append(
+            f"| {name} | {rate(alone)} | {rate(one)} | {ratio(one, alone)} | {rate(two)} | {ratio(two, one)} |"
+        )
     lines += ["", "| up to the float batch, RecordIO, one core | images/s | of the usual pipeline |", "|---|---|---|"]
     for name, key in (
         ("partialfc", "ours"),
         ("partialfc without simplejpeg", "ours by Pillow"),
         ("decode, mirror and float tensor image by image, as the published code", "usual"),
     ):
-        lines.append(f"| {name} | {rates[key]:,.0f} | {rates[key] / rates['usual']:.2f} |")
+        lines.append(f"| {name} | {rate(key)} | {ratio(key, 'usual')} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--size", type=int, default=112)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -177,11 +185,11 @@ def main() -> None:
             "folder": "folder",
         }  # fmt: skip
         sources = {name: open_source(path / place) for name, place in places.items()}
-        rates: dict[str, float] = {}
+        rates: dict[str, list[float]] = {}
         for _ in range(options.rounds):
             for name, measure in variants(sources):
-                rates[name] = max(rates.get(name, 0.0), measure())
-                print(f"{name}: {rates[name]:,.0f} images/s", flush=True)
+                rates.setdefault(name, []).append(measure())
+                print(f"{name}: {rates[name][-1]:,.0f} images/s", flush=True)
     write_between("results/data.md", "benchmarks/loader.py", table(rates, list(sources), options.images, options.size))
 
 

@@ -136,7 +136,7 @@ def in_fresh_process(work: Callable[[], T]) -> T:
 def head_step(workload: Workload) -> Callable[[], None]:
     """A training step of the head alone."""
     config = workload.config
-    width, rate = config.backbone.embedding_dim, config.head.sample_rate
+    width, rate = config.backbone.embedding_dim, workload.largest_rate
     case = HeadCase(workload.classes, width, workload.gathered, rate, workload.device)
     head = build_head(config, workload.classes, device=torch.device(workload.device))
     optimizer = build_head_optimizer(config, head)

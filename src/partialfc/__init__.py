@@ -11,7 +11,17 @@ from partialfc.core.errors import InputError
 if TYPE_CHECKING:
     from partialfc.backbones import create_backbone
     from partialfc.head.files import load_head, save_head
-    from partialfc.head.margins import ArcFace, CosFace, Margin
+    from partialfc.head.margins import (
+        AdaFace,
+        ArcFace,
+        CombinedMargin,
+        CosFace,
+        CurricularFace,
+        ElasticFace,
+        MagFace,
+        Margin,
+        SubCenterArcFace,
+    )
     from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
     from partialfc.head.partial_fc import PartialFC
     from partialfc.model.embed import embed
@@ -20,13 +30,19 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AdaFace",
     "ArcFace",
+    "CombinedMargin",
     "CosFace",
+    "CurricularFace",
+    "ElasticFace",
     "InputError",
+    "MagFace",
     "Margin",
     "PartialFC",
     "RowwiseAdamW",
     "RowwiseSGD",
+    "SubCenterArcFace",
     "__version__",
     "create_backbone",
     "embed",
@@ -36,12 +52,18 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AdaFace": "head.margins",
     "ArcFace": "head.margins",
+    "CombinedMargin": "head.margins",
     "CosFace": "head.margins",
+    "CurricularFace": "head.margins",
+    "ElasticFace": "head.margins",
+    "MagFace": "head.margins",
     "Margin": "head.margins",
     "PartialFC": "head.partial_fc",
     "RowwiseAdamW": "head.optim",
     "RowwiseSGD": "head.optim",
+    "SubCenterArcFace": "head.margins",
     "create_backbone": "backbones",
     "embed": "model.embed",
     "load_head": "head.files",

@@ -79,6 +79,8 @@ def test_a_mistake_is_one_sentence_and_status_2(
         ("head: {margin: arc}", ["head.margin", "arc", "cosface"]),
         ("- seed", ["holds no options"]),
         ("seed: [", ["YAML"]),
+        ("? [1]\n: 2\n", ["YAML"]),
+        ("seed: 1\nhead: {}\nseed: 2\n", ["'seed' stands twice", "line 3"]),
     ],
 )
 def test_a_mistake_in_a_file_names_file_and_key(
@@ -138,7 +140,7 @@ def test_help_fits_80_columns_and_has_a_sentence_for_every_option(monkeypatch: p
     assert isinstance(train, Parser)
     everything = train.format_help(everything=True)
     assert all(len(line) < 80 for line in everything.splitlines())
-    assert "Margin of the target class (default: cosface)" in " ".join(everything.split())
+    assert "curricularface, elasticface, subcenter or none (default: cosface)" in " ".join(everything.split())
 
 
 def test_options_are_kebab_case() -> None:

@@ -109,6 +109,10 @@ COSFACE = {"head.margin": "cosface", "head.margin_value": 0.4}
             {"backbone.mask_ratio": 0.1, "backbone.checkpointing": True, "optimizer.weight_decay": 0.1},
         ),
         ('config.network = "vit_l_dp005_mask_005"', {"backbone.name": "vit_l", "backbone.drop_path": 0.05}),
+        (
+            "config.margin_list = (1.0, 0.3, 0.2)",
+            {"head.margin": "combined", "head.margin_options": ["m1=1.0", "m2=0.3", "m3=0.2"]},
+        ),
         ('config.network = "vit_h"', {"backbone.name": "vit_h", "backbone.drop_path": 0.0, "backbone.mask_ratio": 0.0}),
         ("config.num_classes = 300 * 10000\nconfig.lr = 0.1 * config.batch_size / 512", {"optimizer.lr": 0.025}),
         (
@@ -220,7 +224,7 @@ def test_bombs_and_broken_files_are_refused(tmp_path: Path, text: str) -> None:
     ("line", "sentence"),
     [
         ('config.network = "r2060"', r"config.network \(job.py:11\) is 'r2060', which is no network here"),
-        ("config.margin_list = (1.0, 0.3, 0.2)", r"config.margin_list \(job.py:11\) is .* only \(1, m, 0\) and"),
+        ("config.margin_list = (1.0, 0.3)", r"config.margin_list \(job.py:11\) is .* no list of three numbers"),
         ('config.optimizer = "lamb"', r"config.optimizer \(job.py:11\) is 'lamb', and the optimizers here"),
         ('config.lr = "fast"', r"config.lr \(job.py:11\) is 'fast', which is no float"),
         ("config.sample_rate = None", r"config.sample_rate \(job.py:11\) is None, which is no float"),

@@ -49,7 +49,7 @@ def test_lines_at_the_start_every_ten_seconds_and_at_the_end(clock: Clock, plain
             clock.now += 1.0
             shown.update(step, epoch=step / 100, loss=10.0 - step / 100, images_per_second=1234.5, data_wait=0.034)
     assert lines(plain) == [
-        "training: step 10/1,000 (1%), epoch 0.10, loss 9.90, 1,234 images/s, data wait 3%",
+        "training: step 10/1,000 (1%), epoch 0.10, loss 9.90, 1,234 images/s, data wait 3%, estimating time left",
         "training: step 110/1,000 (11%), epoch 1.10, loss 8.90, 1,234 images/s, data wait 3%, 1:29 left",
         "training: step 210/1,000 (21%), epoch 2.10, loss 7.90, 1,234 images/s, data wait 3%, 1:19 left",
         "training: step 250/1,000 (25%), epoch 2.50, loss 7.50, 1,234 images/s, data wait 3%, stopped after 0:25",
@@ -61,7 +61,7 @@ def test_the_last_line_is_not_printed_twice(clock: Clock, plain: Console) -> Non
         shown.update(10)
         clock.now += 10.0
         shown.update(20)
-    assert lines(plain) == ["training: step 10/20 (50%)", "training: step 20/20 (100%), in 0:10"]
+    assert lines(plain) == ["training: step 10/20 (50%), estimating time left", "training: step 20/20 (100%), in 0:10"]
 
 
 def test_the_rate_is_that_of_this_process_and_of_the_last_half_minute(clock: Clock, plain: Console) -> None:
@@ -136,7 +136,7 @@ def test_it_shows_rate_and_time_left(clock: Clock, plain: Console) -> None:
             shown.update(done, 4000)
             clock.now += 10.0
     assert lines(plain) == [
-        "reading: 0/4,000 (0%)",
+        "reading: 0/4,000 (0%), estimating time left",
         "reading: 1,000/4,000 (25%), 100 images/s, 0:30 left",
         "reading: 2,000/4,000 (50%), 100 images/s, 0:20 left",
         "reading: 4,000/4,000 (100%), 133 images/s, in 0:30",

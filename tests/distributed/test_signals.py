@@ -31,7 +31,7 @@ def test_a_process_that_waits_for_others_ends_by_itself() -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors == "partialfc: stopped by SIGTERM while it was not training; nothing was to be saved\n"
+    assert errors == "partialfc: stopped by SIGTERM while not training: there was nothing to save\n"
     done = subprocess.run([*command, "met"], capture_output=True, text=True, check=True)
     assert done.stdout == "waiting\nreceived 15\n"
 
@@ -42,17 +42,19 @@ from partialfc.__main__ import main
 assert "torch" not in sys.modules
 class Cli(types.ModuleType):
     def __getattr__(self, name):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), int(sys.argv[1]))
         return None
 sys.modules["partialfc.cli"] = Cli("partialfc.cli")
 main()
 """
 
 
-def test_a_signal_while_the_command_imports_is_heard() -> None:
-    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, check=False)
-    assert done.returncode == 143, done.stderr
-    assert done.stderr == "partialfc: stopped by SIGTERM while it was not training; nothing was to be saved\n"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_command_imports_is_heard(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", IMPORTING, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr == f"partialfc: stopped by {number.name} while not training: there was nothing to save\n"
 
 
 @pytest.mark.parametrize(("world_size", "status"), [("2", 3), ("1", -signal.SIGABRT)])

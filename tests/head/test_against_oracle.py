@@ -6,15 +6,15 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import example_margins
 import head_cases
 import pytest
 import reference
 import torch
 from distributed_workers import run_ranks
-from head_cases import ADAMW, MARGINS, SGD, STEP, Case, build, cases
+from head_cases import ADAMW, MARGINS, SGD, STATES, STEP, Case, build, cases
 from torch import Tensor
 
+from partialfc.core import keyed_random
 from partialfc.head.sampling import sample_classes
 
 CASES = cases()
@@ -50,17 +50,26 @@ def merged_results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
     return results
 
 
-def oracle_options(case: Case, t: float) -> dict[str, Any]:
-    """What `reference.dense_loss` needs to know about a case; t is the running figure of the curricular margin."""
+def draws(case: Case, count: int) -> Tensor:
+    """The noise of the step for `count` samples."""
+    (key,) = keyed_random.keys_at([keyed_random.derive_key(case.seed, "margin")], torch.tensor(STEP))
+    return keyed_random.normal(key, torch.arange(count))
+
+
+def oracle_options(case: Case, state: dict[str, float]) -> dict[str, Any]:
+    """What `reference.dense_loss` needs to know about a case; `state` are the margin's running figures."""
     margins: dict[str, dict[str, Any]] = {
         "none": {"target": reference.no_margin},
         "cosface": {"target": reference.cosface(0.4)},
         "arcface": {"target": reference.arcface(0.5)},
         "straight": {"target": reference.arcface_straight_through(0.5)},
-        "curricular": example_margins.curricular_oracle(0.5, t),
-        "magnitude": example_margins.magnitude_oracle(0.1, 0.02),
-        "noisy": example_margins.noisy_oracle(0.35, 0.05, case.seed, STEP),
-        "three centers": {"target": reference.arcface(torch.pi / 10)},
+        "combined": {"target": reference.combined(1.35, 0.3, 0.2)},
+        "adaface": {"target": reference.adaface(0.4, 0.333, state.get("mean", 0), state.get("deviation", 1))},
+        "magface": reference.magface(2.0, 15.0, 0.1, 0.4, 2.0),
+        "curricularface": reference.curricularface(0.5, state.get("t", 0)),
+        "elasticface arc": {"target": lambda c, _: reference.arcface_logit(c, 0.5 + 0.05 * draws(case, len(c)))},
+        "elasticface cos": {"target": lambda c, _: c - 0.35 - 0.05 * draws(case, len(c))},
+        "subcenter": {"target": reference.arcface(torch.pi / 10)},
     }
     return margins[case.margin] | {
         "scale": case.scale,
@@ -75,6 +84,7 @@ def sampled_classes(case: Case, labels: Tensor) -> Tensor:
         labels.unique(),
         num_classes=case.num_classes,
         sample_rate=case.sample_rate,
+        sampler=case.sampler,
         seed=case.seed,
         step=STEP,
         start=0,
@@ -90,15 +100,21 @@ class Oracle:
         self.embeddings = built.embeddings.double().requires_grad_()
         self.centers = built.centers.double().requires_grad_()
         self.losses, self.sampled = [], []
-        t = 0.3
+        self.state = dict(STATES.get(case.margin, {}))
         for embeddings, labels in zip(
             self.embeddings.chunk(case.micro_steps), built.labels.chunk(case.micro_steps), strict=True
         ):
             classes = sampled_classes(case, labels)
             cosine = reference.dense_cosines(embeddings, self.centers, MARGINS[case.margin].sub_centers).detach()
             self.target_cosine = cosine[torch.arange(len(labels)), labels].mean()
-            t = 0.99 * t + 0.01 * float(self.target_cosine)
-            options = oracle_options(case, t)
+            norms = embeddings.detach().norm(dim=1)
+            batch = {
+                "t": self.target_cosine,
+                "mean": norms.mean(),
+                "deviation": norms.std(correction=min(1, len(norms) - 1)),
+            }
+            self.state = {name: 0.99 * value + 0.01 * float(batch[name]) for name, value in self.state.items()}
+            options = oracle_options(case, self.state)
             self.losses.append(reference.dense_loss(embeddings, self.centers, labels, classes, **options))
             self.sampled.append(classes)
             negatives = cosine[:, classes].masked_fill(labels[:, None] == classes, -2)
@@ -139,14 +155,14 @@ def test_loss_and_gradients(
 def test_figures(
     name: str, world_size: int, merged_results: Callable[[int], Results], oracles: dict[str, Oracle]
 ) -> None:
-    case, result, oracle = CASES[name], merged_results(world_size)[name], oracles[name]
+    result, oracle = merged_results(world_size)[name], oracles[name]
     assert float(result["target_cosine"]) == pytest.approx(float(oracle.target_cosine), abs=1e-12)
     assert float(result["conflict_share"]) == pytest.approx(oracle.conflict_share, abs=1e-12)
     assert result["sampled"].tolist() == [len(classes) for classes in oracle.sampled]
     assert result["steps"].tolist() == [STEP + 1] * world_size
-    if case.margin == "curricular":
-        expected = 0.99 * 0.3 + 0.01 * float(oracle.target_cosine)
-        assert float(result["margin t"]) == pytest.approx(expected, abs=1e-12)
+    for figure, value in oracle.state.items():
+        assert float(result[f"margin {figure}"]) == pytest.approx(value, abs=1e-12)
+    assert result["equal figures"].all()
 
 
 @each_case

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.core.errors import InputError
-from partialfc.head.margins import Margin
+from partialfc.head.margins import CurricularFace, Margin
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -567,15 +567,12 @@ def test_a_center_without_a_direction_is_refused(
     head(torch.randn(6, DIM), LABELS).backward()
 
 
-def test_a_sum_of_reweighted_negatives_that_underflows_is_refused() -> None:
-    class Doubled(Margin):
-        negatives_bound, reweights_negatives = 2.0, True
-
-        def negatives(self, cosine: Tensor, target_cosine: Tensor, batch: Any) -> Tensor:
-            return torch.where(cosine > 0, 2 * cosine, cosine)
-
-    head = PartialFC(2, 2, 1.0, Doubled(), 64.0)
+def test_a_sum_of_raised_negatives_that_underflows_is_refused() -> None:
+    head = PartialFC(2, 2, 1.0, CurricularFace(), 64.0)
     head.centers.data.copy_(torch.tensor([[-1.0, 0.0], [-1.0, 1e-3]]))
     with pytest.raises(InputError, match="lower the scale"):
         head(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
-    assert float(PartialFC(2, 2, 0.0, Doubled(), 64.0)(torch.tensor([[1.0, 0.0]]), torch.tensor([0])).detach()) == 0.0
+    assert (
+        float(PartialFC(2, 2, 0.0, CurricularFace(), 64.0)(torch.tensor([[1.0, 0.0]]), torch.tensor([0])).detach())
+        == 0.0
+    )

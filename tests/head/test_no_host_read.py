@@ -20,9 +20,10 @@ from partialfc.head import optim, sampled_softmax
 from partialfc.head.backends import gpu
 from partialfc.head.backends.gpu import GPUBackend
 from partialfc.head.inputs import InputFlag
-from partialfc.head.margins import ArcFace
+from partialfc.head.margins import AdaFace, ArcFace, CombinedMargin, ElasticFace, MagFace, Margin
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
+from partialfc.head.sampling import Sampler
 
 CLASSES, WIDTH, BATCH = 20_000, 32, 16
 
@@ -88,6 +89,14 @@ def test_a_step_of_sgd_reads_nothing(rate: float, operand_dtype: torch.dtype, sc
     assert head.step == 1
     assert head.figures is not None
     assert head.figures.sampled.is_meta
+
+
+@pytest.mark.parametrize("sampler", ["sweep", "runs"])
+@pytest.mark.parametrize("margin", [CombinedMargin(), AdaFace(), MagFace(), ElasticFace()])
+def test_no_margin_that_the_kernels_take_and_no_sampler_reads(margin: Margin, sampler: Sampler) -> None:
+    head, optimizer = head_and_optimizer(margin=margin, sampler=sampler)
+    take_step(head, optimizer)
+    assert head.step == 1
 
 
 def test_every_kernel_is_launched_on_the_device_of_the_centers() -> None:

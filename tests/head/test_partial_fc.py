@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from example_margins import Curricular, Noisy, OnlySparse
 from head_cases import pending_gradient
 from torch import Tensor, nn
 
 from partialfc.core.errors import InputError
 from partialfc.head.backends import select
 from partialfc.head.inputs import NonFiniteEmbeddings
-from partialfc.head.margins import ArcFace, CosFace, Margin
+from partialfc.head.margins import ArcFace, CosFace, CurricularFace, ElasticFace, Margin
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -56,11 +55,11 @@ def embeddings(dtype: torch.dtype = torch.float32) -> Tensor:
         ({"operand_dtype": "bfloat16"}, "operand_dtype is bfloat16"),
         ({"group": [0, 1]}, "no member of the head's group"),
         ({"conflict_threshold": "0.4"}, "conflict_threshold is '0.4'"),
-        ({"margin": Curricular(), "scale": 70.0}, "with Curricular the logits spread over 210"),
+        ({"margin": CurricularFace(), "scale": 70.0}, "with CurricularFace the logits spread over 210"),
         ({"conflict_threshold": 1.5}, "conflict_threshold is 1.5"),
         ({"conflict_threshold": math.nan}, "conflict_threshold is nan"),
-        ({"update": "defered"}, "update is 'defered'; CosFace works with deferred, sparse"),
-        ({"margin": OnlySparse(), "update": "deferred"}, "OnlySparse works with sparse"),
+        ({"update": "defered"}, "update is 'defered'; it is 'sparse' or 'deferred'"),
+        ({"sampler": "swep"}, "sampler is 'swep'; it is one of uniform, sweep, runs"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -93,7 +92,7 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: st
 def test_bad_batches_are_refused_and_nothing_is_touched(
     batch: tuple[Tensor, Tensor], message: str, update: Any
 ) -> None:
-    head = PartialFC(5, 8, 1.0, margin=Curricular(), scale=32.0, update=update)
+    head = PartialFC(5, 8, 1.0, margin=CurricularFace(), scale=32.0, update=update)
     optimizer = RowwiseSGD(head.parameters())
     before = {name: value.clone() for name, value in head.state_dict().items()}
     with pytest.raises(InputError, match=message):
@@ -200,7 +199,7 @@ def test_without_gradients_it_is_a_metric() -> None:
 
 @pytest.mark.parametrize("update", ["sparse", "deferred"])
 @pytest.mark.parametrize("operand_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("margin", [CosFace(), Curricular()])
+@pytest.mark.parametrize("margin", [CosFace(), CurricularFace()])
 def test_it_trains_after_inference_mode(margin: Margin, operand_dtype: torch.dtype, update: Any) -> None:
     """The first batch of all, whose form no other test has, allocates what later ones reuse."""
     head = PartialFC(50, 8, 1.0, margin=margin, scale=32.0, operand_dtype=operand_dtype, update=update)
@@ -221,13 +220,13 @@ def test_it_trains_after_inference_mode(margin: Margin, operand_dtype: torch.dty
 
 
 def test_running_figures_move_in_training_only() -> None:
-    head = PartialFC(50, 8, 1.0, margin=Curricular(), scale=32.0).eval()
+    head = PartialFC(50, 8, 1.0, margin=CurricularFace(), scale=32.0).eval()
     head(embeddings(), LABELS)
-    assert float(head.margin_state()["t"]) == pytest.approx(0.3)
+    assert float(head.margin_state()["t"]) == 0
     head.train()
     head(embeddings(), LABELS)
     assert head.figures is not None
-    expected = 0.99 * 0.3 + 0.01 * float(head.figures.target_cosine)
+    expected = 0.01 * float(head.figures.target_cosine)
     assert float(head.margin_state()["t"]) == pytest.approx(expected)
     assert "margin_t" in head.state_dict()
 
@@ -260,7 +259,7 @@ def test_extra_repr_names_what_matters() -> None:
 
 
 def test_noise_and_classes_of_a_micro_step_are_those_of_the_whole_step() -> None:
-    head = PartialFC(60, 8, 0.2, Noisy(0.3, 0.1))
+    head = PartialFC(60, 8, 0.2, ElasticFace("cos", 0.3, 0.1))
     embeddings, labels = torch.randn(6, 8), torch.tensor([3, 9, 27, 40, 41, 59])
     whole = head(embeddings, labels)
     sampled = head.figures.sampled
@@ -290,7 +289,7 @@ def test_no_scale_that_is_allowed_underflows(classes: int) -> None:
     loss = head(torch.tensor([[1.0, 0.0]]).repeat(len(labels), 1), labels)
     excess = math.log(sampled - 1) - scale + scale * 1.4
     assert float(loss.detach()) == pytest.approx(excess + math.log1p(math.exp(-excess)), rel=1e-5)
-    assert PartialFC(50, 2, margin=Curricular(), scale=64.0).loss_config.scale == 64.0
+    assert PartialFC(50, 2, margin=CurricularFace(), scale=64.0).loss_config.scale == 64.0
 
 
 def test_a_conflict_threshold_of_one_keeps_duplicates() -> None:

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from example_margins import Curricular, Noisy, ThreeCenters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from partialfc import CosFace, InputError, PartialFC, RowwiseSGD
 from partialfc.head.inputs import NonFiniteEmbeddings
-from partialfc.head.margins import MarginBatch
+from partialfc.head.margins import CurricularFace, ElasticFace, MarginBatch, SubCenterArcFace
 from partialfc.head.predict import _largest
 
 
@@ -34,7 +33,7 @@ def cosines_of(head: PartialFC, embeddings: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("centers_dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("margin", [CosFace(), Curricular(), ThreeCenters(), Noisy()])
+@pytest.mark.parametrize("margin", [CosFace(), CurricularFace(), SubCenterArcFace(), ElasticFace()])
 @pytest.mark.parametrize("scratch_bytes", [1, 6000, 256 << 20])
 def test_logits_and_nearest_classes(dtype: Any, centers_dtype: Any, margin: Any, scratch_bytes: int) -> None:
     head = make(margin=margin, dtype=centers_dtype, scratch_bytes=scratch_bytes)
@@ -52,7 +51,7 @@ def test_logits_and_nearest_classes(dtype: Any, centers_dtype: Any, margin: Any,
 
 def test_asking_changes_nothing() -> None:
     """Neither values nor step, figures, gradients or the next steps, in any mode, under autocast and inference mode."""
-    heads = [make(margin=Curricular(), update=update) for update in ("sparse", "deferred") for _ in range(2)]
+    heads = [make(margin=CurricularFace(), update=update) for update in ("sparse", "deferred") for _ in range(2)]
     optimizers = [RowwiseSGD(head.parameters()) for head in heads]
     others, labels = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), torch.arange(9)
     for step in range(4):
@@ -118,7 +117,7 @@ def test_the_largest_of_a_row_are_the_first_of_a_stable_sort(values: list[int], 
     assert torch.equal(found, rows.gather(1, expected))
 
 
-@pytest.mark.parametrize("margin", [CosFace(), ThreeCenters()])
+@pytest.mark.parametrize("margin", [CosFace(), SubCenterArcFace()])
 def test_odd_sizes(margin: Any) -> None:
     head = make(3, margin=margin)
     assert head.predict(batch(), 10)[0].shape == (9, 3)
@@ -151,7 +150,7 @@ def test_the_loss_in_eval_mode_is_over_all_classes(update: Any) -> None:
     labels = torch.arange(9)
     loss = head(batch(), labels)
     cosines = cosines_of(head, batch())
-    target = head.loss_config.margin.target(cosines, MarginBatch(torch.ones(9), 0, {}))
+    target = head.loss_config.margin.target(cosines, MarginBatch(torch.ones(9), torch.tensor(0), {}))
     logits = 16.0 * torch.where(torch.arange(300) == labels[:, None], target, cosines)
     torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(logits, labels), rtol=1e-6, atol=0)
     head.step = 3

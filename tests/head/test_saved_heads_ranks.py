@@ -85,5 +85,5 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(world_size: int, folder: P
         assert found["saving"] == found["optimizer"]
         assert "does not hold the centers of this head" in found["head"]
         assert "holds optimizer RowwiseSGD, not RowwiseAdamW" in found["kind"]
-        assert "holds margin Curricular(m=0.5, gradient='exact'), not ArcFace(m=0.5" in found["margin"]
+        assert "holds margin CurricularFace(m=0.5, gradient='exact'), not ArcFace(m=0.5" in found["margin"]
         assert found["untouched"] == "True"

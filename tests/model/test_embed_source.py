@@ -245,7 +245,7 @@ def test_progress_is_shown_with_rate_and_time(tmp_path: Path, capsys: pytest.Cap
     assert "embedding: 12/23 (52%)" in capsys.readouterr().err
     run(model(), Pictures(), tmp_path / "a.npy", quiet=False)
     first, *_, last = capsys.readouterr().err.splitlines()
-    assert first == "embedding: 12/23 (52%)"
+    assert first == "embedding: 12/23 (52%), estimating time left"
     assert last.startswith("embedding: 23/23 (100%), ")
     assert " images/s, in 0:0" in last
     run(model(), Pictures(), tmp_path / "a.npy")

@@ -16,7 +16,7 @@ from partialfc.core import files as core_files
 from partialfc.core.errors import InputError
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed, embed_batches, prepare
-from partialfc.model.files import Model, load_model, save_model
+from partialfc.model.files import Model, find_model, load_model, save_model
 
 CONFIG = ModelConfig("mini", embedding_dim=8, image_size=16)
 
@@ -71,6 +71,11 @@ def test_a_run_folder_gives_its_best_model_or_else_its_last(tmp_path: Path) -> N
     assert same_weights(load_model(tmp_path).backbone, last)
     save_model(tmp_path / "model" / "best", best, CONFIG)
     assert same_weights(load_model(str(tmp_path)).backbone, best)
+
+
+def test_the_folder_between_run_and_model_is_taken_too(tmp_path: Path) -> None:
+    save_model(tmp_path / "model" / "last", make_backbone(), CONFIG)
+    assert find_model(tmp_path / "model") == (tmp_path / "model" / "last").resolve()
 
 
 def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path) -> None:
@@ -242,7 +247,7 @@ def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"model.safetensors but no config.json"):
         load_model(tmp_path)
-    with pytest.raises(InputError, match="is a file: give a model folder"):
+    with pytest.raises(InputError, match="is no readable file of weights"):
         load_model(tmp_path / "model.safetensors")
     for text in ("{", "[1]", '"text"'):
         (tmp_path / "config.json").write_text(text)

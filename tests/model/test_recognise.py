@@ -1,6 +1,7 @@
 """State_dict files of the reference implementation: recognised, loaded, and refused in one sentence."""
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
-from partialfc.model.files import load_model
+from partialfc.model.config import ModelConfig
+from partialfc.model.files import load_model, save_model
 from partialfc.model.recognise import recognise
 
 
@@ -87,6 +89,8 @@ def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         ("a.pt", lambda weights: {"state_dict_backbone": weights, "state_dict_softmax_fc": HEAD}, "dict_backbone)"),
         ("a.pth", lambda weights: prefixed("backbone.", weights) | HEAD, "(backbone.*)"),
         ("a.pt", lambda weights: {**weights, "epoch": 3}, "recognised from"),
+        ("pytorch_model.bin", lambda weights: weights, "recognised from"),
+        ("without_suffix", lambda weights: weights, "recognised from"),
     ],
 )
 def test_a_backbone_is_found_in_what_holds_more(
@@ -98,6 +102,15 @@ def test_a_backbone_is_found_in_what_holds_more(
     assert said in model.origin
     assert "lack" not in model.origin
     assert all(torch.equal(weights[key], value) for key, value in model.backbone.state_dict().items())
+
+
+def test_safetensors_alone_or_in_a_model_folder(tmp_path: Path) -> None:
+    backbone = create_backbone("mbf", embedding_dim=8, image_size=32)
+    save_model(tmp_path / "model", backbone, ModelConfig("mbf", 8, 32))
+    shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "a.safetensors")
+    assert "recognised from" in load_model(tmp_path / "a.safetensors").origin
+    for name in ("model.safetensors", "config.json"):
+        assert load_model(tmp_path / "model" / name).origin == f"mbf, as {tmp_path / 'model' / 'config.json'} says"
 
 
 def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_more_of_anything_takes_no_less_memory(asked: Workload, more: float) -> 
     asked.check()
     peak = plan_memory(asked).peak
     assert peak == sum(plan_memory(asked).parts.values()) > 0
-    rate = asked.config.head.sample_rate
+    rate = asked.largest_rate
     assert plan_memory(asked.with_rate(min(1.0, rate + more * (1 - rate)))).peak >= peak
     assert plan_memory(changed(asked, classes=asked.classes + int(1e6 * more))).peak >= peak
     assert plan_memory(changed(asked, optimizer__ema_decay=0.9)).peak > peak

@@ -11,14 +11,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from example_margins import Curricular, Magnitude, Noisy, ThreeCenters
 from torch import Tensor
 
 from partialfc.core import keyed_random
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
-from partialfc.head.margins import ArcFace, CosFace, Margin
+from partialfc.head.margins import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    SubCenterArcFace,
+)
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC, Update
+from partialfc.head.sampling import Sampler
 
 STEP = 5
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-3}
@@ -28,11 +38,16 @@ MARGINS: dict[str, Margin] = {
     "cosface": CosFace(0.4),
     "arcface": ArcFace(0.5),
     "straight": ArcFace(0.5, "straight_through"),
-    "curricular": Curricular(0.5),
-    "magnitude": Magnitude(),
-    "noisy": Noisy(),
-    "three centers": ThreeCenters(),
+    "combined": CombinedMargin(1.35, 0.3, 0.2),
+    "adaface": AdaFace(),
+    "magface": MagFace(2.0, 15.0, 0.1, 0.4, 2.0),
+    "curricularface": CurricularFace(),
+    "elasticface arc": ElasticFace("arc", deviation=0.05),
+    "elasticface cos": ElasticFace("cos", deviation=0.05),
+    "subcenter": SubCenterArcFace(torch.pi / 10),
 }
+# Running figures as after some training: the first ones leave AdaFace a fixed margin.
+STATES = {"curricularface": {"t": 0.3}, "adaface": {"mean": 9.0, "deviation": 3.0}}
 COSINES = (0.999, -0.95, 0.3, 0.9, 0.0, 0.99, 0.6, -0.2)
 
 
@@ -52,6 +67,7 @@ class Case:
     batch: int = 11
     sample_rate: float = 0.1
     update: Update = "sparse"
+    sampler: Sampler = "uniform"
     optimizer: str = "sgd"
     threshold: float | None = None
     zero_logit: bool = False
@@ -78,8 +94,9 @@ class Built:
 def cases() -> dict[str, Case]:
     """Every margin, sample rate and update; then what is odd in some way."""
     found: dict[str, Case] = {}
+    plain = list(MARGINS)[:4]
     for number, (margin, rate, update) in enumerate(
-        (margin, rate, update) for margin in MARGINS for rate in (1.0, 0.1, 0.0) for update in ("sparse", "deferred")
+        (margin, rate, update) for margin in plain for rate in (1.0, 0.1, 0.0) for update in ("sparse", "deferred")
     ):
         found[f"{margin} {rate} {update}"] = Case(
             margin=margin,
@@ -89,6 +106,15 @@ def cases() -> dict[str, Case]:
             scratch_bytes=(256 << 20, 6000)[(number // 4) % 2],
             num_classes=(149, 83, 131)[number % 3],
         )
+    for number, margin in enumerate(list(MARGINS)[4:]):
+        several: dict[str, Any] = {"margin": margin, "batch": 15, "micro_steps": 3}
+        tiles: dict[str, Any] = {"scratch_bytes": (256 << 20, 6000)[number % 2]}
+        found |= {
+            f"{margin}, sparse": Case(margin, sample_rate=1.0, **tiles),
+            f"{margin}, sampled, deferred": Case(margin, update="deferred", optimizer="adamw"),
+            f"{margin}, three micro-steps, deferred": Case(sample_rate=1.0, update="deferred", **several),
+            f"{margin}, conflicts, three micro-steps": Case(threshold=0.25, **several, **tiles),
+        }
     for update in ("sparse", "deferred"):
         odd = {
             "several blocks": {"num_classes": 9001},
@@ -96,8 +122,9 @@ def cases() -> dict[str, Case]:
             "conflicts": {"threshold": 0.15, "scratch_bytes": 6000},
             "conflicts at rate 1": {"threshold": 0.15, "sample_rate": 1.0, "optimizer": "adamw"},
             "conflicts as zero logits": {"threshold": 0.15, "zero_logit": True},
-            "conflicts among reweighted": {"threshold": 0.15, "margin": "curricular"},
-            "conflicts of three centers": {"threshold": 0.3, "margin": "three centers"},
+            "conflicts among raised": {"threshold": 0.15, "margin": "curricularface", "sample_rate": 1.0},
+            "sweep": {"sampler": "sweep", "num_classes": 9001},
+            "runs": {"sampler": "runs", "num_classes": 9001},
             "fewer classes than ranks": {"num_classes": 2, "batch": 5, "sample_rate": 1.0},
             "one class": {"num_classes": 1, "batch": 3, "sample_rate": 1.0},
             "batch of one": {"batch": 1},
@@ -115,7 +142,6 @@ def cases() -> dict[str, Case]:
             "three micro-steps": {"batch": 21, "micro_steps": 3},
             "three micro-steps in tiles": {"batch": 21, "micro_steps": 3, "scratch_bytes": 6000, "optimizer": "adamw"},
             "three micro-steps, several blocks": {"batch": 21, "micro_steps": 3, "num_classes": 5003},
-            "three micro-steps of three centers": {"batch": 9, "micro_steps": 3, "margin": "three centers"},
         }
         found |= {f"{name}, {update}": Case(update=update, **options) for name, options in odd.items()}  # type: ignore[arg-type]
     return found
@@ -153,12 +179,15 @@ def make_head(case: Case, group: Group | None = None) -> tuple[PartialFC, Rowwis
         case.threshold,
         conflict_as_zero_logit=case.zero_logit,
         update=case.update,
+        sampler=case.sampler,
         seed=case.seed,
         scratch_bytes=case.scratch_bytes,
         dtype=case.centers_dtype,
         group=group,
     )
     head.step = STEP
+    for name, figure in STATES.get(case.margin, {}).items():
+        head.get_buffer(f"margin_{name}").fill_(figure)
     optimizer = RowwiseSGD([head.centers], **SGD) if case.optimizer == "sgd" else RowwiseAdamW([head.centers], **ADAMW)
     state = optimizer.row_state(head.centers)
     first = head.shard.start * head.loss_config.margin.sub_centers
@@ -258,5 +287,9 @@ def merge(case: Case, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     pieces = [by_rank[r][i] for i in range(case.micro_steps) for r in range(world_size) if counts[r]]
     merged["embeddings_gradient"] = torch.cat(pieces).double() / world_size
     merged["sampled"] = sum((result["sampled"] for result in results), torch.zeros_like(results[0]["sampled"]))
+    figures = [name for name in merged if name.startswith("margin ")]
+    merged["equal figures"] = torch.tensor(
+        [torch.equal(result[name], merged[name]) for name in figures for result in results], dtype=torch.bool
+    )
     merged["steps"] = torch.stack([result["step"] for result in results])
     return merged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,41 @@ def arcface_logit(cosine: Tensor, m: Tensor) -> Tensor:
     """cos(θ + m), and past θ = π − m its usual monotone continuation."""
     theta = torch.arccos(cosine)
     return torch.where(theta > math.pi - m, cosine - m * torch.sin(m), torch.cos(theta + m))
+
+
+def combined(m1: float, m2: float, m3: float) -> Target:
+    def target(cosine: Tensor, norms: Tensor) -> Tensor:
+        angle = m1 * torch.arccos(cosine) + m2
+        k = (angle.detach() / math.pi).long()
+        return (-1.0) ** k * torch.cos(angle) - 2 * k - m3
+
+    return target
+
+
+def adaface(m: float, h: float, mean: float, deviation: float) -> Target:
+    def target(cosine: Tensor, norms: Tensor) -> Tensor:
+        quality = (h * (norms.detach().clamp(0.001, 100) - mean) / (deviation + 0.001)).clamp(-1, 1)
+        theta = torch.arccos(cosine)
+        low = torch.where(theta < m * quality, 1.0, torch.cos(theta - m * quality))
+        return torch.where(quality > 0, low, arcface_logit(cosine, -m * quality)) - (m + m * quality)
+
+    return target
+
+
+def magface(l_a: float, u_a: float, l_m: float, u_m: float, lambda_g: float) -> dict[str, Any]:
+    return {
+        "target": lambda cosine, norms: arcface_logit(
+            cosine, l_m + (u_m - l_m) * (norms.clamp(l_a, u_a) - l_a) / (u_a - l_a)
+        ),
+        "regulariser": lambda norms: lambda_g * (norms.clamp(l_a, u_a) / u_a**2 + 1 / norms.clamp(l_a, u_a)),
+    }
+
+
+def curricularface(m: float, t: float) -> dict[str, Any]:
+    def negatives(cosine: Tensor, target_cosine: Tensor) -> Tensor:
+        return torch.where(cosine > torch.cos(torch.arccos(target_cosine) + m), cosine * (t + cosine), cosine)
+
+    return {"target": arcface(m), "negatives": negatives}
 
 
 def sgd_step(

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from example_margins import Curricular
 from torch import Tensor
 
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import Group, rank_of, split_evenly, world_size_of
 from partialfc.head.files import load_head, save_head
-from partialfc.head.margins import ArcFace, Margin
+from partialfc.head.margins import ArcFace, CurricularFace, Margin
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -39,7 +38,7 @@ def make(
     kind: str, group: Group | None = None, margin: Margin | None = None
 ) -> tuple[PartialFC, RowwiseSGD | RowwiseAdamW]:
     """A head and its optimizer: "sgd", "lazy" or "adamw"."""
-    margin = margin or Curricular(0.5)
+    margin = margin or CurricularFace(0.5)
     head = PartialFC(CLASSES, DIM, 0.2, margin, 16.0, seed=3, dtype=torch.float64, group=group)
     if kind == "adamw":
         return head, RowwiseAdamW(head.parameters(), lr=0.01)

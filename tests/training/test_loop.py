@@ -102,7 +102,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
         loop.train(small_config(schedule=ScheduleConfig(epochs=4)), tmp_path / "run", quiet=True)
 
 
-def test_too_many_unreadable_records_stop_the_run(tmp_path: Path) -> None:
+def test_too_many_unreadable_records_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "images"
     for identity in range(2):
         (folder / str(identity)).mkdir(parents=True)
@@ -114,7 +114,10 @@ def test_too_many_unreadable_records_stop_the_run(tmp_path: Path) -> None:
     data = replace(config.data, path=str(folder), global_batch_size=7, max_unreadable=0)
     with pytest.raises(InputError, match=r"broken\.png"):
         loop.train(replace(config, data=data), tmp_path / "run", quiet=True)
-    loop.train(replace(config, data=replace(data, max_unreadable=1)), tmp_path / "run2", quiet=True)
+    loop.train(replace(config, data=replace(data, max_unreadable=1)), tmp_path / "run2")
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "cannot be read" in line]
+    assert "1 record cannot be read and others take their places; one is " in said
+    assert said.endswith("broken.png")
     last = read_metrics(tmp_path / "run2" / "metrics.jsonl")[-1]
     assert last["step"] == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,25 @@ from small_runs import FIXTURES, final_tensors, interrupt_at, losses, small_conf
 from torch import nn
 
 from partialfc.backbones import create_backbone
+from partialfc.checkpoint.read import Checkpoint
+from partialfc.cli.values import convert
+from partialfc.config.build import build_margin
 from partialfc.config.options import BackboneConfig, HeadConfig, OptimizerConfig, TrainConfig
+from partialfc.config.sample_rate import SampleRate, describe_rate, rate_at
 from partialfc.core.device import compute_dtype
 from partialfc.core.errors import InputError
 from partialfc.data.sources import open_source
 from partialfc.data.sources.subset import SubsetSource
+from partialfc.head.margins import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CurricularFace,
+    ElasticFace,
+    MagFace,
+    Margin,
+    SubCenterArcFace,
+)
 from partialfc.model.files import load_model
 from partialfc.training.build import check_config
 from partialfc.training.loop import train
@@ -190,8 +205,22 @@ def test_other_architectures_to_start_from_are_named(images: Path, plain: Path, 
         ({"backbone": replace(MINI, freeze=["stem"])}, "backbone.freeze keeps layers as they start"),
         ({"backbone": replace(MINI, freeze=["stm"], init="run")}, "backbone.freeze names 'stm'"),
         ({"head": HeadConfig(conflict_as_zero_logit=True)}, "needs head.conflict_threshold"),
-        ({"head": HeadConfig(margin_gradient="straight_through")}, "is for the margin arcface"),
-        ({"head": HeadConfig(margin="none", margin_value=0.1)}, "head.margin is none"),
+        ({"head": HeadConfig(margin_gradient="straight_through")}, "margin_gradient: the margin cosface has no option"),
+        ({"head": HeadConfig(margin="none", margin_value=0.1)}, "the margin none has no option 'm'; it has none"),
+        ({"head": HeadConfig(margin="adaface", margin_options=["hh=1"])}, "its options are m, h. Did you mean 'h'"),
+        ({"head": HeadConfig(margin_options=["h"])}, "write options as name=value"),
+        (
+            {"head": HeadConfig(margin_value=0.3, margin_options=["m=0.3"])},
+            "gives the margin's m a second",
+        ),
+        ({"head": HeadConfig(margin="subcenter", from_run="run")}, "head.from_run takes over one center a class"),
+        ({"head": HeadConfig(sample_rate=[[0.5, 0.1], [0.4, 1.0]])}, "shares of head.sample_rate sum to 0.9, not to 1"),
+        ({"head": HeadConfig(sample_rate=[[0.5, 0.0], [0.5, 1.0]])}, r"has \[0.5, 0.0\]; share and rate are above 0"),
+        ({"head": HeadConfig(sample_rate=[[1.0, 1.1]])}, r"has \[1.0, 1.1\]"),
+        ({"head": HeadConfig(sample_rate=[[1.5, 0.1], [-0.5, 1.0]])}, r"has \[1.5, 0.1\]"),
+        ({"head": HeadConfig(sample_rate=[[1.0, math.nan]])}, r"has \[1.0, nan\]"),
+        ({"head": HeadConfig(sample_rate=[[0.1]])}, "a list has pairs of share and rate"),
+        ({"head": HeadConfig(sample_rate=[])}, "a list has pairs of share and rate"),
         ({"optimizer": OptimizerConfig(ema_decay=1.0)}, r"optimizer.ema_decay is 1.0"),
     ],
 )
@@ -208,13 +237,81 @@ def test_impossible_combinations_are_refused(tmp_path: Path, changes: dict[str, 
         ({"head": HeadConfig(sample_rate=1.5)}, "head.sample_rate is 1.5"),
         ({"head": HeadConfig(scale=-1.0)}, "head.scale is -1.0"),
         ({"head": HeadConfig(conflict_threshold=2.0)}, "head.conflict_threshold is 2.0"),
-        ({"head": HeadConfig(margin_value=-1.0)}, "margin is -1.0"),
+        ({"head": HeadConfig(margin_value=-1.0)}, "head.margin cosface: CosFace's m is -1.0"),
     ],
 )
 def test_networks_are_refused_before_data_is_opened(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         train(tiny_config(tmp_path / "no data here", **changes), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "margin"),
+    [
+        ("none", [], Margin()),
+        ("arcface", ["m=0.3", "gradient=straight_through"], ArcFace(0.3, "straight_through")),
+        ("combined", ["m1=1.35", "m2=0", "m3=0"], CombinedMargin(1.35, 0, 0)),
+        ("adaface", ["h=0.5"], AdaFace(h=0.5)),
+        ("magface", ["l_a=5", "u_a=1e2", "lambda_g=20"], MagFace(5, 100, lambda_g=20)),
+        ("curricularface", [], CurricularFace()),
+        ("elasticface", ["form=cos", "deviation=0.05"], ElasticFace("cos", deviation=0.05)),
+        ("subcenter", ["sub_centers=2"], SubCenterArcFace(sub_centers=2)),
+    ],
+)
+def test_margins_by_name_and_options(name: Any, options: list[str], margin: Margin) -> None:
+    head = convert(list[str], f"[{','.join(options)}]")
+    assert build_margin(HeadConfig(margin=name, margin_options=head)) == margin
+    assert type(build_margin(HeadConfig(margin=name))) is type(margin)
+
+
+def test_a_schedule_of_the_sample_rate_is_a_function_of_the_step() -> None:
+    rate = convert(SampleRate, "[[0.75,0.1],[0.25,1]]")
+    assert rate == [[0.75, 0.1], [0.25, 1.0]]
+    assert convert(SampleRate, "0.2") == 0.2
+    assert [rate_at(rate, step, 8) for step in range(9)] == [0.1] * 6 + [1.0] * 3
+    assert rate_at(0.3, 5, 8) == 0.3
+    assert describe_rate(rate) == "0.1 for 75 % of the steps, then 1"
+    for text in ("[0.5,1]", "[[a,b]]", "[", "half", "[[[1],2]]"):
+        with pytest.raises(ArgumentTypeError, match="is not a number, or a list such as"):
+            convert(SampleRate, text)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HeadConfig(margin="adaface", sampler="sweep", sample_rate=[[0.5, 0.5], [0.5, 1.0]], scale=16.0),
+        HeadConfig(margin="curricularface", sampler="runs", sample_rate=0.5, scale=16.0, update="deferred"),
+        HeadConfig(margin="elasticface", sample_rate=[[0.2, 0.3], [0.3, 1.0], [0.5, 0.3]], scale=16.0),
+    ],
+    ids=lambda head: head.margin,
+)
+def test_running_figures_samplers_and_rates_go_on_after_a_resume(
+    head: HeadConfig, images: Path, tmp_path: Path
+) -> None:
+    """Interrupted before the rate changes, and after."""
+    config = float32(images, head=head)
+    config = replace(config, output=replace(config.output, checkpoint_every=1, log_every=1))
+    train(config, tmp_path / "straight", quiet=True)
+    sampled = losses(tmp_path / "straight", "sampled_classes")
+    # More labels than a rate asks for are used all the same.
+    assert min(sampled) < 8
+    assert (max(sampled) == 8) == isinstance(head.sample_rate, list)
+    steps = len(sampled)
+    for step in (steps // 2 - 1, steps // 2 + 1):
+        with interrupt_at(step):
+            train(config, tmp_path / "resumed", resume=True, quiet=True)
+    train(config, tmp_path / "resumed", resume=True, quiet=True)
+    straight, resumed = final_tensors(tmp_path / "straight"), final_tensors(tmp_path / "resumed")
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+    states = [newest_state(tmp_path / name)["head"]["margin_state"] for name in ("straight", "resumed")]
+    assert states[0] == states[1]
+    assert bool(states[0]) == (head.margin != "elasticface")
+
+
+def newest_state(root: Path) -> dict[str, Any]:
+    (*_, newest) = sorted((root / "checkpoints").glob("step-*"))
+    return Checkpoint(newest).state
 
 
 def test_min_images_and_num_classes_contradict_each_other(tmp_path: Path) -> None:

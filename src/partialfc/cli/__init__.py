@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from partialfc.cli import bench, data, demo, evaluate, migrate, plan, recipes, report, train
+from partialfc.cli import bench, data, demo, evaluate, migrate, plan, recipes, report, runs, train
 from partialfc.cli.parser import Parser, add_commands
+from partialfc.core.console import say
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.core.files import NO_UTF8
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, 2)
     except StoppedBySignal as stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends another while this process exits
-        print(f"partialfc: {stop}", file=sys.stderr)
+        say(f"partialfc: {stop}")
         return 128 + stop.signum
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: object, status: int) -> int:
-    print(f"partialfc: error: {message}", file=sys.stderr)
+    say(f"partialfc: error: {message}")
     return status
 
 
@@ -60,9 +61,10 @@ def build_parser() -> Parser:
     """The parser of the whole command line; what it parses has a function `run`."""
     what = "Train face recognition on millions of identities with Partial FC, and see how good it is."
     parser = Parser(prog="partialfc", description=what, epilog=_FIRST_STEPS)
-    parser.add_argument("--version", action="version", version=f"partialfc {metadata.version('partialfc')}")
+    version = f"partialfc {metadata.version('partialfc')}"
+    parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = add_commands(parser)
     parser.set_defaults(run=lambda _: parser.print_help())
-    for command in (demo, train, recipes, plan, evaluate, report, data, migrate, bench):
+    for command in (demo, train, recipes, plan, evaluate, report, runs, data, migrate, bench):
         command.add_parser(commands)
     return parser

@@ -12,7 +12,8 @@ from partialfc.core.device import choose_device
 
 
 def add_parser(commands: Any) -> None:
-    commands = add_commands(commands.add_parser("bench", help="measure the project's own speed and memory"))
+    what = "Measure the project's own speed and memory."
+    commands = add_commands(commands.add_parser("bench", help=what, description=what))
     parser = add_command(commands, "head", run)
     parser.add_argument("--classes", type=int, metavar="N", required=True, help="number of classes")
     parser.add_argument("--embedding-dim", type=int, metavar="N", default=512, help="width of the embeddings")

@@ -17,12 +17,14 @@ from partialfc.data.make_pairs import write_chosen_pairs
 from partialfc.data.sources import open_source
 from partialfc.faces.sets import FaceWorld, Layout
 
+_WHAT = "Look at data sets, and write new ones."
+
 
 def add_parser(commands: Any) -> None:
-    commands = add_commands(commands.add_parser("data", help="look at data sets, or write procedural ones"))
+    commands = add_commands(commands.add_parser("data", help=_WHAT, description=_WHAT))
 
     parser = add_command(commands, "inspect", run_inspect)
-    parser.add_argument("path", type=Path, help="file or folder of a training set, of any format")
+    parser.add_argument("path", type=Path, metavar="DATA", help="file or folder of a training set, of any format")
     parser.add_argument("--overlay", type=Path, metavar="FILE", help="decisions about the set, applied before")
     parser.add_argument("--page", type=Path, metavar="FILE", help="also write the result as an HTML page")
     parser.add_argument("--no-pictures", action="store_true", help="leave faces out of the page")
@@ -30,12 +32,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--augmented", type=Path, metavar="FILE", help=help_)
 
     parser = add_command(commands, "convert", run_convert)
-    parser.add_argument("path", type=Path, help="training set of any format, or .tar.gz files")
+    parser.add_argument("path", type=Path, metavar="DATA", help="training set of any format, or .tar.gz files")
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for the set")
     parser.add_argument("--to", choices=get_args(TargetName), required=True, help="format to write")
 
     parser = add_command(commands, "corrupt", run_corrupt)
-    parser.add_argument("path", type=Path, help="a training set, which stays as it is")
+    parser.add_argument("path", type=Path, metavar="DATA", help="a training set, which stays as it is")
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for overlay and truth")
     parser.add_argument("--kind", choices=get_args(Kind), required=True, help="the damage")
     published = ", ".join(f"{kind} {fraction:.3g}" for kind, fraction in FRACTIONS.items())
@@ -45,7 +47,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="what is damaged is a function of it")
 
     parser = add_command(commands, "pairs", run_pairs)
-    parser.add_argument("path", type=Path, help="folder of identity folders, or any other training set")
+    what = "folder of identity folders, or any other training set"
+    parser.add_argument("path", type=Path, metavar="DATA", help=what)
     parser.add_argument("--out", type=Path, metavar="FILE", required=True, help=".bin or .csv file to write")
     parser.add_argument("--pairs", type=int, metavar="N", default=6000, help="pairs, half of them genuine")
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="the pairs are a function of it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from partialfc.cli.parser import Parser, add_benchmarks, add_command, add_device, named_paths, show
+from partialfc.core.console import say
 from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import gather_json, launched_rank, process_group
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "evaluate", run)
     help_ = "run folder, model folder, or file of weights; several give one table"
     parser.add_argument("model", type=Path, nargs="*", metavar="MODEL", help=help_)
-    what = ".bin files, folders of IJB, lists (.csv), folders of one's own people (docs/evaluation.md)"
+    what = ".bin files, folders of IJB, lists (.csv), folders of one's own people"
     add_benchmarks(parser, required=True, what=what)
     help_ = "features (.npy) of the benchmark's images instead of a model, or those of the model"
     parser.add_argument("--embeddings", type=Path, metavar="FILE", help=help_)
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_options(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json and the features there")
-    help_ = "what the thresholds of this file do here"
+    help_ = "also report FMR and FNMR at the thresholds of this file"
     parser.add_argument("--thresholds", type=Path, metavar="FILE", help=help_)
     help_ = "write thresholds.json beside the model, measured on the one benchmark that is given"
     parser.add_argument("--write-thresholds", action="store_true", help=help_)
@@ -47,8 +47,8 @@ def _add_options(parser: Parser) -> None:
     parser.add_argument("--compat", choices=["insightface"], help=help_)
     help_ = "add the embeddings of mirrored images, or do not; by default as the model's configuration says"
     parser.add_argument("--flip", action=BooleanOptionalAction, default=None, help=help_)
-    parser.add_argument("--batch-size", type=int, metavar="N", default=256, help="images at once")
-    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of the backbone")
+    parser.add_argument("--batch-size", type=int, metavar="N", default=256, help="images embedded at once")
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="dtype of the backbone")
     parser.add_argument("--workers", type=int, metavar="N", default=2, help="processes that read images")
 
 
@@ -57,6 +57,8 @@ def run(options: Namespace) -> None:
     for name in ("batch_size", "workers"):
         if getattr(options, name) < (name == "batch_size"):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give a positive number.")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise InputError(f"{options.out} is a file: give a folder with --out.")
     paths, device = named_paths(options.benchmark), choose_device(options.device)
     if not options.model and options.embeddings is None:
         remedy = "give a model before --benchmark, or features with --embeddings"
@@ -94,10 +96,10 @@ def _evaluate_model(
     options: Namespace, model: Model, paths: Mapping[str, Path], thresholds: Thresholds | None
 ) -> dict[str, Any]:
     contract = contract_of(model)
-    print(f"model: {model.origin}", file=sys.stderr)
+    say(f"model: {model.origin}")
     benchmarks = open_benchmarks(paths, model.config.image_size, compat=options.compat is not None)
     for name, benchmark in benchmarks.items():
-        print(f"benchmark {name}: {benchmark.what}", file=sys.stderr)
+        say(f"benchmark {name}: {benchmark.what}")
     embedding = {name: getattr(options, name) for name in ("batch_size", "precision", "workers")}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if options.out is None else options.out
@@ -110,7 +112,7 @@ def _evaluate_model(
         if "" not in result.scores:
             raise InputError(f"{name} measures no 1:1 scores: thresholds need pairs.")
         written = measure_thresholds(result.scores[""], name=name, contract=contract)
-        print(f"thresholds: {write_thresholds_file(written, find_model(options.model[0]))}", file=sys.stderr)
+        say(f"thresholds: {write_thresholds_file(written, find_model(options.model[0]))}")
     return _content(results, thresholds, {"origin": model.origin, "contract": contract})
 
 
@@ -118,9 +120,9 @@ def _evaluate_stored(options: Namespace, paths: Mapping[str, Path], thresholds: 
     expected = contract_of(load_model(options.model[0]).with_flip(options.flip)) if options.model else None
     features = read_features(options.embeddings, expected)
     ((name, benchmark),) = open_benchmarks(paths, _SIZE, compat=options.compat is not None).items()
-    print(f"benchmark {name}: {benchmark.what}", file=sys.stderr)
+    say(f"benchmark {name}: {benchmark.what}")
     if features.contract is None:
-        print(f"features: {options.embeddings} has no sidecar, so whose they are is unverified", file=sys.stderr)
+        say(f"features: {options.embeddings} has no sidecar, so whose they are is unverified")
     facts = {"embeddings": str(options.embeddings), "contract": features.contract, "verified": expected is not None}
     return _content({name: evaluate_features(name, benchmark, features)}, thresholds, facts)
 

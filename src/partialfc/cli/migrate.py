@@ -50,7 +50,7 @@ def run(options: Namespace) -> None:
         raise InputError(
             f"{path} is the checkpoint of one rank: give the folder with those of all ranks, {path.parent}."
         )
-    elif path.name.lower().endswith(STATE_DICT_SUFFIXES):
+    elif path.name.lower().endswith((*STATE_DICT_SUFFIXES, ".safetensors")):
         _migrate_weights(options)
     elif path.suffix == ".onnx":
         raise InputError(f"{path} can be evaluated as it is, partialfc evaluate {path}, but not trained.")

@@ -23,10 +23,10 @@ from partialfc.core.errors import InputError, did_you_mean
 _ELSEWHERE = {
     "--backbone": "arch model network net",
     "--epochs": "epoch num-epoch num-epochs max-epochs",
-    "--lr": "learning-rate base-lr",
+    "--lr": "learning-rate base-lr lr",
     "--sample-rate": "rate sample",
     "--benchmark": "eval val val-targets verification benchmarks test",
-    "--out": "output output-dir save-dir work-dir",
+    "--out": "output output-dir save-dir work-dir o",
     "--precision": "amp mixed-precision dtype",
     "--optimizer.name": "optimizer optim",
     "--backbone.init": "init pretrained weights finetune load",
@@ -51,12 +51,21 @@ class _HelpFormatter(argparse.HelpFormatter):
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         """The arguments that must be given, and [options] for the others."""
         words = [self._form(action) for action in actions if action.required or not action.option_strings]
-        usage = textwrap.fill(" ".join([self._prog, *words, "[options]"]), self._width - 7, subsequent_indent=" " * 7)
+        # A form with spaces inside, such as [MODEL ...], stays in one piece.
+        words = [word.replace(" ", "\xa0") for word in [*words, "[options]"]]
+        fill = partial(textwrap.fill, break_on_hyphens=False, subsequent_indent=" " * 7)
+        usage = fill(" ".join([self._prog, *words]), self._width - 7).replace("\xa0", " ")
         super().add_usage(usage.replace("%", "%%"), actions, groups, prefix)
 
     def _form(self, action: argparse.Action) -> str:
         value = self._format_args(action, action.dest)
         return f"{action.option_strings[0]} {value}" if action.option_strings else value
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """As argparse does, but NAME ... instead of NAME [NAME ...], and COMMAND without dots."""
+        (name,) = self._metavar_formatter(action, default_metavar)(1)
+        forms = {argparse.ONE_OR_MORE: f"{name} ...", argparse.PARSER: name}
+        return forms.get(str(action.nargs)) or super()._format_args(action, default_metavar)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -94,8 +103,8 @@ class Parser(argparse.ArgumentParser):
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             message = f"{missing} missing: see {self.prog} --help"
-        message = message.removeprefix("argument ")
-        self.exit(2, f"partialfc: error: {message}{'' if message.endswith(('.', '?')) else '.'}\n")
+        message = message.removeprefix("argument ").replace("ignored explicit argument", "it takes no value, and not")
+        raise InputError(message if message.endswith((".", "?")) else f"{message}.")
 
     def format_help(self, *, everything: bool = False) -> str:
         """The help, without the groups of `details` unless everything is to be shown."""
@@ -126,24 +135,29 @@ class Parser(argparse.ArgumentParser):
                 self.set_defaults(**self._read_config(path))
             options, unknown = super().parse_known_args(words, namespace)
         if unknown:
-            self.error(self._describe_unknown(unknown, options))
+            self.error(self._describe_unknown(unknown, words, options))
         if "--data.path" in self._option_string_actions and getattr(options, "DATA", None) is not None:
             if getattr(options, "data.path") != self.get_default("data.path"):
                 self.error("the data are given twice: leave out DATA or --data.path")
             setattr(options, "data.path", options.DATA)
         return options, unknown
 
-    def _describe_unknown(self, unknown: Sequence[str], options: Namespace) -> str:
-        """One sentence on the first word that is no option and no argument."""
-        word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+    def _describe_unknown(self, unknown: Sequence[str], words: Sequence[str], options: Namespace) -> str:
+        """One sentence on the first of the words that is no option and no argument."""
+        given = next((word for word in unknown if word.startswith("-")), unknown[0])
+        word, _, value = given.partition("=")
         if not word.startswith("-"):
             return f"{word!r} is one argument too many: see {self.prog} --help"
         name = word.strip("-").replace("_", "-").lower()
         if name in ("gpu", "gpus", "nproc", "nproc-per-node", "world-size", "num-gpus") and hasattr(options, "resume"):
             return f"there is no option {word}: start several processes with torchrun --nproc-per-node N -m partialfc"
         meant = _MEANT.get(name.rpartition(".")[2])
-        known = [option for option in self._option_string_actions if option not in ("-h", "--help", "--help-all")]
-        hint = f" Did you mean {meant!r}?" if meant in known else did_you_mean(word, known)
+        known = [option for option in self._option_string_actions if option not in ("-h", "--help")]
+        if meant not in known:
+            return f"there is no option {word}; options are not abbreviated.{did_you_mean(word, known)}"
+        after = words[words.index(given) + 1 :][: self._option_string_actions[meant].nargs != 0]
+        value = value or " ".join(one for one in after if not one.startswith("-"))
+        hint = f" Did you mean '{f'{meant} {value}'.strip()}'?"
         return f"there is no option {word}; options are not abbreviated.{hint}"
 
     def _kebab_case(self, word: str) -> str:
@@ -157,11 +171,13 @@ class Parser(argparse.ArgumentParser):
         actions = {action.dest: action for action in self._actions if action.option_strings}
         values = flatten(content)
         for name, value in values.items():
+            if any(action.startswith(f"{name}.") for action in actions):
+                raise InputError(f"{path}: {name} is a section: write its options below it, indented.")
             if name not in actions:
                 raise InputError(f"{path}: there is no option {name}.{did_you_mean(name, actions)}")
             if isinstance(convert := actions[name].type, partial):
                 try:
-                    values[name] = convert(value if isinstance(value, str) else json.dumps(value))
+                    values[name] = convert(value if isinstance(value, str) else json.dumps(value, default=str))
                 except ArgumentTypeError as error:
                     raise InputError(f"{path}: {name}: {error}.") from error
         return values
@@ -189,10 +205,13 @@ def show(options: Namespace, result: Any, text: str) -> None:
 
 
 def facts_text(facts: dict[str, Any]) -> str:
-    """Facts by name as two aligned columns, wrapped to the terminal."""
-    width, columns = max(map(len, facts)), max(60, shutil.get_terminal_size().columns)
-    wrap = partial(textwrap.fill, width=columns - 1, subsequent_indent=" " * (width + 2), break_long_words=False)
-    return "\n".join(wrap(f"{name:>{width}}  {value}", break_on_hyphens=False) for name, value in facts.items())
+    """Facts by name as two aligned columns, wrapped to the terminal; those that are empty are left out."""
+    texts = {name.replace("_", " "): str(value) for name, value in facts.items() if value not in ("", [], {}, None)}
+    width, columns = max(map(len, texts)), max(60, shutil.get_terminal_size().columns) - 1
+    longest = max(len(word) for text in texts.values() for word in text.split())
+    indent = " " * max(2, min(width + 2, columns - longest))  # a hash is not broken in two
+    wrap = partial(textwrap.fill, width=columns, subsequent_indent=indent, break_long_words=False)
+    return "\n".join(wrap(f"{name:>{width}}  {text}", break_on_hyphens=False) for name, text in texts.items())
 
 
 # -- options of several commands ---------------------------------------------------------------------------------------
@@ -221,7 +240,7 @@ def named_paths(pairs: Sequence[str]) -> dict[str, Path]:
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not equals and Path(pair).exists():
-            name, path = Path(pair).stem, pair
+            name, path = Path(pair.removesuffix(".xz")).stem, pair
         if not (name and path):
             raise InputError(
                 f"benchmark {pair!r} is neither a path that exists nor NAME=PATH: write for example lfw=data/lfw.bin."

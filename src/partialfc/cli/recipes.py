@@ -28,7 +28,6 @@ def run(options: Namespace) -> None:
         parts = (facts["memory"] or {}).items()
         memory = ", ".join(f"{part.replace('_', ' ')} {size / 2**30:.2f}" for part, size in parts)
         shown = facts | {"memory": f"GiB a GPU: {memory}" if memory else "fits any machine"}
-        shown = {key.replace("_", " "): value for key, value in shown.items()}
         show(options, facts, f"{shown.pop('command')}\n\n{facts_text(shown)}")
         return
     names = [one for one in RECIPES if all(_plain(word) in _plain(_text(one)) for word in options.name)]

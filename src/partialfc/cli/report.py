@@ -16,7 +16,7 @@ from partialfc.report.page import write_report
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "report", run)
-    parser.add_argument("folder", type=Path, metavar="run", help="run folder")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder")
     add_benchmarks(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page; by default report.html in the run folder")
     parser.add_argument("--title", metavar="TEXT", help="its title")

@@ -16,7 +16,7 @@ from partialfc.training.loop import train
 
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "train", run)
-    what = "folder with a .rec file, .rec file, or folder with a folder of images for each identity"
+    what = "training images: a folder with a folder for each identity, or a .rec, .tar, .parquet or .lmdb set"
     parser.add_argument("DATA", nargs="?", help=what)
     parser.add_argument("--out", type=Path, metavar="RUN", default=Path("runs/train"), help="folder of the run")
     add_benchmarks(parser)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ from torch import nn
 
 from partialfc.backbones import create_backbone
 from partialfc.backbones.sync_batch_norm import synchronise_batch_norm
-from partialfc.config.options import TrainConfig
-from partialfc.core.errors import InputError
+from partialfc.config.options import HeadConfig, TrainConfig
+from partialfc.config.sample_rate import rate_phases
+from partialfc.core.errors import InputError, did_you_mean
+from partialfc.head.margins import MARGINS, Margin
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -42,6 +46,45 @@ def build_backbone(config: TrainConfig, image_size: int, *, device: torch.device
     return backbone
 
 
+def build_margin(head: HeadConfig) -> Margin:
+    """The margin of the configuration.
+
+    Raises:
+        InputError: it does not have an option, or the option's value is out of range.
+    """
+    kind, options = MARGINS[head.margin], {}
+    known = [option.name for option in fields(kind)]
+    given: list[tuple[str, str, Any]] = [("head.margin_options", *_option(text)) for text in head.margin_options]
+    given.append(("head.margin_value", "m", head.margin_value))
+    if head.margin_gradient != "exact":
+        given.append(("head.margin_gradient", "gradient", head.margin_gradient))
+    for key, name, value in given:
+        if value is None:
+            continue
+        if name not in known:
+            takes = f"its options are {', '.join(known)}" if known else "it has none"
+            hint = did_you_mean(name, known)
+            raise InputError(f"{key}: the margin {head.margin} has no option {name!r}; {takes}.{hint}")
+        if name in options:
+            raise InputError(f"{key} gives the margin's {name} a second time: leave one out.")
+        options[name] = value
+    try:
+        return kind(**options)
+    except InputError as error:
+        raise InputError(f"head.margin {head.margin}: {error}") from error
+
+
+def _option(text: str) -> tuple[str, int | float | str]:
+    """Name and value of "name=value", the value as a number if it is one."""
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise InputError(f"head.margin_options has {text!r}: write options as name=value, such as h=0.333.")
+    for number in (int, float):
+        with suppress(ValueError):
+            return name, number(value)
+    return name, value
+
+
 def build_head(config: TrainConfig, num_classes: int, *, device: torch.device) -> PartialFC:
     """The head of the configuration.
 
@@ -49,15 +92,18 @@ def build_head(config: TrainConfig, num_classes: int, *, device: torch.device) -
         InputError: a value is out of range; the sentence names the key.
     """
     head = config.head
-    margin = head.build_margin()
+    margin = build_margin(head)
+    if head.from_run is not None and margin.sub_centers > 1:
+        raise InputError("head.from_run takes over one center a class: leave it out, or take another head.margin.")
     try:
         return PartialFC(
             num_classes,
             config.backbone.embedding_dim,
-            head.sample_rate,
+            rate_phases(head.sample_rate)[0][1],
             margin,
             head.scale,
             head.conflict_threshold,
+            sampler=head.sampler,
             conflict_as_zero_logit=head.conflict_as_zero_logit,
             update=head.update,
             operand_dtype=getattr(torch, head.operand_dtype),

@@ -10,9 +10,13 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from partialfc.config.sample_rate import SampleRate, rate_phases
 from partialfc.core.errors import InputError
-from partialfc.head.margins import MARGINS, Margin
+from partialfc.head.sampling import Sampler
 
+MarginName = Literal[
+    "cosface", "arcface", "combined", "adaface", "magface", "curricularface", "elasticface", "subcenter", "none"
+]
 LR_BATCH = 512  # the global batch that lr_scaling "per_512" refers to
 
 
@@ -93,14 +97,19 @@ class BackboneConfig:
 class HeadConfig:
     """The sampled margin softmax (Partial FC)."""
 
-    sample_rate: float = 0.1
-    """Fraction of the classes that a step uses, from 0 (positives only) to 1 (all)."""
-    margin: Literal["cosface", "arcface", "none"] = "cosface"
-    """Margin of the target class."""
+    sample_rate: SampleRate = 0.1
+    """Fraction of the classes that a step uses, from 0 (positives only) to 1 (all); or [[0.8,0.1],[0.2,1]] for 0.1 in
+    the first 80 % of the steps, and then 1."""
+    sampler: Sampler = "uniform"
+    """Negatives drawn anew in each step, in sweeps over all classes, or in runs of 32 neighbours."""
+    margin: MarginName = "cosface"
+    """Margin: cosface, arcface, combined, adaface, magface, curricularface, elasticface, subcenter or none."""
     margin_value: float | None = None
-    """Size of the margin: a cosine for cosface (null is 0.4), radians for arcface (null is 0.5)."""
+    """The margin's m: a cosine for cosface (null is 0.4), an angle in radians for arcface (null is 0.5) and others."""
+    margin_options: list[str] = field(default_factory=list)
+    """Other options of the margin, such as h=0.333 for adaface or m1=1,m2=0.3,m3=0.2; docs/head.md has all."""
     margin_gradient: Literal["exact", "straight_through"] = "exact"
-    """ArcFace only: the exact derivative of the margin, or 1 as in the reference implementation."""
+    """ArcFace and its kin: the exact derivative of the margin, or 1 as in the reference implementation."""
     scale: float = 64.0
     """Factor of the cosines before the softmax."""
     conflict_threshold: float | None = None
@@ -123,15 +132,6 @@ class HeadConfig:
     """Run folder whose centers of known identities to keep, and whose backbone unless backbone.init is set."""
     new_centers: Literal["mean", "random"] = "mean"
     """With from_run: start new identities from the mean of their embeddings, or at random."""
-
-    def build_margin(self) -> Margin:
-        """The margin; InputError if its value is out of range."""
-        arguments: dict[str, Any] = {}
-        if self.margin_value is not None and self.margin != "none":
-            arguments["m"] = self.margin_value
-        if self.margin == "arcface":
-            arguments["gradient"] = self.margin_gradient
-        return MARGINS[self.margin](**arguments)
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,7 @@ class TrainConfig:
             many = f"schedule.warmup_epochs is {schedule.warmup_epochs}, more than the {schedule.epochs} epochs"
             raise InputError(f"{many} of the run: shorten it.")
         parse_steps(self.output.profile_steps)
+        rate_phases(self.head.sample_rate)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -278,10 +279,6 @@ class TrainConfig:
             raise InputError("backbone.compile does not go together with processes.backbone fsdp: leave one out.")
         if head.conflict_as_zero_logit and head.conflict_threshold is None:
             raise InputError("head.conflict_as_zero_logit needs head.conflict_threshold: set it, to 0.4 for example.")
-        if head.margin_gradient != "exact" and head.margin != "arcface":
-            raise InputError("head.margin_gradient straight_through is for the margin arcface: choose that, or exact.")
-        if head.margin_value is not None and head.margin == "none":
-            raise InputError("head.margin_value is set, but head.margin is none: leave one out.")
         if head.unsampled == "lazy_dense" and self.optimizer.name != "sgd":
             raise InputError("head.unsampled lazy_dense is exact for optimizer.name sgd only: choose that, or freeze.")
         if self.precision == "float64" and self.processes.gradients != "float32":
@@ -340,7 +337,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

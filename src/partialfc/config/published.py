@@ -334,7 +334,10 @@ def _margin(settings: Mapping[str, Setting]) -> dict[str, Any]:
             return {"head.margin": "cosface", "head.margin_value": float(m)}
         case [1 | 1.0, int() | float() as m, 0 | 0.0]:
             return {"head.margin": "arcface", "head.margin_value": float(m)}
-    raise _refusal(settings, "margin_list", "and of such margins only (1, m, 0) and (1, 0, m) are here")
+        case [int() | float(), int() | float(), int() | float()] as three:
+            options = [f"m{number}={float(m)}" for number, m in enumerate(three, 1)]
+            return {"head.margin": "combined", "head.margin_options": options}
+    raise _refusal(settings, "margin_list", "which is no list of three numbers")
 
 
 def _published_behaviour(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -263,5 +263,5 @@ def open_values(name: str) -> list[str]:
     rate_is_published = name.startswith(("wf12m", "wf42m-vit_h", "wf42m-vit_l", "wf42m-r200"))
     values = [] if rate_is_published else ["the sample rate"]
     if "vit" not in name:
-        values.append("the number of GPUs" if "batch" in name else "which of the published global batches")
+        values.append("the number of GPUs" if "batch" in name else "the choice among the published global batches")
     return values

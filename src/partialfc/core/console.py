@@ -35,6 +35,12 @@ class _LastingConsole(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
+def say(text: str, console: Console | None = None) -> None:
+    """Print a line, by default on standard error; a terminal shows it broken between words."""
+    console = console or _LastingConsole(stderr=True)
+    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
 class Progress:
     """The progress of one job, as a context manager: amount done, figures, rate and time left.
 
@@ -121,7 +127,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a permanent line above the bar."""
         if self._shown:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
+            say(text, self._console)
 
     def _rate(self) -> float | None:
         """Units per second over the last half minute, None while unknown."""
@@ -159,8 +165,10 @@ class Progress:
         if self._ended:
             return f"stopped after {elapsed}"
         rate = self._rate()
-        if rate is None or not self.total:
+        if not self.total:
             return ""
+        if rate is None:
+            return "estimating time left"
         return f"{_duration((self.total - (self._done or 0)) / rate)} left"
 
 
@@ -175,8 +183,19 @@ def _count(value: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 step, 1,000 steps."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """1 step, 1,000 steps, 2 identities."""
+    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else several}"
+
+
+def duration_words(seconds: float) -> str:
+    """90 s, 100 min, 3 h 05 min or 4 days."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 2 * 24 * 60 else f"{minutes // 1440} days"
 
 
 def _duration(seconds: float) -> str:

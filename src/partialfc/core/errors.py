@@ -24,7 +24,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     first, dash, _ = word.partition("-")
     near = [one for one in plain if dash and one.partition("-")[0] == first] or list(plain)
     ends = [one for one in plain if one == word or one.endswith(f"-{word}")]
-    begins = [one for one in near if one.startswith(word)]
+    begins = [one for one in near if word and one.startswith(word)]
     close = difflib.get_close_matches(word, near, n=1, cutoff=0.5)
     nearest = ends or begins[:4] or close
     return f" Did you mean {' or '.join(repr(plain[one]) for one in nearest)}?" if nearest else ""

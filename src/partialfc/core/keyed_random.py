@@ -62,7 +62,7 @@ def uniform(key: int | Tensor, counters: Tensor) -> Tensor:
     return _shift_right(bits(key, counters), 11).to(torch.float64) * 2.0**-53
 
 
-def normal(key: int, counters: Tensor) -> Tensor:
+def normal(key: int | Tensor, counters: Tensor) -> Tensor:
     """Standard normal by Box-Muller: float64, the shape of `counters` (int64)."""
     radius = torch.sqrt(-2.0 * torch.log1p(-uniform(key, counters * 2)))
     return radius * torch.cos(2.0 * math.pi * uniform(key, counters * 2 + 1))

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from partialfc.core.console import counted
 from partialfc.data.duplicates import find_duplicates, fit_hasher, grey, thumbnail
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, check_label, describe_passed_over, passed_over, read_image
+from partialfc.data.sources.base import Source, check_label, passed_over, read_image, reading_notes
 
 _CHUNK = 1024  # images between two calls of `progress`
 _NAMED = 20  # unreadable records in the result, and sizes
@@ -75,11 +76,10 @@ def inspect(
             tally.add(start, list(pool.map(lambda index: _examine(source, index), range(start, stop))))
             if progress is not None:
                 progress(stop, total)
-    left_out = passed_over(source)
-    facts = tally.facts(progress) | {"passed_over": {kind: count for kind, (count, _) in left_out.items()}}
-    options = f"--data.path {path}" + (f" --data.overlay {overlay}" if overlay is not None else "")
-    sentence = describe_passed_over(left_out)
-    advice = [f"Of {path}, {sentence}."] if sentence else []
+    left_out = {kind: count for kind, (count, _) in passed_over(source).items()}
+    facts = tally.facts(progress) | {"passed_over": left_out}
+    options = f"{path}" + (f" --data.overlay {overlay}" if overlay is not None else "")
+    advice = [f"{note}." for note in reading_notes(source)]
     return facts | {"advice": advice + _advice(facts, list(tally.sizes), tally.counts, options)}
 
 
@@ -180,17 +180,22 @@ def _percentiles(histogram: np.ndarray) -> dict[str, int]:
 def _advice(facts: dict[str, Any], sizes: list[tuple[int, int]], counts: np.ndarray, options: str) -> list[str]:
     """What to do next, in sentences."""
     sentences = []
+    if (counts > 0).sum() < 2:
+        sentences.append("A training needs at least two identities: give the folder that holds all identity folders.")
     if len(sizes) > 1 or any(width != height for width, height in sizes):
         what = f"of {len(sizes)} sizes" if len(sizes) > 1 else "not square"
         sentences.append(f"The images are {what}, and training takes square ones of one size: align them first.")
     if facts["unreadable"]:
-        sentences.append(f"{facts['unreadable']:,} records cannot be read, and training replaces them by others.")
+        what = counted(facts["unreadable"], "record")
+        sentences.append(f"{what} cannot be read, and training takes others in place.")
     if facts["not_upright"]:
-        sentences.append(f"{facts['not_upright']:,} images have an EXIF orientation, which is ignored: turn them.")
+        what = counted(facts["not_upright"], "image")
+        sentences.append(f"The EXIF orientation of {what} is ignored: turn what is not upright.")
     if empty := int((counts == 0).sum()):
-        sentences.append(f"{empty:,} classes have no image: --data.min-images 1 numbers the others without gaps.")
+        what = f"Without an image: {counted(empty, 'identity')}"
+        sentences.append(f"{what}; --data.min-images 1 numbers the others without gaps.")
     if few := int((counts == 1).sum()):
-        sentences.append(f"{few:,} identities have one image: --data.min-images 2 leaves them out.")
+        sentences.append(f"With one image: {counted(few, 'identity')}; --data.min-images 2 leaves them out.")
     if copies := facts["duplicates"]["across_identities"]:
         sentences.append(f"{copies:,} copies of images have another identity: an overlay can merge or drop them.")
     if not sentences:

@@ -179,7 +179,7 @@ def read_pairs(path: str | Path) -> PairSet:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
+        raise InputError(f"Cannot read {path}: {error.strerror}; give a file of verification pairs.") from error
     if content.startswith(_XZ_MAGIC):
         content = _unpack_xz(content, path)
     try:

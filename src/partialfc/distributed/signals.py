@@ -86,7 +86,7 @@ def _exit_unless(returned: threading.Event, reader: int) -> None:
 def exit_unsaved(number: int, frame: FrameType | None = None) -> None:
     """Exit at once with a sentence and the status of the signal: a handler for when there is nothing to save."""
     name = signal.Signals(number).name
-    os.write(2, f"partialfc: stopped by {name} while it was not training; nothing was to be saved\n".encode())
+    os.write(2, f"partialfc: stopped by {name} while not training: there was nothing to save\n".encode())
     os._exit(128 + number)
 
 

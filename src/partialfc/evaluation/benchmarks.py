@@ -1,7 +1,7 @@
 """Benchmarks: what a path is, found out from its files, and the protocol that belongs to it.
 
 NAME.bin                              pairs of images, as those of LFW
-FOLDER with .bin files                the same, a group a file, as those of RFW
+FOLDER with .bin or .xz files         the same, a group a file, as those of RFW
 FOLDER with *_face_tid_mid.txt        IJB-B or IJB-C, 1:1, and 1:N if its galleries are there
 LIST.csv: path,identity,group,mask    all pairs of a list, as those of MFR
 PAIRS.csv: left,right,is_same         pairs of one's own images
@@ -100,8 +100,9 @@ def open_benchmark(path: Path, image_size: int, *, compat: bool = False) -> Benc
         return ListedImages.read(path)
     if path.is_file():
         return PairFile(read_pairs(path), path)
-    if files := sorted(path.glob("*.bin")):
-        return PairFiles({file.stem.lower(): PairFile(read_pairs(file), file) for file in files})
+    if files := sorted([*path.glob("*.xz"), *path.glob("*.bin")], key=lambda file: file.name.lower()):
+        groups = {file.name.lower().removesuffix(".xz").removesuffix(".bin"): file for file in files}
+        return PairFiles({name: PairFile(read_pairs(file), file) for name, file in groups.items()})
     if find_files(path, FACES) or find_files(path, "*_face_tid_mid.txt"):
         return Templates(path, image_size, compat=compat)
     if (path / GALLERY).is_dir() or (path / PROBE).is_dir():

@@ -136,6 +136,7 @@ def head_state(head: PartialFC, optimizer: RowwiseOptimizer | None) -> dict[str,
         "margin_state": {name: value.tolist() for name, value in head.margin_state().items()},
         "options": {
             "sample_rate": head.sample_rate,
+            "sampler": head.sampler,
             "margin": None if name is None else {"name": name, **asdict(config.margin)},
             "scale": config.scale,
             "conflict_threshold": config.conflict_threshold,

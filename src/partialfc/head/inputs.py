@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from partialfc.distributed.collectives import (
 )
 from partialfc.head.center_state import CenterState
 from partialfc.head.margins.base import Margin
+from partialfc.head.sampling import Sampler
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -122,6 +123,7 @@ def check_head(
     sample_rate: float,
     margin: Margin,
     update: str,
+    sampler: str,
     seed: int,
     scratch_bytes: int,
     dtype: torch.dtype,
@@ -138,10 +140,10 @@ def check_head(
         raise InputError(f"sample_rate is {sample_rate!r}; it is a part of the classes, from 0 (positives only) to 1.")
     if not isinstance(margin, Margin):
         raise InputError(f"margin is {margin!r}; it is a Margin, such as CosFace(0.4) or ArcFace(0.5).")
-    if update not in margin.updates:
-        raise InputError(
-            f"update is {update!r}; {type(margin).__name__} works with {', '.join(sorted(margin.updates))}."
-        )
+    if update not in ("sparse", "deferred"):
+        raise InputError(f"update is {update!r}; it is 'sparse' or 'deferred'.")
+    if sampler not in get_args(Sampler):
+        raise InputError(f"sampler is {sampler!r}; it is one of {', '.join(get_args(Sampler))}.")
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise InputError(f"dtype is {dtype}; centers are torch.float32, torch.bfloat16 or torch.float64.")
     if group is not None and (not isinstance(group, Group) or rank_of(group) < 0):
@@ -241,7 +243,7 @@ def check_sums(sums: Tensor, step: int) -> None:
 def _bad_centers(step: int) -> InputError:
     return InputError(
         f"a center that step {step} uses is zero, NaN, infinite or longer than 1.8e19, or the scale of a margin that "
-        "reweights negatives is too large: load an earlier state, initialise the centers with numbers other than "
+        "raises negatives is too large: load an earlier state, initialise the centers with numbers other than "
         "zeros, or lower the scale."
     )
 

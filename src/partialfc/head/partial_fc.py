@@ -18,7 +18,7 @@ from partialfc.head.loss import LossConfig
 from partialfc.head.margins import CosFace, Margin
 from partialfc.head.predict import Prediction
 from partialfc.head.sampled_softmax import HeadFigures, SampledSoftmax
-from partialfc.head.sampling import initial_centers
+from partialfc.head.sampling import Sampler, initial_centers
 from partialfc.head.state_dict import ShardStateDict
 
 Update = Literal["sparse", "deferred"]
@@ -33,11 +33,13 @@ class PartialFC(Prediction, ShardStateDict):
     Args:
         num_classes: C, over all ranks.
         embedding_dim: D.
-        sample_rate: part of the classes that a step uses, in [0, 1]; 0 uses the positives only, 1 all classes.
-        margin: `CosFace`, `ArcFace` or another `Margin`.
+        sample_rate: part of the classes that a step uses, in [0, 1]; 0 uses the positives only, 1 all classes. The
+            attribute may be changed between steps.
+        margin: `CosFace`, `ArcFace` or another `Margin` (`partialfc.head.margins`).
         scale: s, the factor of every logit.
         conflict_threshold: a negative whose cosine exceeds it is treated as the same person under another label and
             left out of that sample's denominator (PFC*); the paper uses 0.4. None keeps all.
+        sampler: how negatives are drawn: "uniform" as in the paper, "sweep" or "runs"; see `sampling.Sampler`.
         conflict_as_zero_logit: count such a negative as e^0 instead, as the reference implementation does.
         update: "sparse" leaves a sparse gradient of exactly the sampled rows in `centers.grad`; "deferred" stores no
             gradient, and the optimizer's step computes it tile by tile.
@@ -66,6 +68,7 @@ class PartialFC(Prediction, ShardStateDict):
         scale: float = 64.0,
         conflict_threshold: float | None = None,
         *,
+        sampler: Sampler = "uniform",
         conflict_as_zero_logit: bool = False,
         update: Update = "sparse",
         operand_dtype: torch.dtype = torch.float32,
@@ -77,12 +80,15 @@ class PartialFC(Prediction, ShardStateDict):
     ) -> None:
         super().__init__()
         margin = CosFace() if margin is None else margin
-        inputs.check_head(num_classes, embedding_dim, sample_rate, margin, update, seed, scratch_bytes, dtype, group)
+        inputs.check_head(
+            num_classes, embedding_dim, sample_rate, margin, update, sampler, seed, scratch_bytes, dtype, group
+        )
         self.loss_config = LossConfig(
             num_classes, margin, scale, conflict_threshold, conflict_as_zero_logit, operand_dtype, scratch_bytes
         )
         self.num_classes, self.embedding_dim, self.sample_rate = num_classes, embedding_dim, sample_rate
         self.update: Update = update
+        self.sampler: Sampler = sampler
         self.seed = seed
         self.shard = Shard.of(num_classes, group)
         rows = self.shard.rows(margin.sub_centers)
@@ -191,7 +197,10 @@ class PartialFC(Prediction, ShardStateDict):
         """What must be the same on all ranks."""
         config = self.loss_config
         return {
-            **{name: getattr(self, name) for name in ("num_classes", "embedding_dim", "sample_rate", "seed", "update")},
+            **{
+                name: getattr(self, name)
+                for name in ("num_classes", "embedding_dim", "sample_rate", "sampler", "seed", "update")
+            },
             **{name: getattr(config, name) for name in ("margin", "scale", "conflict_threshold", "operand_dtype")},
             "conflict_as_zero_logit": config.conflict_as_zero_logit,
             "dtype": self.centers.dtype,

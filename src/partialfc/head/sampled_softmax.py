@@ -28,7 +28,7 @@ from partialfc.head.loss import (
     target_terms,
 )
 from partialfc.head.margins import MarginBatch
-from partialfc.head.sampling import sample_classes, sample_padded, sampling_keys
+from partialfc.head.sampling import sample_classes, sample_padded
 
 if TYPE_CHECKING:
     from partialfc.head.partial_fc import PartialFC
@@ -171,26 +171,28 @@ class _Step:
         sub_centers = config.margin.sub_centers
         self.targets = target_terms(centers, self.unit_embeddings, owned, labels - shard.start, sub_centers)
         target_cosine = all_reduce(self.targets.cosine.clone(), group=shard.group)
+        self.margin_batch = _margin_batch(head, norms, target_cosine, first_sample, self.bad)
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        hard = config.margin.hard_negatives(target_cosine, self.margin_batch)
         self.batch = ShardBatch(
-            embeddings=self.unit_embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)),
+            embeddings=self.unit_embeddings.to(dtype),
             classes=classes - shard.start,
             count=count,
             target_positions=torch.where(owned, torch.searchsorted(classes, labels), -1),
-            target_cosine=target_cosine,
-            margin_batch=_margin_batch(head, norms, target_cosine, first_sample, self.bad),
+            hard_negatives=None if hard is None else (hard[0].to(dtype), hard[1].to(dtype)),
             config=config,
             scratch=head._scratch,
         )
         with record_function("head: negatives"):
             self.negatives = backend.sum_negatives(centers, self.batch, keep=keep)
-        sums = _reduce_sums(head, self.negatives, self.batch)
+        sums = _reduce_sums(head, self.negatives, self.batch, target_cosine)
         self.bad = _check_sums(head, sums.sum() + target_cosine.sum(), on_device)
-        self.terms = loss_terms(sums, target_cosine, self.batch.margin_batch, config)
+        self.terms = loss_terms(sums, target_cosine, self.margin_batch, config)
 
     def start_embeddings_gradient(self, factor: Tensor) -> Callable[[], Tensor]:
         """Start to compute (B, D), times the world size since DDP averages; the result returns it. One collective."""
         shard, terms, unit_embeddings = self.head.shard, self.terms, self.unit_embeddings
-        norms = self.batch.margin_batch.norms
+        norms = self.margin_batch.norms
         gradient = embedding_gradient(self.negatives.weighted_centers, self.targets, terms, unit_embeddings, norms)
         summed = start_reduce_scatter_rows(gradient, self.counts, shard.group)
 
@@ -249,11 +251,12 @@ def _sample(
 ) -> tuple[Tensor, Tensor | None]:
     """The classes of the step on this rank, (S,) int64, and () their count on the device if they are padded."""
     positives = labels if step_labels is None else torch.cat([labels, step_labels])
-    shard: dict[str, Any] = {"num_classes": head.num_classes, "sample_rate": head.sample_rate if head.training else 1.0}
-    shard |= {"start": head.shard.start, "stop": head.shard.stop}
+    options: dict[str, Any] = {"num_classes": head.num_classes, "sampler": head.sampler, "seed": head.seed}
+    options["sample_rate"] = head.sample_rate if head.training else 1.0
+    options |= {"start": head.shard.start, "stop": head.shard.stop}
     if not on_device:
-        return sample_classes(positives, seed=head.seed, step=head.step, **shard), None
-    return sample_padded(positives, keys=sampling_keys(head.seed, head.center_state.counter(labels.device)), **shard)
+        return sample_classes(positives, step=head.step, **options), None
+    return sample_padded(positives, step=head.center_state.counter(labels.device), **options)
 
 
 def _check_values(head: PartialFC, embeddings: Tensor, labels: Tensor, on_device: bool) -> Tensor | None:
@@ -280,7 +283,10 @@ def _margin_batch(
     head: PartialFC, norms: Tensor, target_cosine: Tensor, first_sample: int, bad: Tensor | None
 ) -> MarginBatch:
     """The inputs of the margin; in training its running figures are updated first, as in published margins."""
-    key = keyed_random.derive_key(head.seed, "margin", head.step)
+    # From the step on the device, which a replayed CUDA graph reads anew.
+    (key,) = keyed_random.keys_at(
+        [keyed_random.derive_key(head.seed, "margin")], head.center_state.counter(norms.device)
+    )
     batch = MarginBatch(norms, key, head.margin_state(), first_sample)
     if not head.training:
         return batch
@@ -291,7 +297,7 @@ def _margin_batch(
     return replace(batch, state=state)
 
 
-def _reduce_sums(head: PartialFC, negatives: NegativeSums, batch: ShardBatch) -> Tensor:
+def _reduce_sums(head: PartialFC, negatives: NegativeSums, batch: ShardBatch, target_cosine: Tensor) -> Tensor:
     """(G,) float64, Z exp(−shift) over all shards; also sets the head's figures. One collective."""
     sampled = batch.count
     if sampled is None:
@@ -299,10 +305,10 @@ def _reduce_sums(head: PartialFC, negatives: NegativeSums, batch: ShardBatch) ->
     reduced = torch.cat([negatives.sums, torch.stack([negatives.conflicts, sampled.double()])])
     all_reduce(reduced, group=head.shard.group)
     sums, conflicts, all_sampled = reduced[:-2], reduced[-2], reduced[-1]
-    if batch.config.margin.reweights_negatives and batch.config.conflict_threshold is None:
+    if batch.hard_negatives is not None and batch.config.conflict_threshold is None:
         sums = sums.masked_fill((sums == 0) & (all_sampled > 1), torch.nan)  # the negatives' exponentials underflow
     head.figures = HeadFigures(
-        target_cosine=batch.target_cosine.mean(),
+        target_cosine=target_cosine.mean(),
         conflict_share=conflicts / ((all_sampled - 1) * len(sums)).clamp_min(1),
         sampled=sampled,
     )

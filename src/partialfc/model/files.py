@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -90,7 +91,7 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """The model of a model folder, of a run folder (its best model, else its last), or of a file of weights.
 
-    Such a file (.pt, .pth, .ckpt, .pth.tar) holds a state_dict as the reference implementation writes it (`model.pt`,
+    Such a file, of any suffix, holds a state_dict as the reference implementation writes it (`model.pt`,
     `backbone.pth`), perhaps among other things and with the prefixes of wrappers: keys and shapes tell backbone,
     embedding_dim and image_size; the input is RGB, (x/255 - 0.5) / 0.5, and embeddings of mirrored images are added, as
     there. An ONNX file (.onnx) with such an input is run by onnxruntime. The model is in evaluation mode, and its
@@ -100,11 +101,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         InputError: there is no model, its configuration has an unknown key or an impossible value, or its weights do
             not fit the architecture that it names.
     """
-    if Path(path).is_file() and Path(path).name.lower().endswith(STATE_DICT_SUFFIXES):
-        return _load_state_dict(Path(path), device)
-    if Path(path).is_file() and Path(path).suffix.lower() == ".onnx":
-        return _load_onnx(Path(path), device)
-    folder = find_model(Path(path))
+    path = Path(path)
+    if path.name in (WEIGHTS_NAME, CONFIG_NAME) and (path.parent / CONFIG_NAME).is_file():
+        path = path.parent  # a file of a model folder stands for the folder
+    if path.is_file() and path.suffix.lower() == ".onnx":
+        return _load_onnx(path, device)
+    if path.is_file():
+        return _load_state_dict(path, device)
+    folder = find_model(path)
     config = read_config(folder)
     origin = f"{config.backbone}, as {folder / CONFIG_NAME} says"
     return Model(build(config, read_weights(folder), name=str(folder), device=device), config, origin)
@@ -120,8 +124,11 @@ def read_torch_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         InputError: the file cannot be read, or holds something else.
     """
     try:
-        mapped = mapped and zipfile.is_zipfile(path)  # older files cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of a TorchScript archive, and then refuses it
+            is_safe = path.suffix.lower() == ".safetensors"
+            mapped = mapped and zipfile.is_zipfile(path)  # older files cannot be mapped
+            options = {"map_location": "cpu", "weights_only": True, "mmap": mapped}
+            content = load_file(path) if is_safe else torch.load(path, **options)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # for a file of another kind, torch's reader raises anything
@@ -162,7 +169,7 @@ def _load_onnx(path: Path, device: str | torch.device) -> Model:
 def find_model(path: Path) -> Path:
     """The model folder that `path` is, or that the run folder `path` holds; InputError if neither."""
     resolved = path.resolve()
-    for folder in (resolved, resolved / "model" / "best", resolved / "model" / "last"):
+    for folder in (resolved, *(resolved / inner for inner in ("model/best", "model/last", "best", "last"))):
         for candidate in (folder, previous_name(folder)):
             if (candidate / CONFIG_NAME).is_file():
                 return candidate

@@ -48,9 +48,10 @@ def weights_memory(workload: Workload) -> dict[str, int]:
     """Everything whose size is exact: weights, gradients and states of backbone and head, in bytes per process."""
     size, shards = network_size(workload), workload.backbone_shards
     parameters, trained = -(-size.parameters // shards), -(-size.trained // shards)
-    centers = workload.local_classes * workload.width
-    steps = 4 * workload.local_classes * (workload.config.optimizer.name == "adamw")
-    rows = workload.center_bytes * workload.width * workload.sampled * workload.micro_steps  # added only in the update
+    local_rows = workload.local_classes * workload.margin.sub_centers
+    centers = local_rows * workload.width
+    steps = 4 * local_rows * (workload.config.optimizer.name == "adamw")
+    rows = workload.center_bytes * workload.width * workload.sampled_rows * workload.micro_steps
     average = workload.config.optimizer.ema_decay > 0
     return {
         "backbone weights": 4 * parameters,
@@ -131,7 +132,8 @@ def kept_classes(workload: Workload) -> int:
     if workload.compiled_head:
         kept = tile_sizes.cpu_kept_classes(workload.gathered, workload.operand_bytes, tile_sizes.SCRATCH_BYTES)
     else:
-        kept = tile_sizes.CHUNKED_CPU_SCRATCH_BYTES // (4 * (workload.gathered + workload.width))
+        row_bytes = 4 * workload.margin.sub_centers * (workload.gathered + workload.width)
+        kept = tile_sizes.CHUNKED_CPU_SCRATCH_BYTES // row_bytes
     return min(workload.sampled, kept)
 
 
@@ -140,13 +142,15 @@ def head_pass_memory(workload: Workload) -> int:
     samples, width, sampled = workload.gathered, workload.width, workload.sampled
     common = GATHERED_BYTES * samples * width + CLASS_BYTES * sampled
     if not workload.on_cpu:
-        return common + tile_sizes.GPU_TILE_BYTES
+        margin = workload.margin
+        has_kernels = margin.sub_centers == 1 and margin.negatives_bound == 1
+        return common + (tile_sizes.GPU_TILE_BYTES if has_kernels else 2 * tile_sizes.SCRATCH_BYTES)
     if workload.compiled_head:
         converted = torch.get_num_threads() * (workload.operand_bytes == 2)
         return common + (tile_sizes.CPU_PARTS + converted) * 4 * samples * width
     if _tile_classes(workload) < sampled:
         return common + 2 * tile_sizes.CHUNKED_CPU_SCRATCH_BYTES
-    return common + 4 * (5 * samples + 5 * width) * sampled
+    return common + 4 * (5 * samples + 5 * width) * workload.sampled_rows
 
 
 def head_update_memory(workload: Workload) -> int:
@@ -157,7 +161,7 @@ def head_update_memory(workload: Workload) -> int:
     if optimizer == "sgd" and (in_kernel or (workload.compiled_head and workload.state_bytes == 4)):
         return 0
     temporaries = UPDATE_BYTES[optimizer, 2 in (workload.center_bytes, workload.state_bytes)]
-    elements, threads = workload.sampled * width, torch.get_num_threads()
+    elements, threads = workload.sampled_rows * width, torch.get_num_threads()
     if sparse:
         at_once = CPU_UPDATE_ELEMENTS * threads if workload.on_cpu else GPU_UPDATE_ELEMENTS
         return temporaries * min(elements, at_once)
@@ -173,5 +177,6 @@ def _tile_classes(workload: Workload) -> int:
     elif workload.compiled_head:
         classes = tile_sizes.cpu_tile_classes(samples, width, tile_sizes.SCRATCH_BYTES)
     else:
-        classes = tile_sizes.chunked_tile_classes(samples, width, 4, tile_sizes.CHUNKED_CPU_SCRATCH_BYTES)
+        class_bytes = 4 * workload.margin.sub_centers
+        classes = tile_sizes.chunked_tile_classes(samples, width, class_bytes, tile_sizes.CHUNKED_CPU_SCRATCH_BYTES)
     return min(workload.sampled, classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from partialfc.bench.machine import available_bytes
 from partialfc.config.build import build_head
 from partialfc.config.recipes import data_set, recipe_config
+from partialfc.config.sample_rate import describe_rate
 from partialfc.core.console import counted
 from partialfc.core.device import dtype_name
 from partialfc.core.errors import InputError
@@ -39,7 +41,8 @@ class Plan:
         rates: of the machine; None if this machine was to be measured and the workload does not fit it.
         memory: of each process.
         capacity: bytes that a process may use.
-        time: of a step; None without rates.
+        time: of a step, at the largest sample rate; None without rates.
+        phases: of the training: share of the steps, sample rate, and seconds of a step; empty without rates.
         fitting_rate: the largest sample rate whose memory fits; None if none does.
         equal_rate: the sample rate at which the head takes as long as the backbone; None if it takes less at 1, and
             without rates.
@@ -51,6 +54,7 @@ class Plan:
     memory: MemoryPlan
     capacity: int
     time: StepTime | None
+    phases: list[tuple[float, float, float]]
     fitting_rate: float | None
     equal_rate: float | None
     advice: list[str]
@@ -67,8 +71,8 @@ class Plan:
     @property
     def hours(self) -> float | None:
         """Of the whole training, without evaluations and checkpoints."""
-        steps = self.workload.steps
-        return None if self.time is None or steps is None else self.time.step * steps / 3600
+        steps, mean = self.workload.steps, sum(share * seconds for share, _, seconds in self.phases)
+        return None if self.time is None or steps is None else mean * steps / 3600
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: bytes and seconds."""
@@ -106,7 +110,7 @@ def make_plan(workload: Workload, *, gpu_memory: float | None = None) -> Plan:
     if not workload.on_this_machine:
         rates = preset(workload)
     elif plan_memory(workload).peak <= capacity:
-        rates = measure_rates(workload)
+        rates = measure_rates(workload.with_rate(workload.largest_rate))
     return plan_workload(workload, rates, capacity)
 
 
@@ -121,6 +125,9 @@ def plan_workload(workload: Workload, rates: MachineRates | None, capacity: int)
         memory=memory,
         capacity=capacity,
         time=time,
+        phases=[]
+        if rates is None
+        else [(share, rate, step_time(workload.with_rate(rate), rates).step) for share, rate in workload.phases],
         fitting_rate=fitting_rate,
         equal_rate=None if rates is None or time is None else _equal_rate(workload, rates, time.backbone),
         advice=[] if memory.peak <= capacity else _advice(workload, capacity, fitting_rate),
@@ -202,7 +209,7 @@ def _option_value(value: Any) -> str:
 def plan_text(plan: Plan) -> str:
     """The workload, its memory and time part by part, and the conclusions, as aligned text."""
     workload, memory, time = plan.workload, plan.memory, plan.time
-    lines = [*_heading(plan), ""]
+    lines = [*_wrapped(_heading(plan)), ""]
     lines.append(f"memory of {'the process' if workload.on_cpu else 'each GPU'} at its peak, in {memory.moment}")
     lines += _chart(dict(sorted(memory.parts.items(), key=lambda part: -part[1])), _size)
     lines.append(f"  {'together':<{_NAME}}{_size(memory.peak)}  of {plan.capacity / GIB:.1f} GiB usable")
@@ -213,7 +220,11 @@ def plan_text(plan: Plan) -> str:
         lines += ["", "time of a step", *_chart(time.parts | {"loader, in parallel": time.loader}, _milliseconds)]
         speed = f"{plan.images_per_second:,.0f} images a second"
         lines.append(f"  {'together':<{_NAME}}{_milliseconds(time.step)}  {speed}")
-    return "\n".join([*lines, "", *_conclusions(plan)])
+    return "\n".join([*lines, "", *_wrapped(_conclusions(plan))])
+
+
+def _wrapped(lines: list[str]) -> list[str]:
+    return [part for line in lines for part in wrap(line, 80, subsequent_indent="  ", break_on_hyphens=False)]
 
 
 def _heading(plan: Plan) -> list[str]:
@@ -222,10 +233,12 @@ def _heading(plan: Plan) -> list[str]:
     micro = f" in {workload.micro_steps} micro-steps" if workload.micro_steps > 1 else ""
     storage = f"{head.dtype} centers, {head.state_dtype or head.dtype} state"
     storage += " on the host" if head.state_on_host else ""
+    at_most = "at most " if len(workload.phases) > 1 else ""
     return [
         f"{workload.classes:,} identities, {config.backbone.name} in {dtype_name(workload.dtype)}, "
         f"{workload.gpus:,} x {device}, global batch {config.data.global_batch_size:,}{micro}",
-        f"sample rate {head.sample_rate:g}: {workload.sampled:,} of {workload.local_classes:,} classes a GPU; "
+        f"sample rate {describe_rate(head.sample_rate)}: "
+        f"{at_most}{workload.sampled:,} of {workload.local_classes:,} classes a GPU; "
         f"{head.update} update, {head.operand_dtype} operands, {storage}, {config.optimizer.name}",
         f"rates: {plan.rates.origin if plan.rates else 'not measured, since it does not fit this machine'}",
     ]
@@ -258,6 +271,8 @@ def _conclusions(plan: Plan) -> list[str]:
     if plan.time is None:
         return lines
     lines.append(f"The largest part of a step is the {plan.time.limit}.")
+    if len(plan.phases) > 1:
+        lines += [f"At sample rate {rate:g} a step takes {1000 * seconds:.1f} ms." for _, rate, seconds in plan.phases]
     if plan.hours is not None and workload.steps is not None:
         work = f"{config.schedule.epochs:g} epochs, {counted(workload.steps, 'step')}"
         unit = "process" if workload.on_cpu else "GPU"

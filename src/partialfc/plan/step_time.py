@@ -82,9 +82,9 @@ def head_work(workload: Workload) -> tuple[float, float, float]:
     recomputed), and written with its state in the update; the sparse update writes and reads its gradient besides. A
     GPU's deferred update has the row at hand, the others read it again.
     """
-    sampled, width = workload.sampled, workload.width
+    sampled, width = workload.sampled_rows, workload.width
     sparse = workload.config.head.update == "sparse"
-    again = 1 - kept_classes(workload) / sampled
+    again = 1 - kept_classes(workload) / workload.sampled
     product = 2.0 * workload.gathered * sampled * width
     passes = workload.micro_steps * (2 + again * workload.on_cpu + 2 * sparse)
     update = 2 if sparse or workload.on_cpu else 1
@@ -173,7 +173,7 @@ def measure_seconds(workload: Workload) -> tuple[float, float]:
     if config.backbone.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     keys = torch.arange(len(images), device=device)
-    case = HeadCase(workload.local_classes, workload.width, workload.gathered, config.head.sample_rate, workload.device)
+    case = HeadCase(workload.local_classes, workload.width, workload.gathered, workload.largest_rate, workload.device)
     embeddings, labels = case.batch(0)
 
     def backbone_step() -> None:

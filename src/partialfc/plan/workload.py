@@ -9,10 +9,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from partialfc.config.build import build_margin
 from partialfc.config.options import TrainConfig
+from partialfc.config.sample_rate import rate_phases
 from partialfc.core.device import DTYPES, choose_device, compute_dtype
 from partialfc.core.errors import InputError
 from partialfc.head.backends.select import numba_kernels
+from partialfc.head.margins import Margin
 from partialfc.head.sampling import sample_size
 
 Device = Literal["v100", "a100", "h100", "h200", "cpu", "cuda"]
@@ -66,6 +69,20 @@ class Workload:
     def with_rate(self, sample_rate: float) -> Workload:
         """The same training at another sample rate."""
         return self.with_values({"head.sample_rate": sample_rate})
+
+    @cached_property
+    def phases(self) -> list[tuple[float, float]]:
+        """Of the training: share of the steps and sample rate."""
+        return rate_phases(self.config.head.sample_rate)
+
+    @cached_property
+    def largest_rate(self) -> float:
+        """The largest sample rate of all phases: what memory and the time of a step are planned for."""
+        return max(rate for _, rate in self.phases)
+
+    @cached_property
+    def margin(self) -> Margin:
+        return build_margin(self.config.head)
 
     @property
     def steps(self) -> int | None:
@@ -125,8 +142,13 @@ class Workload:
     def sampled(self) -> int:
         """S, classes that a rank uses in a step: its share of the sample, or of the positives where they are more."""
         positives = min(self.classes, self.config.data.global_batch_size)
-        used = max(sample_size(self.classes, self.config.head.sample_rate), positives)
+        used = max(sample_size(self.classes, self.largest_rate), positives)
         return min(self.local_classes, -(-used // self.gpus))
+
+    @property
+    def sampled_rows(self) -> int:
+        """S K, rows of the sampled classes."""
+        return self.sampled * self.margin.sub_centers
 
     @property
     def backbone_shards(self) -> int:
@@ -158,4 +180,4 @@ class Workload:
     @property
     def compiled_head(self) -> bool:
         """Whether the compiled kernels of the CPU take this head."""
-        return self.on_cpu and self.center_bytes == 4 and numba_kernels() is not None
+        return self.on_cpu and self.center_bytes == 4 and self.margin.sub_centers == 1 and numba_kernels() is not None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
-from partialfc.config.options import HeadConfig
+from partialfc.config.sample_rate import describe_rate
+from partialfc.core.console import duration_words
+from partialfc.core.errors import InputError
+from partialfc.head.margins import MARGINS
 from partialfc.pages.axes import value_format
 from partialfc.pages.plots import Line, line_chart
 from partialfc.pages.template import definition_list
@@ -54,10 +59,9 @@ def trained_section(run: RunData) -> str:
 def _facts(run: RunData) -> list[tuple[str, str]]:
     images, classes = run.images, as_number(run.counts.get("classes"))
     batch, epochs = run.batch, run.number("schedule.epochs")
-    rate, seconds = run.number("head.sample_rate"), run.seconds
+    rate, seconds = _rate(run.setting("head.sample_rate")), run.seconds
     seen = run.steps * batch if batch else None
     peak, sampled = run.last("peak_bytes"), run.last("sampled_classes")
-    shown_rate = "" if rate is None else "positives only" if rate == 0 else f"{rate:g}"
     side = run.model.image_size if run.model else as_number(run.counts.get("image_size"))
     backbone = _words(run.setting("backbone.name"), _labelled("embedding of", run.setting("backbone.embedding_dim")))
     return [
@@ -66,14 +70,17 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("Training images", _count(images)),
         ("Identities", _count(classes)),
         ("Head", _words(_margin(run), _labelled("scale", run.setting("head.scale")))),
-        ("Sample rate", _words(shown_rate, f"{sampled:,.0f} classes a step" if sampled else None)),
+        (
+            "Sample rate",
+            _words(rate, f"{sampled:,.0f} classes a step" if sampled else None),
+        ),
         ("Conflict threshold", _words(run.setting("head.conflict_threshold") or "none")),
         ("Optimizer", _words(run.setting("optimizer.name"), run.setting("schedule.kind"))),
         ("Steps", _count(run.steps) + (f" × {batch:,.0f} images" if batch and run.steps else "")),
         ("Images seen", _words(_count(seen), f"{seen / images:.3g} epochs" if seen and images else None)),
         ("Epochs planned", f"{epochs:g}" if epochs else ""),
         ("Speed", f"{seen / seconds:,.0f} images/s" if seen and seconds else ""),
-        ("Time of the steps", _duration(seconds)),
+        ("Time of the steps", "" if seconds is None else duration_words(seconds)),
         ("memory of a process, peak", f"{peak / 2**30:.1f} GiB" if peak else ""),
         ("Seed", _words(run.setting("seed"))),
     ]
@@ -90,25 +97,26 @@ def _labelled(label: str, value: object) -> str | None:
     return f"{label} {value if number is None else f'{number:g}'}"
 
 
+def _rate(sample_rate: Any) -> str:
+    if sample_rate == 0:
+        return "positives only"
+    if as_number(sample_rate) is None and not isinstance(sample_rate, list):
+        return ""
+    with contextlib.suppress(InputError):  # a file of somebody's own
+        return describe_rate(sample_rate)
+    return ""
+
+
 def _margin(run: RunData) -> str:
     """The margin by name and size; one that is not set has the size that the head gives it."""
     name, value = run.setting("head.margin"), run.setting("head.margin_value")
-    if value is None and name in ("arcface", "cosface"):
-        value = getattr(HeadConfig(margin=name).build_margin(), "m", None)
+    if value is None and name in MARGINS:
+        value = getattr(MARGINS[name](), "m", None)
     return " ".join(str(part) for part in (name, value) if part is not None)
 
 
 def _count(value: float | None) -> str:
     return f"{value:,.0f}" if value else ""
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def curves_section(run: RunData) -> str:

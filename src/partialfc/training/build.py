@@ -19,7 +19,7 @@ from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, describe_passed_over, mapping_of, order_digest, passed_over
+from partialfc.data.sources.base import Source, mapping_of, order_digest, reading_notes
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.distributed.collectives import rank_of, world_size_of
 from partialfc.training.nonfinite import LossScale
@@ -89,9 +89,8 @@ def data_facts(loader: Loader) -> dict[str, Any]:
 
 def remarks(loader: Loader) -> list[str]:
     """What the user should know of the data before a training, a sentence each."""
-    source, classes, sentences = loader.source, loader.num_classes, []
-    if sentence := describe_passed_over(passed_over(source)):
-        sentences.append(f"{source.path}: {sentence}")
+    source, classes = loader.source, loader.num_classes
+    sentences = reading_notes(source)
     if classes < _FEW_IDENTITIES:
         sentences.append(
             f"{source.path} has only {classes} identities, from which a network learns little about other people: "
@@ -99,8 +98,8 @@ def remarks(loader: Loader) -> list[str]:
         )
     if empty := classes - _classes_with_images(source):
         sentences.append(
-            f"{empty:,} of the {classes:,} classes of {source.path} have no image, and the head keeps centers for them "
-            "all the same: --data.min-images 1 numbers the others without gaps"
+            f"{empty:,} of the {classes:,} classes of {source.path} {'has' if empty == 1 else 'have'} no image but "
+            "centers in the head: --data.min-images 1 numbers the others without gaps"
         )
     return sentences
 

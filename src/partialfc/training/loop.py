@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from partialfc.checkpoint.read import Checkpoint, load_latest
 from partialfc.config.options import TrainConfig, parse_steps
-from partialfc.core.console import Progress
+from partialfc.core.console import Progress, counted
 from partialfc.core.device import peak_bytes
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
 from partialfc.distributed.activity import activity
@@ -183,7 +183,7 @@ class _Trainer:
         progress = Progress("training", self.total_steps, unit=None, quiet=quiet or not is_main_process)
         self.metrics, self.progress = stack.enter_context(metrics), stack.enter_context(progress)
         self.signals.say = self.progress.message
-        self.slow_data = SlowData(config.data.workers)
+        self.slow_data, self.unreadable_said = SlowData(config.data.workers), 0
 
     def run(self) -> TrainResult:
         """Train the steps that are left, with the evaluations and checkpoints that fall due."""
@@ -280,6 +280,10 @@ class _Trainer:
                 f"{len(names)} records cannot be read, more than the {self.loader.max_unreadable} that "
                 f"data.max_unreadable allows; one is {min(names)}."
             )
+        if len(names) > 2 * self.unreadable_said:  # of a thousand, ten lines
+            self.unreadable_said = len(names)
+            what = f"{counted(len(names), 'record')} cannot be read and others take their places; one is {min(names)}"
+            self.progress.message(f"step {self.state.done:,}: {what}")
         return len(names)
 
     def _is_due(self, every: int) -> bool:

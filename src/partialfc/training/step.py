@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from partialfc.config.options import TrainConfig
+from partialfc.config.sample_rate import rate_at
 from partialfc.core import keyed_random
 from partialfc.core.console import counted
 from partialfc.core.device import compute_dtype, dtype_name
@@ -96,6 +97,7 @@ class Stepper:
         torch.manual_seed(keyed_random.derive_key(self.config.seed, "step", step, rank_of()))
         self._set_learning_rates(step)
         state.head.step = step
+        state.head.sample_rate = rate_at(self.config.head.sample_rate, step, self.total_steps)
         state.backbone.train()
         set_frozen_layers_eval(state.backbone, self.config.backbone.freeze)
         buffers = list(state.backbone.buffers())

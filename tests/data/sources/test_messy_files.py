@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from partialfc.data.convert import convert
 from partialfc.data.images import UnreadableImage
 from partialfc.data.inspect import inspect
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import order_digest
+from partialfc.data.sources.base import order_digest, reading_notes
 from partialfc.data.sources.names import read_classes, write_classes
 from partialfc.data.sources.recordio import build_payload, build_record
 
@@ -168,6 +169,36 @@ def test_byte_order_marks(plain: Path, folder: Path) -> None:
     for encoding in ("utf-8-sig", "utf-16"):
         (plain / "mix.yaml").write_text("sources:\n- path: set\n", encoding=encoding)
         assert len(open_source(plain / "mix.yaml")) == 4
+
+
+@pytest.mark.parametrize("name", ["train.idx", "all.lst"])
+def test_text_in_utf16_is_named(name: str, plain: Path, folder: Path) -> None:
+    (folder / "all.lst").write_text("0\t0\ta/0.png\n")
+    path, data = (plain / name, plain) if name == "train.idx" else (folder / name,) * 2
+    path.write_bytes(path.read_text().encode("utf-16"))
+    with pytest.raises(InputError, match=rf"{name} is text in UTF-16: save it as UTF-8"):
+        open_source(data)
+
+
+def test_an_index_that_lists_too_few_records(plain: Path) -> None:
+    assert reading_notes(open_source(plain)) == []
+    index = plain / "train.idx"
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[:-1]))
+    [note] = reading_notes(open_source(plain))
+    assert re.search(r"train.rec has [\d,]+ bytes after the last record that its .idx lists", note)
+    index.unlink()
+    assert reading_notes(open_source(plain)) == []
+
+
+def test_folders_between_identity_and_image_are_mentioned(folder: Path) -> None:
+    (folder.parent / "above" / "0").mkdir(parents=True)
+    folder.rename(folder.parent / "above" / "train")
+    source = open_source(folder.parent / "above")
+    [note] = reading_notes(source)
+    assert "train/a/0.png is taken for one of train: if the inner folders are identities" in note
+    assert inspect(source.path)["advice"][0] == f"{note}."
+    (folder.parent / "above" / "0" / "1.png").write_bytes(png(1))
+    assert reading_notes(open_source(folder.parent / "above")) == []
 
 
 @pytest.mark.parametrize("name", ["train.REC", "Train.Rec"])

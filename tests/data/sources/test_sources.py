@@ -329,6 +329,7 @@ class TestNoSource:
         assert len(open_source(folder)) == 48
 
     def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
-        (tmp_path / "data.txt").write_text("no records here")
-        with pytest.raises(InputError, match="holds no record"):
-            open_source(tmp_path / "data.txt")
+        for name, message in (("data.txt", "is no training set"), ("a.JPG", "is no training set"), ("b", "no record")):
+            (tmp_path / name).write_text("no records here")
+            with pytest.raises(InputError, match=message):
+                open_source(tmp_path / name)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from partialfc.core.threads import run_parallel
 from partialfc.head.backends import cpu_kernels, select
-from partialfc.head.margins import CosFace
+from partialfc.head.margins import CosFace, CurricularFace
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -70,7 +70,13 @@ def small_tiles(**options: object) -> PartialFC:
 @pytest.mark.parametrize("micro_steps", [1, 3])
 @pytest.mark.parametrize("optimizer", [RowwiseSGD, partial(RowwiseAdamW, eps=0.1)])
 @pytest.mark.parametrize(
-    "options", [{}, {"conflict_threshold": 0.2}, {"conflict_threshold": 0.2, "conflict_as_zero_logit": True}]
+    "options",
+    [
+        {},
+        {"conflict_threshold": 0.2},
+        {"conflict_threshold": 0.2, "conflict_as_zero_logit": True},
+        {"conflict_threshold": 0.2, "margin": CurricularFace()},
+    ],
 )
 def test_the_same_as_the_chunked_backend(
     update: str,
@@ -174,7 +180,9 @@ def test_exponential_is_exact_to_two_units_in_the_last_place() -> None:
     sums, left_out = np.zeros(len(exponents), np.float32), np.zeros(len(exponents), np.int32)
     # Cosines within (−2, 2] count as such, so the range is reached by scale and shift.
     cosine = (exponents / 64.0).clamp(-1.9, 1.9)[None].contiguous()
-    cpu_kernels.exponentials(cosine.numpy(), np.float32(64), np.float32(0), np.float32(2), sums, left_out, None)
+    cpu_kernels.exponentials(
+        cosine.numpy(), np.float32(64), np.float32(0), np.float32(2), None, np.float32(0), sums, left_out, None
+    )
     result = (exponents / 64.0).clamp(-1.9, 1.9).mul(64.0).double().exp()
     assert ((cosine[0].double() - result).abs() / result).max() < 2.5e-7
     assert not left_out.any()

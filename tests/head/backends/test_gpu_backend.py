@@ -205,8 +205,7 @@ def test_rows_past_two_to_the_31() -> None:
             classes=classes,
             count=None,
             target_positions=torch.tensor([1, -1, 39], device=DEVICE),
-            target_cosine=torch.zeros(3, dtype=torch.float64, device=DEVICE),
-            margin_batch=None,  # type: ignore[arg-type]
+            hard_negatives=None,
             config=LossConfig(40, CosFace(), 64.0, None, False, torch.float32, scratch_bytes=1 << 20),
             scratch=ScratchBuffer(),
         )

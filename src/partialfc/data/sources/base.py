@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -101,6 +102,16 @@ def passed_over(source: Source) -> PassedOver:
     return found
 
 
+def reading_notes(source: Source) -> list[str]:
+    """What the user should know of how `source` was read, a sentence each, without its full stop."""
+    sentence = describe_passed_over(passed_over(source))
+    return ([f"{source.path}: {sentence}"] if sentence else []) + _notes(source)
+
+
+def _notes(source: Source) -> list[str]:
+    return [*getattr(source, "notes", []), *(note for part in getattr(source, "parts", []) for note in _notes(part))]
+
+
 def describe_passed_over(found: PassedOver) -> str:
     """What is left out and how to take it, in one sentence; "" if nothing is."""
     kinds = [f"{count:,} {kind} (such as {first})" for kind, (count, first) in sorted(found.items())]
@@ -116,6 +127,15 @@ def read_image(source: Source, index: int, out: np.ndarray | None = None) -> tup
         return sample, decode_image(sample.encoded, out)
     except UnreadableImage as error:
         raise UnreadableImage(f"{sample.name}: {error}") from error
+
+
+def skip_byte_order_mark(file: BinaryIO) -> None:
+    """Leave `file` behind a UTF-8 mark at its start. Raises InputError for text in UTF-16."""
+    head = file.read(len(BOM_UTF8))
+    if head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise InputError(f"{file.name} is text in UTF-16: save it as UTF-8.")
+    if head != BOM_UTF8:
+        file.seek(0)
 
 
 def read_file(path: str) -> bytes:

@@ -55,6 +55,13 @@ class FolderSource:
         self._identity_names = names
         self.identities: list[str] | None = names
         self.num_classes = num_classes or len(names)
+        self.notes: list[str] = []
+        if files and all(os.sep in file for file in files):
+            first = self.file_name(0)
+            self.notes.append(
+                f"{path} has no image directly in an identity folder, and {first} is taken for one of "
+                f"{first.partition(os.sep)[0]}: if the inner folders are identities, give the folder that holds them"
+            )
 
     def __len__(self) -> int:
         return len(self._files)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from array import array
-from codecs import BOM_UTF8
 from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 
 from partialfc.core.errors import InputError
-from partialfc.data.sources.base import Sample, read_file
+from partialfc.data.sources.base import Sample, read_file, skip_byte_order_mark
 from partialfc.data.sources.names import pack
 
 _PROBES = 16  # images tried to find out what the paths are relative to
@@ -38,8 +37,7 @@ class ListSource:
         labels, files = array("q"), []
         with path.open("rb") as lines:
             number = 0
-            if lines.read(len(BOM_UTF8)) != BOM_UTF8:
-                lines.seek(0)
+            skip_byte_order_mark(lines)
             while line := lines.readline(_LINE):
                 number += 1
                 if line.strip():

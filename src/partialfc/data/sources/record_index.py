@@ -12,13 +12,13 @@ import mmap
 import struct
 import warnings
 from array import array
-from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from partialfc.core.errors import InputError
+from partialfc.data.sources.base import skip_byte_order_mark
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -83,8 +83,7 @@ def _index_blocks(path: Path) -> Iterator[np.ndarray]:
     """The lines of an `.idx` as int64 (n, 2), one block of text at a time."""
     with path.open("rb") as file:
         rest = b""
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:
-            file.seek(0)
+        skip_byte_order_mark(file)
         while block := file.read(_TEXT_BLOCK):
             text, _, rest = (rest + block).rpartition(b"\n")
             if text := text.strip():

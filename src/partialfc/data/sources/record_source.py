@@ -13,10 +13,13 @@ import numpy as np
 
 from partialfc.core.errors import InputError
 from partialfc.data.sources.base import Sample
+from partialfc.data.sources.folder import IMAGE_SUFFIXES
 from partialfc.data.sources.names import PackedStrings, pack, pack_lines, read_classes
 from partialfc.data.sources.recordio import LABEL_LIMIT, Record, RecordReader, UnreadableRecord, class_of
 
 _PROBES = 16  # records tried to tell a damaged file from one that does not fit its index
+_OF_OTHERS = (*IMAGE_SUFFIXES, ".csv", ".txt", ".json", ".zip", ".idx")
+_FEWEST_BYTES = 32  # of a record
 
 
 def open_recordio(path: Path, num_classes: int | None) -> RecordSource | None:
@@ -35,6 +38,8 @@ def open_recordio(path: Path, num_classes: int | None) -> RecordSource | None:
         if len(trains or names) > 1:
             raise InputError(f"{path} holds several .rec files ({', '.join(names[:5])}): give the path of one of them.")
         path = path / (trains or names)[0]
+    elif path.suffix.lower() in _OF_OTHERS:
+        return None
     return RecordSource(path, num_classes)
 
 
@@ -50,6 +55,12 @@ class RecordSource:
         self.path = path
         self._reader = RecordReader(path)
         self._check_fit()
+        self.notes: list[str] = []
+        if (rest := self._reader.unlisted_bytes()) >= _FEWEST_BYTES:
+            self.notes.append(
+                f"{path} has {rest:,} bytes after the last record that its .idx lists, and they are passed over: "
+                "without the .idx all records are found by a scan"
+            )
         header = self._read_header()
         self.format = "recordio" if header is None else "recordio-header"
         self._start, self._stop = 0, len(self._reader)

@@ -120,6 +120,13 @@ class RecordReader:
         except (UnreadableRecord, OSError) as error:  # OSError: a failing disk
             raise UnreadableRecord(f"{self.name(row)}: {error}") from None
 
+    def unlisted_bytes(self) -> int:
+        """The bytes after the last of the records, 0 if that is damaged: an index may list too few."""
+        last = int(self.offsets.max())
+        with suppress(UnreadableRecord, OSError):
+            return max(0, self.size - last - len(build_record(self._read_payload(last))))
+        return 0
+
     def first_labels(self, start: int, stop: int) -> np.ndarray:
         """The first label of the records in rows [start, stop), from their heads alone.
 
@@ -167,8 +174,7 @@ class RecordReader:
             if len(data) < length:
                 raise UnreadableRecord("it runs past the end of the file")
             end = offset + CHUNK_HEAD.size + padded(length)
-            # The comparison is faster than a search for the bytes.
-            if end != following and b"\1" in (np.frombuffer(data, "<u4", length // 4) == MAGIC).tobytes():
+            if end != following and find_aligned_magic(data, 0) >= 0:
                 raise UnreadableRecord(f"its length, {length} bytes, runs into the next record")
             parts.append(data)
             if flag in (WHOLE, LAST):

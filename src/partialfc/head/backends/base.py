@@ -17,7 +17,6 @@ from torch import Tensor
 
 from partialfc.core.threads import run_parallel
 from partialfc.head.loss import LossConfig, class_rows
-from partialfc.head.margins.base import MarginBatch
 
 T = TypeVar("T")
 
@@ -32,8 +31,7 @@ class ShardBatch:
             number of local classes, to a size that does not depend on the labels.
         count: () int64 on the device, the number of `classes` without the padding; None if there is none.
         target_positions: (G,) int64, position of the sample's own class in `classes`; −1 where another shard owns it.
-        target_cosine: (G,) float64.
-        margin_batch: the inputs of the margin.
+        hard_negatives: (G,) limits and () t of `Margin.hard_negatives`, compute dtype; None leaves negatives alone.
         config: the constants of the loss.
         scratch: memory for weights that the first pass keeps for the second.
     """
@@ -42,8 +40,7 @@ class ShardBatch:
     classes: Tensor
     count: Tensor | None
     target_positions: Tensor
-    target_cosine: Tensor
-    margin_batch: MarginBatch
+    hard_negatives: tuple[Tensor, Tensor] | None
     config: LossConfig
     scratch: ScratchBuffer
 

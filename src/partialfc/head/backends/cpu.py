@@ -23,7 +23,7 @@ from partialfc.head.loss import NO_THRESHOLD
 
 
 class CPUBackend:
-    """`Backend` for float32 centers, one per class, and margins that leave negatives unchanged."""
+    """`Backend` for float32 centers, one per class."""
 
     supports_padding: ClassVar[bool] = False
     uses_thread_pool: ClassVar[bool] = True
@@ -122,7 +122,9 @@ def _compute_weights(
     cpu_kernels.gather_unit_rows(raw, rows, arrays.unit.numpy(), rounded_unit)
     torch.mm(arrays.unit, batch.embeddings.T, out=cosine)
     cpu_kernels.mark_own_classes(cosine.numpy(), batch.target_positions.numpy(), first)
-    cpu_kernels.exponentials(cosine.numpy(), *constants, sums.numpy(), left_out.numpy(), rounded)
+    limits, t = (None, np.float32(0)) if batch.hard_negatives is None else batch.hard_negatives
+    hard = None if limits is None else limits.numpy(), np.float32(t)
+    cpu_kernels.exponentials(cosine.numpy(), *constants, *hard, sums.numpy(), left_out.numpy(), rounded)
     if result is not None:
         result.sums += sums
         result.conflicts += left_out.sum()

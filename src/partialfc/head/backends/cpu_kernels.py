@@ -101,14 +101,27 @@ def mark_own_classes(cosine: Any, target_positions: Any, first: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def _weight(c: Any, scale: Any, shift: Any, threshold: Any) -> Any:
-    """exp(scale c − shift) of a cosine; 0 for a marked own class and for a conflict, NaN for NaN."""
-    return np.float32(0.0) if (c <= _OWN_CLASS) | (c > threshold) else _exp(scale * c - shift)
+def _weight(c: Any, logit: Any, scale: Any, shift: Any, threshold: Any) -> Any:
+    """exp(scale logit − shift) for a cosine; 0 for a marked own class and for a conflict, NaN for NaN."""
+    return np.float32(0.0) if (c <= _OWN_CLASS) | (c > threshold) else _exp(scale * logit - shift)
 
 
 @njit(nogil=True, cache=True, fastmath=_EXACT, error_model="numpy")
-def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any, left_out: Any, rounded: Any) -> None:
+def exponentials(
+    cosine: Any,
+    scale: Any,
+    shift: Any,
+    threshold: Any,
+    limits: Any,
+    t: Any,
+    sums: Any,
+    left_out: Any,
+    rounded: Any,
+) -> None:
     """exp(scale c − shift) of cosine (n, G): 0 for own classes and for conflicts, which exceed `threshold`.
+
+    With limits (G,) float32, not None, the logit of a cosine above its limit is c (t + c) instead of c, and what is
+    stored is multiplied by its derivative.
 
     Replaces `cosine`, or is stored in `rounded` as bfloat16 unless that is None. Adds the unrounded values to sums (G,)
     float32, and the number of conflicts of each sample to left_out (G,) int32.
@@ -116,9 +129,15 @@ def exponentials(cosine: Any, scale: Any, shift: Any, threshold: Any, sums: Any,
     for k in range(cosine.shape[0]):
         row = cosine[k]
         for i in range(row.shape[0]):
-            weight = _weight(row[i], scale, shift, threshold)
-            left_out[i] += np.int32(row[i] > threshold)
+            c = row[i]
+            logit = c
+            if limits is not None:
+                logit = c * (t + c) if c > limits[i] else c
+            weight = _weight(c, logit, scale, shift, threshold)
+            left_out[i] += np.int32(c > threshold)
             sums[i] += weight
+            if limits is not None:
+                weight *= t + c + c if c > limits[i] else np.float32(1.0)
             if rounded is None:
                 row[i] = weight
             else:

@@ -42,11 +42,12 @@ def _gpu_backend(device: torch.device) -> Backend | None:
 
 def select_backend(centers: Tensor, embeddings: Tensor, margin: Margin) -> Backend:
     """The fastest backend that accepts these centers (L × K, D), embeddings (B, D) and this margin."""
-    plain = margin.sub_centers == 1 and not margin.reweights_negatives and embeddings.dtype != torch.float64
-    if plain and numba_kernels_for(centers) is not None:
+    compiled = margin.sub_centers == 1 and embeddings.dtype != torch.float64
+    if compiled and numba_kernels_for(centers) is not None:
         from partialfc.head.backends.cpu import CPUBackend
 
         return CPUBackend()
-    if plain and centers.is_cuda and centers.dtype in (torch.float32, torch.bfloat16):
+    compiled &= margin.negatives_bound == 1
+    if compiled and centers.is_cuda and centers.dtype in (torch.float32, torch.bfloat16):
         return _gpu_backend(centers.device) or ChunkedBackend()
     return ChunkedBackend()

@@ -20,7 +20,7 @@ class Tile:
 
     Attributes:
         unit_centers: (s × K, D) and center_norms: (s × K,), of the tile's rows.
-        weights: (G, s × K), exp(s c − shift) times the derivative of a reweighted negative; 0 where left out.
+        weights: (G, s × K), exp(s c − shift) times the derivative of a raised negative; 0 where left out.
         sums: (G,), this tile's part of Z exp(−shift).
         conflicts: (), the number of negatives above the conflict threshold.
     """
@@ -47,10 +47,11 @@ def compute_tile(centers: Tensor, batch: ShardBatch, first: int, last: int) -> T
     targets = samples, batch.target_positions[samples] - first
     left_out[targets] = False
     conflicts = left_out.sum()
-    slope: Tensor | None = None
-    logits = cosine
-    if margin.reweights_negatives:
-        logits, slope = _reweighted(cosine, batch)
+    logits, slope = cosine, None
+    if batch.hard_negatives is not None:
+        limits, t = batch.hard_negatives
+        is_hard = cosine > limits[:, None]
+        logits, slope = torch.where(is_hard, cosine * (t + cosine), cosine), torch.where(is_hard, t + 2 * cosine, 1.0)
     exponentials = logits.mul(config.scale).sub_(config.shift).exp_()
     weights = exponentials.masked_fill(left_out, 0.0)
     weights[targets] = 0.0
@@ -63,16 +64,6 @@ def compute_tile(centers: Tensor, batch: ShardBatch, first: int, last: int) -> T
         per_center = weights.new_zeros((*weights.shape, margin.sub_centers))
         weights = per_center.scatter_(2, nearest[..., None], weights[..., None]).flatten(1)
     return Tile(unit_centers, norms, weights, sums, conflicts)
-
-
-def _reweighted(cosine: Tensor, batch: ShardBatch) -> tuple[Tensor, Tensor]:
-    """The margin's logits of a tile of negatives and their elementwise derivative with respect to the cosine."""
-    with torch.enable_grad():
-        variable = cosine.detach().requires_grad_()
-        target_cosine = batch.target_cosine[:, None].to(cosine.dtype)
-        logits = batch.config.margin.negatives(variable, target_cosine, batch.margin_batch)
-        (slope,) = torch.autograd.grad(logits.sum(), variable)
-    return logits.detach(), slope
 
 
 def _scratch_bytes(batch: ShardBatch) -> int:

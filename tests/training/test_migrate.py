@@ -97,12 +97,13 @@ def test_a_resumed_run_equals_the_published_continuation(
     tensors, state = final_tensors(out), published.optimizer.state
     assert float((tensors["rows/centers"] - published.weight).detach().abs().max()) < 1e-12
     momentum = state[published.weight]["momentum_buffer"]
-    assert float(momentum.abs().max()) > 0
-    assert float((tensors["rows/momentum_buffer"] - momentum).abs().max()) < 1e-12
+    largest = float(momentum.abs().max())
+    assert largest > 0
+    assert float((tensors["rows/momentum_buffer"] - momentum).abs().max()) < 1e-12 * largest
     for name, parameter in published.backbone.named_parameters():
         if "momentum_buffer" in state[parameter]:
             ours = tensors[f"backbone-optimizer/{name}.momentum_buffer"]
-            torch.testing.assert_close(ours, state[parameter]["momentum_buffer"], rtol=0, atol=1e-12)
+            torch.testing.assert_close(ours, state[parameter]["momentum_buffer"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture
@@ -261,7 +262,7 @@ def test_state_is_mapped_by_name(tmp_path: Path, network: str) -> None:
 def test_adamw_and_the_state_that_is_not_there(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    published = training("mbf", optimizer="adamw", lr=1e-4, dtype=torch.float32)
+    published = training("mbf", optimizer="adamw", margin=(0.0, 0.1), lr=1e-4, dtype=torch.float32)
     published.write_config(tmp_path / "config.py", images, "mbf", BATCH, 0.3)
     published.save(tmp_path)
     assert migrate(tmp_path, tmp_path / "run", "--json") == 0

@@ -206,8 +206,9 @@ def build(
     """
     backbone = _architecture(config)
     expected = backbone.state_dict()
-    zero = torch.zeros((), dtype=torch.int64)  # nothing in our networks depends on the counters of BatchNorm
-    weights = {**{key: zero for key in expected if key.endswith(_COUNTER)}, **weights}
+    # Nothing in our networks depends on the counters of BatchNorm.
+    counters = {key: torch.zeros((), dtype=torch.int64) for key in expected if key.endswith(_COUNTER)}
+    weights = {**counters, **weights}
     differences = describe_differences(weights, expected)
     if differences:
         raise InputError(

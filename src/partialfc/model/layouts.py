@@ -52,7 +52,7 @@ def from_ir_layout(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     width, dtype = WIDTHS[0], weights["input_layer.0.weight"].dtype
     zero, one = torch.zeros(width, dtype=dtype), torch.ones(width, dtype=dtype)
     # Batch normalisation divides by √(variance + eps): with this weight it changes nothing.
-    shortcut = {"weight": one * (1 + _EPS) ** 0.5, "bias": zero, "running_mean": zero, "running_var": one}
+    shortcut = {"weight": one * (1 + _EPS) ** 0.5, "bias": zero, "running_mean": zero.clone(), "running_var": one}
     renamed["layer1.0.downsample.0.weight"] = torch.eye(width, dtype=dtype)[:, :, None, None]
     renamed |= {f"layer1.0.downsample.1.{name}": value for name, value in shortcut.items()}
     mean = renamed.get("features.running_mean", zero)  # their last normalisation has no weight and no bias

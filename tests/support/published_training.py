@@ -106,7 +106,7 @@ class PublishedTraining:
         state = self.optimizer.state_dict()
         number = state["param_groups"][1]["params"][0]
         whole = state["state"].get(number, {})
-        scheduler = {"total_iters": self.total, "power": self.power, "warmup_iters": self.warmup}
+        scheduler: dict[str, Any] = {"total_iters": self.total, "power": self.power, "warmup_iters": self.warmup}
         scheduler |= {"base_lrs": [self.lr, self.lr], "last_epoch": self.done, "_step_count": self.done + 1}
         start = 0
         for rank in range(self.world_size):

@@ -84,7 +84,14 @@ def test_a_resumed_run_equals_the_published_continuation(
         parts, seed, step = batches[stepper.state.done], stepper.config.seed, stepper.state.done
         inputs = [augment(part.images, part.positions, seed, flip=True, preset="flip").double() for part in parts]
         labels = [part.labels for part in parts]
-        sample = {"num_classes": CLASSES, "sample_rate": 0.3, "seed": seed, "step": step, "start": 0, "stop": CLASSES}
+        sample: dict[str, Any] = {
+            "num_classes": CLASSES,
+            "sample_rate": 0.3,
+            "seed": seed,
+            "step": step,
+            "start": 0,
+            "stop": CLASSES,
+        }
         expected.append(published.step(inputs, labels, sample_classes(torch.cat(labels), **sample)))
         theirs, ours = published.backbone.named_parameters(), dict(stepper.state.backbone.named_parameters())
         differences.append(max(float((value - ours[name]).detach().abs().max()) for name, value in theirs))

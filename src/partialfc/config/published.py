@@ -214,8 +214,8 @@ _WITHOUT_MEANING = {
     "suffix_run_name": "a run has the name of its folder",
 }
 _OF_WANDB = ("wandb_key", "wandb_entity", "wandb_project", "wandb_log_all", "wandb_resume", "save_artifacts")
-_USED_ELSEWHERE = ("margin_list", "loss", "network", "optimizer", "batch_size", "gradient_acc", "fp16", "val_targets")
-_USED_ELSEWHERE += ("interclass_filtering_threshold", "using_wandb")
+_USED_ELSEWHERE = ["margin_list", "loss", "network", "optimizer", "batch_size", "gradient_acc", "fp16", "val_targets"]
+_USED_ELSEWHERE += ["interclass_filtering_threshold", "using_wandb"]
 
 
 @dataclass(frozen=True)

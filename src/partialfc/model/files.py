@@ -127,7 +127,7 @@ def read_torch_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"):  # torch warns of a TorchScript archive, and then refuses it
             is_safe = path.suffix.lower() == ".safetensors"
             mapped = mapped and zipfile.is_zipfile(path)  # older files cannot be mapped
-            options = {"map_location": "cpu", "weights_only": True, "mmap": mapped}
+            options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": mapped}
             content = load_file(path) if is_safe else torch.load(path, **options)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error

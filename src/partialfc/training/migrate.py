@@ -61,15 +61,15 @@ class RankFile:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return self.content["state_dict_backbone"]  # type: ignore[no-any-return]
+        return self.content["state_dict_backbone"]
 
     @property
     def centers(self) -> Tensor:
-        return self.content["state_dict_softmax_fc"]["weight"]  # type: ignore[no-any-return]
+        return self.content["state_dict_softmax_fc"]["weight"]
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        return self.content["state_optimizer"]["param_groups"]  # type: ignore[no-any-return]
+        return self.content["state_optimizer"]["param_groups"]
 
     @property
     def center_state(self) -> dict[str, Any]:

@@ -236,7 +236,10 @@ def test_every_tensor_has_its_place(published: Path, tmp_path: Path) -> None:
     assert torch.equal(moments["conv1.weight.momentum_buffer"], states[0][0]["momentum_buffer"])
 
 
-@pytest.mark.parametrize("network", ["r18", "r34", "r50", "r100", "r200", "mbf", "vit_t", "vit_s", "vit_b", "vit_l"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("r100", "r200", "vit_b", "vit_l")]
+
+
+@pytest.mark.parametrize("network", ["r18", "r34", "r50", "mbf", "vit_t", "vit_s", *LARGE])
 def test_state_is_mapped_by_name(tmp_path: Path, network: str) -> None:
     """Of a state_dict in any order: the optimizer's numbers follow the file's own order."""
     size = 27 if network.startswith("vit") else 16
@@ -266,6 +269,7 @@ def test_state_is_mapped_by_name(tmp_path: Path, network: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_adamw_and_the_state_that_is_not_there(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

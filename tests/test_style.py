@@ -24,6 +24,7 @@ IDENTIFIERS = re.findall(
     face_model face_draws face_settings checkpoint_io metrics_log
 """,
 )
+OF_THE_PUBLISHED_CODE = [ROOT / "src/partialfc/config/published.py", ROOT / "docs/migrate.md"]  # they name its settings
 # Uses in the code of names that are ordinary words elsewhere.
 CODE = """
     def settle(  .settle(  def look(  .look(  .lend(  def over(  .over(  link.step  link:  .pull  def forget(
@@ -81,7 +82,8 @@ def test_markdown_is_wrapped(path: Path) -> None:
 @pytest.mark.parametrize("path", [*SOURCES, *PROSE], ids=_here)
 def test_private_words_are_gone(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    found = [name for name in IDENTIFIERS if re.search(rf"\b{re.escape(name)}\b", text)]
+    names = [name for name in IDENTIFIERS if not (name == "fp16" and path in OF_THE_PUBLISHED_CODE)]
+    found = [name for name in names if re.search(rf"\b{re.escape(name)}\b", text)]
     if path.suffix == ".py":
         found += [use for use in CODE if re.search(rf"(?<!\w){re.escape(use)}(?!\w)", text)]
     prose = " ".join(re.sub(r"^\s*#", "", line) for line in text.splitlines())

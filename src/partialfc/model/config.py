@@ -11,6 +11,7 @@ import numpy as np
 from partialfc.backbones import check_backbone
 from partialfc.core.errors import InputError
 from partialfc.core.schema import check_schema_version
+from partialfc.model.onnx_file import NAME as ONNX
 
 FORMAT = "partialfc-model-1"
 SCHEMA_VERSION = 1
@@ -24,7 +25,7 @@ class ModelConfig:
     """Architecture and input of a backbone.
 
     Args:
-        backbone: a name of `partialfc.backbones.BACKBONES`.
+        backbone: a name of `partialfc.backbones.BACKBONES`, or "onnx" of a network in an ONNX file.
         embedding_dim: width of the embedding.
         image_size: side of the square input in pixels.
         color_order: "rgb" or "bgr", the order of channels that the backbone was trained on.
@@ -51,7 +52,8 @@ class ModelConfig:
             raise InputError(f"flip {self.flip!r} of a model must be true or false.")
         if not isinstance(self.backbone, str):
             raise InputError(f"backbone {self.backbone!r} of a model must be a name.")
-        check_backbone(self.backbone)
+        if self.backbone != ONNX:
+            check_backbone(self.backbone)
         for name in ("embedding_dim", "image_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:

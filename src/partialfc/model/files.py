@@ -6,12 +6,16 @@ colour order, normalisation, alignment template, mirroring). Nothing in it is pi
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import warnings
+import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +26,8 @@ from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_folder, previous_name, recover_folder
 from partialfc.model.config import CONFIG_NAME, FORMAT, SCHEMA_VERSION, ModelConfig, read_config
+from partialfc.model.onnx_file import NAME as ONNX
+from partialfc.model.onnx_file import OnnxNetwork
 from partialfc.model.recognise import find_backbone, recognise
 
 WEIGHTS_NAME = "model.safetensors"
@@ -41,7 +47,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        return next(itertools.chain(self.backbone.parameters(), self.backbone.buffers())).device
 
     def with_flip(self, flip: bool | None) -> Model:
         """The same backbone with another `ModelConfig.flip`; None keeps it."""
@@ -66,7 +72,7 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
         ValueError: `backbone` is not what `config` says, so that it could not be loaded again.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    differences = _differences(weights, _architecture(config).state_dict())
+    differences = describe_differences(weights, _architecture(config).state_dict())
     if differences:
         raise ValueError(f"the backbone is no {config.backbone} as its config says (is it wrapped?): {differences}")
     folder = Path(folder).resolve()
@@ -88,7 +94,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     Such a file, of any suffix, holds a state_dict as the reference implementation writes it (`model.pt`,
     `backbone.pth`), perhaps among other things and with the prefixes of wrappers: keys and shapes tell backbone,
     embedding_dim and image_size; the input is RGB, (x/255 - 0.5) / 0.5, and embeddings of mirrored images are added, as
-    there. The model is in evaluation mode, and its `origin` says what was recognised.
+    there. An ONNX file (.onnx) with such an input is run by onnxruntime. The model is in evaluation mode, and its
+    `origin` says what was recognised.
 
     Raises:
         InputError: there is no model, its configuration has an unknown key or an impossible value, or its weights do
@@ -97,6 +104,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     path = Path(path)
     if path.name in (WEIGHTS_NAME, CONFIG_NAME) and (path.parent / CONFIG_NAME).is_file():
         path = path.parent  # a file of a model folder stands for the folder
+    if path.is_file() and path.suffix.lower() == ".onnx":
+        return _load_onnx(path, device)
     if path.is_file():
         return _load_state_dict(path, device)
     folder = find_model(path)
@@ -105,12 +114,21 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     return Model(build(config, read_weights(folder), name=str(folder), device=device), config, origin)
 
 
-def _load_state_dict(path: Path, device: str | torch.device) -> Model:
-    """The model of a file with a state_dict. Reading it executes no code from the file."""
+def read_torch_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """What `torch.save` wrote: names and tensors, numbers and the like, on the CPU. No code of the file is executed.
+
+    Args:
+        mapped: leave the tensors in the file, of which a page is read when it is used.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of a TorchScript archive, and then refuses it
             is_safe = path.suffix.lower() == ".safetensors"
-            content = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(path)  # older files cannot be mapped
+            options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": mapped}
+            content = load_file(path) if is_safe else torch.load(path, **options)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # for a file of another kind, torch's reader raises anything
@@ -121,6 +139,12 @@ def _load_state_dict(path: Path, device: str | torch.device) -> Model:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} holds a {type(content).__name__} and no state_dict (names and tensors): save that.")
+    return content
+
+
+def _load_state_dict(path: Path, device: str | torch.device) -> Model:
+    """The model of a file with a state_dict."""
+    content = read_torch_file(path)
     try:
         plain, place = find_backbone(content)
         name, embedding_dim, image_size = recognise(plain)
@@ -132,6 +156,14 @@ def _load_state_dict(path: Path, device: str | torch.device) -> Model:
     origin += f" ({place})" if place else ""
     origin += "" if any(key.endswith(_COUNTER) for key in plain) else f", which lack {_COUNTER} (set to 0)"
     return Model(backbone, config, origin)
+
+
+def _load_onnx(path: Path, device: str | torch.device) -> Model:
+    """The model of an ONNX file."""
+    network = OnnxNetwork(path)
+    config = ModelConfig(ONNX, network.embedding_dim, network.image_size)
+    origin = f"{path}, embedding_dim {network.embedding_dim}, image_size {network.image_size}, run by onnxruntime"
+    return Model(network.to(device).eval(), config, origin)
 
 
 def find_model(path: Path) -> Path:
@@ -174,9 +206,10 @@ def build(
     """
     backbone = _architecture(config)
     expected = backbone.state_dict()
-    zero = torch.zeros((), dtype=torch.int64)  # nothing in our networks depends on the counters of BatchNorm
-    weights = {**{key: zero for key in expected if key.endswith(_COUNTER)}, **weights}
-    differences = _differences(weights, expected)
+    # Nothing in our networks depends on the counters of BatchNorm.
+    counters = {key: torch.zeros((), dtype=torch.int64) for key in expected if key.endswith(_COUNTER)}
+    weights = {**counters, **weights}
+    differences = describe_differences(weights, expected)
     if differences:
         raise InputError(
             f"The weights of {name} do not fit {config.backbone} with embedding_dim {config.embedding_dim} at "
@@ -193,7 +226,7 @@ def _architecture(config: ModelConfig) -> nn.Module:
         return create_backbone(config.backbone, embedding_dim=config.embedding_dim, image_size=config.image_size)
 
 
-def _differences(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+def describe_differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """The first differences in names and shapes of two state_dicts, in words; "" if they agree."""
     differences = [f"{key} is missing" for key in expected if key not in weights]
     differences += [f"{key} is left over" for key in weights if key not in expected]

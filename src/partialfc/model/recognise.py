@@ -12,6 +12,7 @@ from partialfc.backbones.iresnet import BLOCKS
 from partialfc.backbones.mobilefacenet import BLOCKS_AND_SCALE
 from partialfc.backbones.vit import PATCH, WIDTHS_AND_DEPTHS
 from partialfc.core.errors import InputError
+from partialfc.model.layouts import from_ir_layout, is_ir_layout
 
 # What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning and their like.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.")
@@ -30,6 +31,8 @@ def find_backbone(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     reasons: list[str] = []
     for place, weights in _state_dicts(content):
         try:
+            if is_ir_layout(weights):
+                weights, place = from_ir_layout(weights), f"{place} with the names of an ir network".strip()
             recognise(weights)
             found[place] = weights
         except InputError as error:

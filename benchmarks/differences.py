@@ -71,10 +71,10 @@ def rows() -> list[str]:
     worst = float(-torch.log(torch.tensor(CLAMP, dtype=torch.float64)))
     lines.append(f"| loss of a sample whose target has cosine −1 and another class 1, s = 64 | {worst:.2f} | 128.00 |")
     warmup, total = 100, 1_000
-    here = [learning_rate(step, base=1.0, total_steps=total, warmup_steps=warmup) for step in range(total)]
+    ours = [learning_rate(step, base=1.0, total_steps=total, warmup_steps=warmup) for step in range(total)]
     there = [1.0, *(step / warmup for step in range(1, warmup))]
-    lines.append(f"| rate of step 0 of a warm-up of {warmup} steps | {there[0]:.2f} | {here[0]:.2f} |")
-    lines.append(f"| mean rate of that warm-up | {sum(there) / warmup:.3f} | {sum(here[:warmup]) / warmup:.3f} |")
+    lines.append(f"| rate of step 0 of a warm-up of {warmup} steps | {there[0]:.2f} | {ours[0]:.2f} |")
+    lines.append(f"| mean rate of that warm-up | {sum(there) / warmup:.3f} | {sum(ours[:warmup]) / warmup:.3f} |")
     means = [
         sum(learning_rate(step, base=1.0, total_steps=total, power=power) for step in range(total)) / total
         for power in (1.0, 2.0)

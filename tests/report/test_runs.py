@@ -68,7 +68,7 @@ def test_the_command_sorts_fits_the_terminal_and_has_json(
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["runs", str(runs), "--sort", "best"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) < 80
+    assert max(len(line) for line in lines if str(runs) not in line) < 80  # a path is not broken in two
     assert lines[1].split() == ["deep/er/b", "stopped", "50%", "95.00%", "60", "min"]
     assert lines[2] == "    optimizer.lr=0.2"
     assert lines[3].startswith("a ")

@@ -17,32 +17,20 @@ from typing import Any
 from documents import DOCS, write_between
 from partialfc.bench.machine import describe
 from partialfc.config.options import ProcessesConfig, TrainConfig
-from partialfc.config.recipes import RECIPES
 from partialfc.faces.sets import FaceWorld
 from partialfc.pages.plots import Line, line_chart
 from partialfc.training.loop import train
 from processes import run_processes
-from seeds import SeedRun, seed_table
+from seeds import IDENTITIES, SHOTS, SIZE, SeedRun, seed_table, small_training
 from timeline import standalone_svg
 
 GRADIENTS, SEEDS = ("float32", "bfloat16"), (0, 1, 2)
-STEPS, BATCH, IDENTITIES, SHOTS, SIZE = 300, 64, 1_000, 8, 64
+STEPS = 300
 PICTURE = "images/compression.svg"
 
 
 def configuration(gradients: Any, seed: int, data: Path, steps: int) -> TrainConfig:
-    base = RECIPES["demo"]
-    epochs = steps * BATCH / (IDENTITIES * SHOTS)
-    return replace(
-        base,
-        seed=seed,
-        precision="float32",
-        device="cpu",
-        data=replace(base.data, path=str(data), global_batch_size=BATCH, micro_batch_size=BATCH, workers=0),
-        processes=ProcessesConfig(gradients=gradients),
-        schedule=replace(base.schedule, epochs=epochs, warmup_epochs=epochs / 12),
-        output=replace(base.output, log_every=5, evaluate_every=steps, checkpoint_every=steps),
-    )
+    return replace(small_training(seed, data, steps), processes=ProcessesConfig(gradients=gradients))
 
 
 def work(rank: int, gradients: str, seed: int, out: Path, steps: int) -> None:

@@ -22,15 +22,14 @@ from typing import Any
 from documents import write_between
 from partialfc.bench.machine import describe
 from partialfc.config.options import TrainConfig
-from partialfc.config.recipes import RECIPES
 from partialfc.core.files import write_file
 from partialfc.faces.sets import FaceWorld
 from partialfc.training.loop import train
-from seeds import SeedRun
+from seeds import BATCH, IDENTITIES, SHOTS, SIZE, SeedRun, small_training
 
 NOT_DONE = 75
 SEEDS = (0, 1, 2)
-STEPS, BATCH, IDENTITIES, SHOTS, SIZE = 150, 64, 1_000, 8, 64
+STEPS = 150
 # The recipe has scale 16 and CosFace 0.1, since a short training does not bear the published margins.
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"margin": "none", "margin_value": None},
@@ -56,18 +55,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def configuration(method: str, seed: int, data: Path, steps: int) -> TrainConfig:
-    base = RECIPES["demo"]
-    epochs = steps * BATCH / (IDENTITIES * SHOTS)
-    return replace(
-        base,
-        seed=seed,
-        precision="float32",
-        device="cpu",
-        data=replace(base.data, path=str(data), global_batch_size=BATCH, micro_batch_size=BATCH, workers=0),
-        head=replace(base.head, **METHODS[method]),
-        schedule=replace(base.schedule, epochs=epochs, warmup_epochs=epochs / 12),
-        output=replace(base.output, log_every=5, evaluate_every=steps, checkpoint_every=max(1, steps // 3)),
-    )
+    base = small_training(seed, data, steps)
+    output = replace(base.output, checkpoint_every=max(1, steps // 3))
+    return replace(base, head=replace(base.head, **METHODS[method]), output=output)
 
 
 def lines_of(results: dict[str, dict[str, Any]]) -> list[str]:

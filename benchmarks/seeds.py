@@ -1,13 +1,33 @@
-"""Runs that differ in their seed: their curves and accuracies, and a table of them with the spread."""
+"""Small trainings that differ in their seed: configuration, curves, accuracies, and a table of them with the spread."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from partialfc.config.options import TrainConfig
+from partialfc.config.recipes import RECIPES
 from partialfc.training.run.log import read_metrics
+
+BATCH, IDENTITIES, SHOTS, SIZE = 64, 1_000, 8, 64  # of a small training
+
+
+def small_training(seed: int, data: Path, steps: int) -> TrainConfig:
+    """The recipe `demo` in float32 on a CPU, for a few steps on the faces of `IDENTITIES` people."""
+    base = RECIPES["demo"]
+    epochs = steps * BATCH / (IDENTITIES * SHOTS)
+    return replace(
+        base,
+        seed=seed,
+        precision="float32",
+        device="cpu",
+        data=replace(base.data, path=str(data), global_batch_size=BATCH, micro_batch_size=BATCH, workers=0),
+        schedule=replace(base.schedule, epochs=epochs, warmup_epochs=epochs / 12),
+        output=replace(base.output, log_every=5, evaluate_every=steps, checkpoint_every=steps),
+    )
 
 
 class SeedRun(NamedTuple):

@@ -31,8 +31,8 @@ from partialfc.data.ijb_files import (
     read_probes,
     read_template_pairs,
 )
-from partialfc.evaluation.figures import results_table
 from partialfc.evaluation.identification import identify_templates
+from partialfc.evaluation.statistics.figures import results_table
 from partialfc.evaluation.templates import template_features, verify_templates
 
 FACES, WIDTH = 469_375, 512

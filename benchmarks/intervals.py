@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from documents import paragraph, write_between
-from partialfc.evaluation.figures import Figure
-from partialfc.evaluation.intervals import tar_figure
-from partialfc.evaluation.metrics import Scores, allowed_false_accepts
+from partialfc.evaluation.statistics.figures import Figure
+from partialfc.evaluation.statistics.intervals import tar_figure
+from partialfc.evaluation.statistics.metrics import Scores, allowed_false_accepts
 
 Floats = NDArray[np.float64]
 

@@ -21,7 +21,7 @@ from partialfc.data.ijb_files import (
     read_template_pairs,
 )
 from partialfc.evaluation import templates as module
-from partialfc.evaluation.figures import rate_name
+from partialfc.evaluation.statistics.figures import rate_name
 from partialfc.evaluation.templates import FARS, nearest_far, pair_scores, template_features, verify_templates
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from page_reader import Element, curve, read_page, to_values
 
-from partialfc.evaluation.metrics import roc
+from partialfc.evaluation.statistics.metrics import roc
 from partialfc.pages.plots import Line, histogram, line_chart, roc_chart, thin
 
 

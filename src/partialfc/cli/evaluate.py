@@ -13,10 +13,16 @@ from partialfc.core.console import say
 from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import gather_json, launched_rank, process_group
-from partialfc.evaluation.figures import Figure, Result, rate_name, results_table
 from partialfc.evaluation.run import embed_benchmarks, evaluate_features, open_benchmarks, write_results
-from partialfc.evaluation.thresholds import Realised, Thresholds, apply_thresholds, measure_thresholds, read_thresholds
-from partialfc.evaluation.thresholds import write_thresholds as write_thresholds_file
+from partialfc.evaluation.statistics.figures import Figure, Result, rate_name, results_table
+from partialfc.evaluation.statistics.thresholds import (
+    Realised,
+    Thresholds,
+    apply_thresholds,
+    measure_thresholds,
+    read_thresholds,
+)
+from partialfc.evaluation.statistics.thresholds import write_thresholds as write_thresholds_file
 from partialfc.model.contract import contract_of, same_source
 from partialfc.model.embed import Precision
 from partialfc.model.features import read_features

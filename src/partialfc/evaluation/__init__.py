@@ -1,1 +1,1 @@
-"""Protocols that turn embeddings into scores; they know no training loop."""
+"""Protocols that turn embeddings into scores, and the statistics they share; they know no training loop."""

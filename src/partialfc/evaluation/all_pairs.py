@@ -20,10 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.figures import Figure, Result, rate_name
-from partialfc.evaluation.groups import cross_group_fmr
-from partialfc.evaluation.intervals import interval_facts, tar_figure
-from partialfc.evaluation.metrics import Scores, allowed_false_accepts
+from partialfc.evaluation.statistics.figures import Figure, Result, rate_name
+from partialfc.evaluation.statistics.groups import cross_group_fmr
+from partialfc.evaluation.statistics.intervals import interval_facts, tar_figure
+from partialfc.evaluation.statistics.metrics import Scores, allowed_false_accepts
 from partialfc.evaluation.verification import failure_to_enrol, with_groups
 from partialfc.similarity import Rows, check_units, count_pairs, largest_pairs, pair_dots
 

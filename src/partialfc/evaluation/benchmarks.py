@@ -36,11 +36,11 @@ from partialfc.data.ijb_files import (
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.data.sources.folder import FolderSource, open_folder
 from partialfc.evaluation.all_pairs import ImageList, evaluate_all_pairs, group_names, read_list
-from partialfc.evaluation.figures import Result
 from partialfc.evaluation.identification import evaluate_gallery, identify_templates
 from partialfc.evaluation.images import Files, JoinedImages, LooseCrops
-from partialfc.evaluation.metrics import Scores
 from partialfc.evaluation.pairs import evaluate_pairs
+from partialfc.evaluation.statistics.figures import Result
+from partialfc.evaluation.statistics.metrics import Scores
 from partialfc.evaluation.templates import template_features, verify_templates
 from partialfc.evaluation.verification import (
     FARS,

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.data.ijb_files import Integers
-from partialfc.evaluation.figures import Figure, Result, rate_name
-from partialfc.evaluation.intervals import fnmr_at, tar_figure
-from partialfc.evaluation.metrics import Scores, is_resolvable
+from partialfc.evaluation.statistics.figures import Figure, Result, rate_name
+from partialfc.evaluation.statistics.intervals import fnmr_at, tar_figure
+from partialfc.evaluation.statistics.metrics import Scores, is_resolvable
 from partialfc.evaluation.templates import rows_of
 from partialfc.evaluation.verification import failure_to_enrol
 from partialfc.model.features import Features

@@ -14,9 +14,9 @@ from torch import Tensor
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import PairSet
 from partialfc.distributed.collectives import all_gather_rows, rank_of, split_evenly, world_size_of
-from partialfc.evaluation.figures import Result
-from partialfc.evaluation.intervals import accuracy_figure
-from partialfc.evaluation.metrics import Scores, fold_accuracy, roc
+from partialfc.evaluation.statistics.figures import Result
+from partialfc.evaluation.statistics.intervals import accuracy_figure
+from partialfc.evaluation.statistics.metrics import Scores, fold_accuracy, roc
 from partialfc.evaluation.verification import verification_facts, verification_figures
 from partialfc.model.embed import embed_batches
 from partialfc.model.files import Model

@@ -13,8 +13,8 @@ from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.benchmarks import Benchmark, open_benchmark
-from partialfc.evaluation.figures import Result
 from partialfc.evaluation.images import JoinedImages
+from partialfc.evaluation.statistics.figures import Result
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import check_images, embed_source
 from partialfc.model.features import Features

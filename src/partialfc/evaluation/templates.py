@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.data.ijb_files import FACES, FaceList, Integers, Members, TemplatePairs
-from partialfc.evaluation.figures import Figure, Result, rate_name
-from partialfc.evaluation.identities import components
-from partialfc.evaluation.intervals import interval_facts, tar_figure
-from partialfc.evaluation.metrics import Scores, allowed_false_accepts
+from partialfc.evaluation.statistics.figures import Figure, Result, rate_name
+from partialfc.evaluation.statistics.identities import components
+from partialfc.evaluation.statistics.intervals import interval_facts, tar_figure
+from partialfc.evaluation.statistics.metrics import Scores, allowed_false_accepts
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _FACES_AT_A_TIME = 512

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.calibration import cllr_figures
-from partialfc.evaluation.figures import Figure, Result, rate_name
-from partialfc.evaluation.groups import group_figures
-from partialfc.evaluation.identities import components
-from partialfc.evaluation.intervals import (
+from partialfc.evaluation.statistics.calibration import cllr_figures
+from partialfc.evaluation.statistics.figures import Figure, Result, rate_name
+from partialfc.evaluation.statistics.groups import group_figures
+from partialfc.evaluation.statistics.identities import components
+from partialfc.evaluation.statistics.intervals import (
     auc_figure,
     eer_figure,
     fnmr_figure,
@@ -23,8 +23,8 @@ from partialfc.evaluation.intervals import (
     why_unresolvable,
     wilson,
 )
-from partialfc.evaluation.metrics import Scores, allowed_false_accepts, threshold_at_far
-from partialfc.evaluation.quality import discard_curve
+from partialfc.evaluation.statistics.metrics import Scores, allowed_false_accepts, threshold_at_far
+from partialfc.evaluation.statistics.quality import discard_curve
 from partialfc.model.features import Features
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

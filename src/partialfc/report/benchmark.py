@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from partialfc.core.errors import InputError
 from partialfc.data.images import data_uri
 from partialfc.data.pair_files import PairSet
-from partialfc.evaluation.metrics import roc
 from partialfc.evaluation.pairs import PairResult
+from partialfc.evaluation.statistics.metrics import roc
 from partialfc.pages.axes import value_format
 from partialfc.pages.plots import histogram, roc_chart
 from partialfc.pages.template import definition_list

@@ -12,8 +12,8 @@ import pytest
 
 from intervals import Gaussian
 from partialfc.core.errors import InputError
-from partialfc.evaluation.metrics import Scores
-from partialfc.evaluation.thresholds import (
+from partialfc.evaluation.statistics.metrics import Scores
+from partialfc.evaluation.statistics.thresholds import (
     NAME,
     apply_thresholds,
     measure_thresholds,

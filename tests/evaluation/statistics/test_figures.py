@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from partialfc.evaluation.figures import COLUMNS, Figure, Result, rate_name, results_table
+from partialfc.evaluation.statistics.figures import COLUMNS, Figure, Result, rate_name, results_table
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.figures import Figure
-from partialfc.evaluation.intervals import fmr_at, fnmr_at
-from partialfc.evaluation.metrics import Scores
+from partialfc.evaluation.statistics.figures import Figure
+from partialfc.evaluation.statistics.intervals import fmr_at, fnmr_at
+from partialfc.evaluation.statistics.metrics import Scores
 
 ALPHA = 0.5  # the weight of FMR beside FNMR in FDR and GARBE
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.figures import Figure
-from partialfc.evaluation.intervals import Z, variance_of_means
-from partialfc.evaluation.metrics import Scores
+from partialfc.evaluation.statistics.figures import Figure
+from partialfc.evaluation.statistics.intervals import Z, variance_of_means
+from partialfc.evaluation.statistics.metrics import Scores
 
 Floats = NDArray[np.float64]
 

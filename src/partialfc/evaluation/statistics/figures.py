@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from partialfc.evaluation.metrics import Scores
+    from partialfc.evaluation.statistics.metrics import Scores
 
 COLUMNS = 80
 _GAP = 2

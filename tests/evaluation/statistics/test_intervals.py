@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 from intervals import MODELS, coverage, ends_of
 from partialfc.core.errors import InputError
-from partialfc.evaluation.figures import Figure
-from partialfc.evaluation.intervals import (
+from partialfc.evaluation.statistics.figures import Figure
+from partialfc.evaluation.statistics.intervals import (
     accuracy_figure,
     auc_figure,
     eer_figure,
@@ -24,7 +24,7 @@ from partialfc.evaluation.intervals import (
     tar_figure,
     wilson,
 )
-from partialfc.evaluation.metrics import Scores, roc, threshold_at_far
+from partialfc.evaluation.statistics.metrics import Scores, roc, threshold_at_far
 
 
 def complete(identities: int, *, shots: int = 5, effect: float = 0.3, seed: int = 0) -> Scores:

@@ -12,8 +12,8 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.calibration import calibrate, cllr, cllr_figures, min_cllr, pool_adjacent_violators
-from partialfc.evaluation.metrics import Scores
+from partialfc.evaluation.statistics.calibration import calibrate, cllr, cllr_figures, min_cllr, pool_adjacent_violators
+from partialfc.evaluation.statistics.metrics import Scores
 
 tied = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=40)
 

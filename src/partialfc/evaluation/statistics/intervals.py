@@ -19,8 +19,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.figures import Figure, rate_name
-from partialfc.evaluation.metrics import Scores, allowed_false_accepts, fold_accuracy, roc_of, threshold_at_far
+from partialfc.evaluation.statistics.figures import Figure, rate_name
+from partialfc.evaluation.statistics.metrics import (
+    Scores,
+    allowed_false_accepts,
+    fold_accuracy,
+    roc_of,
+    threshold_at_far,
+)
 
 Floats = NDArray[np.float64]
 

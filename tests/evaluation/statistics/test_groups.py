@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.groups import (
+from partialfc.evaluation.statistics.groups import (
     cross_group_fmr,
     fairness_discrepancy_rate,
     garbe,
@@ -19,7 +19,7 @@ from partialfc.evaluation.groups import (
     max_mean_ratio,
     max_min_ratio,
 )
-from partialfc.evaluation.metrics import Scores
+from partialfc.evaluation.statistics.metrics import Scores
 
 rates = st.lists(st.floats(0, 1).map(lambda rate: round(rate, 9)), min_size=2, max_size=8)
 

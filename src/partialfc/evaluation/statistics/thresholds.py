@@ -12,10 +12,10 @@ from typing import Any
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
 from partialfc.core.schema import check_schema_version
-from partialfc.evaluation.calibration import Calibration, calibrate
-from partialfc.evaluation.figures import Figure
-from partialfc.evaluation.intervals import fmr_at, fnmr_at, interval_facts, why_unresolvable
-from partialfc.evaluation.metrics import Scores, threshold_at_far
+from partialfc.evaluation.statistics.calibration import Calibration, calibrate
+from partialfc.evaluation.statistics.figures import Figure
+from partialfc.evaluation.statistics.intervals import fmr_at, fnmr_at, interval_facts, why_unresolvable
+from partialfc.evaluation.statistics.metrics import Scores, threshold_at_far
 
 NAME = "thresholds.json"
 SCHEMA_VERSION = 1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.quality import discard_curve
+from partialfc.evaluation.statistics.quality import discard_curve
 
 quality = st.integers(0, 5).map(float)
 

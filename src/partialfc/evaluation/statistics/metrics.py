@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.identities import Identities, number_identities
+from partialfc.evaluation.statistics.identities import Identities, number_identities
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partialfc.evaluation.identities import components, number_identities
+from partialfc.evaluation.statistics.identities import components, number_identities
 
 pairs_of = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.booleans()), min_size=1, max_size=25)
 

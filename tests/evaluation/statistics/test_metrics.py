@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
 from partialfc.core.errors import InputError
-from partialfc.evaluation.metrics import (
+from partialfc.evaluation.statistics.metrics import (
     Floats,
     Scores,
     allowed_false_accepts,

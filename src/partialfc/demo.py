@@ -16,7 +16,7 @@ from partialfc.evaluation.pairs import evaluate_pair_set, evaluate_pairs
 from partialfc.faces.sets import FaceWorld, write_contact_sheet
 from partialfc.model.files import load_model
 from partialfc.report.page import write_report
-from partialfc.training.loop import train
+from partialfc.training.cores import train_on_cores
 from partialfc.training.timing import TrainResult
 
 WORLD = FaceWorld(identities=10_000, shots=8, pairs=6_000, pair_identities=2_000, image_size=64)
@@ -111,7 +111,7 @@ def demo(
         pixels = evaluate_pairs(pixel_embeddings(pairs.images, flip=config.data.flip), pairs.is_same).accuracy
         colors = evaluate_pairs(color_embeddings(pairs.images), pairs.is_same).accuracy
     with timed(seconds, "training"):
-        result = train(config, out / "run", benchmarks={"pairs": data / "pairs.bin"}, resume=True, quiet=quiet)
+        result = train_on_cores(config, out / "run", benchmarks={"pairs": data / "pairs.bin"}, resume=True, quiet=quiet)
     with timed(seconds, "report"):
         best = evaluate_pair_set(load_model(out / "run"), pairs)
         write_report(

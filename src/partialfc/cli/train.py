@@ -11,7 +11,7 @@ from partialfc.cli.parser import add_benchmarks, add_command, named_paths, show
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import launched_rank
 from partialfc.training.build import check_config
-from partialfc.training.loop import train
+from partialfc.training.cores import train_on_cores
 
 
 def add_parser(commands: Any) -> None:
@@ -36,7 +36,7 @@ def run(options: Namespace) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
-    result = train(
+    result = train_on_cores(
         config,
         options.out,
         benchmarks=named_paths(options.benchmark),

@@ -25,6 +25,7 @@ from partialfc.distributed.activity import activity
 from partialfc.distributed.rendezvous import agree_on_session
 
 Group = dist.ProcessGroup
+was_one_of_several = False  # whether this process has ever started a group
 _ERRORS_OF_COLLECTIVES = ("gloo", "nccl", "connection closed by peer")
 
 # torch 2.13 renamed these two and deprecated the names that 2.11 has.
@@ -138,6 +139,8 @@ def process_group(
             f"RANK is {launched_rank()} and WORLD_SIZE {launched_size}, but ranks count from 0: start the processes "
             "with torchrun."
         )
+    global was_one_of_several
+    was_one_of_several = True
     # Beside NCCL, gloo carries host tensors, such as those that ranks agree on a checkpoint with.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:

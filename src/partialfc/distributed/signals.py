@@ -91,13 +91,14 @@ def exit_unsaved(number: int, frame: FrameType | None = None) -> None:
 
 
 def end_process(status: int) -> NoReturn:
-    """End this process, one of several without Python's own shutdown.
+    """End this process: without Python's own shutdown if it was one of several.
 
     Gloo's threads outlive their groups, which DDP never releases. If one of them still frees the tensors of the last
     exchange while Python shuts down, it waits for an interpreter that is gone, and the process aborts after all its
     work is done (pytorch/pytorch#179291).
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    collectives = sys.modules.get("partialfc.distributed.collectives")
+    if collectives is None or not collectives.was_one_of_several:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -52,3 +52,6 @@ def test_a_run_from_before_an_option_is_resumed(tmp_path: Path) -> None:
         train(changed, tmp_path, resume=True, quiet=True)
     train(config_without_saves(), tmp_path, resume=True, quiet=True)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"config\.yaml is missing: restore it"):
+        train(config_without_saves(), tmp_path, resume=True, quiet=True)

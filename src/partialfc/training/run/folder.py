@@ -118,6 +118,8 @@ def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
     if not root.is_dir() or all(path.name == LOCK for path in root.iterdir()):
         return
     if not folder.config.is_file():
+        if folder.checkpoints.exists():
+            raise InputError(f"{folder.config} is missing: restore it from a copy, or give another folder with --out.")
         raise InputError(f"{root} is not empty and holds no run: give another folder with --out.")
     has_metrics = folder.metrics.is_file() and folder.metrics.stat().st_size > 0
     if not folder.checkpoints.exists() and not has_metrics:

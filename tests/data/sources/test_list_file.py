@@ -44,6 +44,15 @@ def test_loose_images(images: Path, place: str) -> None:
         source.read(2)
 
 
+def test_a_list_of_windows(images: Path) -> None:
+    source = open_source(written(images / "a.lst", "0\t0\tfaces\\0\\ü.png", "1\t1\tfaces\\1\\ü.png"))
+    assert [source.read(index).encoded for index in range(2)] == [png(0), png(1)]
+    (images / "faces\\0").mkdir()  # here a backslash may belong to a name
+    (images / "faces\\0" / "x.png").write_bytes(png(5))
+    source = open_source(written(images / "b.lst", "0\t0\tfaces\\0/x.png"))
+    assert source.read(0).encoded == png(5)
+
+
 def test_the_real_list_names_the_labels_of_the_records(copy_of: Callable[[Path], Path], im2rec: Path) -> None:
     folder = copy_of(im2rec)
     assert open_source(folder / "train.lst").labels().tolist() == open_source(folder).labels().tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from mmap import mmap
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +47,11 @@ class ListSource:
                     files.append(file)
         if not files:
             raise InputError(f"{path} lists no images: is it the right file?")
-        self._files, self._labels = pack(files), np.array(labels, np.int64)
-        folders = [path.parent, path.parent / os.pardir]
         probes = files[:: max(1, len(files) // _PROBES)]
-        found = [sum((folder / probe).is_file() for probe in probes) for folder in folders]
-        self._folder = folders[found.index(max(found))]
+        if any("\\" in probe for probe in probes) and not _found(path, probes)[0]:  # a list written on Windows
+            files, probes = ([name.replace("\\", "/") for name in names] for names in (files, probes))
+        self._folder = _found(path, probes)[1]
+        self._files, self._labels = pack(files), np.array(labels, np.int64)
         self.num_classes: int = num_classes or int(self._labels.max()) + 1
 
     def __len__(self) -> int:
@@ -76,6 +77,12 @@ class ListSource:
     def order(self) -> list[bytes | mmap]:
         """What tells the samples apart: the names of the files, and the labels."""
         return [self._files.block, self._labels.tobytes()]
+
+
+def _found(path: Path, probes: list[str]) -> tuple[int, Path]:
+    """How many of the images exist relative to the folder of the list or its parent, whichever has more, and which."""
+    folders = (path.parent, path.parent / os.pardir)
+    return max(((sum((folder / probe).is_file() for probe in probes), folder) for folder in folders), key=itemgetter(0))
 
 
 def _parse(line: bytes, name: str) -> tuple[int, str]:

@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests of one file run in one process, so that what a file prepares is prepared once.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo check test coverage lint types docs faults bench-check clean
+.PHONY: help install demo check test coverage lint types docs faults bench-check studies-small clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -55,6 +55,9 @@ bench-check: .venv/core  ## compare the speed of head, sampler and loader with B
 
 docs: .venv/docs  ## build the site of the documentation in docs/_build/html
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
+studies-small: .venv/dev  ## run every study at toy size (about 15 minutes on 2 cores)
+	$(BIN)/python studies/all.py small --work runs/studies-small
 
 clean:  ## remove the environment, the runs and the site
 	rm -rf .venv runs docs/_build

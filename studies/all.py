@@ -1,0 +1,76 @@
+"""All studies: at toy size, to see that they run; and their pages with an index.
+
+python studies/all.py small --work runs/studies-small
+python studies/all.py pages
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import conflicts
+import flips
+import rates
+import tails
+from study import DATA, PAGES, RESULTS, Row, Study, compare, page, run
+
+STUDIES = (rates.STUDY, conflicts.STUDY, flips.STUDY, tails.STUDY)
+
+HEAD = """
+# Studies: the claims of the paper, tested
+
+Each study says before its first run what is varied and what would count as confirmed; the programs,
+the results and the pages are in the repository, and anyone can repeat them on two cores. The data
+are characters in fonts (`examples/characters`), real images with a real tail, and [procedural
+faces](../procedural-faces.md), where everything is under control. Verdicts follow one rule: the 95
+% interval of the difference, paired by seed, lies wholly on the claimed side, wholly on the other,
+or across.
+"""
+
+
+def index(studies: Sequence[Study], results: Path) -> str:
+    """The page with all claims and verdicts."""
+    lines = [*HEAD.strip().splitlines(), ""]
+    for study in studies:
+        path = results / f"{study.name}.json"
+        rows: list[Row] = json.loads(path.read_text())["runs"] if path.exists() else []
+        lines += [f"## [{study.title}]({study.name}.md)" if rows else f"## {study.title}", ""]
+        lines += [f"| claim | {' | '.join(DATA)} |", "|---" * (1 + len(DATA)) + "|"]
+        for claim in study.claims:
+            cells = []
+            for data in DATA:
+                difference, verdict = compare(rows, data, claim)
+                cells.append(verdict if verdict == "not run in full" else f"{verdict} ({difference})")
+            lines.append(f"| {claim.text} | {' | '.join(cells)} |")
+        lines.append("")
+        done = [data for data in DATA if any(row["data"] == data for row in rows)]
+        lines += [f"![{study.title}, {data}]({study.name}-{data}.svg)" for data in done] + [""] * bool(done)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    small = commands.add_parser("small", help="one seed of each study as a toy")
+    small.add_argument("--work", type=Path, required=True, help="folder of data, runs and pages")
+    small.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    commands.add_parser("pages", help="write docs/studies from the results")
+    options = parser.parse_args()
+    if options.command == "pages":
+        results, pages = RESULTS, PAGES
+    else:
+        results = pages = options.work
+        for study in STUDIES:
+            run(study, options.work, results / f"{study.name}.json", small=True, minutes=15, only=options.data)
+    for study in STUDIES:
+        if (results / f"{study.name}.json").exists():
+            page(study, results / f"{study.name}.json", pages)
+    pages.mkdir(parents=True, exist_ok=True)
+    (pages / "index.md").write_text(index(STUDIES, results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

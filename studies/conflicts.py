@@ -1,0 +1,100 @@
+"""Identities under several labels: does the sampled head, and PFC* with its threshold, suffer less from them?
+
+python studies/conflicts.py run --work runs/studies
+python studies/conflicts.py page
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from sets import Prepared
+from study import Arm, Claim, Study, main
+
+from partialfc.checkpoint.read import steps_in
+from partialfc.data.images import decode_image
+from partialfc.data.sources import open_source
+from partialfc.head.files import load_head
+from partialfc.model.embed import embed
+from partialfc.model.files import load_model
+
+PLAN = """
+Every identity is cut into three labels, in the manner of the paper's WebFace12M-Conflict, and the
+small network trains on the cut set with all classes, with a tenth of them (PFC), and with a tenth and
+a threshold above which a negative is left out (PFC*). The last arm trains on the set before it was
+cut. "Highest cosine of a center" is the mean over all centers of the cosine to the nearest other: two
+labels of one identity pull their centers together where nothing keeps them apart. "Left out" is the
+share of negatives that the threshold drops at the end of the training, and "rightly" the share of
+these that are the same identity.
+"""
+CUT = {"kind": "conflict", "fraction": 1.0, "parts": 3}
+_SHOWN = 2048  # training images that tell what the threshold leaves out
+
+
+def measure(run: Path, prepared: Prepared, arm: Arm) -> dict[str, float]:
+    """How close the centers are, what a threshold of the arm leaves out, and how much of that is right."""
+    checkpoints = run / "checkpoints"
+    head = load_head(checkpoints / f"step-{steps_in(checkpoints)[-1]:08d}")
+    centers = torch.nn.functional.normalize(head.centers.detach().float(), dim=1)
+    nearest = [(centers[rows] @ centers.T).topk(2).values[:, 1] for rows in torch.arange(len(centers)).split(2048)]
+    figures = {"center cosine": torch.cat(nearest).mean().item()}
+    threshold = arm.values.get("head.conflict_threshold")
+    if threshold is None:
+        return figures
+    cut = prepared.damaged(CUT)
+    source = open_source(prepared.config.data.path, overlay=cut / "data.overlay")
+    with np.load(cut / "truth.npz", allow_pickle=False) as truth:
+        identity = np.arange(len(centers))
+        identity[truth["classes"]] = truth["classes"][:, :1]
+    samples = [source.read(index) for index in range(0, len(source), max(1, len(source) // _SHOWN))]
+    images = np.stack([decode_image(sample.encoded) for sample in samples])
+    labels = np.array([sample.label for sample in samples])
+    rows = torch.nn.functional.normalize(embed(load_model(run), images, flip=False), dim=1)
+    left_out = (rows @ centers.T > threshold).numpy()
+    left_out[np.arange(len(labels)), labels] = False
+    rightly = left_out & (identity[labels][:, None] == identity[None])
+    figures["left out"] = float(left_out.mean())
+    if left_out.any():
+        figures["rightly left out"] = float(rightly.sum() / left_out.sum())
+    return figures
+
+
+STUDY = Study(
+    name="conflicts",
+    title="One identity under several labels",
+    plan=PLAN,
+    arms={
+        "all classes": Arm({"head.sample_rate": 1.0}, CUT),
+        "PFC 0.1": Arm({}, CUT),
+        **{
+            f"PFC* 0.1, above {cosine}": Arm({"head.conflict_threshold": cosine}, CUT)
+            for cosine in (0.2, 0.3, 0.4, 0.5)
+        },
+        "PFC 0.1, not cut": Arm({}),
+    },
+    figures={
+        "test rank-1": "rank-1",
+        "pairs accuracy": "accuracy of pairs",
+        "center cosine": "highest cosine of a center",
+        "left out": "left out",
+        "rightly left out": "rightly",
+    },
+    claims=[
+        Claim("PFC suffers less than all classes", "PFC 0.1", "all classes", "test rank-1"),
+        Claim("PFC* suffers less than PFC", "PFC* 0.1, above 0.4", "PFC 0.1", "test rank-1"),
+        Claim("PFC* suffers less than all classes", "PFC* 0.1, above 0.4", "all classes", "test rank-1"),
+        Claim(
+            "PFC* loses less than 2 points to a set without conflicts",
+            "PFC* 0.1, above 0.4",
+            "PFC 0.1, not cut",
+            "test rank-1",
+            by=-0.02,
+        ),
+    ],
+    measure=measure,
+)
+
+if __name__ == "__main__":
+    main(STUDY)

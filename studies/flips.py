@@ -1,0 +1,48 @@
+"""Wrong labels: does the sampled head suffer less from them?
+
+python studies/flips.py run --work runs/studies
+python studies/flips.py page
+"""
+
+from __future__ import annotations
+
+from study import Arm, Claim, Study, main
+
+PLAN = """
+A share of the labels is replaced by those of other classes, drawn uniformly, and the small network
+trains with all classes, with a tenth of them (PFC), and with a tenth and the threshold 0.4 (PFC*). The
+paper finds that the sampled head suffers less, the more labels are wrong, and PFC* least.
+"""
+HEADS = {
+    "all classes": {"head.sample_rate": 1.0},
+    "PFC 0.1": {},
+    "PFC* 0.1": {"head.conflict_threshold": 0.4},
+}
+SHARES = (0.0, 0.1, 0.2, 0.4)
+
+
+def _name(head: str, share: float) -> str:
+    return f"{head}, {share:.0%} wrong"
+
+
+STUDY = Study(
+    name="flips",
+    title="Wrong labels",
+    plan=PLAN,
+    arms={
+        _name(head, share): Arm(values, {"kind": "flip", "fraction": share} if share else None)
+        for share in SHARES
+        for head, values in HEADS.items()
+    },
+    figures={"test rank-1": "rank-1", "pairs accuracy": "accuracy of pairs"},
+    claims=[
+        Claim(
+            f"{one} suffers less than {other} from {share:.0%}", _name(one, share), _name(other, share), "test rank-1"
+        )
+        for share in SHARES[1:]
+        for one, other in (("PFC 0.1", "all classes"), ("PFC* 0.1", "PFC 0.1"))
+    ],
+)
+
+if __name__ == "__main__":
+    main(STUDY)

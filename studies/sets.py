@@ -1,0 +1,110 @@
+"""The data sets of the studies: characters in fonts, and procedural faces; a toy of each in seconds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from partialfc.config.options import TrainConfig
+from partialfc.config.recipes import RECIPES
+from partialfc.data.corrupt import corrupt
+from partialfc.faces.sets import write_pair_set, write_training_set
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "characters"))
+import characters as example
+
+FONTS = ["seto", "wqy"]  # of the test, where they are installed
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set on disk.
+
+    Attributes:
+        folder: of the set; damaged variants of it stand beside it.
+        config: of every run on it; an arm changes values of it.
+        benchmarks: paths by name, as `partialfc evaluate` takes them.
+        facts: what the page says about the data.
+    """
+
+    folder: Path
+    config: TrainConfig
+    benchmarks: Mapping[str, Path]
+    facts: str
+
+    def damaged(self, damage: Values) -> Path:
+        """The folder of the training set after `corrupt` with these arguments, made if it is not there."""
+        name = "-".join(str(value) for value in damage.values())
+        folder = self.folder.with_name(f"{self.folder.name}-{name}")
+        if not folder.exists():
+            corrupt(self.config.data.path, folder, **damage)
+        return folder
+
+
+def small_network(epochs: float, *, data: Path, **values: Any) -> TrainConfig:
+    """The network and the optimizer of the demo in float32, without the evaluations and checkpoints on the way."""
+    recipe = RECIPES["demo"]
+    config = replace(
+        recipe,
+        precision="float32",
+        device="cpu",
+        data=replace(recipe.data, path=str(data), workers=0),
+        head=replace(recipe.head, scale=24.0, margin_value=0.2),
+        schedule=replace(recipe.schedule, epochs=epochs, warmup_epochs=epochs / 15),
+        output=replace(recipe.output, evaluate_every=0, checkpoint_minutes=5, log_every=20),
+    )
+    return config.with_values(values)
+
+
+def characters(folder: Path, small: bool) -> Prepared:
+    """Characters with at least six drawings, and 30 % of those that can be tested for the test."""
+    data = folder / "set"
+    if not data.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fonts = [path for path in example.FONT_FOLDERS if path.is_dir()]
+        names = [name for name in FONTS if any(name in file.name.lower() for path in fonts for file in path.rglob("*"))]
+        options = {"out": data, "fonts": fonts, "ranges": list(example.IDEOGRAPHS), "size": 32, "seed": 0}
+        options |= {"most": 1500 if small else 14_000, "fewest": 6, "test_share": 0.3}
+        example.make(argparse.Namespace(**options, test_fonts=names, quiet=False))
+    found = json.loads((data / "characters.json").read_text())
+    facts = (
+        f"{found['classes']:,} characters with {found['images']:,} drawings in {len(found['fonts'])} fonts; the test "
+        f"has {found['test_characters']:,} other characters, each probe in a font that no training image shows."
+    )
+    config = small_network(0.5 if small else 10, data=data / "train", **{"data.flip": False})
+    benchmarks = {"test": data / "test", "pairs": data / "pairs" / "nearest_same_font.bin"}
+    return Prepared(data, config, benchmarks, facts)
+
+
+def faces(folder: Path, small: bool) -> Prepared:
+    """Procedural faces with nine images an identity."""
+    data, shots, size = folder / "set", 9, 48
+    identities, tested = (200, 40) if small else (4000, 1000)
+    if not data.exists():
+        work = folder / "unfinished"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_training_set(work / "train", identities=range(identities), shots=shots, size=size, quiet=False)
+        others = range(identities, identities + tested)
+        write_training_set(work / "people", identities=others, shots=4, size=size, layout="folder", quiet=False)
+        for person in sorted(path for path in (work / "people").iterdir() if path.is_dir()):
+            for number, image in enumerate(sorted(person.iterdir())):
+                place = work / "test" / ("probe" if number else "gallery") / person.name
+                place.mkdir(parents=True, exist_ok=True)
+                image.rename(place / image.name)
+        pairs = 30 * tested // 20 * 20
+        write_pair_set(work / "pairs.bin", identities=others, pairs=pairs, size=size, quiet=False)
+        work.rename(data)
+    facts = (
+        f"{identities:,} procedural identities with {shots} images of {size} pixels each; the test has {tested:,} "
+        "other identities, one image of each in the gallery and three probes."
+    )
+    config = small_network(0.5 if small else 10, data=data / "train")
+    return Prepared(data, config, {"test": data / "test", "pairs": data / "pairs.bin"}, facts)

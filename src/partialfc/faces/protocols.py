@@ -37,21 +37,24 @@ _SHOTS_OF_A_PART = 1000  # or fewer: parts of one person have different images
 _LOOSE = 1.4  # side of a loose crop over that of the aligned face: the eyes are as far apart in both
 
 USUAL = FaceSettings()
-FRONTAL = FaceSettings(yaw=6.0, pitch=6.0)
-PROFILE = FaceSettings(yaw=5.0, pitch=6.0, turn=40.0)
-YOUNG = FaceSettings(age=0.3, shifts=(("age", -2.0),))
-OLD = FaceSettings(age=0.3, shifts=(("age", 2.5),))
+BARE = FaceSettings(mask=0.0)
 MASKED = FaceSettings(mask=1.0)
-CHILD = FaceSettings(
+FRONTAL = replace(BARE, yaw=6.0, pitch=6.0)
+PROFILE = replace(BARE, yaw=5.0, pitch=6.0, turn=40.0)
+YOUNG = replace(BARE, age=0.3, shifts=(("age", -2.0),))
+OLD = replace(BARE, age=0.3, shifts=(("age", 2.5),))
+CHILD = replace(
+    BARE,
     shifts=(
         ("head_height", -1.2), ("forehead", 1.5), ("cheek", 2.0), ("cheekbone", -1.2), ("jaw_width", -1.5),
         ("chin_length", -2.0), ("chin_forward", -1.5), ("eye_size", 1.8), ("eye_open", 1.0), ("iris_size", 1.5),
         ("eye_bag", -1.5), ("brow_thick", -1.2), ("brow_ridge", -2.0), ("nose_length", -1.8), ("nose_bridge", -1.5),
         ("nose_tip", -1.0), ("nose_tip_up", 1.2), ("nose_hump", -1.5), ("mouth_width", -1.2), ("fold", -2.0),
         ("brow_line", -2.0), ("age", -2.0), ("beard", -5.0),
-    )
+    ),
 )  # fmt: skip
-WILD = FaceSettings(yaw=24.0, pitch=11.0, blur=1.3)
+WILD = replace(BARE, yaw=24.0, pitch=11.0, blur=1.3)
+OCCLUDED = replace(WILD, glasses=0.3, mask=0.08)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +81,8 @@ class PairTwin(Twin):
     """Verification pairs in a `.bin` file; the first and the second image of each have settings of their own."""
 
     pairs: int
-    first: FaceSettings = USUAL
-    second: FaceSettings = USUAL
+    first: FaceSettings = BARE
+    second: FaceSettings = BARE
 
     def write(self, folder: Path, name: str, *, quiet: bool) -> str:
         """As `Twin.write`: NAME.bin."""
@@ -234,10 +237,10 @@ PROTOCOLS: dict[str, Twin] = {
     "cfp_fp": PairTwin(identities=500, pairs=7000, first=FRONTAL, second=PROFILE),
     "agedb_30": PairTwin(identities=570, pairs=6000, first=YOUNG, second=OLD),
     "ijbb": TemplateTwin(identities=300, galleries=("S1", "S2")),
-    "ijbc": TemplateTwin(identities=600, galleries=("G1", "G2"), settings=replace(WILD, glasses=0.3, mask=0.08)),
+    "ijbc": TemplateTwin(identities=600, galleries=("G1", "G2"), settings=OCCLUDED),
     "mfr": PartsTwin(
         identities=1000,
-        parts={"bare": Part(0, 1, 6), MASK: Part(0, 1, 1, MASKED), CHILDREN: Part(1, 0.2, 6, CHILD)},
+        parts={"bare": Part(0, 1, 6, BARE), MASK: Part(0, 1, 1, MASKED), CHILDREN: Part(1, 0.2, 6, CHILD)},
         listed=True,
     ),
     "gallery": PartsTwin(

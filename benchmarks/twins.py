@@ -4,7 +4,8 @@
 
 DEMO is the folder of `partialfc demo`. In DIR stand afterwards the twins in the benchmarks' own files, a model trained
 as the demo's without the people of one of the four groups, and results.json of both models; what is there already is
-kept. All of it is done by commands as a user would give them. --write puts the tables into docs/results/twins.md.
+kept. All of it is done by commands as a user would give them. --write puts the tables into docs/results/twins.md, and a
+picture of the parts into docs/images.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
-from documents import items, write_between
+from documents import DOCS, items, write_between
 from partialfc.bench.machine import describe
 from partialfc.data.sources import open_source
 from partialfc.data.sources.overlay import DROPPED, decide, write_overlay
+from partialfc.faces import protocols
 from partialfc.faces.protocols import PROTOCOLS
+from partialfc.faces.render import render_faces
 
 LACKING = 3  # the group on which the second model is not trained
 GROUPS = 4
+PICTURED = [(2_000_001, 2), (2_000_002, 3), (2_000_003, 2), (2_000_006, 0)]  # people and shots
 PAIRS = ("accuracy", "tar@far=1e-3")
 TEMPLATES = ("tar@far=1e-4", "tar@far=1e-3", "rank-1", "tpir@fpir=0.01")
 FIGURES = {
@@ -53,12 +59,14 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     models = [options.demo / "run", options.out / "lacking"]
+    twins = write_twins(options.out, options.demo)
     train_lacking(options.demo / "data" / "train", models[1])
-    results = evaluate(models, write_twins(options.out, options.demo), options.out)
+    results = evaluate(models, twins, options.out)
     whole, lacking = (results[str(model)]["benchmarks"] for model in models)
     lines = [hardware(), "", *figures_table(whole), "", *directions_list(whole), "", *groups_table(whole, lacking)]
     print("\n".join(lines))
     if options.write:
+        write_picture(DOCS / "images" / "protocols.jpg")
         write_between("results/twins.md", "benchmarks/twins.py", lines)
 
 
@@ -149,6 +157,14 @@ def groups_table(whole: dict[str, Any], lacking: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"| {part} | {' | '.join(cells)} |")
     return lines
+
+
+def write_picture(path: Path) -> None:
+    """Four people, a row each, as the parts of the protocols show them."""
+    settings = (protocols.BARE, protocols.PROFILE, protocols.YOUNG, protocols.OLD, protocols.CHILD, protocols.MASKED)
+    people, shots = torch.tensor(PICTURED).T.contiguous()
+    columns = [render_faces(0, people, shots, settings=one).images for one in settings]
+    Image.fromarray(torch.cat(columns, dim=2).flatten(0, 1).numpy()).save(path, quality=88)
 
 
 if __name__ == "__main__":

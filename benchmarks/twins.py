@@ -58,11 +58,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write docs/results/twins.md")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    models = [options.demo / "run", options.out / "lacking"]
-    twins = write_twins(options.out, options.demo)
-    train_lacking(options.demo / "data" / "train", models[1])
-    results = evaluate(models, twins, options.out)
-    whole, lacking = (results[str(model)]["benchmarks"] for model in models)
+    paths = write_twins(options.out, options.demo)
+    whole = evaluate(options.demo / "run", paths, options.out / "results")
+    train_lacking(options.demo / "data" / "train", options.out / "lacking")
+    lacking = evaluate(options.out / "lacking", {"mfr": paths["mfr"]}, options.out / "results-lacking")
     lines = [hardware(), "", *figures_table(whole), "", *directions_list(whole), "", *groups_table(whole, lacking)]
     print("\n".join(lines))
     if options.write:
@@ -98,14 +97,13 @@ def train_lacking(data: Path, run: Path) -> None:
     command("train", data, "--recipe", "demo", "--data.overlay", overlay, "--benchmark", pairs, "--out", run, *resume)
 
 
-def evaluate(models: list[Path], benchmarks: dict[str, Path], out: Path) -> dict[str, Any]:
-    """The results of all twins by model."""
-    results = out / "results" / "results.json"
-    if not results.exists():
+def evaluate(model: Path, benchmarks: dict[str, Path], out: Path) -> dict[str, Any]:
+    """The results of a model by the name of the twin."""
+    if not (out / "results.json").exists():
         pairs = [f"{name}={path}" for name, path in benchmarks.items()]
-        command("evaluate", *models, "--benchmark", *pairs, "--out", results.parent)
-    content: dict[str, Any] = json.loads(results.read_text())
-    return content["models"]
+        command("evaluate", model, "--benchmark", *pairs, "--out", out)
+    content: dict[str, Any] = json.loads((out / "results.json").read_text())["benchmarks"]
+    return content
 
 
 def hardware() -> str:

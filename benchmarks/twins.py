@@ -85,16 +85,14 @@ def write_twins(out: Path, demo: Path) -> dict[str, Path]:
 
 
 def train_lacking(data: Path, run: Path) -> None:
-    """Train as the demo does, on its set without one group, as an overlay says."""
-    if (run / "model" / "best").exists():
-        return
+    """Train as the demo does, on its set without one group, as an overlay says; or go on with that."""
     source = open_source(data)
     dropped = np.flatnonzero(source.labels() % GROUPS == LACKING)
     overlay = run.with_suffix(".overlay")
     write_overlay(overlay, decide(source, dropped, np.full(len(dropped), DROPPED)))
     pairs = data.parent / "pairs.bin"
-    resume = ["--resume"] if run.exists() else []
-    command("train", data, "--recipe", "demo", "--data.overlay", overlay, "--benchmark", pairs, "--out", run, *resume)
+    recipe = ["--recipe", "demo", "--data.overlay", overlay]
+    command("train", data, *recipe, "--benchmark", pairs, "--out", run, "--resume")
 
 
 def evaluate(model: Path, benchmarks: dict[str, Path], out: Path) -> dict[str, Any]:

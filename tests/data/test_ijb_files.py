@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from partialfc.data.ijb_files import (
     read_members,
     read_probes,
     read_template_pairs,
+    write_ijb,
 )
 
 PAIRS, MEDIA, FACES = "ijbx_template_pair_label.txt", "ijbx_face_tid_mid.txt", "ijbx_name_5pts_score.txt"
@@ -177,3 +179,28 @@ def test_a_bad_list_of_subjects(tmp_path: Path, lines: str, message: str) -> Non
     (tmp_path / "ijbx_1N_probe_mixed.csv").write_text("TEMPLATE_ID,SUBJECT_ID\n" + lines)
     with pytest.raises(InputError, match=message):
         read_probes(tmp_path)
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    data = random_set(2)
+    write_set(tmp_path / "first", data)
+    write_identification(tmp_path / "first", data)
+
+    def read(folder: Path) -> list[Any]:
+        faces = read_faces(folder)
+        return [
+            faces,
+            read_members(folder, faces),
+            read_template_pairs(folder),
+            read_galleries(folder),
+            read_probes(folder),
+        ]
+
+    first = read(tmp_path / "first")
+    (tmp_path / "again").mkdir()
+    write_ijb(tmp_path / "again", "ijbx", *first)
+    again = read(tmp_path / "again")
+    for one, other in zip(first[:3], again[:3], strict=True):
+        for name, values in vars(one).items():
+            np.testing.assert_array_equal(getattr(other, name), values)
+    assert first[3:] == again[3:]

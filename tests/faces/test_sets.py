@@ -128,7 +128,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return encode_jpeg(image, quality)
 
-    monkeypatch.setattr("partialfc.faces.sets.encode_jpeg", encode_some)
+    monkeypatch.setattr("partialfc.faces.encode.encode_jpeg", encode_some)
     with pytest.raises(KeyboardInterrupt):
         write_training_set(tmp_path / "set", identities=range(300), shots=1, size=16, workers=0)
     with pytest.raises(KeyboardInterrupt):

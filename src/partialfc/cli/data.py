@@ -7,14 +7,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from partialfc.cli.parser import add_command, add_commands, facts_text, show
+from partialfc.cli.parser import Parser, add_command, add_commands, facts_text, show
 from partialfc.core.console import Progress
+from partialfc.core.errors import InputError
 from partialfc.data.convert import TargetName, convert
 from partialfc.data.corrupt import FRACTIONS, Kind, corrupt
 from partialfc.data.inspect import inspect
 from partialfc.data.inspect_page import write_augmented, write_page
 from partialfc.data.make_pairs import write_chosen_pairs
 from partialfc.data.sources import open_source
+from partialfc.faces.protocols import PROTOCOLS, write_protocol
 from partialfc.faces.sets import FaceWorld, Layout
 
 _WHAT = "Look at data sets, and write new ones."
@@ -53,20 +55,29 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--pairs", type=int, metavar="N", default=6000, help="pairs, half of them genuine")
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="the pairs are a function of it")
 
-    parser = add_command(commands, "faces", run_faces)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for train/ and pairs.bin")
+    _add_faces(add_command(commands, "faces", run_faces))
+
+
+def _add_faces(parser: Parser) -> None:
+    help_ = "new folder, for train/ and pairs.bin or for the set of the protocol"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help=help_)
+    help_ = "instead, a set in the files of this benchmark, of people on whom nothing is trained"
+    parser.add_argument("--protocol", choices=PROTOCOLS, help=help_)
     for name, sentence in {
-        "identities": "people of the training set",
-        "shots": "images of each",
+        "identities": "people of the training set or of the protocol",
+        "shots": "images of each in the training set",
         "pairs": "test pairs, half of them genuine, a multiple of 20",
         "pair-identities": "other people, of the pairs alone",
         "image-size": "side of the images in pixels",
         "seed": "the images are a function of it",
+        "accessory-sets": "sets of hairstyle, glasses, mask and clothes of each person; 0 draws them for each image",
     }.items():
         default = getattr(FaceWorld, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=sentence)
-    layouts, default = get_args(Layout), FaceWorld.layout
-    parser.add_argument("--layout", choices=layouts, default=default, help="format of the training set")
+        of_protocol = " or the protocol's" if name in ("identities", "pairs") else ""
+        help_ = f"{sentence} (default: {default}{of_protocol})"
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=help_)
+    help_ = f"format of the training set (default: {FaceWorld.layout})"
+    parser.add_argument("--layout", choices=get_args(Layout), help=help_)
 
 
 def run_inspect(options: Namespace) -> None:
@@ -117,7 +128,17 @@ def run_pairs(options: Namespace) -> None:
 
 
 def run_faces(options: Namespace) -> None:
-    """Write procedural faces: a training set, and pairs of other identities."""
-    world = FaceWorld(**{field.name: getattr(options, field.name) for field in fields(FaceWorld)})
-    facts = world.write(options.out, quiet=options.json)
+    """Write procedural faces: a training set and pairs of other identities, or a set in the files of a benchmark."""
+    given = {field.name: getattr(options, field.name) for field in fields(FaceWorld)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.protocol is None:
+        facts = FaceWorld(**given).write(options.out, quiet=options.json)
+    else:
+        of_protocol = {field.name for field in fields(PROTOCOLS[options.protocol])} & {*vars(options)}
+        for name in given:
+            if name not in of_protocol:
+                takes = ", ".join(f"--{one.replace('_', '-')}" for one in sorted(of_protocol))
+                name = name.replace("_", "-")
+                raise InputError(f"--{name} does not fit the protocol {options.protocol}, which takes {takes}.")
+        facts = write_protocol(options.protocol, options.out, quiet=options.json, **given)
     show(options, facts, facts_text(facts))

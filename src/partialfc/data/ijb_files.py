@@ -14,6 +14,7 @@ import csv
 import os
 from array import array
 from codecs import BOM_UTF8
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,3 +250,40 @@ def _read_subjects(path: Path) -> dict[int, int]:
     if not subjects:
         raise InputError(f"{path} is empty: its lines must be “template,subject”, after a header line.")
     return subjects
+
+
+def write_ijb(
+    folder: Path,
+    prefix: str,
+    faces: FaceList,
+    members: Members,
+    pairs: TemplatePairs,
+    galleries: Mapping[str, Mapping[int, int]],
+    probes: Mapping[int, int],
+) -> None:
+    """Write all meta files, in `folder/meta`, which must not exist; the images belong into `folder/loose_crop`.
+
+    Args:
+        prefix: of the names of the files: "ijbb" or "ijbc".
+        galleries, probes: what `read_galleries` and `read_probes` read.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    meta = folder / "meta"
+    meta.mkdir()
+
+    def write(pattern: str, lines: Iterable[str]) -> None:
+        with (meta / pattern.replace("*", prefix, 1)).open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    points = (" ".join(f"{value:.3f}" for value in row) for row in faces.landmarks.reshape(-1, 10).tolist())
+    rows = zip(faces.names, points, faces.detector_scores.tolist(), strict=True)
+    write(FACES, (f"{name} {five} {score:.4f}" for name, five, score in rows))
+    rows_of_media = zip(members.faces.tolist(), members.templates.tolist(), members.media.tolist(), strict=True)
+    write(MEDIA, (f"{faces.names[face]} {template} {media}" for face, template, media in rows_of_media))
+    columns = zip(pairs.left.tolist(), pairs.right.tolist(), pairs.is_same.tolist(), strict=True)
+    write(PAIRS, (f"{left} {right} {int(same)}" for left, right, same in columns))
+    lists = {GALLERIES.replace("gallery_*", f"gallery_{name}"): gallery for name, gallery in galleries.items()}
+    for pattern, subjects in (lists | {PROBES: probes}).items():
+        write(pattern, ["TEMPLATE_ID,SUBJECT_ID", *(f"{template},{subject}" for template, subject in subjects.items())])

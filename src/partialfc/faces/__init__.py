@@ -11,5 +11,7 @@ A module imports only from those before it:
     paint        albedo of skin, eyes, brows, nose, mouth, beard; on it stand hair and accessories (glasses, mask)
     background   the scene behind the head
     render       `render_faces`: all of the above, in batches
+    encode       images as JPEG files, rendered by several processes
     sets         training sets, verification pairs and contact sheets as files
+    protocols    twins of the published benchmarks, in the files of those
 """

@@ -57,6 +57,7 @@ def make_camera(nuisance: Named, settings: FaceSettings) -> Camera:
         return (nuisance[name] * deviation).clamp(-2 * deviation, 2 * deviation) * degrees
 
     yaw, pitch, roll = angle("yaw", settings.yaw), angle("pitch", settings.pitch), angle("roll", settings.roll)
+    yaw = yaw + torch.sign(yaw) * (settings.turn * degrees)
     zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
     cos, sin = torch.cos, torch.sin
     turn = [cos(yaw), zero, sin(yaw), zero, one, zero, -sin(yaw), zero, cos(yaw)]
@@ -81,18 +82,27 @@ def framing(landmarks: Tensor, keys: Tensor, seed: int, size: int, settings: Fac
         aligned: True puts detected landmarks, the true ones with an error, on the template. False frames the whole
             head loosely.
     """
-    counters = keys[:, None] + torch.arange(14, device=keys.device)
-    draws = keyed_random.normal(derive_key(seed, "face detector"), counters).clamp(-2.4, 2.4).float()
     if aligned:
         eyes = (landmarks[:, 1] - landmarks[:, 0]).square().sum(1).sqrt()
-        error = draws[:, :10].view(-1, 5, 2) * (settings.detector * 0.55)
-        return similarity_transform(landmarks + error * eyes[:, None, None].clamp_min(0.35), scaled_template(size))
+        error = detector_error(seed, keys, settings) * eyes[:, None, None].clamp_min(0.35)
+        return similarity_transform(landmarks + error, scaled_template(size))
+    draws = _detector_draws(seed, keys)
     scale = torch.exp(0.10 * draws[:, 10]) * size / 3.4
     angle = draws[:, 11] * 0.03
     cosine, sine = scale * torch.cos(angle), scale * torch.sin(angle)
     middle = (size - 1) / 2
     shift_x, shift_y = middle + 0.03 * size * draws[:, 12], middle + (0.03 * draws[:, 13] - 0.04) * size
     return torch.stack([cosine, -sine, shift_x, sine, cosine, shift_y], dim=1).view(-1, 2, 3)
+
+
+def detector_error(seed: int, keys: Tensor, settings: FaceSettings) -> Tensor:
+    """What a simulated detector is wrong by at each landmark, in distances between the eyes: float32 (N, 5, 2)."""
+    return _detector_draws(seed, keys)[:, :10].view(-1, 5, 2) * (settings.detector * 0.55)
+
+
+def _detector_draws(seed: int, keys: Tensor) -> Tensor:
+    counters = keys[:, None] + torch.arange(14, device=keys.device)
+    return keyed_random.normal(derive_key(seed, "face detector"), counters).clamp(-2.4, 2.4).float()
 
 
 def pixels_on_plane(matrices: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,6 +29,13 @@ _UNIFORMS: tuple[str, ...] = (
     "noise_power", "back_x", "back_y", "back_tone", "back_hue", "back_tone_2", "back_hue_2", "back_scale", "cloth_tone",
     "cloth_hue", "flash", "ground", "beard_grown", "hair_noise",
 )  # fmt: skip
+_ACCESSORIES = (
+    *_HAIRSTYLE, "beard_grown", "lens_width", "lens_height", "glasses", "glasses_style", "glasses_tone",
+    "glasses_round", "mask", "mask_tone", "mask_top", "cloth_tone", "cloth_hue",
+)  # fmt: skip
+# What changes from one frame of a video to the next; all else belongs to its scene.
+_MOVING = (set(EXPRESSIONS) - {"ageing"}) | {"yaw", "pitch", "roll", "frame_a", "frame_b", "frame_scale", "noise_start"}
+_SCENE = tuple({*_NORMALS, *_UNIFORMS} - _MOVING)
 
 
 class FaceParameters(NamedTuple):
@@ -64,12 +71,14 @@ def draw_parameters(seed: int, identities: Tensor, shots: Tensor, settings: Face
     traits = traits.clamp(-_CUTOFF, _CUTOFF) * settings.identity_spread + means
     counters = identity_keys + torch.arange(4 * MOLES, device=device)
     moles = keyed_random.uniform(derive_key(seed, "face moles"), counters)
+    for name, shift in settings.shifts:
+        traits[:, TRAITS.index(name)] += shift
     keys = _keys(seed, "face shot", identities, shots)
-    counters = keys[:, None] + torch.arange(max(len(_NORMALS), len(_UNIFORMS)), device=device)
-    normals = keyed_random.normal(derive_key(seed, "face normals"), counters[:, : len(_NORMALS)])
+    normals, uniforms = (_counters(seed, identities, shots, names, settings) for names in (_NORMALS, _UNIFORMS))
+    normals = keyed_random.normal(derive_key(seed, "face normals"), normals)
     normals = normals.clamp(-_CUTOFF, _CUTOFF)
     normals[:, [_NORMALS.index(name) for name in _HAIRSTYLE]] *= settings.hairstyle
-    uniforms = keyed_random.uniform(derive_key(seed, "face uniforms"), counters[:, : len(_UNIFORMS)])
+    uniforms = keyed_random.uniform(derive_key(seed, "face uniforms"), uniforms)
     expressions = _expressions(normals, settings)
     traits[:, TRAITS.index("age")] += expressions[:, EXPRESSIONS.index("ageing")]
     return FaceParameters(
@@ -99,6 +108,16 @@ def _keys(seed: int, purpose: str, *numbers: Tensor) -> Tensor:
     for number in numbers:
         state = keyed_random.bits(derive_key(seed, purpose), keyed_random.mix(state) + number)
     return state
+
+
+def _counters(seed: int, identities: Tensor, shots: Tensor, names: tuple[str, ...], settings: FaceSettings) -> Tensor:
+    """The counter of each nuisance of each image, int64 (B, len(names)): images that share a nuisance share it."""
+    keys = _keys(seed, "face shot", identities, shots)[:, None]
+    for sets, shared in ((settings.accessory_sets, _ACCESSORIES), (settings.scenes, _SCENE)):
+        if sets:
+            is_shared = torch.tensor([name in shared for name in names], device=keys.device)
+            keys = torch.where(is_shared, _keys(seed, "face set", identities, shots % sets)[:, None], keys)
+    return keys + torch.arange(len(names), device=keys.device)
 
 
 @lru_cache(maxsize=8)

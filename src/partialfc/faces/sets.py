@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from partialfc.core import keyed_random
-from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, atomic_folder, output_errors
 from partialfc.core.keyed_random import derive_key
-from partialfc.data.images import encode_jpeg
 from partialfc.data.pair_files import write_pairs
 from partialfc.data.sources.recordio import RecordWriter
-from partialfc.faces.parameters import GROUPS, group_of, jpeg_quality
+from partialfc.faces.encode import encoded_faces
+from partialfc.faces.parameters import GROUPS, group_of
 from partialfc.faces.render import render_faces
 from partialfc.faces.settings import FaceSettings
 
@@ -34,8 +27,7 @@ Layout = Literal["recordio", "folder"]
 
 FOLDS = 10
 FIRST_HELD_OUT = 1_000_000
-_IMAGES_PER_TASK = 128
-_WORTH_WORKERS = 1024  # images; starting workers for fewer costs more than it gains
+CONTENT = "procedural faces: drawings of people who do not exist"
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,7 @@ class FaceWorld:
         pair_identities: further identities for the pairs, numbered from `FIRST_HELD_OUT`.
         image_size: side of the images in pixels.
         layout: format of the training set.
+        accessory_sets: sets of accessories that an identity of the training set has, as in `FaceSettings`.
 
     Raises:
         InputError: a number makes no set, or the identities of the training set would reach those of the pairs.
@@ -60,10 +53,13 @@ class FaceWorld:
     image_size: int = 112
     seed: int = 0
     layout: Layout = "recordio"
+    accessory_sets: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.identities <= FIRST_HELD_OUT:
             raise InputError(f"identities is {self.identities}; it lies between 1 and {FIRST_HELD_OUT:,}.")
+        if self.accessory_sets < 0:
+            raise InputError(f"accessory_sets is {self.accessory_sets}: give a positive number, or 0 for none.")
         _check_training_set(range(self.identities), self.shots, self.image_size, self.layout)
         _check_pair_set(self._held_out(), self.pairs, self.image_size)
 
@@ -91,7 +87,10 @@ class FaceWorld:
         common: dict[str, Any] = {"size": self.image_size, "seed": self.seed, "quiet": quiet}
         if not train.exists():
             identities = range(self.identities)
-            write_training_set(train, identities=identities, shots=self.shots, layout=self.layout, **common)
+            worn = FaceSettings(accessory_sets=self.accessory_sets)
+            write_training_set(
+                train, identities=identities, shots=self.shots, layout=self.layout, settings=worn, **common
+            )
         if not pairs.exists():
             write_pair_set(pairs, identities=self._held_out(), pairs=self.pairs, **common)
         return {"train": str(train), "images": self.identities * self.shots, "pairs_file": str(pairs), **asdict(self)}
@@ -134,18 +133,18 @@ def write_training_set(
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists already: remove it, or write somewhere else.")
     settings = settings or FaceSettings()
-    images = _encoded_images(seed, *_grid(identities, shots), size, settings, workers, quiet)
-    with output_errors(folder), atomic_folder(folder) as partial, closing(images):
+    faces = encoded_faces(seed, *grid(identities, shots), size, settings, workers=workers, quiet=quiet)
+    with output_errors(folder), atomic_folder(folder) as partial, closing(faces):
         if layout == "recordio":
             with RecordWriter(partial / "train.rec", num_classes=len(identities)) as writer:
-                for number, image in enumerate(images):
-                    writer.write(image, number // shots)
+                for number, face in enumerate(faces):
+                    writer.write(face.image, number // shots)
         else:
             digits = len(str(max(identities)))
-            for number, image in enumerate(images):
+            for number, face in enumerate(faces):
                 target = partial / f"{identities[number // shots]:0{digits}d}"
                 target.mkdir(exist_ok=True)
-                (target / f"{number % shots:0{len(str(shots - 1))}d}.jpg").write_bytes(image)
+                (target / f"{number % shots:0{len(str(shots - 1))}d}.jpg").write_bytes(face.image)
         about = _about(seed, identities, size, settings) | {"shots": shots, "layout": layout}
         (partial / "faces.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -158,6 +157,7 @@ def write_pair_set(
     size: int = 112,
     seed: int = 0,
     settings: FaceSettings | None = None,
+    second: FaceSettings | None = None,
     workers: int | None = None,
     quiet: bool = True,
 ) -> None:
@@ -171,6 +171,7 @@ def write_pair_set(
         identities: numbers of the identities, disjoint from those trained on.
         pairs: a multiple of 20.
         size, seed, settings, workers, quiet: as for `write_training_set`.
+        second: strengths of the nuisances in the second image of each pair, by default those of the first.
 
     Raises:
         InputError: the file exists, cannot be written, or a number makes no set.
@@ -186,8 +187,10 @@ def write_pair_set(
     settings = settings or FaceSettings()
     members, is_same = draw_pairs(seed, identities, pairs)
     shots = torch.arange(2 * pairs)
-    encoded = list(_encoded_images(seed, members.flatten(), shots, size, settings, workers, quiet))
-    about = _about(seed, identities, size, settings) | {"pairs": pairs, "folds": FOLDS}
+    second = second or settings
+    faces = encoded_faces(seed, members.flatten(), shots, size, settings, second, workers=workers, quiet=quiet)
+    encoded = [face.image for face in faces]
+    about = _about(seed, identities, size, settings) | {"pairs": pairs, "folds": FOLDS, "second": asdict(second)}
     with output_errors(path), atomic_file(about_path) as file:
         file.write((json.dumps(about, indent=2) + "\n").encode())
         write_pairs(path, encoded, is_same.tolist())
@@ -236,7 +239,7 @@ def write_contact_sheet(
         InputError: the file cannot be written, or a number makes no sheet.
     """
     _check_images(identities, shots, size)
-    faces = render_faces(seed, *_grid(identities, shots), size=size, aligned=aligned, settings=settings)
+    faces = render_faces(seed, *grid(identities, shots), size=size, aligned=aligned, settings=settings)
     rows = faces.images.view(len(identities), shots, size, size, 3).permute(0, 2, 1, 3, 4)
     sheet = rows.reshape(len(identities) * size, shots * size, 3).numpy()
     try:
@@ -268,7 +271,7 @@ def _check_images(identities: range, shots: int, size: int) -> None:
         raise InputError(f"A face needs at least 16 pixels a side, not {size}.")
 
 
-def _grid(identities: range, shots: int) -> tuple[Tensor, Tensor]:
+def grid(identities: range, shots: int) -> tuple[Tensor, Tensor]:
     """Identity and shot of every image, identity by identity: int64 (len(identities) * shots,) each."""
     numbers = torch.tensor(identities, dtype=torch.int64)
     return numbers.repeat_interleave(shots), torch.arange(shots).repeat(len(identities))
@@ -277,57 +280,9 @@ def _grid(identities: range, shots: int) -> tuple[Tensor, Tensor]:
 def _about(seed: int, identities: range, size: int, settings: FaceSettings) -> dict[str, object]:
     return {
         "schema_version": 1,
-        "content": "procedural faces: drawings of people who do not exist",
+        "content": CONTENT,
         "seed": seed,
         "identities": [identities.start, identities.stop, identities.step],
         "size": size,
         "settings": asdict(settings),
     }
-
-
-def _encoded_images(
-    seed: int,
-    identities: Tensor,
-    shots: Tensor,
-    size: int,
-    settings: FaceSettings,
-    workers: int | None,
-    quiet: bool,
-) -> Generator[bytes, None, None]:
-    """The images as JPEG files, in order, rendered by `workers` processes (0: in this one)."""
-    total, done = len(identities), 0
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if total >= _WORTH_WORKERS else 0
-    tasks = (
-        (seed, identities[rows].numpy(), shots[rows].numpy(), size, settings)
-        for rows in (slice(start, start + _IMAGES_PER_TASK) for start in range(0, total, _IMAGES_PER_TASK))
-    )
-    with Progress("rendering", total, quiet=quiet) as progress:
-        for images in _run(tasks, workers) if workers > 0 else (_encode(*task) for task in tasks):
-            yield from images
-            done += len(images)
-            progress.update(done)
-
-
-def _encode(seed: int, identities: np.ndarray, shots: np.ndarray, size: int, settings: FaceSettings) -> list[bytes]:
-    """Render and encode the images of one task."""
-    keys = torch.from_numpy(identities), torch.from_numpy(shots)
-    images = render_faces(seed, *keys, size=size, settings=settings).images.numpy()
-    qualities = jpeg_quality(seed, *keys, settings).tolist()
-    return [encode_jpeg(image, quality) for image, quality in zip(images, qualities, strict=True)]
-
-
-def _run(tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[list[bytes]]:
-    """`_encode` of each task, in order, with a few tasks for each worker in flight."""
-    # Spawned, not forked: a fork of a process with running threads of torch can hang.
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        pending: deque[Future[list[bytes]]] = deque()
-        try:
-            for task in tasks:
-                pending.append(pool.submit(_encode, *task))
-                if len(pending) > 3 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -18,6 +18,8 @@ class FaceSettings:
     """Standard deviation of the trait means of the four groups, in units of the trait."""
     yaw: float = 20.0
     """Standard deviation of the turn of the head in degrees, cut off at twice that."""
+    turn: float = 0.0
+    """Degrees by which every head is turned further to its side, for profiles."""
     pitch: float = 9.0
     """Standard deviation of the nod of the head in degrees, cut off at twice that."""
     roll: float = 8.0
@@ -46,5 +48,13 @@ class FaceSettings:
     """Share of images with glasses."""
     mask: float = 0.04
     """Share of images with a medical mask."""
+    accessory_sets: int = 0
+    """Sets of hairstyle, beard, glasses, mask and clothes that an identity has, worn in turn by its shots, as those of
+    DigiFace-1M (Bae et al. 2023); 0 draws them anew for each image."""
+    scenes: int = 0
+    """Scenes in which an identity is seen, in turn by its shots: the images of one differ in pose and expression only,
+    as the frames of a video; 0 gives each image its own."""
+    shifts: tuple[tuple[str, float], ...] = ()
+    """Traits whose mean is moved in all images, with the number of standard deviations: ages, for example."""
     jpeg_quality: tuple[int, int] = (75, 95)
     """Lowest and highest JPEG quality with which a set is written."""

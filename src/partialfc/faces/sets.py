@@ -25,6 +25,7 @@ from partialfc.core.files import atomic_file, atomic_folder, output_errors
 from partialfc.core.keyed_random import derive_key
 from partialfc.data.images import encode_jpeg
 from partialfc.data.pair_files import write_pairs
+from partialfc.data.sources.base import FACES_NAME, PROCEDURAL
 from partialfc.data.sources.recordio import RecordWriter
 from partialfc.faces.parameters import GROUPS, group_of, jpeg_quality
 from partialfc.faces.render import render_faces
@@ -147,7 +148,7 @@ def write_training_set(
                 target.mkdir(exist_ok=True)
                 (target / f"{number % shots:0{len(str(shots - 1))}d}.jpg").write_bytes(image)
         about = _about(seed, identities, size, settings) | {"shots": shots, "layout": layout}
-        (partial / "faces.json").write_text(json.dumps(about, indent=2) + "\n")
+        (partial / FACES_NAME).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def write_pair_set(
@@ -277,7 +278,7 @@ def _grid(identities: range, shots: int) -> tuple[Tensor, Tensor]:
 def _about(seed: int, identities: range, size: int, settings: FaceSettings) -> dict[str, object]:
     return {
         "schema_version": 1,
-        "content": "procedural faces: drawings of people who do not exist",
+        "content": f"{PROCEDURAL}: drawings of people who do not exist",
         "seed": seed,
         "identities": [identities.start, identities.stop, identities.step],
         "size": size,

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from partialfc.core.errors import InputError
 
 NAME = "onnx"  # in place of a backbone's name
+METADATA_KEY = "partialfc"  # of the configuration and the contract in the metadata of our exports
 
 
 class OnnxNetwork(nn.Module):
     """An ONNX graph with one input (B, 3, S, S) and one output (B, D), computed on the CPU.
 
     The file is a buffer of the module, so that its bytes decide the contract of the model.
+
+    Attributes:
+        metadata: of an export of ours, its configuration and contract as JSON; "" of other files.
 
     Args:
         path: the file, with its weights inside.
@@ -48,6 +52,7 @@ class OnnxNetwork(nn.Module):
         if len(shape) != 4 or shape[1] != 3 or not (isinstance(shape[2], int) and shape[2] == shape[3]):
             raise InputError(f"{path} takes inputs of shape {shape}, not images (B, 3, S, S): it is no such network.")
         self.image_size: int = shape[2]
+        self.metadata: str = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
         self._input, self._dtype = inputs[0].name, np.float16 if "float16" in inputs[0].type else np.float32
         self._batch = shape[0] if isinstance(shape[0], int) else None  # None for any number of images
         self._output = outputs[0].name

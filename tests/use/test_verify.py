@@ -82,7 +82,7 @@ def test_pictures_that_cannot_be_used(
         pictures / "pipe.jpg": "no regular file",
         pictures: "no regular file",
         "https://example.org/a.jpg": "nothing is fetched from the network",
-        tmp_path / "huge.ppm": "40000 x 40000 pixels",
+        tmp_path / "huge.ppm": "1600000000 pixels",
         pictures / "large.png": "40 × 40 pixels, which is no aligned crop",
     }
     for path, sentence in wrong.items():

@@ -79,7 +79,7 @@ def _read(path: Path, name: str) -> Pixels:
     try:
         return decode_image(read_file(str(path)))
     except UnreadableImage as error:
-        reason = str(error).removeprefix(f"{path}: ")
+        reason = str(error).removeprefix(f"{path}: ").rstrip(".")
         raise InputError(f"{name} cannot be used: {reason}; give a JPEG, PNG or WebP file.") from error
 
 

@@ -9,7 +9,21 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from partialfc.cli import bench, data, demo, embed, evaluate, migrate, plan, recipes, report, runs, train, verify
+from partialfc.cli import (
+    bench,
+    data,
+    demo,
+    embed,
+    evaluate,
+    export,
+    migrate,
+    plan,
+    recipes,
+    report,
+    runs,
+    train,
+    verify,
+)
 from partialfc.cli.parser import Parser, add_commands
 from partialfc.core.console import say
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
@@ -66,6 +80,6 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = add_commands(parser)
     parser.set_defaults(run=lambda _: parser.print_help())
-    for command in (demo, train, recipes, plan, evaluate, embed, verify, report, runs, data, migrate, bench):
+    for command in (demo, train, recipes, plan, evaluate, embed, verify, export, report, runs, data, migrate, bench):
         command.add_parser(commands)
     return parser

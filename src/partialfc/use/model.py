@@ -39,19 +39,23 @@ class FaceModel(Model):
             images = np.stack([crop_of(one, self.config.image_size) for one in images])
         return embed(self, images, batch_size=batch_size)
 
+    @property
+    def thresholds_path(self) -> Path:
+        """Where the thresholds stand beside the model, if they were measured."""
+        return (self.path.parent if self.path.is_file() else find_model(self.path)) / NAME
+
     def thresholds(self, path: str | Path | None = None) -> Thresholds:
         """The thresholds in the file `path`, or else those beside the model.
 
         Raises:
             InputError: there are none, they are damaged, or a newer version wrote them.
         """
-        own = self.path.parent if self.path.is_file() else find_model(self.path)
-        if path is None and not (own / NAME).is_file():
+        if path is None and not self.thresholds_path.is_file():
             raise InputError(
-                f"There is no {own / NAME}: measure the thresholds of the model, partialfc evaluate {self.path} "
-                "--benchmark PAIRS --write-thresholds, or name their file with --thresholds."
+                f"There is no {self.thresholds_path}: measure it, partialfc evaluate {self.path} --benchmark PAIRS "
+                "--write-thresholds, or name a file with --thresholds."
             )
-        return read_thresholds(own / NAME if path is None else Path(path))
+        return read_thresholds(self.thresholds_path if path is None else Path(path))
 
     def verify(
         self,

@@ -181,7 +181,7 @@ def model_config_of(config: TrainConfig, loader: Loader) -> ModelConfig:
             seen = [UNKNOWN_DATA]
             with contextlib.suppress(InputError):  # a file of weights, or a folder that has moved since
                 seen = list(read_config(find_model(Path(path))).trained_on) or seen
-    facts = (source.path.resolve().name, loader.num_classes, len(source))
+    facts = (Path(config.data.path or source.path).resolve().name, loader.num_classes, len(source))
     seen.append(training_phrase(*facts, procedural=is_procedural(source)))
     name, width, flip = config.backbone.name, config.backbone.embedding_dim, config.data.flip
     return ModelConfig(name, width, loader.image_size, flip=flip, trained_on=tuple(seen))

@@ -109,6 +109,12 @@ def is_procedural_folder(folder: Path) -> bool:
         return False
 
 
+def describe_copy(source: Source, folder: Path) -> None:
+    """Let a set in `folder` that was made of the images of `source` say that they are procedural, if they are."""
+    if is_procedural(source):
+        (folder / FACES_NAME).write_text(json.dumps({"schema_version": 1, "content": PROCEDURAL}) + "\n")
+
+
 PassedOver = dict[str, tuple[int, str]]  # files that are no part of a set: kind -> their number, name of the first
 
 

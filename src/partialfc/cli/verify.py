@@ -36,7 +36,7 @@ def run(options: Namespace) -> int:
         model = load_model(options.model, choose_device(options.device))
         answer = model.verify(options.a, options.b, fmr=options.fmr, thresholds=options.thresholds, force=options.force)
         if options.picture is not None:
-            write_side_by_side(options.picture, answer.crops)
+            write_side_by_side(options.picture, list(answer.crops))
         show(options, {**answer.to_dict(), "model": model.origin}, answer.text())
     except (JobError, OSError) as error:  # their status would read as "different"
         raise InputError(str(error)) from error

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +48,7 @@ class Model:
     def device(self) -> torch.device:
         return next(itertools.chain(self.backbone.parameters(), self.backbone.buffers())).device
 
-    def with_flip(self, flip: bool | None) -> Model:
+    def with_flip(self, flip: bool | None) -> Self:
         """The same backbone with another `ModelConfig.flip`; None keeps it."""
         return self if flip is None else replace(self, config=replace(self.config, flip=flip))
 

@@ -16,7 +16,7 @@ from partialfc.data.sources.base import Source, read_image
 from partialfc.data.sources.folder import IMAGE_SUFFIXES
 from partialfc.distributed.collectives import rank_of
 from partialfc.evaluation.images import Files
-from partialfc.model.embed import Images, Precision, embed_source
+from partialfc.model.embed import Precision, embed_source
 from partialfc.model.feature_table import SUFFIX, write_table
 from partialfc.model.features import Features, describe, sidecar_path
 from partialfc.model.files import Model
@@ -27,7 +27,7 @@ from partialfc.use.pictures import check_new, crop_of
 class Crops:
     """Images, brought from 112 × 112 to the size of a model."""
 
-    images: Images | Source
+    images: Files | Source
     size: int
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ def embed_into(
     return features
 
 
-def _open(data: Path) -> tuple[Images | Source, NDArray[np.int64] | None, list[str] | None]:
+def _open(data: Path) -> tuple[Files | Source, NDArray[np.int64] | None, list[str] | None]:
     """The images of a path, their labels and the names of the labels, as far as it has them."""
     if data.is_file() and data.suffix.lower() in IMAGE_SUFFIXES:
         return Files([data]), None, None

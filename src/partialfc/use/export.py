@@ -166,13 +166,12 @@ def _thresholds(model: FaceModel) -> Thresholds | None:
 
 def _write_onnx(path: Path, model: FaceModel, options: ExportOptions) -> tuple[str, Parity]:
     """Write or copy the graph and check it: the contract of its embeddings, and the comparison."""
+    source: nn.Module
     if isinstance(model.backbone, OnnxNetwork):
-        name, least = str(model.path), LEAST_COSINE["float32"]
-        source, contract = model.backbone, contract_of(model)
+        name, source, contract = str(model.path), model.backbone, contract_of(model)
         shutil.copyfile(model.path, path)
     else:
-        name, least = f"The export of {model.path}", LEAST_COSINE[options.weights]
-        source = GraphNetwork(model, options.mirror)
+        name, source = f"The export of {model.path}", GraphNetwork(model, options.mirror)
         contract = write_graph(path, model, source, options.weights)
     network = OnnxNetwork(path)
     if options.target != "onnx":
@@ -181,7 +180,7 @@ def _write_onnx(path: Path, model: FaceModel, options: ExportOptions) -> tuple[s
         raise InputError(f"A submission to MFR has 1 GiB at most, and {name} {size:,} bytes: choose another model.")
     if options.mfr or (options.target == "insightface" and path.name != insightface.MODEL_NAME):
         insightface.check_plain(path, name)
-    return contract, _compared(source, network, least, name)
+    return contract, _compared(model, source, network, name, LEAST_COSINE[options.weights])
 
 
 def _write_package(folder: Path, model: FaceModel, options: ExportOptions) -> tuple[str, Parity]:
@@ -218,14 +217,12 @@ def _write_hub(
 def _compare_weights(model: FaceModel, place: Path) -> Parity:
     """The comparison of written weights, read again."""
     loaded = GraphNetwork(files.load_model(place), mirror=False)
-    return _compared(GraphNetwork(model, mirror=False), loaded, LEAST_COSINE["float32"], "What was written")
+    return _compared(model, GraphNetwork(model, mirror=False), loaded, "What was written", LEAST_COSINE["float32"])
 
 
-def _compared(source: nn.Module, export: nn.Module, least: float, name: str) -> Parity:
-    size = source.image_size
-    faces = faces_for_checks(size)
-    parity = compare(source, export, faces, least, name)
-    return replace(parity, milliseconds=time_one_image(export, faces[:1]))
+def _compared(model: FaceModel, source: nn.Module, export: nn.Module, name: str, least: float) -> Parity:
+    faces = faces_for_checks(model.config.image_size)
+    return replace(compare(source, export, faces, least, name), milliseconds=time_one_image(export, faces[:1]))
 
 
 def _notes(model: FaceModel, options: ExportOptions, is_plain: bool) -> list[str]:

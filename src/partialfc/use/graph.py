@@ -63,7 +63,7 @@ class GraphNetwork(nn.Module):
     def __init__(self, model: Model, mirror: bool) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(model.backbone).cpu().float().eval().requires_grad_(False)
-        self.config, self.mirror, self.image_size = model.config, mirror, model.config.image_size
+        self.config, self.mirror = model.config, mirror
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, D) of images (B, 3, S, S)."""

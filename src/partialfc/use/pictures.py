@@ -101,4 +101,4 @@ def write_side_by_side(path: Path, crops: Sequence[Pixels]) -> None:
     if writer is None:
         raise InputError(f"{path} has the suffix {path.suffix!r}: a picture is written as .png or .jpg.")
     with output_errors(path), atomic_file(path) as file:
-        file.write(writer(np.concatenate(list(crops), axis=1)))
+        file.write(writer(np.concatenate(crops, axis=1)))

@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", type=Path, nargs="*", metavar="MODEL", help=help_)
     what = ".bin files, folders of IJB, lists (.csv), folders of one's own people"
     add_benchmarks(parser, required=True, what=what)
-    help_ = "features (.npy) of the benchmark's images instead of a model, or those of the model"
+    help_ = "features (.npy, .parquet) of the benchmark's images instead of a model, or those of the model"
     parser.add_argument("--embeddings", type=Path, metavar="FILE", help=help_)
     _add_options(parser)
     add_device(parser)

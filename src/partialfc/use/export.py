@@ -95,7 +95,6 @@ def export(model: FaceModel, to: Path, options: ExportOptions) -> Exported:
     check_new(to, "--to")
     is_plain = options.target == "onnx" or (options.target == "insightface" and to.suffix == ".onnx")
     _check_options(model, options, is_plain)
-    thresholds = _thresholds(model)
     work = temporary_name(to)
     with output_errors(to):
         try:
@@ -106,7 +105,7 @@ def export(model: FaceModel, to: Path, options: ExportOptions) -> Exported:
                 write_weights(place, model.backbone, model.config)
                 contract, parity = contract_of(model), _compare_weights(model, place)
             elif options.target == "hub":
-                contract, parity = _write_hub(place, model, options, thresholds)
+                contract, parity = _write_hub(place, model, options)
             elif is_plain:
                 contract, parity = _write_onnx(place, model, options)
             else:
@@ -200,10 +199,9 @@ def _write_package(folder: Path, model: FaceModel, options: ExportOptions) -> tu
     return contract, parity
 
 
-def _write_hub(
-    folder: Path, model: FaceModel, options: ExportOptions, thresholds: Thresholds | None
-) -> tuple[str, Parity]:
+def _write_hub(folder: Path, model: FaceModel, options: ExportOptions) -> tuple[str, Parity]:
     """Write a model folder with card, thresholds and contract."""
+    thresholds = _thresholds(model)
     contract, name = contract_of(model), options.name or folder.name
     benchmarks = {} if options.results is None else read_results(options.results, contract)
     save_model(folder, model.backbone, model.config)

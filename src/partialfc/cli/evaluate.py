@@ -118,7 +118,8 @@ def _evaluate_model(
         if "" not in result.scores:
             raise InputError(f"{name} measures no 1:1 scores: thresholds need pairs.")
         written = measure_thresholds(result.scores[""], name=name, contract=contract)
-        say(f"thresholds: {write_thresholds_file(written, find_model(options.model[0]))}")
+        path = options.model[0]
+        say(f"thresholds: {write_thresholds_file(written, path.parent if path.is_file() else find_model(path))}")
     return _content(results, thresholds, {"origin": model.origin, "contract": contract})
 
 

@@ -96,7 +96,8 @@ def _result(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     for figure, measured in content["figures"].items():
         if measured["value"] is None:
             continue
-        arguments = {"far": float(figure.rpartition("far=")[2])} if "@far=" in figure else {}
+        kind, is_at, rate = figure.rpartition("@")[2].partition("=")  # of "tar@far=1e-4"
+        arguments = {kind: float(rate)} if is_at else {}
         arguments |= {end: measured[end] for end in ("low", "high") if measured.get(end) is not None}
         metrics.append({"type": figure, "value": measured["value"], "name": figure, "args": arguments})
     return {"task": dict(_TASK), "dataset": {"name": name, "type": name}, "metrics": metrics}

@@ -51,7 +51,7 @@ class Verification:
         fmr, target = self.threshold.fmr, rate_name(self.threshold.target)
         interval = "" if fmr.low is None or fmr.high is None else f", 95 % from {fmr.low:.2g} to {fmr.high:.2g}"
         where = f"{self.measured_on['name']}, {self.measured_on['impostor_pairs']:,} impostor pairs"
-        lines = [f"{'the same person' if self.is_same else 'different persons'}: cosine {self.score:.4f}"]
+        lines = [f"{'the same person' if self.is_same else 'not taken for the same person'}: cosine {self.score:.4f}"]
         measured = f"measured {fmr.value:.2g}{interval}, on {where}"
         lines.append(f"threshold {self.threshold.cosine:.4f} for FMR {target} ({measured})")
         if self.probability is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
     from partialfc.head.partial_fc import PartialFC
     from partialfc.model.embed import embed
-    from partialfc.model.files import load_model
+    from partialfc.use.model import load_model
 
     __version__: str
 
@@ -67,7 +67,7 @@ _MODULES = {
     "create_backbone": "backbones",
     "embed": "model.embed",
     "load_head": "head.files",
-    "load_model": "model.files",
+    "load_model": "use.model",
     "save_head": "head.files",
 }
 

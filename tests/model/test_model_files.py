@@ -52,6 +52,7 @@ def test_all_of_the_configuration_is_kept(tmp_path: Path) -> None:
     save_model(tmp_path / "model", make_backbone(), config)
     assert load_model(tmp_path / "model").config == config
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == {
+        "trained_on": [],
         "format": "partialfc-model-1",
         "schema_version": 1,
         "backbone": "mini",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from partialfc.backbones import create_backbone
@@ -108,7 +109,9 @@ def test_safetensors_alone_or_in_a_model_folder(tmp_path: Path) -> None:
     backbone = create_backbone("mbf", embedding_dim=8, image_size=32)
     save_model(tmp_path / "model", backbone, ModelConfig("mbf", 8, 32))
     shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "a.safetensors")
-    assert "recognised from" in load_model(tmp_path / "a.safetensors").origin
+    assert load_model(tmp_path / "a.safetensors").origin == f"mbf, as the metadata of {tmp_path / 'a.safetensors'} say"
+    save_file(backbone.state_dict(), tmp_path / "bare.safetensors")
+    assert "recognised from" in load_model(tmp_path / "bare.safetensors").origin
     for name in ("model.safetensors", "config.json"):
         assert load_model(tmp_path / "model" / name).origin == f"mbf, as {tmp_path / 'model' / 'config.json'} says"
 

@@ -9,7 +9,21 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from partialfc.cli import bench, data, demo, evaluate, migrate, plan, recipes, report, runs, train
+from partialfc.cli import (
+    bench,
+    data,
+    demo,
+    embed,
+    evaluate,
+    export,
+    migrate,
+    plan,
+    recipes,
+    report,
+    runs,
+    train,
+    verify,
+)
 from partialfc.cli.parser import Parser, add_commands
 from partialfc.core.console import say
 from partialfc.core.errors import InputError, JobError, StoppedBySignal
@@ -30,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done, 1 the job failed, 2 the input was wrong, 130 interrupted, 143 stopped by SIGTERM
-        after saving.
+        after saving; of `verify` 0 the same person, 1 different persons.
     """
     with contextlib.suppress(AttributeError):  # of a stream that is no file
         sys.stdout.reconfigure(errors=NO_UTF8)  # type: ignore[union-attr]
     try:
         options = build_parser().parse_args(arguments)
-        options.run(options)
+        status: int = options.run(options) or 0
     except InputError as error:
         return _failed(error, 2)
     except StoppedBySignal as stop:
@@ -45,11 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + stop.signum
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (JobError, OSError) as error:
         return _failed(error, 1)
     except KeyboardInterrupt as error:
         return _failed(str(error) or "interrupted", 130)
-    return 0
+    return status
 
 
 def _failed(message: object, status: int) -> int:
@@ -65,6 +80,6 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = add_commands(parser)
     parser.set_defaults(run=lambda _: parser.print_help())
-    for command in (demo, train, recipes, plan, evaluate, report, runs, data, migrate, bench):
+    for command in (demo, train, recipes, plan, evaluate, embed, verify, export, report, runs, data, migrate, bench):
         command.add_parser(commands)
     return parser

@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", type=Path, nargs="*", metavar="MODEL", help=help_)
     what = ".bin files, folders of IJB, lists (.csv), folders of one's own people"
     add_benchmarks(parser, required=True, what=what)
-    help_ = "features (.npy) of the benchmark's images instead of a model, or those of the model"
+    help_ = "features (.npy, .parquet) of the benchmark's images instead of a model, or those of the model"
     parser.add_argument("--embeddings", type=Path, metavar="FILE", help=help_)
     _add_options(parser)
     add_device(parser)
@@ -118,7 +118,8 @@ def _evaluate_model(
         if "" not in result.scores:
             raise InputError(f"{name} measures no 1:1 scores: thresholds need pairs.")
         written = measure_thresholds(result.scores[""], name=name, contract=contract)
-        say(f"thresholds: {write_thresholds_file(written, find_model(options.model[0]))}")
+        path = options.model[0]
+        say(f"thresholds: {write_thresholds_file(written, path.parent if path.is_file() else find_model(path))}")
     return _content(results, thresholds, {"origin": model.origin, "contract": contract})
 
 

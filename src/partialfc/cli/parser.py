@@ -190,7 +190,7 @@ def add_commands(parser: Parser) -> Any:
     return commands
 
 
-def add_command(commands: Any, name: str, run: Callable[[Namespace], None], **options: Any) -> Parser:
+def add_command(commands: Any, name: str, run: Callable[[Namespace], int | None], **options: Any) -> Parser:
     """The parser of a command that calls `run`, whose docstring is the help; it has the option --json, see `show`."""
     sentence = inspect.getdoc(run)
     parser: Parser = commands.add_parser(name, help=sentence, description=sentence, **options)

@@ -26,7 +26,7 @@ from partialfc.core.files import atomic_file, fsync, output_errors, temporary_na
 from partialfc.data.convert_targets import PARTS, TARGETS, Item, Target, TargetName, written_images
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, check_label, check_labels, file_name
+from partialfc.data.sources.base import Source, check_label, check_labels, describe_copy, file_name
 from partialfc.data.sources.webdataset import COMPRESSED, tar_files
 
 _PART = 8192  # images of a part, and so of a .tar or .parquet file; a larger identity is a part of its own
@@ -75,6 +75,7 @@ def convert(path: str | Path, out: str | Path, target: TargetName, *, quiet: boo
         compressed = tar_files(path, COMPRESSED)
         source = open_source(_unpack(compressed, work / _UNPACKED, quiet) if compressed else path)
         facts = _convert(source, path, work, target, quiet)
+        describe_copy(source, work)
         for leftover in (work / _UNPACKED, work / PARTS):
             shutil.rmtree(leftover, ignore_errors=True)
         (work / _JOURNAL).unlink()

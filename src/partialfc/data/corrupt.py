@@ -21,7 +21,7 @@ from partialfc.core.files import atomic_folder, output_errors
 from partialfc.core.keyed_random import derive_key
 from partialfc.data.images import UnreadableImage, decode_image, encode_jpeg
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source
+from partialfc.data.sources.base import Source, describe_copy
 from partialfc.data.sources.overlay import DROPPED, decide, write_overlay
 from partialfc.data.sources.recordio import RecordWriter
 
@@ -82,6 +82,7 @@ def corrupt(
     with output_errors(out), atomic_folder(out) as folder:
         if kind == "duplicates":
             truth = _write_duplicates(source, folder, fraction, seed, quiet)
+            describe_copy(source, folder)
             result = open_source(folder)
         else:
             records, labels, truth = _damage(kind, source, fraction, parts, seed)

@@ -22,6 +22,7 @@ from torch import Tensor
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_folder, output_errors
 from partialfc.data.ijb_files import FaceList, Members, TemplatePairs, write_ijb
+from partialfc.data.sources.base import FACES_NAME
 from partialfc.evaluation.all_pairs import CHILDREN, MASK
 from partialfc.evaluation.benchmarks import DISTRACTORS, GALLERY, PROBE, UNKNOWN
 from partialfc.faces.camera import detector_error, make_camera
@@ -285,5 +286,5 @@ def write_protocol(name: str, folder: Path, *, quiet: bool = True, **sizes: int)
     about = {"schema_version": 1, "content": CONTENT, "protocol": name, **asdict(twin)}
     with output_errors(folder), atomic_folder(folder) as partial:
         benchmark = twin.write(partial, name, quiet=quiet)
-        (partial / "faces.json").write_text(json.dumps(about, indent=2) + "\n")
+        (partial / FACES_NAME).write_text(json.dumps(about, indent=2) + "\n")
     return {"protocol": name, "benchmark": str(folder / benchmark), **sizes}

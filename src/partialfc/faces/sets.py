@@ -17,6 +17,7 @@ from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, atomic_folder, output_errors
 from partialfc.core.keyed_random import derive_key
 from partialfc.data.pair_files import write_pairs
+from partialfc.data.sources.base import FACES_NAME, PROCEDURAL
 from partialfc.data.sources.recordio import RecordWriter
 from partialfc.faces.encode import encoded_faces
 from partialfc.faces.parameters import GROUPS, group_of
@@ -27,7 +28,7 @@ Layout = Literal["recordio", "folder"]
 
 FOLDS = 10
 FIRST_HELD_OUT = 1_000_000
-CONTENT = "procedural faces: drawings of people who do not exist"
+CONTENT = f"{PROCEDURAL}: drawings of people who do not exist"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def write_training_set(
                 target.mkdir(exist_ok=True)
                 (target / f"{number % shots:0{len(str(shots - 1))}d}.jpg").write_bytes(face.image)
         about = _about(seed, identities, size, settings) | {"shots": shots, "layout": layout}
-        (partial / "faces.json").write_text(json.dumps(about, indent=2) + "\n")
+        (partial / FACES_NAME).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def write_pair_set(

@@ -12,6 +12,7 @@ import json
 import torch
 
 from partialfc.model.files import Model
+from partialfc.model.onnx_file import OnnxNetwork
 
 _VERSION = "partialfc-contract-1"
 
@@ -22,9 +23,14 @@ def contract_of(model: Model) -> str:
     It is the SHA-256 over one line of JSON (version, architecture, width, image size, colour order, mean, standard
     deviation, template, mirroring) and then, by ascending name, one line of JSON (name, dtype, shape) and the
     little-endian bytes of each entry of the backbone's state_dict. Floating-point entries count as float32, which is
-    how a model folder is loaded.
+    how a model folder is loaded. An export to ONNX, which was compared with its source, has the contract of that with
+    a variant.
     """
     config = model.config
+    if isinstance(model.backbone, OnnxNetwork) and model.backbone.metadata:
+        exported = json.loads(model.backbone.metadata)
+        if "contract" in exported and exported["flip"] == config.flip:
+            return str(exported["contract"])
     digest = hashlib.sha256()
     what = [_VERSION, config.backbone, config.embedding_dim, config.image_size, config.color_order]
     digest.update(_line([*what, float(config.mean), float(config.std), config.template, config.flip]))

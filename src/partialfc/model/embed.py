@@ -114,7 +114,11 @@ def check_images(images: np.ndarray | Tensor, config: ModelConfig) -> None:
 
 def prepare(images: Tensor, config: ModelConfig) -> Tensor:
     """Normalise images as the backbone's training did: uint8 (B, S, S, 3) RGB to float32 (B, 3, S, S)."""
-    prepared = normalise(images)
+    return adapt(normalise(images), config)
+
+
+def adapt(prepared: Tensor, config: ModelConfig) -> Tensor:
+    """From red, green and blue in [-1, 1] to the order and scale that the backbone takes: (B, 3, S, S)."""
     if config.color_order == "bgr":
         prepared = prepared.flip(1)
     if (config.mean, config.std) != (0.5, 0.5):  # normalise gives (x - 0.5) / 0.5

@@ -21,6 +21,7 @@ from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, fsync, temporary_name, write_file
 from partialfc.core.schema import check_schema_version
 from partialfc.model.contract import same_source
+from partialfc.model.feature_table import SUFFIX, read_table
 
 SCHEMA_VERSION = 1
 _ROWS_AT_ONCE = 65536
@@ -205,7 +206,7 @@ def read_features(path: str | Path, expected_contract: str | None = None) -> Fea
     float32 is mapped into memory; float16 is widened and float64 narrowed to float32 in memory.
 
     Args:
-        path: the `.npy` file.
+        path: the `.npy` file, or a `.parquet` of `model.feature_table`.
         expected_contract: of the model whose embeddings they must be, or of an export of it. Features without a sidecar
             are taken, and the caller reports them as unverified.
 
@@ -214,9 +215,13 @@ def read_features(path: str | Path, expected_contract: str | None = None) -> Fea
             or the features are those of another model.
     """
     path = Path(path)
-    embeddings = _read_array(path)
+    if path.suffix == SUFFIX:
+        facts, embeddings = read_table(path)
+        values: dict[str, Any] | None = _check_description(facts, path)
+    else:
+        embeddings = _read_array(path)
+        values = _read_sidecar(path)
     failed = np.zeros(len(embeddings), dtype=bool)
-    values = _read_sidecar(path)
     if values is None:
         _check_finite(embeddings, path)
         return Features(embeddings, failed)
@@ -276,11 +281,16 @@ def _read_sidecar(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{sidecar} cannot be read ({error.strerror or error}): make it readable.") from error
     except ValueError as error:
         raise InputError(f"{sidecar} is not JSON ({error}): write the features again, or remove it.") from error
+    return _check_description(values, sidecar)
+
+
+def _check_description(values: Any, path: Path) -> dict[str, Any]:
+    """The description of features, which `path` holds; an InputError if it is none."""
     if not isinstance(values, dict) or "schema_version" not in values:
-        raise InputError(f"{sidecar} describes no features (it has no schema_version): write the features again.")
-    check_schema_version(sidecar, values, SCHEMA_VERSION)
+        raise InputError(f"{path} describes no features (it has no schema_version): write the features again.")
+    check_schema_version(path, values, SCHEMA_VERSION)
     if reason := _contradiction(values):
-        raise InputError(f"{sidecar} is damaged ({reason}): write the features again, or remove it.")
+        raise InputError(f"{path} is damaged ({reason}): write the features again, or remove it.")
     return {"names": None, **values}
 
 

@@ -7,27 +7,26 @@ colour order, normalisation, alignment template, mirroring). Nothing in it is pi
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
 from partialfc.core.errors import InputError
-from partialfc.core.files import atomic_folder, previous_name, recover_folder
-from partialfc.model.config import CONFIG_NAME, FORMAT, SCHEMA_VERSION, ModelConfig, read_config
+from partialfc.core.files import atomic_folder, previous_name, recover_folder, write_file
+from partialfc.model.config import CONFIG_NAME, ModelConfig, config_text, parse_config, read_config
+from partialfc.model.onnx_file import METADATA_KEY, OnnxNetwork
 from partialfc.model.onnx_file import NAME as ONNX
-from partialfc.model.onnx_file import OnnxNetwork
 from partialfc.model.recognise import find_backbone, recognise
 
 WEIGHTS_NAME = "model.safetensors"
@@ -49,7 +48,7 @@ class Model:
     def device(self) -> torch.device:
         return next(itertools.chain(self.backbone.parameters(), self.backbone.buffers())).device
 
-    def with_flip(self, flip: bool | None) -> Model:
+    def with_flip(self, flip: bool | None) -> Self:
         """The same backbone with another `ModelConfig.flip`; None keeps it."""
         return self if flip is None else replace(self, config=replace(self.config, flip=flip))
 
@@ -71,8 +70,7 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
         OSError: it cannot be written; the model that was there stays.
         ValueError: `backbone` is not what `config` says, so that it could not be loaded again.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    differences = describe_differences(weights, _architecture(config).state_dict())
+    differences = describe_differences(backbone.state_dict(), _architecture(config).state_dict())
     if differences:
         raise ValueError(f"the backbone is no {config.backbone} as its config says (is it wrapped?): {differences}")
     folder = Path(folder).resolve()
@@ -83,9 +81,19 @@ def save_model(folder: str | Path, backbone: nn.Module, config: ModelConfig) -> 
         if folder.exists():
             own = shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME)
             shutil.copytree(folder, new, ignore=own, dirs_exist_ok=True)
-        (new / WEIGHTS_NAME).write_bytes(save(weights, metadata={"format": "pt"}))  # `save_file` has mode 0600
-        text = json.dumps({"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(config)}, indent=2) + "\n"
-        (new / CONFIG_NAME).write_text(text, encoding="utf-8")
+        write_weights(new / WEIGHTS_NAME, backbone, config)
+        (new / CONFIG_NAME).write_text(config_text(config), encoding="utf-8")
+
+
+def write_weights(path: Path, backbone: nn.Module, config: ModelConfig) -> None:
+    """Write one `.safetensors` file, whose metadata hold the configuration: `load_model` reads it alone too.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    metadata = {"format": "pt", METADATA_KEY: config_text(config)}
+    write_file(path, save(weights, metadata=metadata))  # `save_file` has mode 0600
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
@@ -107,7 +115,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     if path.is_file() and path.suffix.lower() == ".onnx":
         return _load_onnx(path, device)
     if path.is_file():
-        return _load_state_dict(path, device)
+        own = _load_own(path, device) if path.suffix.lower() == ".safetensors" else None
+        return own or _load_state_dict(path, device)
     folder = find_model(path)
     config = read_config(folder)
     origin = f"{config.backbone}, as {folder / CONFIG_NAME} says"
@@ -158,10 +167,28 @@ def _load_state_dict(path: Path, device: str | torch.device) -> Model:
     return Model(backbone, config, origin)
 
 
+def _load_own(path: Path, device: str | torch.device) -> Model | None:
+    """The model of a file of `write_weights`, None for another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError):
+        return None
+    if text is None:
+        return None
+    config = parse_config(text, path)
+    backbone = build(config, read_torch_file(path), name=str(path), device=device)
+    return Model(backbone, config, f"{config.backbone}, as the metadata of {path} say")
+
+
 def _load_onnx(path: Path, device: str | torch.device) -> Model:
     """The model of an ONNX file."""
     network = OnnxNetwork(path)
     config = ModelConfig(ONNX, network.embedding_dim, network.image_size)
+    if network.metadata:
+        config = parse_config(network.metadata, path)
+        if (config.embedding_dim, config.image_size) != (network.embedding_dim, network.image_size):
+            raise InputError(f"The metadata of {path} describe another network than it holds: export it again.")
     origin = f"{path}, embedding_dim {network.embedding_dim}, image_size {network.image_size}, run by onnxruntime"
     return Model(network.to(device).eval(), config, origin)
 
@@ -175,8 +202,10 @@ def find_model(path: Path) -> Path:
                 return candidate
     if not path.exists():
         raise InputError(f"There is no {path}: give a model folder or the folder of a training run.")
-    if path.is_file():
-        raise InputError(f"{path} is a file: give a model folder (with {CONFIG_NAME}) or the folder of a training run.")
+    if not path.is_dir():
+        raise InputError(
+            f"{path} is no model: give a model folder (with {CONFIG_NAME}) or the folder of a training run."
+        )
     if (path / WEIGHTS_NAME).is_file():
         raise InputError(f"{path} has {WEIGHTS_NAME} but no {CONFIG_NAME}, which says what the weights are: add it.")
     weights = sorted(file for file in path.iterdir() if file.suffix in STATE_DICT_SUFFIXES)

@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from partialfc.core.errors import InputError
 
 NAME = "onnx"  # in place of a backbone's name
+METADATA_KEY = "partialfc"  # of the configuration and the contract in the metadata of our exports
 
 
 class OnnxNetwork(nn.Module):
     """An ONNX graph with one input (B, 3, S, S) and one output (B, D), computed on the CPU.
 
     The file is a buffer of the module, so that its bytes decide the contract of the model.
+
+    Attributes:
+        image_size, embedding_dim: S and D.
+        batch: B of a graph that takes no other; None for any number of images.
+        is_float16: whether it takes images in float16; otherwise in float32.
+        outputs: their number, of which the first is used.
+        metadata: of an export of ours, its configuration and contract as JSON; "" of other files.
 
     Args:
         path: the file, with its weights inside.
@@ -48,10 +56,12 @@ class OnnxNetwork(nn.Module):
         if len(shape) != 4 or shape[1] != 3 or not (isinstance(shape[2], int) and shape[2] == shape[3]):
             raise InputError(f"{path} takes inputs of shape {shape}, not images (B, 3, S, S): it is no such network.")
         self.image_size: int = shape[2]
+        self.metadata: str = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
         self._input, self._dtype = inputs[0].name, np.float16 if "float16" in inputs[0].type else np.float32
-        self._batch = shape[0] if isinstance(shape[0], int) else None  # None for any number of images
+        self.is_float16, self.outputs = self._dtype is np.float16, len(outputs)
+        self.batch: int | None = shape[0] if isinstance(shape[0], int) else None
         self._output = outputs[0].name
-        width = self(torch.zeros(self._batch or 1, 3, self.image_size, self.image_size)).shape
+        width = self(torch.zeros(self.batch or 1, 3, self.image_size, self.image_size)).shape
         if len(width) != 2:
             raise InputError(f"{path} gives outputs of shape {tuple(width)}, not embeddings (B, D).")
         self.embedding_dim: int = width[1]
@@ -59,7 +69,7 @@ class OnnxNetwork(nn.Module):
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Embeddings (B, D), float32, of images (B, 3, S, S); `keys`, which every backbone accepts, is not used."""
         array = images.detach().cpu().numpy().astype(self._dtype)
-        size = self._batch or len(array)
+        size = self.batch or len(array)
         missing = -len(array) % size if len(array) else 0
         padded = np.concatenate([array, np.zeros((missing, *array.shape[1:]), self._dtype)])
         parts = [padded[start : start + size] for start in range(0, len(padded), size)]

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
 from partialfc.data.loader import Loader
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, mapping_of, order_digest, reading_notes
+from partialfc.data.sources.base import Source, is_procedural, mapping_of, order_digest, reading_notes
 from partialfc.data.sources.subset import SubsetSource
 from partialfc.distributed.collectives import rank_of, world_size_of
+from partialfc.model.config import UNKNOWN_DATA, ModelConfig, read_config, training_phrase
+from partialfc.model.files import find_model
 from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import shard_over_processes
 from partialfc.training.state import TrainState
@@ -168,3 +171,17 @@ def check_batch(config: TrainConfig, loader: Loader) -> None:
             f"{world_size_of()} processes leaves one of them {fewest} images at a time, but BatchNorm needs 2: take a "
             "larger batch, fewer micro-steps or processes, or backbone.sync_batch_norm true."
         )
+
+
+def model_config_of(config: TrainConfig, loader: Loader) -> ModelConfig:
+    """The configuration of the model that this run trains, which has seen what its first weights have, and the data."""
+    source, seen = loader.source, []
+    for path in (config.head.from_run, config.backbone.init):  # the weights are those of the last one
+        if path is not None:
+            seen = [UNKNOWN_DATA]
+            with contextlib.suppress(InputError):  # a file of weights, or a folder that has moved since
+                seen = list(read_config(find_model(Path(path))).trained_on) or seen
+    facts = (Path(config.data.path or source.path).resolve().name, loader.num_classes, len(source))
+    seen.append(training_phrase(*facts, procedural=is_procedural(source)))
+    name, width, flip = config.backbone.name, config.backbone.embedding_dim, config.data.flip
+    return ModelConfig(name, width, loader.image_size, flip=flip, trained_on=tuple(seen))

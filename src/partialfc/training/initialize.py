@@ -22,10 +22,9 @@ from partialfc.data.images import UnreadableImage
 from partialfc.data.loader import Loader
 from partialfc.data.sources.base import Source, read_image
 from partialfc.distributed.collectives import Shard, all_reduce, rank_of, world_size_of
-from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model, load_model
-from partialfc.training.build import data_facts
+from partialfc.training.build import data_facts, model_config_of
 from partialfc.training.replicas import load_weights, whole_network
 from partialfc.training.state import TrainState, check_data_matches
 
@@ -192,10 +191,7 @@ def fill_with_class_means(state: TrainState, old_classes: Tensor, config: TrainC
     lengths = centers[own_old].double().norm(dim=1)
     total = all_reduce(torch.stack([lengths.sum(), own_old.sum().double()]), group=shard.group)
     backbone = whole_network(state.backbone, state.skeleton)
-    model_config = ModelConfig(
-        config.backbone.name, config.backbone.embedding_dim, loader.image_size, flip=config.data.flip
-    )
-    model = Model(backbone, model_config)
+    model = Model(backbone, model_config_of(config, loader))
     labels = loader.source.labels()
     for classes in new.split(_CLASSES_AT_ONCE):
         sums = _embedding_sums(model, loader.source, labels, classes, is_bgr=config.data.color_order == "bgr")

@@ -32,9 +32,8 @@ from partialfc.distributed.signals import StopSignals
 from partialfc.evaluation.pairs import embed_share, evaluate_pairs, gather_shares
 from partialfc.evaluation.run import read_benchmarks
 from partialfc.head.files import head_rows
-from partialfc.model.config import ModelConfig
 from partialfc.model.files import Model, save_model
-from partialfc.training.build import build_state, check_batch, open_loader, remarks
+from partialfc.training.build import build_state, check_batch, model_config_of, open_loader, remarks
 from partialfc.training.initialize import fill_with_class_means, initialize, is_resumable, write_identities
 from partialfc.training.nonfinite import describe_skip
 from partialfc.training.run.folder import open_run_folder
@@ -118,10 +117,7 @@ class _Trainer:
         self.config, self.device, self.signals = config, device, signals
         self.loader = open_loader(config)
         check_same_data(self.loader)
-        backbone = config.backbone
-        self.model_config = ModelConfig(
-            backbone.name, backbone.embedding_dim, self.loader.image_size, flip=config.data.flip
-        )
+        self.model_config = model_config_of(config, self.loader)
         self.benchmarks = read_benchmarks(benchmarks, self.model_config)
         self.results: dict[str, dict[str, Any]] = {}
         check_batch(config, self.loader)

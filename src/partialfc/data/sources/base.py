@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
@@ -14,6 +15,9 @@ import numpy as np
 
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage, decode_image
+
+FACES_NAME = "faces.json"  # what describes a set of procedural faces, beside its images
+PROCEDURAL = "procedural faces"  # how its "content" begins
 
 
 class Sample(NamedTuple):
@@ -87,6 +91,28 @@ def order_digest(source: Source) -> str:
     for piece in content:
         digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+def is_procedural(source: Source) -> bool:
+    """Whether all images of `source` are procedural faces, as the descriptions beside them say."""
+    if parts := getattr(source, "parts", None):
+        return all(is_procedural(part) for part in parts)
+    return is_procedural_folder(source.path if source.path.is_dir() else source.path.parent)
+
+
+def is_procedural_folder(folder: Path) -> bool:
+    """Whether the description in `folder` says that its images are procedural faces."""
+    try:
+        content = json.loads((folder / FACES_NAME).read_text(encoding="utf-8"))
+        return str(content["content"]).startswith(PROCEDURAL)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def describe_copy(source: Source, folder: Path) -> None:
+    """Let a set in `folder` that was made of the images of `source` say that they are procedural, if they are."""
+    if is_procedural(source):
+        (folder / FACES_NAME).write_text(json.dumps({"schema_version": 1, "content": PROCEDURAL}) + "\n")
 
 
 PassedOver = dict[str, tuple[int, str]]  # files that are no part of a set: kind -> their number, name of the first

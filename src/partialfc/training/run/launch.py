@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import partialfc
 from partialfc.config.options import TrainConfig, flatten
 from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
@@ -105,7 +104,7 @@ def check_same_data(loader: Loader) -> None:
 
 def _own_version() -> str:
     """The version and a digest of the code, which may have changed since an editable installation."""
-    root = Path(partialfc.__file__).parent
+    root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

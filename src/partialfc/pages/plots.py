@@ -107,7 +107,7 @@ class Scale:
     def words(self, value: float) -> str:
         """A value in a tooltip."""
         if self.kind == "share":
-            return f"{value:.2%}" if abs(value) >= 1e-3 or not value else f"{value:.2e}"
+            return f"{value:.2%}" if abs(value) >= 1e-3 or not value else f"{100 * value:.3g}%"
         return f"{value:,.0f}" if self.kind == "count" else value_format(value)
 
 
@@ -128,15 +128,18 @@ def chart(
         marks: x of events, ticks at the foot of the plot.
         threshold: x of a line from top to bottom that is labelled so.
     """
-    shown = [line for line in lines if np.isfinite(line.columns()[1]).any()]
-    extent = [np.asarray(part, dtype=np.float64) for line in shown for part in (line.y, line.low, line.high)
-              if part is not None]  # fmt: skip
-    values = np.concatenate(extent)
+    pairs = [
+        (line, line.look or f"s{1 + place % COLOURS}")
+        for place, line in enumerate(lines)
+        if np.isfinite(line.columns()[1]).any()
+    ]
+    shown, looks = [line for line, _ in pairs], [look for _, look in pairs]
+    extent = [part for line in shown for part in (line.y, line.low, line.high) if part is not None]
+    values = np.concatenate([np.asarray(part, np.float64) for part in extent])
     across = np.concatenate([line.columns()[0] for line in shown] + [[] if threshold is None else [threshold]])
     x_axis = x.axis(across, LEFT, RIGHT)
     y_axis = y.axis(np.clip(values, 0, 1) if y.kind == "share" else values, BOTTOM, TOP)
     parts = [_frame(x_axis, y_axis, x.ticks(x_axis), y.ticks(y_axis), x.name)]
-    looks = [line.look or f"s{1 + place % COLOURS}" for place, line in enumerate(lines) if line in shown]
     for line, look in zip(shown, looks, strict=True):
         parts.append(_drawn(x_axis, y_axis, line, look))
     if len(marks):

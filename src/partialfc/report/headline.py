@@ -27,8 +27,8 @@ _COLUMNS = (
     ("MFR-MASK", ("mfr", "mfrall"), "mask/tar@far=1e-4"),
     ("African", ("mfr", "mfrall"), "african/tar@far=1e-6"),
     ("Caucasian", ("mfr", "mfrall"), "caucasian/tar@far=1e-6"),
-    ("South Asian", ("mfr", "mfrall"), "south asian/tar@far=1e-6"),
-    ("East Asian", ("mfr", "mfrall"), "east asian/tar@far=1e-6"),
+    ("South Asian", ("mfr", "mfrall"), "south-asian/tar@far=1e-6"),
+    ("East Asian", ("mfr", "mfrall"), "east-asian/tar@far=1e-6"),
 )
 # An et al., CVPR 2022 (arXiv 2203.15565), and the logs beside its code; in percent, beyond `SCORES`.
 _MORE = {
@@ -149,9 +149,8 @@ def _own_figures(subject: Subject) -> dict[str, str]:
     found = {}
     for title, names, figure in _COLUMNS:
         for name, result in subject.results.items():
-            of_result = {one.lower().replace("_", " "): value for one, value in result.figures.items()}
-            if re.sub(r"[^a-z0-9]", "", name.lower()) in names and figure in of_result:
-                found[title] = figure_text(figure, of_result[figure])
+            if figure in result.figures and re.sub(r"[^a-z0-9]", "", name.lower()) in names:
+                found[title] = figure_text(figure, result.figures[figure])
     return found
 
 

@@ -114,7 +114,8 @@ def _warnings(run: RunData | None) -> list[str]:
     warnings = []
     skipped, unreadable = run.last("skipped_steps") or len(run.skipped), run.last("unreadable")
     if skipped:
-        warnings.append(f"{skipped:,.0f} steps were skipped because their gradients were not finite.")
+        many = "A step was" if skipped == 1 else f"{skipped:,.0f} steps were"
+        warnings.append(f"{many} skipped because of gradients that were not finite.")
     if unreadable:
         warnings.append(f"{unreadable:,.0f} records could not be read and were skipped.")
     holes = int(np.isnan(run.curve("loss")[1]).sum())
@@ -153,7 +154,7 @@ def _made(subjects: Sequence[Subject]) -> str:
         return f'<h2>What was run</h2><div class="card">{definition_list(facts[0].items())}</div>'
     terms = dict.fromkeys(term for one in facts for term in one)
     rows = [[term, *(one.get(term, "") for one in facts)] for term in terms]
-    return f"<h2>What was run</h2>{table('What was run', ['', *(one.name for one in subjects)], rows)}"
+    return f"<h2>What was run</h2>{table('What was run', ['fact', *(one.name for one in subjects)], rows)}"
 
 
 def _details(subjects: Sequence[Subject]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,20 @@ class RunData:
 
     def curve(self, name: str) -> tuple[Floats, Floats]:
         """Steps and values of a figure, of the training lines that have it; what is no finite number is NaN."""
-        found = [(line["step"], as_number(line[name])) for line in self.lines if name in line]
-        steps, values = zip(*found, strict=True) if found else ((), ())
-        return np.array(steps, np.float64), np.array(values, np.float64)  # None becomes NaN
+        if name not in self._curves:
+            lines = [line for line in self.lines if name in line]
+            values = [line[name] for line in lines]
+            if not set(map(type, values)) <= {float}:
+                values = [as_number(value) for value in values]
+            numbers = np.array(values, np.float64)  # None becomes NaN
+            numbers[~(np.abs(numbers) < _LARGEST)] = np.nan
+            self._curves[name] = np.array([line["step"] for line in lines], np.float64), numbers
+        return self._curves[name]
+
+    @cached_property
+    def _curves(self) -> dict[str, tuple[Floats, Floats]]:
+        """What `curve` has returned: a long run has many lines."""
+        return {}
 
     def last(self, name: str) -> float | None:
         """The newest value of a figure of the training lines."""
@@ -105,7 +117,7 @@ class RunData:
         """Names of all benchmarks that the run evaluated."""
         return list(dict.fromkeys(evaluation.benchmark for evaluation in self.evaluations))
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """The last optimizer step in the log."""
         return max([line["step"] for line in self.lines] + [each.step for each in self.evaluations], default=0)

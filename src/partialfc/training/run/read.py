@@ -100,6 +100,7 @@ class RunData:
                 values = [as_number(value) for value in values]
             numbers = np.array(values, np.float64)  # None becomes NaN
             numbers[~(np.abs(numbers) < _LARGEST)] = np.nan
+            numbers[np.abs(numbers) <= _SMALLEST] = 0.0
             self._curves[name] = np.array([line["step"] for line in lines], np.float64), numbers
         return self._curves[name]
 

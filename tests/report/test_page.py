@@ -211,7 +211,7 @@ def test_names_from_files_are_text(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "evaluation", "step": 2, "benchmark": "half \\ud800 a letter", "accuracy": 0.5}\n')
     example = ExampleBenchmark()
-    options = {"results": {HOSTILE: example.result()}, "pictures": {HOSTILE: example}, "baselines": {HOSTILE: 0.6}}
+    options: dict[str, Any] = {"results": {HOSTILE: example.result()}, "pictures": {HOSTILE: example}, "baselines": {HOSTILE: 0.6}}
     page = report(run, title=HOSTILE, notes=[HOSTILE], **options)
     assert not [image for image in page.find_all("img") if "onerror" in image.attributes]
     assert page.find_all("h1")[0].text == HOSTILE
@@ -225,6 +225,7 @@ def test_results_are_the_headline_with_baselines_beside_them(tmp_path: Path) -> 
     example, baselines = ExampleBenchmark(), {"raw pixels": 0.55, "colours": 0.57, "broken": math.nan}
     result = example.result()
     accuracy = result.figures["accuracy"]
+    assert accuracy.value is not None
     page = report(
         write_run(tmp_path / "run", LINES),
         out=tmp_path / "deeper" / "page.html",

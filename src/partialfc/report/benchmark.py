@@ -41,7 +41,6 @@ def benchmark_section(name: str, results: Mapping[str, Result], images: Images |
         f'<div class="grid wide">{"".join(charts)}</div>' if any(charts) else "",
         _figures(name, results),
         *(_groups(name, of if len(results) > 1 else "", result) for of, result in results.items()),
-        *(_thresholds(name, of if len(results) > 1 else "", result) for of, result in results.items()),
         folded("Notes on these figures", bullets(notes)) if notes else "",
         *(_hardest(name, of if len(results) > 1 else "", result, images) for of, result in results.items()),
     ]
@@ -94,34 +93,31 @@ def _curve_charts(curves: Mapping[str, Any]) -> list[str]:
     for of, one in curves.items():
         far, tar, low, high = (np.array(one["roc"][key]) for key in ("far", "tar", "low", "high"))
         roc.append(Line(of if len(curves) > 1 else "TAR", far, tar, low, high))
-        # On a logarithmic scale there is no zero: a curve without misses ends.
-        miss, least = np.where(tar < 1, 1 - tar, np.nan), 1e-9
-        det.append(Line(of if len(curves) > 1 else "FNMR", far, miss, np.maximum(1 - high, least), 1 - low))
-    if not any(len(np.asarray(line.x)) for line in roc):
-        return []
-    x = Scale("false accept rate (FAR)", "FAR", log=True)
-    drawn = [
-        figure(
+        # On a logarithmic scale there is no zero: a curve without misses ends, and a band ends near the curve.
+        miss = np.where(tar < 1, 1 - tar, np.nan)
+        band = (np.maximum(1 - end, np.nanmin(miss, initial=1.0) / 3) for end in (high, low))
+        det.append(Line(of if len(curves) > 1 else "FNMR", far, miss, *band))
+    charts = []
+    for name, lines, x, y, hint in (
+        (
             "True accept rate (ROC)",
-            chart(roc, name="ROC", x=x, y=Scale("TAR", ends=(0, 1), kind="share")),
+            roc,
+            Scale("false accept rate (FAR)", "FAR", log=True),
+            Scale("TAR", ends=(0, 1), kind="share"),
             "Share of genuine pairs that are accepted, when so many impostors may be accepted in error. The band is "
             "the 95% interval at this FAR.",
-        )
-    ]
-    if any(np.isfinite(line.y).any() for line in det):
-        shown = [Line(one.name, one.x, one.y, *_within(one)) for one in det]
-        y = Scale("FNMR", log=True, kind="share")
-        hint = "Genuine pairs rejected over impostors accepted, both logarithmic: straighter and lower is better."
-        x = Scale("false match rate (FMR)", "FMR", log=True)
-        drawn.append(figure("Errors (DET)", chart(shown, name="DET", x=x, y=y), hint))
-    return drawn
-
-
-def _within(line: Line) -> tuple[Floats, Floats]:
-    """The band of a DET, whose lower end stays within a decade of the curve so that it does not set the axis."""
-    values, low, high = (np.asarray(part, np.float64) for part in (line.y, line.low, line.high))
-    floor = np.nanmin(values) / 3
-    return np.maximum(low, floor), np.maximum(high, floor)
+        ),
+        (
+            "Errors (DET)",
+            det,
+            Scale("false match rate (FMR)", "FMR", log=True),
+            Scale("FNMR", log=True, kind="share"),
+            "Genuine pairs rejected over impostors accepted, both logarithmic: lower is better.",
+        ),
+    ):
+        if any(np.isfinite(line.y).any() for line in lines):
+            charts.append(figure(name, chart(lines, name=name, x=x, y=y), hint))
+    return charts
 
 
 def _calibration(curves: Mapping[str, Any]) -> str:
@@ -220,22 +216,6 @@ def _groups(name: str, of: str, result: Result) -> str:
         f'<h3>Groups{escape(suffix)}</h3><div class="grid wide">{"".join(panels)}</div>'
         f'<p class="hint">{hint}</p><div class="card figures">{tables}</div>'
     )
-
-
-def _thresholds(name: str, of: str, result: Result) -> str:
-    """What thresholds that were set elsewhere do here."""
-    rows = [
-        [
-            rate_name(one["target"]),
-            f"{one['cosine']:.4f}",
-            *(figure_text(rate, Figure(**one[rate])) for rate in ("fmr", "fnmr")),
-            "" if one["expected"] is None else f"{one['expected'][0]:.2g} to {one['expected'][1]:.2g}",
-        ]
-        for one in result.facts.get("thresholds", ())
-    ]
-    title = f"Thresholds set elsewhere, on {name}{f', {of}' if of else ''}"
-    head = ["set for FMR", "cosine", "FMR here", "FNMR here", "FMR expected"]
-    return f'<div class="card figures">{table(title, head, rows)}</div>' if rows else ""
 
 
 # -- hardest pairs -----------------------------------------------------------------------------------------------------

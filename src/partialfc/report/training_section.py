@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -174,43 +173,53 @@ def _clocks(runs: Sequence[RunData]) -> list[tuple[str, Clock, Scale]]:
 
 
 def _chart(runs: Sequence[RunData], names: Sequence[str], curve: _Curve, clock: Clock, x: Scale) -> str:
-    """The plot of a figure; empty if no log has a finite value of it, or it is switched off."""
-    lines: list[Line] = []
-    skipped: list[float] = []
-    for run, name in zip(runs, names, strict=True):
+    """The plot of a figure of the training lines, unless it is switched off or that of another plot."""
+    columns = []
+    for run in runs:
         steps, values = run.curve(curve.key)
         is_off = curve.key == "conflict_share" and run.setting("head.conflict_threshold") is None
         is_same = curve.key == "lr_head" and np.array_equal(values, run.curve("lr")[1], equal_nan=True)
-        across = clock(run, steps)
-        if across is None or is_same or (is_off and not np.nan_to_num(values).any()):
-            across, values = np.empty(0), np.empty(0)
-        lines.append(Line(name if len(runs) > 1 else curve.name.lower(), across, values / curve.unit))
-        if curve.key == "loss" and run.skipped and len(runs) == 1:
-            places = clock(run, [line["step"] for line in run.skipped])
-            skipped = [] if places is None else places.tolist()
-    finite = [np.asarray(line.y)[np.isfinite(line.y)] for line in lines]
-    if not any(map(len, finite)):
-        return ""
-    ends = (0,) if curve.from_zero else ()
-    y = Scale(curve.name, ends=ends, kind=curve.kind, log=None if curve.may_log else False)
-    svg = chart(lines, name=curve.name, x=x, y=y, marks=skipped)
-    last = f"last {y.words(float(finite[0][-1]))}" if len(runs) == 1 else ""
-    return figure(curve.name, svg, curve.hint + (" Red ticks: skipped steps." if skipped else ""), escape(last))
+        if is_same or (is_off and not np.nan_to_num(values).any()):
+            steps, values = steps[:0], values[:0]
+        columns.append((steps, values / curve.unit, None))
+    y = Scale(curve.name, ends=(0,) if curve.from_zero else (), kind=curve.kind, log=None if curve.may_log else False)
+    return _plot(runs, names, columns, curve.hint, clock, (x, y), with_skips=curve.key == "loss")
 
 
 def _accuracy_chart(runs: Sequence[RunData], names: Sequence[str], benchmark: str, clock: Clock, x: Scale) -> str:
-    lines, last = [], ""
-    for run, name in zip(runs, names, strict=True):
+    columns = []
+    for run in runs:
         found = [evaluation for evaluation in run.evaluations if evaluation.benchmark == benchmark]
-        across = clock(run, [evaluation.step for evaluation in found])
-        values = np.array([evaluation["accuracy"] for evaluation in found], np.float64)
-        std = np.array([evaluation["accuracy_std"] or 0.0 for evaluation in found])
+        steps, values = ([line.step for line in found], [line["accuracy"] for line in found])
+        std = np.array([line["accuracy_std"] or 0.0 for line in found])
+        columns.append((np.array(steps, np.float64), np.array(values, np.float64), std))
+    hint = "Mean of ten folds; the band is their standard deviation."
+    return _plot(runs, names, columns, hint, clock, (x, Scale(f"Accuracy on {benchmark}", kind="share")))
+
+
+def _plot(
+    runs: Sequence[RunData],
+    names: Sequence[str],
+    columns: Sequence[tuple[Floats, Floats, Floats | None]],
+    hint: str,
+    clock: Clock,
+    scales: tuple[Scale, Scale],
+    *,
+    with_skips: bool = False,
+) -> str:
+    """A line for each run, of steps, values and half the height of a band; empty if no value is finite."""
+    (x, y), is_one, lines = scales, len(runs) == 1, []
+    for run, name, (steps, values, std) in zip(runs, names, columns, strict=True):
+        across = clock(run, steps)
         if across is None:
-            across, values, std = np.empty(0), np.empty(0), np.empty(0)
-        lines.append(Line(name if len(runs) > 1 else "accuracy", across, values, values - std, values + std))
-        last = f"last {values[-1]:.2%}" if len(values) and len(runs) == 1 else last
-    if not any(len(np.asarray(line.x)) for line in lines):
+            across, values, std = steps[:0], values[:0], None
+        band = (None, None) if std is None else (values - std, values + std)
+        lines.append(Line(y.name.lower() if is_one else name, across, values, *band))
+    finite = [values[np.isfinite(values)] for _, values in map(Line.columns, lines)]
+    if not any(map(len, finite)):
         return ""
-    title = f"Accuracy on {benchmark}"
-    svg = chart(lines, name=title, x=x, y=Scale(title, kind="share"))
-    return figure(title, svg, "Mean of ten folds; the band is their standard deviation.", last)
+    skips = clock(runs[0], [line["step"] for line in runs[0].skipped]) if with_skips and is_one else None
+    marks = [] if skips is None else skips.tolist()
+    svg = chart(lines, name=y.name, x=x, y=y, marks=marks)
+    last = f"last {y.words(float(finite[0][-1]))}" if is_one else ""
+    return figure(y.name, svg, hint + (" Red ticks: skipped steps." if marks else ""), last)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from partialfc.bench.machine import provenance
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
 from partialfc.core.device import timed
@@ -127,7 +126,7 @@ def demo(
         assert accuracy is not None
         [subject] = read_subjects([out / "run"])
         write_report(
-            [subject.with_results({"pairs": best}, provenance("cpu"))],
+            [subject.with_results({"pairs": best}, {})],
             out=out / "report.html",
             pictures={"pairs": images},
             baselines={"raw pixels": pixels, "colours": colors},

@@ -211,7 +211,11 @@ def test_names_from_files_are_text(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "evaluation", "step": 2, "benchmark": "half \\ud800 a letter", "accuracy": 0.5}\n')
     example = ExampleBenchmark()
-    options: dict[str, Any] = {"results": {HOSTILE: example.result()}, "pictures": {HOSTILE: example}, "baselines": {HOSTILE: 0.6}}
+    options: dict[str, Any] = {
+        "results": {HOSTILE: example.result()},
+        "pictures": {HOSTILE: example},
+        "baselines": {HOSTILE: 0.6},
+    }
     page = report(run, title=HOSTILE, notes=[HOSTILE], **options)
     assert not [image for image in page.find_all("img") if "onerror" in image.attributes]
     assert page.find_all("h1")[0].text == HOSTILE

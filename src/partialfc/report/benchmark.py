@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -134,7 +135,7 @@ def _calibration(curves: Mapping[str, Any]) -> str:
         mapped = one["calibration"]["scale"] * centers + one["calibration"]["offset"]
         lines += [
             Line(of if len(curves) > 1 else "measured", centers, ratios, look=look, shape="dots"),
-            Line("" if len(curves) > 1 else "affine map", centers, mapped, look=look),
+            Line("", centers, mapped, look=look),
         ]
     if not lines:
         return ""
@@ -261,7 +262,8 @@ def _pair(pair: Mapping[str, Any], kind: str, threshold: float | None, images: I
     if is_accepted is not None:
         mistake = f'<span class="wrong">wrongly {"accepted" if is_accepted else "rejected"}</span>'
         words = ", decided rightly" if is_accepted == (kind == "genuine") else f", {mistake}"
-    first, second = (escape("/".join(name.split("/")[-2:])) for name in pair["names"])
+    # Of a path, the folder and the file; of "image 3 of a/b/lfw.bin" the number too.
+    first, second = (escape(re.sub(r"\S*/(?=[^/]+/[^/]+$)", "", name)) for name in pair["names"])
     return (
         f'<figure><div class="two">{"".join(shown)}</div>cosine {pair["score"]:.3f}{words}<br>'
         f'<span class="soft">{first} and {second}</span></figure>'

@@ -103,4 +103,4 @@ def _machine(facts: Mapping[str, Any]) -> str:
 
 
 def _versions(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {facts[name]}" for name in ("partialfc", "torch", "python", "system") if name in facts)
+    return ", ".join(f"{name} {facts[name]}" for name in ("partialfc", "torch", "python") if name in facts)

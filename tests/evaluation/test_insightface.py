@@ -52,10 +52,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     found: list[Any] = []
     for lost in (None, LOST):
         failed = np.arange(len(units)) == lost
-        given = {benchmark.images.name(row): units[row] for row in np.flatnonzero(~failed)}
+        given = {benchmark.images.name(row): units[row] for row in np.flatnonzero(~failed).tolist()}
         done = theirs.run_identity_verification_evaluation(folder, Engine(given), auto_split=False)
-        rows = np.where(failed[:, None], np.float32(0), units)
-        found += [done.metrics, evaluate_features("own", benchmark, Features(rows, failed))]
+        usable = np.where(failed[:, None], np.float32(0), units)
+        found += [done.metrics, evaluate_features("own", benchmark, Features(usable, failed))]
     return found[0], found[2], found[1], found[3]
 
 

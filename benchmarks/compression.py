@@ -9,16 +9,17 @@ into docs/results/training.md and a plot beside it. Runs in the folder are resum
 from __future__ import annotations
 
 import argparse
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from documents import DOCS, write_between
 from partialfc.bench.machine import describe
 from partialfc.config.options import ProcessesConfig, TrainConfig
 from partialfc.faces.sets import FaceWorld
-from partialfc.pages.plots import Line, line_chart
+from partialfc.pages.plots import Line, Scale, chart
 from partialfc.training.loop import train
 from processes import run_processes
 from seeds import IDENTITIES, SHOTS, SIZE, SeedRun, seed_table, small_training
@@ -41,12 +42,14 @@ def work(rank: int, gradients: str, seed: int, out: Path, steps: int) -> None:
 
 def picture(results: dict[tuple[str, ...], list[SeedRun]], steps: int) -> str:
     """The mean over the seeds of both, with the spread of float32's as a band."""
-    lines, spreads = [], []
+    lines = []
     for (gradients,), runs in results.items():
-        points = list(zip(*(run.curve for run in runs), strict=True))
-        lines.append(Line(gradients, [(point[0][0], statistics.mean(y for _, y in point)) for point in points]))
-        spreads.append([statistics.stdev(y for _, y in point) for point in points])
-    return standalone_svg(line_chart(lines, name="loss", last_step=float(steps), spread=spreads[0]))
+        curves = np.array([run.curve for run in runs])  # (seeds, points, step and loss)
+        mean, std = curves[:, :, 1].mean(axis=0), curves[:, :, 1].std(axis=0, ddof=1)
+        band = (mean - std, mean + std) if gradients == GRADIENTS[0] else (None, None)
+        lines.append(Line(gradients, curves[0, :, 0], mean, *band))
+    x = Scale("optimizer step", "step", (0, steps), "count", snug=True)
+    return standalone_svg(chart(lines, name="loss", x=x, y=Scale("loss")))
 
 
 def main() -> None:

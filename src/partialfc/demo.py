@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ from partialfc.core.device import timed
 from partialfc.core.errors import InputError
 from partialfc.data.pair_files import read_pairs
 from partialfc.evaluation.baselines import color_embeddings, pixel_embeddings
-from partialfc.evaluation.pairs import evaluate_pair_set, evaluate_pairs
-from partialfc.faces.sets import FaceWorld, write_contact_sheet
+from partialfc.evaluation.pairs import evaluate_pairs
+from partialfc.evaluation.run import embed_benchmarks, evaluate_features, open_benchmarks
+from partialfc.evaluation.statistics.figures import Result
+from partialfc.evaluation.statistics.metrics import Scores
+from partialfc.evaluation.verification import with_groups
+from partialfc.faces.parameters import GROUPS, group_of
+from partialfc.faces.sets import FIRST_HELD_OUT, FaceWorld, draw_pairs, write_contact_sheet
+from partialfc.model.embed import Images
 from partialfc.model.files import load_model
 from partialfc.report.page import write_report
+from partialfc.report.subjects import read_subjects
 from partialfc.training.cores import train_on_cores
 from partialfc.training.timing import TrainResult
 
@@ -113,12 +121,14 @@ def demo(
     with timed(seconds, "training"):
         result = train_on_cores(config, out / "run", benchmarks={"pairs": data / "pairs.bin"}, resume=True, quiet=quiet)
     with timed(seconds, "report"):
-        best = evaluate_pair_set(load_model(out / "run"), pairs)
+        best, images = _evaluate(out, replace(world, seed=seed))
+        accuracy, std = best.figures["accuracy"].value, float(best.facts["accuracy_std"])
+        assert accuracy is not None
+        [subject] = read_subjects([out / "run"])
         write_report(
-            out / "run",
+            [subject.with_results({"pairs": best}, {})],
             out=out / "report.html",
-            results={"pairs": best},
-            pairs={"pairs": pairs},
+            pictures={"pairs": images},
             baselines={"raw pixels": pixels, "colours": colors},
             title="Partial FC demo",
             notes=[
@@ -129,10 +139,30 @@ def demo(
     return DemoSummary(
         folder=out,
         world=world,
-        accuracy=best.accuracy,
-        accuracy_std=best.accuracy_std,
+        accuracy=accuracy,
+        accuracy_std=std,
         pixel_accuracy=pixels,
         color_accuracy=colors,
         training=result,
         seconds=seconds,
     )
+
+
+def _evaluate(out: Path, world: FaceWorld) -> tuple[Result, Images]:
+    """The best model on the pairs, with the figures of the four groups, and the images."""
+    benchmarks = open_benchmarks({"pairs": out / "data" / "pairs.bin"}, world.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        features = embed_benchmarks(
+            load_model(out / "run"), benchmarks, Path(folder) / "features.npy", workers=0, quiet=True
+        )
+        result = evaluate_features("pairs", benchmarks["pairs"], features["pairs"])
+    identities, is_same = draw_pairs(
+        world.seed, range(FIRST_HELD_OUT, FIRST_HELD_OUT + world.pair_identities), world.pairs
+    )
+    of_pair, same, scores = group_of(identities[:, 0]).numpy(), is_same.numpy(), result.scores[""]
+    groups = {}
+    for group in range(GROUPS):
+        genuine = scores.genuine[of_pair[same] == group]
+        impostor = scores.impostor[of_pair[~same] == group]
+        groups[f"group {group + 1}"] = Scores(genuine, impostor, len(impostor))
+    return with_groups(result, groups), benchmarks["pairs"].images

@@ -13,33 +13,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from page_reader import Element, curve, figure, read_page
+from page_reader import Element, check_page, csv_rows, curve, figure, to_values
 from PIL import Image
-from run_folders import HOSTILE, evaluation_line, example_pairs, train_line, write_run
+from run_folders import HOSTILE, ExampleBenchmark, evaluation_line, train_line, write_run
 
 from partialfc.checkpoint.write import Snapshot, save_checkpoint
 from partialfc.config.options import HeadConfig, TrainConfig
 from partialfc.core.errors import InputError
 from partialfc.data.images import data_uri
-from partialfc.data.pair_files import PairSet
 from partialfc.distributed.collectives import Shard
-from partialfc.report.benchmark import hardest
+from partialfc.evaluation.statistics.figures import Result
 from partialfc.report.page import write_report
+from partialfc.report.subjects import read_subjects
+from partialfc.training.run.log import MetricsLog
 
 LINES = [train_line(step) for step in range(1, 41)] + [evaluation_line(step) for step in (10, 20, 30, 40)]
 
 
-def report(run: Path, **options: Any) -> Element:
+def report(*paths: Path, results: dict[str, Result] | None = None, **options: Any) -> Element:
     """The page, checked for what must hold of every page."""
-    text = write_report(run, **options).read_text(encoding="utf-8")
-    page = read_page(text)
+    subjects = read_subjects(paths)
+    if results is not None:
+        subjects[0] = subjects[0].with_results(results, {})
+    text = write_report(subjects, **options).read_text(encoding="utf-8")
     assert "://" not in text
-    assert not re.search(r"url\(|@import|nan|inf\b", text.split("<pre>")[0].partition("</style>")[2])
-    assert not any(page.find_all(tag) for tag in ("script", "link", "iframe", "object", "form", "a"))
-    for element in page.find_all("img"):
-        assert element.attributes["src"].startswith("data:image/jpeg;base64,")
-        assert element.attributes["alt"]
-    return page
+    drawn = text.split("<pre>")[0].partition("</style>")[2]
+    assert not re.search(r"url\(|@import|\bnan|inf\b", re.sub(r'href="[^"]*"|src="[^"]*"', "", drawn))
+    return check_page(text)
 
 
 def facts(page: Element) -> dict[str, str]:
@@ -54,7 +54,8 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert page.find_all("h1")[0].text == "Training report: nice run"
     assert "finished, 40 steps" in page.words()
     assert "84.00%" in page.find_all("div", "figure")[0].words()
-    assert "600 pairs, ten folds; best model, after step 40" in page.words()
+    assert "600 pairs, ten folds; best model, after step 40; deviation over the folds" in page.words()
+    assert "83.00% to 85.00%" in page.words()
     known = facts(page)
     assert known["Backbone"] == "mini, embedding of 64"
     assert known["Training images"] == "500"
@@ -65,15 +66,19 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert known["Speed"] == "220 images/s"
     assert known["Time of the steps"] == "9 s"
     captions = [each.find_all("b")[0].text for each in page.find_all("figure")]
-    assert captions == [
-        "Loss",
-        "Target cosine",
-        "Learning rate",
-        "Gradient norm",
-        "Speed, images/s",
-        "Waiting for data",
-        "Accuracy on lfw",
-    ]
+    assert (
+        captions
+        == [
+            "Loss",
+            "Target cosine",
+            "Learning rate",
+            "Gradient norm",
+            "Accuracy on lfw",
+            "Speed, images/s",
+            "Waiting for data",
+        ]
+        * 2
+    )  # by step, and by time
     assert len(page.find_all("tr")) == 5
     assert "global_batch_size: 50" in page.find_all("pre")[0].text
 
@@ -98,7 +103,7 @@ def test_conflicts_and_the_rate_of_the_head_are_shown_where_they_matter(tmp_path
     lines = [train_line(step, conflict_share=0.01 * step, lr_head=0.05) for step in (1, 2, 3)]
     page = report(write_run(tmp_path / "run", lines))
     assert np.allclose(curve(figure(page, "Share of conflicts"))[:, 1], [0.01, 0.02, 0.03], atol=1e-3)
-    assert np.allclose(curve(figure(page, "Learning rate"), "s2")[:, 1], 0.05, atol=1e-3)
+    assert np.allclose(curve(figure(page, "Learning rate of the head"))[:, 1], 0.05, atol=1e-3)
     filtered = replace(TrainConfig(), head=HeadConfig(conflict_threshold=0.4, margin="arcface"))
     page = report(write_run(tmp_path / "filtered", [train_line(1)], filtered))
     assert figure(page, "Share of conflicts")
@@ -205,8 +210,12 @@ def test_names_from_files_are_text(tmp_path: Path) -> None:
         file.write("# " + HOSTILE)
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "evaluation", "step": 2, "benchmark": "half \\ud800 a letter", "accuracy": 0.5}\n')
-    result, pairs = example_pairs()
-    options = {"results": {HOSTILE: result}, "pairs": {HOSTILE: pairs}, "baselines": {HOSTILE: 0.6}}
+    example = ExampleBenchmark()
+    options: dict[str, Any] = {
+        "results": {HOSTILE: example.result()},
+        "pictures": {HOSTILE: example},
+        "baselines": {HOSTILE: 0.6},
+    }
     page = report(run, title=HOSTILE, notes=[HOSTILE], **options)
     assert not [image for image in page.find_all("img") if "onerror" in image.attributes]
     assert page.find_all("h1")[0].text == HOSTILE
@@ -217,29 +226,34 @@ def test_names_from_files_are_text(tmp_path: Path) -> None:
 
 
 def test_results_are_the_headline_with_baselines_beside_them(tmp_path: Path) -> None:
-    result, pairs = example_pairs()
-    baselines = {"raw pixels": 0.55, "colours": 0.57, "broken": math.nan}
+    example, baselines = ExampleBenchmark(), {"raw pixels": 0.55, "colours": 0.57, "broken": math.nan}
+    result = example.result()
+    accuracy = result.figures["accuracy"]
+    assert accuracy.value is not None
     page = report(
         write_run(tmp_path / "run", LINES),
         out=tmp_path / "deeper" / "page.html",
         results={"pairs": result},
-        pairs={"pairs": pairs},
+        pictures={"pairs": example},
         baselines=baselines,
         notes=["The faces are drawings."],
     )
     assert (tmp_path / "deeper" / "page.html").is_file()
-    assert f"{result.accuracy:.2%}" in page.find_all("div", "figure")[0].words()
+    tiles = page.find_all("div", "figure")
+    assert f"{accuracy.value:.2%} {accuracy.low:.2%} to {accuracy.high:.2%}" in tiles[0].words()
     assert "guessing gives 50%" in page.words()
-    rows = page.find_all("div", "row")
-    assert [row.find_all("span")[0].text for row in rows] == ["trained model", "raw pixels", "colours"]
+    assert len(tiles) == 2  # that of the log too, for a benchmark that was not evaluated again
+    rows = page.find_all("section", "headline")[0].find_all("div", "row")
+    assert [row.find_all("span")[0].text for row in rows] == ["model on pairs", "model on lfw", "raw pixels", "colours"]
     widths = [row.find_all("span", "fill")[0].attributes["style"] for row in rows]
-    assert widths == [f"width:{200 * (value - 0.5):.2f}%" for value in (result.accuracy, 0.55, 0.57)]
-    assert facts(page)["TAR at FAR 0.1"] == f"{result.tar_at_far[0.1]:.2%}"
-    genuine = result.scores[result.is_same]
-    missed = np.count_nonzero(genuine <= result.cosine_threshold)
-    assert facts(page)["Genuine pairs rejected"] == f"{missed} of 100"
-    assert {"Scores", "True accept rate (ROC)"} < {each.words() for each in page.find_all("b")}
+    assert widths == [f"width:{200 * (value - 0.5):.2f}%" for value in (accuracy.value, 0.84, 0.55, 0.57)]
+    first = page.find_all("body")[0].find_all("p")[0]
+    assert "shows pictures of faces" in first.text
     assert len(page.find_all("img")) == 24
+    without = report(tmp_path / "run", results={"pairs": result})
+    assert not without.find_all("img")
+    assert "pictures of faces" not in without.words()
+    assert "Hardest pairs of pairs" in without.words()
 
 
 def test_a_baseline_below_guessing_moves_the_origin(tmp_path: Path) -> None:
@@ -251,21 +265,40 @@ def test_a_baseline_below_guessing_moves_the_origin(tmp_path: Path) -> None:
 
 
 def test_the_hardest_pairs_are_shown_hardest_first(tmp_path: Path) -> None:
-    result, pairs = example_pairs()
-    impostors, genuine = hardest(result, same=False), hardest(result, same=True, count=3)
-    assert len(impostors) == 6
-    assert not result.is_same[impostors].any()
-    assert result.scores[impostors[0]] == result.scores[~result.is_same].max()
-    assert list(result.scores[genuine]) == sorted(result.scores[result.is_same])[:3]
-    page = report(write_run(tmp_path / "run", LINES), results={"lfw": result}, pairs={"lfw": pairs})
-    shown = page.find_all("div", "faces")[0]
-    assert f"cosine {result.scores[impostors[0]]:.3f}, " in shown.words()
-    assert "wrongly accepted" in shown.words()
-    source = shown.find_all("img")[0].attributes["src"]
+    example = ExampleBenchmark()
+    result = example.result()
+    scores = result.scores[""]
+    page = report(write_run(tmp_path / "run", LINES), results={"lfw": result}, pictures={"lfw": example})
+    impostors, genuine = page.find_all("div", "faces")
+    assert [f"cosine {score:.3f}" in impostors.words() for score in np.sort(scores.impostor)[-6:]] == [True] * 6
+    assert f"cosine {scores.impostor.max():.3f}, " in impostors.find_all("figure")[0].words()
+    assert "wrongly accepted" in impostors.find_all("figure")[0].words()
+    assert f"cosine {scores.genuine.min():.3f}, " in genuine.find_all("figure")[0].words()
+    source = impostors.find_all("img")[0].attributes["src"]
+    assert scores.impostor_rows is not None
     with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
         assert image.size == (16, 16)
-        difference = np.asarray(image).astype(int) - pairs.images[2 * impostors[0]]
+        difference = np.asarray(image).astype(int) - example.image(scores.impostor_rows[scores.impostor.argmax(), 0])
     assert abs(difference).max() < 16  # JPEG
+
+
+def test_a_benchmark_has_its_charts_and_its_groups(tmp_path: Path) -> None:
+    result = ExampleBenchmark().result()
+    page = report(write_run(tmp_path / "run", LINES), results={"pairs": result})
+    names = {each.find_all("b")[0].text for each in page.find_all("figure")}
+    assert {"Scores", "True accept rate (ROC)", "Errors (DET)", "Calibration", "Quality"} < names
+    roc = figure(page, "True accept rate (ROC)")
+    drawn = curve(roc, log_x=True)
+    points = result.facts["curves"]["roc"]
+    assert np.allclose(drawn, np.stack([points["far"], points["tar"]], axis=1), rtol=0.02, atol=0.002)
+    band = to_values(roc, roc.find_all("path", "band")[0].attributes["d"], log_x=True)
+    assert np.allclose(band[:, 1], [*points["high"], *points["low"][::-1]], atol=0.002)
+    groups = next(each for each in page.find_all("table") if each.find_all("caption")[0].text == "Groups of pairs")
+    assert [row.find_all("th")[0].text for row in groups.find_all("tr")[1:]] == ["odd", "even"]
+    assert f"{100 * (result.figures['odd/fnmr'].value or 0):.2f}%" in groups.words()
+    tables = {each.find_all("caption")[0].text: each for each in page.find_all("table")}
+    link = page.find_all("a")[list(tables).index("Groups of pairs")]
+    assert [row[0] for row in csv_rows(link)] == ["group", "odd", "even"]
 
 
 def test_large_pictures_become_small() -> None:
@@ -276,55 +309,65 @@ def test_large_pictures_become_small() -> None:
 
 def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", LINES)
-    first = write_report(run).read_bytes()
-    assert write_report(run).read_bytes() == first
+    first = write_report(read_subjects([run])).read_bytes()
+    assert write_report(read_subjects([run])).read_bytes() == first
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no run.*folder of a training run"):
-        write_report(tmp_path)
-    with pytest.raises(InputError, match="holds no run"):
-        write_report(tmp_path / "missing")
-    write_run(tmp_path / "run", LINES)
-    with pytest.raises(InputError, match=r"did you mean .*run\?"):
-        write_report(tmp_path)
-
-
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", LINES)
-    (run / "config.yaml").write_text("a: [1", encoding="utf-8")
-    with pytest.raises(InputError, match="not readable as YAML"):
-        write_report(run)
-    (run / "config.yaml").write_text("words", encoding="utf-8")
-    with pytest.raises(InputError, match="holds no configuration"):
-        write_report(run)
-    (run / "config.yaml").unlink()
-    (run / "metrics.jsonl").write_text("words\n", encoding="utf-8")
-    with pytest.raises(InputError, match="line 1"):
-        write_report(run)
-    assert not (run / "report.html").exists()
 
 
 def test_files_that_are_no_report_are_not_overwritten(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", LINES)
     before = (run / "config.yaml").read_bytes()
     with pytest.raises(InputError, match="is no report"):
-        write_report(run, out=run / "config.yaml")
+        write_report(read_subjects([run]), out=run / "config.yaml")
     assert (run / "config.yaml").read_bytes() == before
     with pytest.raises(InputError, match="Cannot write"):
-        write_report(run, out=run / "config.yaml" / "report.html")
+        write_report(read_subjects([run]), out=run / "config.yaml" / "report.html")
     (tmp_path / "out" / "report.html").mkdir(parents=True)
     with pytest.raises(InputError, match="is a folder"):
-        write_report(run, out=tmp_path / "out")
+        write_report(read_subjects([run]), out=tmp_path / "out")
 
 
 def test_pictures_of_other_pairs_are_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", LINES)
-    result, pairs = example_pairs()
+    example = ExampleBenchmark()
     with pytest.raises(InputError, match="pictures for agedb but no result"):
-        write_report(run, results={"lfw": result}, pairs={"agedb": pairs})
-    other = PairSet(pairs.images, ~pairs.is_same)
-    with pytest.raises(InputError, match="pictures given for lfw are not the pairs"):
-        write_report(run, results={"lfw": result}, pairs={"lfw": other})
+        report(run, results={"lfw": example.result()}, pictures={"agedb": example})
+    with pytest.raises(InputError, match="pictures given for lfw are not those"):
+        report(run, results={"lfw": example.result()}, pictures={"lfw": ExampleBenchmark(100)})
     assert not (run / "report.html").exists()
+
+
+def test_skipped_steps_are_marked_and_listed(tmp_path: Path) -> None:
+    skip = {"kind": "skipped_step", "step": 20, "where": "gradient", "samples": ["a/1.jpg", HOSTILE]}
+    page = report(write_run(tmp_path / "run", [*LINES, skip]))
+    loss = figure(page, "Loss")
+    [mark] = loss.find_all("path", "mark")
+    assert to_values(loss, mark.attributes["d"].replace("v-8", ""))[0, 0] == pytest.approx(20, abs=0.1)
+    assert "1 steps were skipped" not in page.words()
+    assert "A step was skipped" in page.words()
+    [listed] = [each for each in page.find_all("table") if "Skipped steps" in each.words()]
+    assert [cell.text for cell in listed.find_all("td")] == ["gradient", f"a/1.jpg, {HOSTILE}"]
+
+
+def test_curves_by_time_are_those_of_the_speeds(tmp_path: Path) -> None:
+    lines = [train_line(step, images_per_second=50 / seconds) for step, seconds in ((1, 60), (2, 120), (3, 60))]
+    page = report(write_run(tmp_path / "run", lines))
+    by_time = page.find_all("div", "by-time")[0]
+    assert np.allclose(curve(figure(by_time, "Loss"))[:, 0], [1, 3, 4], atol=0.02)
+    assert "minutes of training steps" in by_time.words()
+    silent = report(write_run(tmp_path / "silent", [train_line(1, images_per_second=None)]))
+    assert not silent.find_all("div", "by-time")
+    assert not silent.find_all("input")
+
+
+def test_where_and_how_a_run_was_made_is_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", LINES)
+    with MetricsLog(run / "starts.jsonl") as log:
+        for step in (0, 20, 30):
+            start = {"step": step, "date": f"2026-11-0{step // 10 + 1}T10:00:00+00:00", "command": HOSTILE}
+            log.write({**start, "cpu": "a processor", "cores": 8, "processes": 4, "partialfc": "0.1"})
+    known = facts(report(run))
+    assert known["Started"] == "2026-11-01 10:00:00 UTC"
+    assert known["Continued"] == "2 times, after step 20, 30"
+    assert known["Command"] == HOSTILE
+    assert known["Trained on"] == "a processor, 8 cores, 4 processes"

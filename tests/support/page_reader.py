@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
+import io
 import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 
-_NEVER_CLOSED = {"meta", "img", "br"}
+_NEVER_CLOSED = {"meta", "img", "br", "input"}
 
 
 @dataclass
@@ -67,24 +72,65 @@ def read_page(text: str) -> Element:
     return reader.root
 
 
+def check_page(text: str) -> Element:
+    """The document, checked for what must hold of every page, in structure and for assistive technology."""
+    page = read_page(text)
+    assert not any(page.find_all(tag) for tag in ("link", "iframe", "object", "form"))
+    [script] = page.find_all("script")
+    digest = base64.b64encode(hashlib.sha256(script.text.encode()).digest()).decode()
+    policy = next(each.attributes["content"] for each in page.find_all("meta") if "http-equiv" in each.attributes)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    assert page.find_all("html")[0].attributes["lang"] == "en"
+    ids = re.findall(r'\sid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    for image in page.find_all("img"):
+        assert image.attributes["src"].startswith("data:image/jpeg;base64,")
+        assert image.attributes["alt"]
+    for plot in page.find_all("svg"):
+        assert plot.attributes.get("aria-hidden") == "true" or (
+            plot.attributes["role"] == "img" and plot.attributes["aria-label"]
+        )
+    links = page.find_all("a")
+    for each in page.find_all("table"):
+        [caption] = each.find_all("caption")
+        assert caption.text
+        assert all(head.attributes["scope"] in ("col", "row") and head.words().strip() for head in each.find_all("th"))
+    assert len(links) == len(page.find_all("table"))
+    for link in links:
+        assert link.attributes["href"].startswith("data:text/csv;charset=utf-8;base64,")
+    for choice in page.find_all("input"):
+        assert choice.attributes["id"] in {label.attributes["for"] for label in page.find_all("label")}
+    levels = [int(level) for level in re.findall(r"<h([1-6])", text)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    return page
+
+
+def csv_rows(link: Element) -> list[list[str]]:
+    """The rows behind a link to a table."""
+    content = base64.b64decode(link.attributes["href"].partition(",")[2]).decode()
+    return list(csv.reader(io.StringIO(content)))
+
+
 def figure(page: Element, name: str) -> Element:
     """The plot with a caption."""
     return next(each for each in page.find_all("figure") if each.find_all("b") and each.find_all("b")[0].text == name)
 
 
-def curve(figure: Element, css_class: str = "s1", *, log_y: bool = False) -> np.ndarray:
+def curve(figure: Element, css_class: str = "s1", *, log_x: bool = False, log_y: bool = False) -> np.ndarray:
     """The (x, y) of a path in the units of the axes, which are read off the labels of the ticks."""
     path = next(each for each in figure.find_all("path", "line") if css_class in each.attributes["class"].split())
-    return to_values(figure, path.attributes["d"], log_y=log_y)
+    return to_values(figure, path.attributes["d"], log_x=log_x, log_y=log_y)
 
 
-def to_values(figure: Element, drawn: str, *, log_y: bool = False) -> np.ndarray:
+def to_values(figure: Element, drawn: str, *, log_x: bool = False, log_y: bool = False) -> np.ndarray:
     pixels = np.array(re.findall(r"[ML](\S+) ([^MLZ]+)", drawn), dtype=float)
-    x = _axis(figure.find_all("text", "x-tick"), figure.find_all("line", "tick"), "x1")
+    x = _axis(figure.find_all("text", "x-tick"), figure.find_all("line", "tick"), "x1", log=log_x)
     y = _axis(figure.find_all("text", "y-tick"), figure.find_all("line", "grid-line"), "y1", log=log_y)
     values = np.stack([np.polyval(x, pixels[:, 0]), np.polyval(y, pixels[:, 1])], axis=1)
-    if log_y:
-        values[:, 1] = 10 ** values[:, 1]
+    for column, log in enumerate((log_x, log_y)):
+        if log:
+            values[:, column] = 10 ** values[:, column]
     return values
 
 

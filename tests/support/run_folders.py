@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from partialfc.config.options import BackboneConfig, DataConfig, HeadConfig, ScheduleConfig, TrainConfig
-from partialfc.data.pair_files import PairSet
-from partialfc.evaluation.pairs import PairResult, evaluate_pairs
+from partialfc.evaluation.pairs import evaluate_pairs
+from partialfc.evaluation.run import evaluate_features
+from partialfc.evaluation.statistics.figures import Result
+from partialfc.evaluation.statistics.metrics import Scores
+from partialfc.evaluation.verification import with_groups, with_quality
+from partialfc.model.features import Features
 from partialfc.training.run.log import MetricsLog
 
 HOSTILE = "<script>alert('1')</script>\"'&amp;<svg onload=x>"
@@ -68,11 +73,37 @@ def write_run(root: Path, lines: list[dict[str, Any]] | None = None, config: Tra
     return root
 
 
-def example_pairs(pairs: int = 200, seed: int = 0) -> tuple[PairResult, PairSet]:
-    """Embeddings whose pairs overlap, and a picture of one colour for each."""
-    generator = np.random.default_rng(seed)
-    is_same = np.arange(pairs) % 2 == 0
-    embeddings = generator.normal(size=(2 * pairs, 8))
-    embeddings[1::2][is_same] += 1.2 * embeddings[0::2][is_same]
-    images = generator.integers(0, 256, (2 * pairs, 1, 1, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
-    return evaluate_pairs(embeddings, is_same), PairSet(images, is_same)
+class ExampleBenchmark:
+    """Pairs whose scores overlap, with a picture of one colour for each image."""
+
+    what = "an example"
+
+    def __init__(self, pairs: int = 200, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        self.is_same = np.arange(pairs) % 2 == 0
+        self.embeddings = generator.normal(size=(2 * pairs, 8)).astype(np.float32)
+        self.embeddings[1::2][self.is_same] += 1.2 * self.embeddings[0::2][self.is_same]
+        self.pixels = generator.integers(0, 256, (2 * pairs, 1, 1, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
+        self.images = self
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"{HOSTILE} {index}"
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        picture: NDArray[np.uint8] = self.pixels[index]
+        return picture
+
+    def evaluate(self, features: Features) -> Result:
+        result = evaluate_pairs(features.embeddings, self.is_same).result()
+        groups = {}
+        for group, scores in (("odd", result.scores[""].genuine[::2]), ("even", result.scores[""].genuine[1::2])):
+            impostor = result.scores[""].impostor[len(group) % 2 :: 2]
+            groups[group] = Scores(scores, impostor, len(impostor))
+        return with_quality(with_groups(result, groups), features)
+
+    def result(self) -> Result:
+        features = Features(self.embeddings, np.zeros(len(self), bool))
+        return evaluate_features("example", self, features)

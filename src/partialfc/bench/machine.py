@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from partialfc.distributed.collectives import world_size_of
 
 PROC = Path("/proc")  # of Linux; elsewhere the standard library answers
 
@@ -24,6 +31,19 @@ def describe(device: str) -> dict[str, str | int]:
     if torch.device(device).type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """When, by which command, with which version, in how many processes and on what a result is made."""
+    program, *arguments = sys.argv
+    name = "partialfc" if Path(program).name == "__main__.py" else Path(program).name
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([name, *arguments]),
+        "partialfc": metadata.version("partialfc"),
+        "processes": world_size_of(),
+        **describe(device),
+    }
 
 
 def available_bytes(device: str) -> int:

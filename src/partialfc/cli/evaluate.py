@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from partialfc.bench.machine import provenance
 from partialfc.cli.parser import Parser, add_benchmarks, add_command, add_device, named_paths, show
 from partialfc.core.console import say
 from partialfc.core.device import choose_device
@@ -74,19 +76,22 @@ def run(options: Namespace) -> None:
     if options.write_thresholds and (len(paths) > 1 or len(options.model) != 1):
         raise InputError("--write-thresholds needs one model and one benchmark.")
     thresholds = None if options.thresholds is None else read_thresholds(options.thresholds)
+    started = time.monotonic()
     with process_group(device):
+        made = provenance(str(device))
         if options.embeddings is not None:
             models = {str(options.embeddings): _evaluate_stored(options, paths, thresholds)}
         else:
             loaded = [load_model(path, device).with_flip(options.flip) for path in options.model]
             models = {
-                str(path): _evaluate_model(options, model, paths, thresholds)
+                str(path): _evaluate_model(options, path, model, paths, thresholds)
                 for path, model in zip(options.model, loaded, strict=True)
             }
     if launched_rank() != 0:
         return
     content = {name: one["json"] for name, one in models.items()}
-    shown = next(iter(content.values())) if len(content) == 1 else {"models": content}
+    made["seconds"] = round(time.monotonic() - started, 1)
+    shown = {"made": made} | (next(iter(content.values())) if len(content) == 1 else {"models": content})
     if options.out is not None:
         several = len(models) > 1
         results = {
@@ -99,7 +104,7 @@ def run(options: Namespace) -> None:
 
 
 def _evaluate_model(
-    options: Namespace, model: Model, paths: Mapping[str, Path], thresholds: Thresholds | None
+    options: Namespace, path: Path, model: Model, paths: Mapping[str, Path], thresholds: Thresholds | None
 ) -> dict[str, Any]:
     contract = contract_of(model)
     say(f"model: {model.origin}")
@@ -110,17 +115,16 @@ def _evaluate_model(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if options.out is None else options.out
         folder.mkdir(parents=True, exist_ok=True)
-        path = Path(gather_json(str(folder))[0]) / f"features-{contract[:12]}.npy"
-        features = embed_benchmarks(model, benchmarks, path, quiet=options.json, **embedding)
+        stored = Path(gather_json(str(folder))[0]) / f"features-{contract[:12]}.npy"
+        features = embed_benchmarks(model, benchmarks, stored, quiet=options.json, **embedding)
     results = {name: evaluate_features(name, benchmark, features[name]) for name, benchmark in benchmarks.items()}
     if options.write_thresholds:
         ((name, result),) = results.items()
         if "" not in result.scores:
             raise InputError(f"{name} measures no 1:1 scores: thresholds need pairs.")
         written = measure_thresholds(result.scores[""], name=name, contract=contract)
-        path = options.model[0]
         say(f"thresholds: {write_thresholds_file(written, path.parent if path.is_file() else find_model(path))}")
-    return _content(results, thresholds, {"origin": model.origin, "contract": contract})
+    return _content(results, thresholds, {"model": str(path), "origin": model.origin, "contract": contract})
 
 
 def _evaluate_stored(options: Namespace, paths: Mapping[str, Path], thresholds: Thresholds | None) -> dict[str, Any]:

@@ -159,7 +159,11 @@ class PairFiles:
         figures = {f"{name}/{figure}": value for name, one in results.items() for figure, value in one.figures.items()}
         scores = {name: one.scores[""] for name, one in results.items()}
         genuine, impostor = (np.concatenate([getattr(of, kind) for of in scores.values()]) for kind in _KINDS)
-        whole = Scores(genuine, impostor, len(impostor))
+        rows = [
+            np.concatenate([self.images.rows[name][getattr(of, f"{kind}_rows")] for name, of in scores.items()])
+            for kind in _KINDS
+        ]
+        whole = Scores(genuine, impostor, len(impostor), genuine_rows=rows[0], impostor_rows=rows[1])
         figures |= verification_figures(whole)
         facts = verification_facts(whole) | {"parts": {name: one.facts for name, one in results.items()}}
         return with_groups(Result("pairs", figures, facts, {"": whole} | scores), scores)

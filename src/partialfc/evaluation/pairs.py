@@ -69,8 +69,9 @@ class PairResult:
     def result(self) -> Result:
         """The same as named figures with intervals. Pairs of a `.bin` file name no identities: pairs are resampled."""
         genuine, impostor = self.scores[self.is_same], self.scores[~self.is_same]
-        rows = 2 * np.flatnonzero(self.is_same)
-        scores = Scores(genuine, impostor, len(impostor), genuine_rows=np.stack([rows, rows + 1], axis=1))
+        rows = np.arange(2 * len(self.is_same)).reshape(-1, 2)
+        of_kind = rows[self.is_same], rows[~self.is_same]
+        scores = Scores(genuine, impostor, len(impostor), genuine_rows=of_kind[0], impostor_rows=of_kind[1])
         accuracy = {"accuracy": accuracy_figure(self.squared_distances, self.is_same)}
         facts = {"accuracy_std": self.accuracy_std, "cosine_threshold": self.cosine_threshold}
         return Result(

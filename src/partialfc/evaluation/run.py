@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,19 @@ import numpy as np
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
+from partialfc.core.schema import check_schema_version
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.evaluation.benchmarks import Benchmark, open_benchmark
 from partialfc.evaluation.images import JoinedImages
-from partialfc.evaluation.statistics.figures import Result
+from partialfc.evaluation.statistics.curves import curve_facts, hardest_pairs
+from partialfc.evaluation.statistics.figures import Result, result_from
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import check_images, embed_source
 from partialfc.model.features import Features
 from partialfc.model.files import Model
+
+RESULTS = "results.json"
+SCHEMA_VERSION = 1
 
 
 def read_benchmarks(benchmarks: Mapping[str, Path], model_config: ModelConfig) -> dict[str, PairSet]:
@@ -67,9 +74,43 @@ def evaluate_features(name: str, benchmark: Benchmark, features: Features) -> Re
             "one row for each, in the order of the benchmark."
         )
     try:
-        return benchmark.evaluate(features)
+        result = benchmark.evaluate(features)
     except InputError as error:
         raise InputError(f"benchmark {name}: {error}") from error
+    facts: dict[str, Any] = {"images": len(benchmark.images)}
+    if (scores := result.scores.get("")) is not None:
+        facts["curves"] = curve_facts(scores)
+        facts["hardest"] = hardest_pairs(scores)
+        for pair in itertools.chain(*facts["hardest"].values()):
+            pair["names"] = [benchmark.images.name(row) for row in pair["rows"]]
+    return replace(result, facts=facts | result.facts)
+
+
+def read_results(path: Path) -> dict[str, tuple[dict[str, Any], dict[str, Result]]]:
+    """What `write_results` wrote: for each model its facts, and its results by the name of the benchmark.
+
+    Args:
+        path: of `results.json`, or its folder. Scores are not read.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or a newer version wrote it.
+    """
+    path = path / RESULTS if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_schema_version(path, content, SCHEMA_VERSION)
+        found = {}
+        for name, one in content.get("models", {path.resolve().parent.name: content}).items():
+            results = {benchmark: result_from(values) for benchmark, values in one["benchmarks"].items()}
+            made = content.get("made", {})
+            found[name] = {"made": made, **{key: one[key] for key in one if key != "benchmarks"}}, results
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give the results of evaluate --out.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} holds no results of evaluate, or is damaged: evaluate again.") from error
+    return found
 
 
 def write_results(folder: Path, content: Mapping[str, Any], results: Mapping[str, Result]) -> None:
@@ -79,7 +120,7 @@ def write_results(folder: Path, content: Mapping[str, Any], results: Mapping[str
     compared: of large sets only the largest impostor scores are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "results.json", json.dumps({"schema_version": 1, **content}, indent=2) + "\n")
+    write_file(folder / RESULTS, json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2) + "\n")
     for name, result in results.items():
         if (scores := result.scores.get("")) is not None:
             both = np.concatenate([scores.genuine, scores.impostor])

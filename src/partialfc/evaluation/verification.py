@@ -122,6 +122,7 @@ def verify_listed_pairs(features: Features, pairs: NDArray[np.int64], is_same: N
         failures=int(lost.sum()),
         failure_ids=identities[lost, 0],
         genuine_rows=pairs[genuine],
+        impostor_rows=pairs[impostor],
     )
     figures = verification_figures(scores) | failure_to_enrol(features.failed)
     return with_quality(Result("pairs", figures, verification_facts(scores), {"": scores}), features)

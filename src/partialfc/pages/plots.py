@@ -1,7 +1,8 @@
 """Plots as inline SVG: pure functions from numbers to text, coloured by the classes of the page's style sheet.
 
 A plot has a fixed inner size and scales with the page. Its values are also text: each vertical strip has a <title>,
-which a browser shows on hovering, and the plot has a label for screen readers.
+which a browser shows on hovering and the page's script under the pointer and the arrow keys, and the plot has a label
+for screen readers.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from partialfc.pages.axes import (
     Axis,
@@ -26,12 +28,13 @@ from partialfc.pages.axes import (
     value_format,
 )
 
-Point = tuple[float, float]
+Floats = NDArray[np.float64]
 
 WIDTH, HEIGHT = 360.0, 196.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 348.0, 10.0, 158.0
+COLOURS = 6  # of lines; a seventh looks like the first
 
-_MAX_POINTS = 1200  # of a path: more than the pixels that it covers on any screen
+_MAX_POINTS = 800  # of a path: more than the pixels that it covers on most screens
 _MAX_STRIPS = 100
 _MAX_DOTS = 40
 _LOG_FROM = 50.0  # the ratio of largest to smallest value from which a logarithmic scale is used
@@ -39,141 +42,129 @@ _LOG_FROM = 50.0  # the ratio of largest to smallest value from which a logarith
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. Points ascend in x; one whose y is not finite interrupts the curve."""
+    """One curve.
+
+    Attributes:
+        name: "" for one that tooltips leave out.
+        x: (N,), ascending.
+        y: (N,); a value that is not finite interrupts the curve.
+        low, high: (N,), the ends of a band around it.
+        look: classes of the style sheet; by default the colour of the line's place among the others.
+        shape: an area has a bin of equal width around each x.
+    """
 
     name: str
-    points: Sequence[Point]
+    x: ArrayLike
+    y: ArrayLike
+    low: ArrayLike | None = None
+    high: ArrayLike | None = None
+    look: str = ""
+    shape: Literal["line", "dots", "area"] = "line"
+
+    def columns(self) -> tuple[Floats, Floats]:
+        """x and y as arrays."""
+        return np.asarray(self.x, dtype=np.float64), np.asarray(self.y, dtype=np.float64)
 
 
-def line_chart(
+@dataclass(frozen=True)
+class Scale:
+    """What an axis shows.
+
+    Attributes:
+        name: of the values.
+        unit: what a tooltip calls a value, such as "step".
+        ends: values that the axis holds, whatever the lines do.
+        kind: "count" for whole numbers, "share" for percentages.
+        log: logarithmic; None if all values are positive and span more than a factor of 50.
+        snug: end at the smallest and largest value, not at a tick.
+    """
+
+    name: str
+    unit: str = ""
+    ends: Sequence[float] = ()
+    kind: Literal["number", "count", "share"] = "number"
+    log: bool | None = False
+    snug: bool = False
+
+    def axis(self, values: Floats, start: float, stop: float) -> Axis:
+        """For values (N,), of which those that are not finite do not count; at least one does."""
+        values = values[np.isfinite(values)]
+        low, high = float(values.min()), float(values.max())
+        if self.log or (self.log is None and low > 0 and high / low > _LOG_FROM):
+            positive = values[values > 0]
+            return log_axis(float(min(positive, default=0.1)), float(max(positive, default=1.0)), start, stop)
+        low, high = min([low, *self.ends]), max([high, *self.ends])
+        least = float(self.kind == "count")
+        return linear_axis(low, max(high, low + least), start, stop, snug=self.snug, least_step=least)
+
+    def ticks(self, axis: Axis) -> Format:
+        """The format of the axis's labels."""
+        if axis.log:
+            return decade_format
+        step = axis.ticks[1] - axis.ticks[0] if len(axis.ticks) > 1 else axis.high
+        return (percent_format if self.kind == "share" else number_format)(step)
+
+    def words(self, value: float) -> str:
+        """A value in a tooltip."""
+        if self.kind == "share":
+            return f"{value:.2%}" if abs(value) >= 1e-3 or not value else f"{100 * value:.3g}%"
+        return f"{value:,.0f}" if self.kind == "count" else value_format(value)
+
+
+def chart(
     lines: Sequence[Line],
     *,
     name: str,
-    last_step: float,
-    percent: bool = False,
-    from_zero: bool = False,
-    may_log: bool = False,
-    spread: Sequence[float] = (),
+    x: Scale,
+    y: Scale,
+    marks: Sequence[float] = (),
+    threshold: float | None = None,
 ) -> str:
-    """Curves over the optimizer step.
+    """Curves over a common axis.
 
     Args:
-        lines: at least one; the first has a finite value and gives the tooltips.
-        name: of the values.
-        last_step: the end of the horizontal scale, which begins at 0; no point lies beyond.
-        percent: write values as percentages.
-        from_zero: begin the vertical scale at 0, unless it is logarithmic.
-        may_log: use a logarithmic scale if all values are positive and span more than a factor of 50.
-        spread: half the height of the shaded band around the first line, for each of its points.
+        lines: at least one, of which one has a finite value.
+        name: of the plot.
+        marks: x of events, ticks at the foot of the plot.
+        threshold: x of a line from top to bottom that is labelled so.
     """
-    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
-    main = lines[0].points
-    reach = [y + side * half for (_, y), half in zip(main, spread, strict=False) for side in (-1, 1)]
-    low, high = min(values), max(values)
-    for value in filter(math.isfinite, reach):
-        value = min(max(value, 0.0), 1.0) if percent else value
-        low, high = min(low, value), max(high, value)
-    x = linear_axis(0.0, max(last_step, 1.0), LEFT, RIGHT, snug=True, least_step=1.0)
-    log = may_log and low > 0 and high / low > _LOG_FROM
-    low = min(low, 0.0) if from_zero and not log else low
-    y = log_axis(low, high, BOTTOM, TOP) if log else linear_axis(low, high, BOTTOM, TOP)
-    tick_format = decade_format if log else (percent_format if percent else number_format)(y.ticks[1] - y.ticks[0])
-    words = "{:.2%}".format if percent else value_format
-    parts = [_frame(x, y, number_format(1), tick_format, "optimizer step")]
-    if spread:
-        parts.append(_band(x, y, main, spread))
-    for number, line in enumerate(lines):
-        parts.append(_path(x, y, thin(line.points), f"line s{number + 1}"))
-        if len(line.points) <= _MAX_DOTS:
-            parts += [_dot(x, y, point, f"dot s{number + 1}") for point in line.points if math.isfinite(point[1])]
-    parts.append(_curve_strips(x, y, lines, words))
-    finite = [point for point in main if math.isfinite(point[1])]
-    summary = f"{name}: {words(finite[0][1])} at step {finite[0][0]:,.0f}"
-    if len(finite) > 1:
-        summary += f", {words(finite[-1][1])} at step {finite[-1][0]:,.0f}"
-    return _svg(parts, summary)
-
-
-def thin(points: Sequence[Point], most: int = _MAX_POINTS) -> Sequence[Point]:
-    """At most about `most` points that look like all of them: the ends and the extremes of each stretch remain."""
-    if len(points) <= most:
-        return points
-    result: list[Point] = []
-    for stretch in np.array_split(np.arange(len(points)), most // 4):
-        finite = [index for index in stretch if math.isfinite(points[index][1])]
-        extremes = [min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])] if finite else []
-        result += [points[index] for index in sorted({stretch[0], *extremes, stretch[-1]})]
-    return result
-
-
-def histogram(genuine: NDArray[np.float64], impostor: NDArray[np.float64], threshold: float) -> str:
-    """The distribution of the cosines of both kinds of pairs, as the share of each kind in a bin, and the threshold.
-
-    Args:
-        genuine, impostor: (M,) and (N,), neither empty.
-        threshold: the cosine above which a pair is called "same".
-    """
-    everything = np.concatenate([genuine, impostor, [threshold]])
-    x = linear_axis(float(everything.min()), float(everything.max()), LEFT, RIGHT, ticks=6)
-    edges = np.linspace(x.low, x.high, 41)
-    shares = [np.histogram(np.clip(kind, x.low, x.high), edges)[0] / len(kind) for kind in (impostor, genuine)]
-    y = linear_axis(0.0, float(max(share.max() for share in shares)), BOTTOM, TOP)
-    parts = [_frame(x, y, number_format(x.ticks[1] - x.ticks[0]), percent_format(y.ticks[1]), "cosine of the pair")]
-    ends = edges.repeat(2)  # each bin is as high at its right edge as at its left
-    for share, kind in zip(shares, ("impostor", "genuine"), strict=True):
-        heights = [0.0, *share.repeat(2), 0.0]
-        parts.append(_path(x, y, list(zip(ends, heights, strict=True)), f"area {kind}", close="Z"))
-    at = x.place(threshold)
-    side, anchor = (-5, "end") if at > (LEFT + RIGHT) / 2 else (5, "start")
-    parts.append(
-        f'<line class="threshold" x1="{at:.2f}" x2="{at:.2f}" y1="{TOP:g}" y2="{BOTTOM:g}"/>'
-        f'<text class="mark-name" x="{at + side:.2f}" y="{TOP + 9:g}" text-anchor="{anchor}">'
-        f"threshold {threshold:.3f}</text>"
-    )
-    for left, right, false, true in zip(edges[:-1], edges[1:], *shares, strict=True):
-        words = f"cosine {left:.3f} to {right:.3f}: {true:.1%} of genuine pairs, {false:.1%} of impostors"
-        parts.append(_strip(x.place(left), x.place(right), words))
-    summary = (
-        f"Histogram of cosines: genuine pairs around {np.median(genuine):.3f}, impostors around "
-        f"{np.median(impostor):.3f}, threshold {threshold:.3f}"
-    )
-    return _svg(parts, summary)
-
-
-def roc_chart(far: NDArray[np.float64], tar: NDArray[np.float64], impostors: int, marked: Sequence[float]) -> str:
-    """True accept rate over false accept rate, the latter on a logarithmic scale.
-
-    The height at a rate is the highest TAR whose FAR does not exceed it, so the curve has steps.
-
-    Args:
-        far, tar: (K,) operating points, both ascending from 0.
-        impostors: number of impostor pairs: rates below its inverse cannot be measured.
-        marked: false accept rates that get a dot; those below the scale are left out.
-    """
-    x = log_axis(1.0 / max(impostors, 2), 1.0, LEFT, RIGHT)
-    y = linear_axis(0.0, 1.0, BOTTOM, TOP)
-
-    def reached(rate: float) -> float:
-        return float(tar[np.searchsorted(far, rate, side="right") - 1])
-
-    points = [(x.low, reached(x.low))]
-    for rate in np.unique(far[far > x.low]):
-        if reached(rate) > points[-1][1]:
-            points += [(float(rate), points[-1][1]), (float(rate), reached(rate))]
-    points.append((1.0, points[-1][1]))
-    chance = [(float(rate), float(rate)) for rate in np.geomspace(x.low, 1.0, 60)]
-    parts = [
-        _frame(x, y, decade_format, percent_format(0.1), "false accept rate (FAR)"),
-        _path(x, y, chance, "line chance"),
-        _path(x, y, points, "line s1"),
+    pairs = [
+        (line, line.look or f"s{1 + place % COLOURS}")
+        for place, line in enumerate(lines)
+        if np.isfinite(line.columns()[1]).any()
     ]
-    parts += [_dot(x, y, (rate, reached(rate)), "dot s1") for rate in marked if x.low <= rate <= 1]
-    cuts = np.geomspace(x.low, 1.0, 41)
-    for left, right in pairwise(cuts):
-        words = f"FAR {value_format(float(right))}: TAR {reached(right):.2%}"
-        parts.append(_strip(x.place(left), x.place(right), words))
-    summary = "ROC: " + ", ".join(f"TAR {reached(rate):.2%} at FAR {value_format(rate)}" for rate in marked)
-    return _svg(parts, summary)
+    shown, looks = [line for line, _ in pairs], [look for _, look in pairs]
+    extent = [part for line in shown for part in (line.y, line.low, line.high) if part is not None]
+    values = np.concatenate([np.asarray(part, np.float64) for part in extent])
+    across = np.concatenate([line.columns()[0] for line in shown] + [[] if threshold is None else [threshold]])
+    x_axis = x.axis(across, LEFT, RIGHT)
+    y_axis = y.axis(np.clip(values, 0, 1) if y.kind == "share" else values, BOTTOM, TOP)
+    parts = [_frame(x_axis, y_axis, x.ticks(x_axis), y.ticks(y_axis), x.name)]
+    for line, look in zip(shown, looks, strict=True):
+        parts.append(_drawn(x_axis, y_axis, line, look))
+    if len(marks):
+        at = sorted({round(x_axis.place(mark)) for mark in marks})
+        parts.append(f'<path class="mark" d="{"".join(f"M{place} {BOTTOM:g}v-8" for place in at)}"/>')
+    if threshold is not None:
+        parts.append(_threshold(x_axis.place(threshold), threshold))
+    parts.append(_strips(x_axis, y_axis, shown, looks, x, y))
+    return _svg(parts, _summary(name, shown, x, y, len(marks)))
+
+
+def thin(y: Floats, most: int = _MAX_POINTS) -> NDArray[np.int64]:
+    """The places of at most about `most` points of y (N,) that look like all of them.
+
+    Of each stretch remain its ends, its extremes and a gap.
+    """
+    size = math.ceil(len(y) / max(most // 4, 1))
+    if len(y) <= most or size < 2:
+        return np.arange(len(y))
+    starts = np.arange(0, len(y), size)
+    rows = np.pad(y, (0, len(starts) * size - len(y)), mode="edge").reshape(len(starts), size)
+    gaps = ~np.isfinite(rows)
+    extremes = np.where(gaps, np.inf, rows).argmin(axis=1), np.where(gaps, -np.inf, rows).argmax(axis=1)
+    places = [starts, starts + size - 1, *(starts + at for at in extremes), (starts + gaps.argmax(axis=1))]
+    return np.unique(np.minimum(np.concatenate(places), len(y) - 1))
 
 
 # -- parts of a plot -------------------------------------------------------------------------------------------------
@@ -182,6 +173,19 @@ def roc_chart(far: NDArray[np.float64], tar: NDArray[np.float64], impostors: int
 def _svg(parts: Sequence[str], summary: str) -> str:
     label = escape(summary)
     return f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _summary(name: str, lines: Sequence[Line], x: Scale, y: Scale, marks: int) -> str:
+    """First and last value of each line, in words."""
+    texts = []
+    for line in lines:
+        if not line.name:
+            continue
+        across, values = line.columns()
+        finite = np.flatnonzero(np.isfinite(values))
+        ends = [f"{y.words(values[at])} at {x.unit} {x.words(across[at])}" for at in dict.fromkeys(finite[[0, -1]])]
+        texts.append(f"{line.name} {', '.join(ends)}")
+    return f"{name}: {'; '.join(texts)}{f'; {marks:,} marks' if marks else ''}"
 
 
 def _frame(x: Axis, y: Axis, x_format: Format, y_format: Format, x_name: str) -> str:
@@ -212,42 +216,80 @@ def horizontal_axis(x: Axis, bottom: float, x_format: Format, name: str) -> str:
     return "".join(parts)
 
 
-def _path(x: Axis, y: Axis, points: Sequence[Point], css_class: str, close: str = "") -> str:
-    """A curve, interrupted by each value that is not finite; `close` is "Z" for an outline."""
-    words, drawing = [], False
-    for step, value in points:
-        if math.isfinite(value):
-            words.append(f"{'L' if drawing else 'M'}{x.place(step):.2f} {y.place(value):.2f}")
-        drawing = math.isfinite(value)
-    return f'<path class="{css_class}" d="{"".join(words)}{close}"/>'
-
-
-def _dot(x: Axis, y: Axis, point: Point, css_class: str) -> str:
-    return f'<circle class="{css_class}" cx="{x.place(point[0]):.2f}" cy="{y.place(point[1]):.2f}" r="2.5"/>'
-
-
-def _band(x: Axis, y: Axis, points: Sequence[Point], spread: Sequence[float]) -> str:
-    """The area between value - spread and value + spread."""
-    both = list(zip(points, spread, strict=True))
-    corners = [(step, value + half) for (step, value), half in both]
-    corners += [(step, value - half) for (step, value), half in reversed(both)]
-    return _path(x, y, [point for point in corners if math.isfinite(point[1])], "band s1", close="Z")
-
-
-def _curve_strips(x: Axis, y: Axis, lines: Sequence[Line], words: Format) -> str:
-    """Strips over the plot, each with the values of one step and a mark that shows while the pointer is on it."""
-    main = thin([point for point in lines[0].points if math.isfinite(point[1])], _MAX_STRIPS)
-    others = [(line.name, dict(line.points)) for line in lines[1:]]
-    at = [x.place(step) for step, _ in main]
-    borders = [LEFT, *[(left + right) / 2 for left, right in pairwise(at)], RIGHT]
+def _drawn(x: Axis, y: Axis, line: Line, look: str) -> str:
+    """The band, the curve, and its points if they are few."""
+    across, values = line.columns()
+    if line.shape == "area":
+        half = (across[1] - across[0]) / 2
+        ends = np.stack([across - half, across + half], axis=1).ravel()
+        outline = np.concatenate([[0.0], values.repeat(2), [0.0]])
+        return _path(x, y, ends[[0, *range(len(ends)), -1]], outline, f"area {look}", close="Z")
     parts = []
-    for (step, value), (left, right) in zip(main, pairwise(borders), strict=True):
-        text = f"step {step:,.0f}: {lines[0].name} {words(value)}"
-        text += "".join(f", {name} {words(points[step])}" for name, points in others if step in points)
-        parts.append(_strip(left, right, text, _dot(x, y, (step, value), "dot s1")))
+    if line.low is not None and line.high is not None:
+        ends = np.concatenate([across, across[::-1]])
+        corners = np.concatenate([np.asarray(line.high), np.asarray(line.low)[::-1]])
+        known = np.isfinite(corners)
+        parts.append(_path(x, y, ends[known], corners[known], f"band {look}", close="Z"))
+    if line.shape == "line":
+        kept = thin(values)
+        parts.append(_path(x, y, across[kept], values[kept], f"line {look}"))
+    if line.name and (line.shape == "dots" or len(across) <= _MAX_DOTS):
+        parts += [
+            _dot(x, y, *point, f"dot {look}") for point in zip(across, values, strict=True) if np.isfinite(point[1])
+        ]
     return "".join(parts)
 
 
-def _strip(left: float, right: float, words: str, mark: str = "") -> str:
-    rect = f'<rect x="{left:.2f}" y="{TOP:g}" width="{right - left:.2f}" height="{BOTTOM - TOP:g}"/>'
-    return f'<g class="strip"><title>{escape(words)}</title>{rect}{mark}</g>'
+def _path(x: Axis, y: Axis, across: Floats, values: Floats, look: str, close: str = "") -> str:
+    """A curve, interrupted by each value that is not finite; `close` is "Z" for an outline."""
+    words, drawing = [], False
+    for step, value in zip(across.tolist(), values.tolist(), strict=True):
+        if math.isfinite(value):
+            words.append(f"{'L' if drawing else 'M'}{x.place(step):.2f} {y.place(value):.2f}")
+        drawing = math.isfinite(value)
+    return f'<path class="{look}" d="{"".join(words)}{close}"/>'
+
+
+def _dot(x: Axis, y: Axis, across: float, value: float, look: str) -> str:
+    return f'<circle class="{look}" cx="{x.place(across):.2f}" cy="{y.place(value):.2f}" r="2.5"/>'
+
+
+def _threshold(at: float, value: float) -> str:
+    side, anchor = (-5, "end") if at > (LEFT + RIGHT) / 2 else (5, "start")
+    return (
+        f'<line class="threshold" x1="{at:.2f}" x2="{at:.2f}" y1="{TOP:g}" y2="{BOTTOM:g}"/>'
+        f'<text class="mark-name" x="{at + side:.2f}" y="{TOP + 9:g}" text-anchor="{anchor}">'
+        f"threshold {value:.3f}</text>"
+    )
+
+
+def _strips(x: Axis, y: Axis, lines: Sequence[Line], looks: Sequence[str], x_scale: Scale, y_scale: Scale) -> str:
+    """Strips over the plot, each with the values near one x and marks that show while the pointer is on it."""
+    named = [(line, look) for line, look in zip(lines, looks, strict=True) if line.name]
+    known = []
+    for line, look in named:
+        across, values = line.columns()
+        finite = np.isfinite(values)
+        ends = [None if end is None else np.asarray(end)[finite] for end in (line.low, line.high)]
+        known.append((line.name, look, across[finite], values[finite], ends))
+    most = _MAX_STRIPS // max(len(known), 1)
+    positions = np.unique(np.concatenate([across[thin(values, most)] for _, _, across, values, _ in known]))
+    at = [x.place(position) for position in positions]
+    borders = [LEFT, *[(left + right) / 2 for left, right in pairwise(at)], RIGHT]
+    parts = []
+    for position, (left, right) in zip(positions.tolist(), pairwise(borders), strict=True):
+        texts, dots = [], []
+        for name, look, across, values, (low, high) in known:
+            if not across[0] <= position <= across[-1]:
+                continue
+            after = min(int(np.searchsorted(across, position)), len(across) - 1)
+            near = after - (after > 0 and position - across[after - 1] < across[after] - position)
+            band = (
+                "" if low is None or high is None else f" ({y_scale.words(low[near])} to {y_scale.words(high[near])})"
+            )
+            texts.append(f"{name} {y_scale.words(values[near])}{band}")
+            dots.append(_dot(x, y, across[near], values[near], f"dot {look}"))
+        words = escape(f"{x_scale.unit} {x_scale.words(position)}: {', '.join(texts)}")
+        rect = f'<rect x="{left:.2f}" y="{TOP:g}" width="{right - left:.2f}" height="{BOTTOM - TOP:g}"/>'
+        parts.append(f'<g class="strip"><title>{words}</title>{rect}{"".join(dots)}</g>')
+    return "".join(parts)

@@ -37,7 +37,7 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         except InputError as error:
             found[folder] = str(error)
     settings = {folder: flatten(run.settings) for folder, run in found.items() if isinstance(run, RunData)}
-    usual = _most_common(list(settings.values()))
+    changed = dict(zip(settings, changed_settings(list(settings.values())), strict=True))
     rows: list[dict[str, Any]] = []
     for folder, run in found.items():
         age = round(time.time() - _last_change(folder), 1)
@@ -45,15 +45,15 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         if isinstance(run, str):
             rows.append(row | {"state": "unreadable", "reason": run})
         else:
-            changed = {key: value for key, value in sorted(settings[folder].items()) if str(value) != usual[key]}
-            rows.append(row | _progress(run, age) | {"changed": changed})
+            rows.append(row | _progress(run, age) | {"changed": changed[folder]})
     return rows
 
 
-def _most_common(settings: list[dict[str, Any]]) -> dict[str, str]:
-    """The text of the most frequent value of each key; of several, that of the first run."""
+def changed_settings(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of each run, by dotted key, that most of the runs have otherwise, or of several the first."""
     texts = {key: [str(one.get(key)) for one in settings] for one in settings for key in one}
-    return {key: Counter(values).most_common(1)[0][0] for key, values in texts.items()}
+    usual = {key: Counter(values).most_common(1)[0][0] for key, values in texts.items()}
+    return [{key: value for key, value in sorted(one.items()) if str(value) != usual[key]} for one in settings]
 
 
 def _folders(root: Path) -> Iterator[Path]:

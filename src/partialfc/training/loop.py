@@ -38,7 +38,7 @@ from partialfc.training.initialize import fill_with_class_means, initialize, is_
 from partialfc.training.nonfinite import describe_skip
 from partialfc.training.run.folder import open_run_folder
 from partialfc.training.run.launch import check_same_data, joined
-from partialfc.training.run.log import MetricsLog, SlowData, open_trackers
+from partialfc.training.run.log import MetricsLog, SlowData, log_start, open_trackers
 from partialfc.training.saver import CheckpointWriter
 from partialfc.training.step import Stepper
 from partialfc.training.timing import StepClock, StepProfiler, TrainResult
@@ -167,6 +167,7 @@ class _Trainer:
     def _open_log(self, stack: contextlib.ExitStack, quiet: bool) -> None:
         """Open metrics.jsonl, the trackers and the progress display, which stay empty but on rank 0."""
         config, first, is_main_process = self.config, self.state.done, rank_of() == 0
+        log_start(self.folder.starts, first, self.device)
         trackers = open_trackers(config, self.folder.root, first, stack) if is_main_process else []
         metrics = MetricsLog(
             self.folder.metrics,

@@ -6,12 +6,14 @@ import errno
 import json
 import math
 import os
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 from partialfc.core.errors import InputError, JobError
-from partialfc.training.run.log import MetricsLog, read_metrics
+from partialfc.training.run.log import MetricsLog, log_start, read_metrics
 
 
 def write(path: Path, steps: range, resume_step: int = 0) -> None:
@@ -180,3 +182,13 @@ def test_a_line_of_a_newer_version_is_refused_and_names_may_be_no_utf8(tmp_path:
     path.write_bytes(path.read_bytes().replace(b'"schema_version": 1', b'"schema_version": 2'))
     with pytest.raises(InputError, match=r"metrics.jsonl has schema_version 2, and this partialfc reads them up to 1"):
         read_metrics(path)
+
+
+def test_each_start_is_noted_with_its_command_and_machine(tmp_path: Path) -> None:
+    path = tmp_path / "starts.jsonl"
+    for step in (0, 20, 10):
+        log_start(path, step, torch.device("cpu"))
+    lines = read_metrics(path)
+    assert [line["step"] for line in lines] == [0, 10]  # the steps that the second start added are lost
+    assert {"date", "command", "partialfc", "processes", "cpu", "cores", "torch", "python"} <= lines[0].keys()
+    assert datetime.fromisoformat(lines[0]["date"]).tzinfo is not None

@@ -60,6 +60,12 @@ class Result:
         return {"kind": self.kind, "figures": figures, **self.facts}
 
 
+def result_from(values: Mapping[str, Any]) -> Result:
+    """The result of which `to_dict` gave these values, without its scores; KeyError or TypeError for others."""
+    figures = {str(name): Figure(**figure) for name, figure in values["figures"].items()}
+    return Result(str(values["kind"]), figures, {key: values[key] for key in values if key not in ("kind", "figures")})
+
+
 def rate_name(rate: float) -> str:
     """A rate as it stands in the name of a figure: 0.1, 0.01, 1e-3, 2.5e-4."""
     if rate >= 0.01 or rate == 0:
@@ -86,7 +92,7 @@ def results_table(results: Mapping[str, Mapping[str, Result]]) -> str:
 
 def _benchmark_table(benchmark: str, results: Mapping[str, Result]) -> str:
     rows = list(dict.fromkeys(name for result in results.values() for name in result.figures))
-    cells = {model: [_cell(name, result.figures.get(name)) for name in rows] for model, result in results.items()}
+    cells = {model: [figure_text(name, result.figures.get(name)) for name in rows] for model, result in results.items()}
     first = max(map(len, rows), default=0)
     widths = {model: max(len(model), *map(len, texts), 0) for model, texts in cells.items()}
     lines = [f"{benchmark} ({next(iter(results.values())).kind})"]
@@ -118,7 +124,8 @@ def _blocks(widths: Mapping[str, int], room: int) -> list[list[str]]:
     return blocks
 
 
-def _cell(name: str, figure: Figure | None) -> str:
+def figure_text(name: str, figure: Figure | None) -> str:
+    """A figure with its interval as it stands in a table; rates are percentages."""
     if figure is None:
         return "-"
     if figure.value is None:

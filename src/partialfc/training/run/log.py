@@ -13,12 +13,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from partialfc.bench.machine import provenance
 from partialfc.config.options import OutputConfig, TrainConfig
 from partialfc.core.console import counted
 from partialfc.core.errors import InputError, JobError
 from partialfc.core.files import NO_UTF8, write_file
 from partialfc.core.schema import check_schema_version
-from partialfc.distributed.collectives import local_world_size
+from partialfc.distributed.collectives import local_world_size, rank_of
 
 Tracker = Callable[[Mapping[str, Any]], None]
 SCHEMA_VERSION = 1
@@ -118,6 +121,13 @@ class MetricsLog:
             self.close()
 
 
+def log_start(path: Path, step: int, device: torch.device) -> None:
+    """Note on rank 0 that a run starts, or goes on, after `step` steps; a full disk leaves the note out."""
+    if rank_of() == 0:
+        with contextlib.suppress(JobError), MetricsLog(path, resume_step=step) as log:
+            log.write({"step": step, **provenance(str(device))})
+
+
 def _append(file: io.FileIO, content: bytes) -> None:
     """Write all of `content` at the end of a file, or none of it."""
     if not content:
@@ -142,7 +152,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): is this the folder of a run?") from error
-    return [_decode(line) for _, line in _parse(path, content)]
+    # A look at the bytes spares the walk through each line of a long run.
+    return [_decode(line) if b'NaN"' in text or b'Infinity"' in text else line for text, line in _parse(path, content)]
 
 
 def _parse(path: Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:

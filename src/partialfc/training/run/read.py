@@ -6,13 +6,15 @@ a file is trusted to be a number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import ArrayLike, NDArray
 
 from partialfc.checkpoint.read import Checkpoint, folder_name, steps_in
 from partialfc.core.errors import InputError
@@ -20,17 +22,20 @@ from partialfc.model.config import ModelConfig, read_config
 from partialfc.model.files import find_model
 from partialfc.training.run.log import read_metrics
 
+Floats = NDArray[np.float64]
+
 # Numbers outside this range count as infinite or zero: in an axis they would leave the range of floats.
 _LARGEST, _SMALLEST = 1e100, 1e-100
 _LAST_STEP = 1 << 53  # to which floats represent every step
 
 
 class RunFolder:
-    """The paths of `config.yaml`, `metrics.jsonl`, `checkpoints/` and `model/{best,last}/` under one root."""
+    """The paths of `config.yaml`, `{metrics,starts}.jsonl`, `checkpoints/` and `model/{best,last}/` under a root."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.config, self.metrics = root / "config.yaml", root / "metrics.jsonl"
+        self.starts = root / "starts.jsonl"  # when, by which command and on what it was started or continued
         self.checkpoints = root / "checkpoints"
 
     def model(self, which: str) -> Path:
@@ -59,6 +64,8 @@ class RunData:
         settings: the nested configuration, {} if there is none; `settings_text` is the text of the file.
         lines: the training lines of metrics.jsonl, by ascending step.
         evaluations: the last one of each benchmark and step, by ascending step.
+        skipped: the lines about skipped steps, in their order.
+        starts: of the run, with "date", "command", versions and machine; one a resume.
         counts: "images", "classes" and "image_size" as the newest readable checkpoint has them.
         model: the configuration of the stored model.
     """
@@ -68,6 +75,8 @@ class RunData:
     settings_text: str
     lines: list[dict[str, Any]]
     evaluations: list[Evaluation]
+    skipped: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
     counts: dict[str, Any]
     model: ModelConfig | None
 
@@ -82,10 +91,23 @@ class RunData:
         """The value of a dotted key if it is a number."""
         return as_number(self.setting(key))
 
-    def curve(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a figure of the training lines; values that are no finite number are NaN."""
-        values = [(float(line["step"]), as_number(line[name])) for line in self.lines if name in line]
-        return [(step, math.nan if value is None else value) for step, value in values]
+    def curve(self, name: str) -> tuple[Floats, Floats]:
+        """Steps and values of a figure, of the training lines that have it; what is no finite number is NaN."""
+        if name not in self._curves:
+            lines = [line for line in self.lines if name in line]
+            values = [line[name] for line in lines]
+            if not set(map(type, values)) <= {float}:
+                values = [as_number(value) for value in values]
+            numbers = np.array(values, np.float64)  # None becomes NaN
+            numbers[~(np.abs(numbers) < _LARGEST)] = np.nan
+            numbers[np.abs(numbers) <= _SMALLEST] = 0.0
+            self._curves[name] = np.array([line["step"] for line in lines], np.float64), numbers
+        return self._curves[name]
+
+    @cached_property
+    def _curves(self) -> dict[str, tuple[Floats, Floats]]:
+        """What `curve` has returned: a long run has many lines."""
+        return {}
 
     def last(self, name: str) -> float | None:
         """The newest value of a figure of the training lines."""
@@ -96,7 +118,7 @@ class RunData:
         """Names of all benchmarks that the run evaluated."""
         return list(dict.fromkeys(evaluation.benchmark for evaluation in self.evaluations))
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """The last optimizer step in the log."""
         return max([line["step"] for line in self.lines] + [each.step for each in self.evaluations], default=0)
@@ -122,17 +144,22 @@ class RunData:
             return None
         return max(1, round(epochs * (images / batch)))
 
+    def seconds_at(self, steps: ArrayLike) -> Floats | None:
+        """Time of the training steps alone up to each of `steps` (N,), from the images/s of each line.
+
+        None where a line has no speed.
+        """
+        logged, speeds = self.curve("images_per_second")
+        if self.batch is None or not len(logged) or len(logged) < len(self.lines) or not (speeds > 0).all():
+            return None
+        seconds = np.cumsum(np.diff(logged, prepend=0.0) * self.batch / speeds)
+        return np.interp(np.asarray(steps, np.float64), np.append(0.0, logged), np.append(0.0, seconds))
+
     @property
     def seconds(self) -> float | None:
-        """Time of the training steps alone, from the images and the images/s of each line."""
-        before, seconds = 0, 0.0
-        for line in self.lines:
-            speed = as_number(line.get("images_per_second"))
-            if self.batch is None or not speed or speed < 0:
-                return None
-            seconds += (line["step"] - before) * self.batch / speed
-            before = line["step"]
-        return seconds if self.lines else None
+        """Time of the training steps alone."""
+        seconds = self.seconds_at([self.lines[-1]["step"]]) if self.lines else None
+        return None if seconds is None else float(seconds[0])
 
     @property
     def best_step(self) -> int | None:
@@ -164,6 +191,8 @@ def read_run(root: Path) -> RunData:
         settings_text=text,
         lines=[trained[step] for step in sorted(trained)],
         evaluations=_evaluations(lines),
+        skipped=[line for line in lines if line.get("kind") == "skipped_step"],
+        starts=read_metrics(folder.starts) if folder.starts.is_file() else [],
         counts=_read_counts(folder.checkpoints),
         model=_read_model(root),
     )

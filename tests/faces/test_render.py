@@ -149,7 +149,8 @@ def test_groups_are_balanced_and_shift_the_traits() -> None:
 
 @pytest.mark.parametrize("setting", [field.name for field in fields(FaceSettings) if field.name != "jpeg_quality"])
 def test_every_setting_is_felt(setting: str) -> None:
-    change: dict[str, Any] = {setting: 1.0 if setting in ("glasses", "mask") else 0.0}
+    on = {"glasses": 1.0, "mask": 1.0, "turn": 30.0, "accessory_sets": 1, "scenes": 1, "shifts": (("age", 3.0),)}
+    change: dict[str, Any] = {setting: on.get(setting, 0.0)}
     usual = some(6, size=48)
     changed = some(6, size=48, settings=replace(FaceSettings(), **change))
     assert (usual.images.float() - changed.images.float()).abs().mean() > 0.1

@@ -1,0 +1,45 @@
+"""A face in a photograph, and the protocol of what finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+
+
+class Face(NamedTuple):
+    """A face in a photograph.
+
+    Attributes:
+        box: float64 (4,): left, top, right and bottom, in pixels.
+        points: float64 (5, 2), x and y in pixels, whose centres are at integers: image-left eye, image-right eye, tip of
+            the nose, image-left and image-right corner of the mouth.
+        score: the detector's, at most 1.
+    """
+
+    box: NDArray[np.float64]
+    points: NDArray[np.float64]
+    score: float
+
+    @property
+    def area(self) -> float:
+        """Of the box, in square pixels."""
+        return float((self.box[2] - self.box[0]) * (self.box[3] - self.box[1]))
+
+
+class Detector(Protocol):
+    """What finds faces. Threads call it at the same time.
+
+    Attributes:
+        facts: its name, its licence, and the SHA-256 of its files by their names.
+    """
+
+    facts: dict[str, Any]
+
+    def __call__(self, image: Pixels) -> Sequence[Face]:
+        """The faces in an upright image, uint8 (H, W, 3) RGB, the highest score first."""
+        ...

@@ -7,7 +7,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from partialfc.data.align import TEMPLATE, TEMPLATE_SIZE, invert_similarity, similarity_transform, transform_points, warp
+from partialfc.data.align import (
+    TEMPLATE,
+    TEMPLATE_SIZE,
+    invert_similarity,
+    similarity_transform,
+    transform_points,
+    warp,
+)
 from partialfc.data.photographs.face import Pixels
 
 

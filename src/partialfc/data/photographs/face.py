@@ -16,8 +16,8 @@ class Face(NamedTuple):
 
     Attributes:
         box: float64 (4,): left, top, right and bottom, in pixels.
-        points: float64 (5, 2), x and y in pixels, whose centres are at integers: image-left eye, image-right eye, tip of
-            the nose, image-left and image-right corner of the mouth.
+        points: float64 (5, 2), x and y of image-left eye, image-right eye, tip of the nose, image-left and image-right
+            corner of the mouth, in pixels whose centres are at integers.
         score: the detector's, at most 1.
     """
 

@@ -32,6 +32,7 @@ _PUBLISHED = {  # SHA-256 of the files in facenet-pytorch 2.6.0
     "bbb937de72efc9ef83b186c49f5f558467a1d7e3453a8ece0d71a886633f6a86",
     "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d",
 }
+LEAST_SCORE = 0.9  # of a face that is reported; true ones are mostly above 0.98
 _CELL, _STRIDE = 12, 2  # of P-Net, in pixels
 _SMALLEST = 20  # side of the smallest face, in pixels, at which the pyramid begins
 _SHARE = 50  # by default the smallest face is this part of the longer side of the image
@@ -39,7 +40,7 @@ _FACTOR = 0.709  # between two levels of the pyramid, halving their area
 _WINDOW = ((5.0, 14.0), 102.0)  # where O-Net looks again: corner and side of a square, in pixels of an aligned face
 _UPRIGHT = (TEMPLATE - torch.tensor(_WINDOW[0]) + 0.5) * 48 / _WINDOW[1] - 0.5
 _LOOKS = 2
-_SCORES = (0.6, 0.7, 0.7)  # the least score in each network
+_SCORES = (0.6, 0.7, 0.7)  # the least score in each network, below which boxes compete no more
 _AT_ONCE = 512  # windows in one pass
 
 
@@ -101,7 +102,7 @@ def networks() -> tuple[Stage, Stage, Stage]:
     )
 
 
-def open_mtcnn(folder: Path | None, min_face: int | None = None) -> Mtcnn:
+def open_mtcnn(folder: Path | None, min_face: int | None, min_score: float) -> Mtcnn:
     """The detector with the weights in `folder`, or else in the installed facenet-pytorch.
 
     Raises:
@@ -120,13 +121,16 @@ def open_mtcnn(folder: Path | None, min_face: int | None = None) -> Mtcnn:
     for stage, name in zip(stages, FILES, strict=True):
         digests[name] = _load(stage, folder / name)
     licence = "MIT" if set(digests.values()) <= _PUBLISHED else "unknown"
-    return Mtcnn(stages, min_face, {"name": "mtcnn", "weights": origin, "licence": licence, "sha256": digests})
+    facts = {"name": "mtcnn", "weights": origin, "licence": licence, "sha256": digests}
+    return Mtcnn(stages, min_face, min_score, facts | {"min_face": min_face, "min_score": min_score})
 
 
 def _load(stage: Stage, path: Path) -> str:
     """Load the weights of a network; the SHA-256 of the file."""
     if not path.is_file():
-        raise InputError(f"There is no file {path}: MTCNN needs {', '.join(FILES)} in one folder ({_INSTALL} has them).")
+        raise InputError(
+            f"There is no file {path}: MTCNN needs {', '.join(FILES)} in one folder ({_INSTALL} has them)."
+        )
     try:
         stage.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises errors of any type for a damaged or a foreign file
@@ -143,12 +147,15 @@ class Mtcnn:
         stages: the three networks.
         min_face: side of the smallest face to find, in pixels; None is a fiftieth of the longer side of the image, and
             at least 20 pixels.
+        min_score: the least score of a face.
         facts: what is known of the weights.
     """
 
-    def __init__(self, stages: tuple[Stage, Stage, Stage], min_face: int | None, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, stages: tuple[Stage, Stage, Stage], min_face: int | None, min_score: float, facts: dict[str, Any]
+    ) -> None:
         self._proposals, self._refinement, self._output = stages
-        self._min_face, self.facts = min_face, facts
+        self._min_face, self._min_score, self.facts = min_face, min_score, facts
 
     @torch.inference_mode()
     def __call__(self, image: Pixels) -> list[Face]:
@@ -162,7 +169,7 @@ class Mtcnn:
         sides = boxes[:, 2:] - boxes[:, :2] + 1
         points = boxes[:, None, :2] - 1 + points.view(-1, 2, 5).mT * sides[:, None]
         boxes = _corrected(boxes, corrections)
-        kept = _suppress(boxes, scores, 0.7, least=_SCORES[2], of_smaller=True)
+        kept = _suppress(boxes, scores, 0.7, least=max(_SCORES[2], self._min_score), of_smaller=True)
         settled = [self._look_again(image, five) for five in points[kept].double()]
         found = zip(boxes[kept].double() - 1, settled, scores[kept], strict=True)
         return [Face(box.numpy(), five.numpy(), float(score)) for box, five, score in found]
@@ -238,9 +245,7 @@ def _square(boxes: Tensor) -> Tensor:
     return torch.cat([start, start + 2 * half], dim=1)
 
 
-def _suppress(
-    boxes: Tensor, scores: Tensor, overlap: float, *, least: float = 0.0, of_smaller: bool = False
-) -> Tensor:
+def _suppress(boxes: Tensor, scores: Tensor, overlap: float, *, least: float = 0.0, of_smaller: bool = False) -> Tensor:
     """The indices of boxes (N, 4) with a score above `least` that no better one overlaps, the best first.
 
     Args:

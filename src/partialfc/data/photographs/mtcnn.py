@@ -39,7 +39,6 @@ _SHARE = 50  # by default the smallest face is this part of the longer side of t
 _FACTOR = 0.709  # between two levels of the pyramid, halving their area
 _WINDOW = ((5.0, 14.0), 102.0)  # where O-Net looks again: corner and side of a square, in pixels of an aligned face
 _UPRIGHT = (TEMPLATE - torch.tensor(_WINDOW[0]) + 0.5) * 48 / _WINDOW[1] - 0.5
-_LOOKS = 2
 _SCORES = (0.6, 0.7, 0.7)  # the least score in each network, below which boxes compete no more
 _AT_ONCE = 512  # windows in one pass
 
@@ -81,7 +80,7 @@ class Stage(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Of images (N, 3, H, W) in [-1, 1]: the probability of a face, and what the other heads give."""
         layers = list(self.children())
-        x = images
+        x = images.contiguous(memory_format=torch.channels_last)  # a third faster than the other, on a CPU
         for number, pool in enumerate(self.pools):
             x = layers[2 * number + 1](layers[2 * number](x))
             x = F.max_pool2d(x, pool, 2, ceil_mode=True) if pool else x
@@ -149,7 +148,12 @@ class Mtcnn:
             at least 20 pixels.
         min_score: the least score of a face.
         facts: what is known of the weights.
+
+    Attributes:
+        looks: how often O-Net looks for the points again; 0 leaves them as the paper has them.
     """
+
+    looks = 2
 
     def __init__(
         self, stages: tuple[Stage, Stage, Stage], min_face: int | None, min_score: float, facts: dict[str, Any]
@@ -160,7 +164,7 @@ class Mtcnn:
     @torch.inference_mode()
     def __call__(self, image: Pixels) -> list[Face]:
         """As `Detector.__call__`."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = _planes(image)
         boxes = self._propose(image)
         scores, corrections = _look(self._refinement, pixels, boxes, 24)
         kept = _suppress(boxes, scores, 0.7, least=_SCORES[1])
@@ -176,7 +180,7 @@ class Mtcnn:
 
     def _look_again(self, image: Pixels, points: Tensor) -> Tensor:
         """Points (5, 2) found again by O-Net in the upright face that they give, and in its mirror image."""
-        for _ in range(_LOOKS):
+        for _ in range(self.looks):
             matrix = similarity_transform(points[None], _UPRIGHT)
             window = cut(image, matrix, 48).permute(2, 0, 1).float()
             _, _, found = self._output(_normalised(torch.stack([window, window.flip(2)])))
@@ -191,7 +195,7 @@ class Mtcnn:
         smallest = self._min_face or max(_SMALLEST, max(image.shape[:2]) // _SHARE)
         reduction = max(1, smallest // _SMALLEST)
         base = Image.fromarray(image).reduce(reduction)
-        planes = torch.from_numpy(np.array(base)).permute(2, 0, 1)[None].float()
+        planes = _planes(np.asarray(base))[None].float()
         height, width = planes.shape[2:]
         boxes, scores, corrections = [torch.empty(0, 4)], [torch.empty(0)], [torch.empty(0, 4)]
         scale = _CELL / (smallest / reduction)
@@ -212,6 +216,10 @@ class Mtcnn:
         sides = merged[:, 2:] - merged[:, :2]
         merged = merged + torch.cat(corrections)[kept] * sides.repeat(1, 2)
         return _square((merged - 0.5) * reduction + 0.5)
+
+
+def _planes(image: Pixels) -> Tensor:
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
 
 
 def _normalised(pixels: Tensor) -> Tensor:

@@ -37,14 +37,16 @@ def list_files(path: Path) -> list[str]:
     if not path.is_dir():
         return [path.name]
     found: list[str] = []
-    state = path.stat()
-    seen = {(state.st_dev, state.st_ino)}
+    seen: set[tuple[int, int]] = set()
     try:
         for folder, folders, files in os.walk(path, followlinks=True, onerror=_raise):
+            state = os.stat(folder)
+            if (state.st_dev, state.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((state.st_dev, state.st_ino))
             found += [os.path.relpath(os.path.join(folder, file), path) for file in files]
-            states = [(name, os.stat(os.path.join(folder, name))) for name in sorted(folders)]
-            folders[:] = [name for name, state in states if (state.st_dev, state.st_ino) not in seen]
-            seen |= {(state.st_dev, state.st_ino) for _, state in states}
+            folders.sort()
     except OSError as error:
         raise InputError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
     if not found:

@@ -154,15 +154,16 @@ def _order(path: Path, numbers: NDArray[np.float64]) -> tuple[list[int], str]:
     All orders are tried, with x and y in turn or all x first. The right one fits best, leaves most faces upright, and
     no other that does so comes near.
     """
-    readings = []
-    for x_first in (False, True):
-        for order in itertools.permutations(range(5)):
-            columns = [place for p in order for place in ((p, p + 5) if x_first else (2 * p, 2 * p + 1))]
-            distances, turns = _fit(numbers[:, columns].reshape(-1, 5, 2))
-            readings.append((float(np.median(distances)), float(np.median(turns)), columns, order, x_first))
-    readings.sort(key=lambda reading: reading[0])
-    distance, turn, columns, order, x_first = readings[0]
-    upright = [reading[0] for reading in readings if reading[1] <= _UPRIGHT]
+    orders = [(order, x_first) for x_first in (False, True) for order in itertools.permutations(range(5))]
+    columns = [
+        [place for point in order for place in ((point, point + 5) if x_first else (2 * point, 2 * point + 1))]
+        for order, x_first in orders
+    ]
+    found = _fit(numbers[:, columns].reshape(-1, 5, 2))
+    distances, turns = (np.median(values.reshape(len(numbers), -1), axis=0) for values in found)
+    best = int(distances.argmin())
+    distance, turn, (order, x_first) = distances[best], turns[best], orders[best]
+    upright = np.sort(distances[turns <= _UPRIGHT])
     if distance > _NEAR or turn > _UPRIGHT or (len(upright) > 1 and upright[1] < _CLEARLY * distance):
         lying = f" (as they stand, the faces are turned by {turn:.0f} degrees)" if turn > _UPRIGHT else ""
         raise InputError(
@@ -170,7 +171,7 @@ def _order(path: Path, numbers: NDArray[np.float64]) -> tuple[list[int], str]:
             f"{', '.join(_NAMES)}, in pixels of the upright photograph."
         )
     words = [_NAMES[order.index(place)] for place in range(5)]
-    return columns, f"{', '.join(words)}{'; all x before all y' if x_first else ''}"
+    return columns[best], f"{', '.join(words)}{'; all x before all y' if x_first else ''}"
 
 
 def _crop_of(points: NDArray[np.float64]) -> tuple[int, int] | None:

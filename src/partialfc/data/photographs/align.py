@@ -78,9 +78,13 @@ def align_photographs(
         _align(root if root.is_dir() else root.parent, names, done, work, finder, every_face, quiet)
         facts = _summarise(work)
         if not facts["crops"]:
-            shutil.rmtree(work)
+            first = next(_records(work))
             reasons = "; ".join(f"{count:,} × {reason}" for reason, count in list(facts["reasons"].items())[:3])
-            raise InputError(f"None of the {len(names):,} files of {root} gives a crop ({reasons}): give photographs.")
+            shutil.rmtree(work)
+            raise InputError(
+                f"No file of {root} gives a crop ({reasons}), such as {first['photograph']}, {first['left_out']}: "
+                "give photographs with faces."
+            )
         write_file(work / SHEET, contact_sheet(header, facts, lambda: _records(work), work))
         work.rename(out)
         fsync(out.absolute().parent)

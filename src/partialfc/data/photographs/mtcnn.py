@@ -63,7 +63,7 @@ class Stage(nn.Module):
         heads: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.pools, self.has_dense, self.heads = pools, dense is not None, heads
+        self.pools, self.has_dense = pools, dense is not None
         for number, (inputs, outputs, kernel) in enumerate(zip(channels, channels[1:], kernels, strict=False), 1):
             self.add_module(f"conv{number}", nn.Conv2d(inputs, outputs, kernel))
             self.add_module(f"prelu{number}", nn.PReLU(outputs))

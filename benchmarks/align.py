@@ -171,9 +171,10 @@ def table(photographs: list[Path], copies: int) -> list[str]:
         print(lines[-1], flush=True)
     hardware = describe("cpu")
     title = (
-        f"{hardware['cpu']}, {hardware['cores']} cores, torch {hardware['torch']}; {copies} photographs of one face."
+        f"{hardware['cpu']}, {hardware['cores']} cores, torch {hardware['torch']}, load average "
+        f"{os.getloadavg()[0]:.1f}; {copies} JPEG photographs of one face."
     )
-    speed = ["", *paragraph(title), "", "| pixels | photographs/s |", "|---|---|"]
+    speed = ["", *paragraph(title), "", "| pixels | photographs/s | CPU seconds of one |", "|---|---|---|"]
     photograph = Image.open(photographs[0]).convert("RGB")
     for width, rate, seconds in rates(photograph, copies):
         height = round(photograph.height * width / photograph.width)

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from partialfc.cli.parser import add_command, facts_text, show
+from partialfc.cli.parser import add_command, add_detector, facts_text, show
 from partialfc.core.errors import InputError
 from partialfc.data.photographs.align import align_photographs
 from partialfc.data.photographs.detect import open_detector
@@ -19,8 +19,7 @@ def add_parser(commands: Any) -> None:
     help_ = "folder with a folder of photographs for each identity, or any other folder, or one photograph"
     parser.add_argument("photographs", type=Path, metavar="PHOTOS", help=help_)
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for the crops")
-    help_ = "what finds the faces: mtcnn, with the weights in the package facenet-pytorch, or mtcnn=FOLDER with them"
-    parser.add_argument("--detector", metavar="NAME[=PATH]", help=help_)
+    add_detector(parser)
     help_ = "instead, a file with the five points of each face"
     parser.add_argument("--landmarks", type=Path, metavar="FILE", help=help_)
     parser.add_argument("--faces", choices=["largest", "all"], default="largest", help="of several in a photograph")

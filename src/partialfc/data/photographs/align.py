@@ -71,7 +71,8 @@ def align_photographs(
     work = temporary_name(out)
     listing = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
     header: Record = {"schema_version": SCHEMA_VERSION, "photographs": str(root.absolute()), "files": listing}
-    header |= {"finder": finder.facts, "every_face": every_face}
+    about = getattr(finder, "facts", {})
+    header |= {"finder": about, "every_face": every_face}
     with output_errors(out):
         work.mkdir(parents=True, exist_ok=True)
         done = _done(work / LANDMARKS, header)
@@ -88,7 +89,7 @@ def align_photographs(
         write_file(work / SHEET, contact_sheet(header, facts, lambda: _records(work), work))
         work.rename(out)
         fsync(out.absolute().parent)
-    return {"out": str(out), **facts, **finder.facts}
+    return {"out": str(out), **facts, **about}
 
 
 def _align(

@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from partialfc.data.align import (
-    TEMPLATE,
     TEMPLATE_SIZE,
     invert_similarity,
+    scaled_template,
     similarity_transform,
     transform_points,
     warp,
@@ -18,18 +18,19 @@ from partialfc.data.align import (
 from partialfc.data.photographs.face import Pixels
 
 
-def align_face(image: Pixels, points: np.ndarray) -> Pixels:
-    """The aligned crop of a face, uint8 (112, 112, 3), black outside the image.
+def align_face(image: Pixels, points: np.ndarray, size: int = TEMPLATE_SIZE) -> Pixels:
+    """The aligned crop of a face, uint8 (size, size, 3), black outside the image.
 
     Args:
         image: uint8 (H, W, 3).
         points: its five points (5, 2), in pixels.
+        size: side of the crop in pixels.
 
     Raises:
         ValueError: the points coincide.
     """
-    matrix = similarity_transform(torch.from_numpy(points)[None].double(), TEMPLATE)
-    return cut(image, matrix, TEMPLATE_SIZE).numpy()
+    matrix = similarity_transform(torch.from_numpy(points)[None].double(), scaled_template(size))
+    return cut(image, matrix, size).numpy()
 
 
 def cut(image: Pixels, matrix: Tensor, size: int) -> Tensor:
@@ -47,7 +48,7 @@ def cut(image: Pixels, matrix: Tensor, size: int) -> Tensor:
         uint8 (size, size, 3), black outside the image.
     """
     inverse = invert_similarity(matrix)
-    block = max(1, int(torch.linalg.vector_norm(inverse[0, :, 0])))
+    block = max(1, int(torch.linalg.vector_norm(inverse[0, :, 0]) + 1e-6))
     corners = torch.tensor([[[x, y] for x in (0, size) for y in (0, size)]], dtype=torch.float64)
     reach = transform_points(inverse, corners)[0]
     limits = torch.tensor([image.shape[1], image.shape[0]])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from partialfc.core.errors import InputError
-from partialfc.data.photographs.face import Detector
-from partialfc.data.photographs.mtcnn import LEAST_SCORE, open_mtcnn
+from partialfc.data.photographs.mtcnn import LEAST_SCORE, Mtcnn, open_mtcnn
 
 
-def open_detector(name: str, *, min_face: int | None = None, min_score: float = LEAST_SCORE) -> Detector:
+def open_detector(name: str, *, min_face: int | None = None, min_score: float = LEAST_SCORE) -> Mtcnn:
     """The detector that NAME or NAME=PATH names, PATH being its weights.
 
     Args:

@@ -1,9 +1,9 @@
-"""A face in a photograph, and the protocol of what finds it."""
+"""A face in a photograph, and what finds it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,15 +31,6 @@ class Face(NamedTuple):
         return float((self.box[2] - self.box[0]) * (self.box[3] - self.box[1]))
 
 
-class Detector(Protocol):
-    """What finds faces. Threads call it at the same time.
-
-    Attributes:
-        facts: its name, its licence, and the SHA-256 of its files by their names.
-    """
-
-    facts: dict[str, Any]
-
-    def __call__(self, image: Pixels) -> Sequence[Face]:
-        """The faces in an upright image, uint8 (H, W, 3) RGB, the highest score first."""
-        ...
+# The faces in an upright image, uint8 (H, W, 3) RGB, the highest score first; threads call it at the same time. An
+# attribute `facts` (name, licence, SHA-256 of the files by their names) is recorded with what it finds.
+Detector = Callable[[Pixels], Sequence[Face]]

@@ -163,7 +163,7 @@ class Mtcnn:
 
     @torch.inference_mode()
     def __call__(self, image: Pixels) -> list[Face]:
-        """As `Detector.__call__`."""
+        """The faces in an image."""
         pixels = _planes(image)
         boxes = self._propose(image)
         scores, corrections = _look(self._refinement, pixels, boxes, 24)

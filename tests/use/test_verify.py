@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import complaint, run
+from marked_photographs import DiscDetector, photograph, placed
 from PIL import Image
 from trained_models import DRAWINGS, noise, write_model
 
@@ -133,6 +134,20 @@ def test_a_detector_finds_one_face_or_it_is_said() -> None:
     for faces, sentence in (([], "No face was"), ([face] * 3, "3 faces were")):
         with pytest.raises(InputError, match=sentence):
             crop_of(photograph, 16, lambda _, faces=faces: faces)  # type: ignore[misc]
+
+
+def test_photographs_are_turned_upright_for_a_detector(model: Path, tmp_path: Path) -> None:
+    image = Image.fromarray(photograph(300, 200, placed(1.2, 10, (75, 90))))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
+    loaded = load_model(model)
+    answer = loaded.verify(tmp_path / "a.png", tmp_path / "b.png", faces_in=DiscDetector())
+    assert answer.is_same
+    np.testing.assert_array_equal(answer.crops[0], answer.crops[1])
+    vectors = loaded.embed([tmp_path / "a.png", answer.crops[0]], faces_in=DiscDetector())
+    assert torch.equal(vectors[0], vectors[1])
 
 
 def test_a_crop_of_112_pixels_is_brought_to_the_size_of_the_model() -> None:

@@ -17,7 +17,7 @@ from partialfc.data.photographs.mtcnn import LEAST_SCORE
 def add_parser(commands: Any) -> None:
     parser = add_command(commands, "align", run)
     help_ = "folder with a folder of photographs for each identity, or any other folder, or one photograph"
-    parser.add_argument("photographs", type=Path, metavar="PHOTOS", help=help_)
+    parser.add_argument("photographs", metavar="PHOTOS", help=help_)
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new folder for the crops")
     add_detector(parser)
     help_ = "instead, a file with the five points of each face"

@@ -63,7 +63,7 @@ def align_photographs(
             something cannot be read or written.
     """
     root, out = Path(photographs), Path(out)
-    names = list_files(root)
+    names = list_files(photographs)
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists already: remove it, or write somewhere else.")
     if out.resolve().is_relative_to(root.resolve()):

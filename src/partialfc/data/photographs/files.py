@@ -22,16 +22,17 @@ _TURNS = {  # EXIF's orientation: quarter turns counterclockwise, then whether l
 _HEIC = re.compile(rb"ftyp(heic|heix|hevc|heim|mif1|msf1)")
 
 
-def list_files(path: Path) -> list[str]:
+def list_files(root: str | Path) -> list[str]:
     """The paths below a folder of everything in it that is no folder, sorted; of a file its own name.
 
     A folder to which several symbolic links lead counts once, so that loops end.
 
     Raises:
-        InputError: there is nothing at `path`, or a folder cannot be listed.
+        InputError: there is nothing at `root`, or a folder cannot be listed.
     """
-    if re.match(r"\w+:/", str(path)):
-        raise InputError(f"{path} is an address, and nothing is fetched from the network: download the files first.")
+    path = Path(root)
+    if re.match(r"\w+:/", str(root)):
+        raise InputError(f"{root} is an address, and nothing is fetched from the network: download the files first.")
     if not os.path.lexists(path):
         raise InputError(f"There is no {path}: give a folder of photographs.")
     if not path.is_dir():

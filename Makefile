@@ -19,6 +19,8 @@ help:  ## list the targets
 
 .venv/dev: .venv/core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Weights and a photograph for tests; what these packages require is not needed, or contradicts our requirements.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps facenet-pytorch scikit-image
 	touch $@
 
 install: .venv/dev  ## make .venv with everything that development needs

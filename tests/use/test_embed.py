@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import INSIGHTFACE, complaint, run
+from marked_photographs import DiscDetector, photograph, placed
 from trained_models import noise, write_model
 
 from partialfc import InputError, load_model
@@ -19,6 +20,7 @@ from partialfc.data.images import encode_png
 from partialfc.model.contract import contract_of
 from partialfc.model.feature_table import read_table, write_table
 from partialfc.model.features import describe, read_features
+from partialfc.use.embed import embed_into
 
 pq = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
 
@@ -138,3 +140,12 @@ def test_an_interrupted_table_goes_on(model: Path, people: Path, tmp_path: Path,
     assert not out.exists()
     assert embed(model, people, "--out", out) == 0
     assert torch.from_numpy(read_features(out).embeddings.copy()).isfinite().all()
+
+
+def test_photographs_without_one_face_are_failures_to_enrol(model: Path, tmp_path: Path) -> None:
+    one, two = placed(1, 10, (75, 90)), placed(1, -10, (225, 90))
+    (tmp_path / "in").mkdir()
+    for name, faces in {"none": (), "one": (one,), "two": (one, two)}.items():
+        (tmp_path / "in" / f"{name}.png").write_bytes(encode_png(photograph(300, 200, *faces)))
+    features = embed_into(load_model(model), tmp_path / "in", tmp_path / "x.npy", workers=0, faces_in=DiscDetector())
+    assert features.failed.tolist() == [True, False, True]

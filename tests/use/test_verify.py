@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from command_line import complaint, run
+from marked_photographs import DiscDetector, photograph, placed
 from PIL import Image
 from trained_models import DRAWINGS, noise, write_model
 
 from partialfc import InputError, load_model
 from partialfc.data.align import scaled_template
 from partialfc.data.images import encode_png
-from partialfc.use.pictures import Face, crop_of
+from partialfc.data.photographs.face import Face
+from partialfc.use.pictures import crop_of
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +127,27 @@ def test_a_model_of_drawings_decides_nothing_about_photographs(
 
 def test_a_detector_finds_one_face_or_it_is_said() -> None:
     photograph = np.zeros((60, 90, 3), np.uint8)
-    photograph[20:52, 30:62] = noise(5, size=32)  # the crop, twice its size, with its corner at (30, 20)
-    points = scaled_template(16).numpy() * 2 + [30, 20]
-    face = Face(np.array([30.0, 20, 62, 52]), points, 0.99)
-    crop = crop_of(photograph, 16, lambda _: [face])
-    assert np.abs(crop[2:14, 2:14].astype(int) - noise(5)[2:14, 2:14]).mean() < 40
-    np.testing.assert_array_equal(crop[:, :, :], photograph[20:52:2, 30:62:2])
+    photograph[20:36, 30:46] = noise(5)
+    points = scaled_template(16).numpy() + np.array([30, 20])
+    face = Face(np.array([30.0, 20, 46, 36]), points, 0.99)
+    np.testing.assert_array_equal(crop_of(photograph, 16, lambda _: [face]), noise(5))
     for faces, sentence in (([], "No face was"), ([face] * 3, "3 faces were")):
         with pytest.raises(InputError, match=sentence):
             crop_of(photograph, 16, lambda _, faces=faces: faces)  # type: ignore[misc]
+
+
+def test_photographs_are_turned_upright_for_a_detector(model: Path, tmp_path: Path) -> None:
+    image = Image.fromarray(photograph(300, 200, placed(1.2, 10, (75, 90))))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
+    loaded = load_model(model)
+    answer = loaded.verify(tmp_path / "a.png", tmp_path / "b.png", faces_in=DiscDetector())
+    assert answer.is_same
+    np.testing.assert_array_equal(answer.crops[0], answer.crops[1])
+    vectors = loaded.embed([tmp_path / "a.png", answer.crops[0]], faces_in=DiscDetector())
+    assert torch.equal(vectors[0], vectors[1])
 
 
 def test_a_crop_of_112_pixels_is_brought_to_the_size_of_the_model() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from partialfc.cli import (
+    align,
     bench,
     data,
     demo,
@@ -80,6 +81,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = add_commands(parser)
     parser.set_defaults(run=lambda _: parser.print_help())
-    for command in (demo, train, recipes, plan, evaluate, embed, verify, export, report, runs, data, migrate, bench):
+    first = (demo, train, recipes, plan, evaluate, align, embed, verify, export)
+    for command in (*first, report, runs, data, migrate, bench):
         command.add_parser(commands)
     return parser

@@ -6,10 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, get_args
 
-from partialfc.cli.parser import add_command, add_device, show
+from partialfc.cli.parser import add_command, add_detector, add_device, show
 from partialfc.core.console import counted, say
 from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
+from partialfc.data.photographs.detect import open_detector
 from partialfc.distributed.collectives import launched_rank, process_group
 from partialfc.model.embed import Precision
 from partialfc.use.embed import embed_into
@@ -27,6 +28,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", default=256, help="images embedded at once")
     parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="dtype of the backbone")
     parser.add_argument("--workers", type=int, metavar="N", default=2, help="processes that read images")
+    add_detector(parser)
     add_device(parser)
 
 
@@ -38,7 +40,8 @@ def run(options: Namespace) -> None:
     with process_group(device):
         model = load_model(options.model, device)
         say(f"model: {model.origin}")
-        choices = {name: getattr(options, name) for name in ("batch_size", "precision", "workers")}
+        choices: dict[str, Any] = {name: getattr(options, name) for name in ("batch_size", "precision", "workers")}
+        choices["faces_in"] = open_detector(options.detector) if options.detector else None
         features = embed_into(model, options.data, options.out, quiet=options.json, **choices)
     if launched_rank() != 0:
         return

@@ -222,6 +222,12 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
 
 
+def add_detector(parser: Parser) -> None:
+    """Add --detector, which `open_detector` reads."""
+    help_ = "what finds the faces in photographs: mtcnn, with the weights in facenet-pytorch, or mtcnn=FOLDER with them"
+    parser.add_argument("--detector", metavar="NAME[=PATH]", help=help_)
+
+
 def add_benchmarks(parser: Parser, *, required: bool = False, what: str = "verification .bin files") -> None:
     """Add --benchmark, which `named_paths` reads."""
     help_ = f"{what}, each under a name; by default that of its path"

@@ -12,6 +12,7 @@ TEMPLATE = torch.tensor(
     dtype=torch.float64,
 )
 TEMPLATE_SIZE = 112
+MIRRORED = [1, 0, 2, 4, 3]  # the order of the landmarks of a mirrored face
 
 
 def scaled_template(size: int) -> Tensor:

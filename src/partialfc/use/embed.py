@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import output_errors
+from partialfc.data.images import UnreadableImage
+from partialfc.data.photographs.face import Detector
+from partialfc.data.photographs.files import read_photograph, upright
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import Source, read_image
 from partialfc.data.sources.folder import IMAGE_SUFFIXES
@@ -25,10 +28,11 @@ from partialfc.use.pictures import check_new, crop_of
 
 @dataclass(frozen=True)
 class Crops:
-    """Images, brought from 112 × 112 to the size of a model."""
+    """Images, brought from 112 × 112, or by a detector from photographs, to the size of a model."""
 
     images: Files | Source
     size: int
+    faces_in: Detector | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -38,12 +42,18 @@ class Crops:
         return self.images.name(index)
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """As `Images.image`; one that is no aligned crop is an error."""
-        pixels = self.images.image(index) if isinstance(self.images, Files) else read_image(self.images, index)[1]
+        """As `Images.image`; one that is no aligned crop is an error, but for a detector a failure to enrol."""
+        if isinstance(self.images, Files):
+            path = self.images.paths[index]
+            pixels = self.images.image(index) if self.faces_in is None else read_photograph(str(path))
+        else:
+            sample, pixels = read_image(self.images, index)
+            pixels = pixels if self.faces_in is None else upright(pixels, sample.encoded)
         try:
-            return crop_of(pixels, self.size)
+            return crop_of(pixels, self.size, self.faces_in)
         except InputError as error:
-            raise InputError(str(error).replace("The picture", self.name(index), 1)) from error
+            kind = InputError if self.faces_in is None else UnreadableImage
+            raise kind(str(error).replace("The picture", self.name(index), 1)) from error
 
 
 def embed_into(
@@ -54,6 +64,7 @@ def embed_into(
     batch_size: int = 256,
     precision: Precision = "float32",
     workers: int = 2,
+    faces_in: Detector | None = None,
     quiet: bool = False,
 ) -> Features:
     """Embed all images of a set into a new file; an interrupted call is continued.
@@ -62,6 +73,7 @@ def embed_into(
         data: a set as `open_source` takes it, a folder of images without identities, or one image.
         out: a `.parquet` (see `model.feature_table`) or `.npy` file (see `model.features`).
         batch_size, precision, workers, quiet: as `model.embed.embed_source`.
+        faces_in: the detector for photographs; one that shows no face or several is listed as failed.
 
     Raises:
         InputError: there are no images, one is no aligned crop, or `out` exists, has another suffix or cannot be
@@ -75,7 +87,7 @@ def embed_into(
     part = out if out.suffix == ".npy" else out.with_name(f".{out.name}.npy")
     options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "workers": workers, "quiet": quiet}
     with output_errors(out):
-        crops = Crops(images, model.config.image_size)
+        crops = Crops(images, model.config.image_size, faces_in)
         features = embed_source(model, crops, part, source=str(data), names=names, **options)
         if out.suffix == SUFFIX and rank_of() == 0:
             contract, mirrored = features.contract or "", bool(features.mirrored)

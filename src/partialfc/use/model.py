@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from partialfc.core.errors import InputError
+from partialfc.data.photographs.face import Detector
 from partialfc.evaluation.statistics.thresholds import NAME, Thresholds, read_thresholds
 from partialfc.model import files
 from partialfc.model.embed import embed
 from partialfc.model.files import Model, find_model
-from partialfc.use.pictures import Detector, Picture, crop_of
+from partialfc.use.pictures import Picture, crop_of
 from partialfc.use.verify import Verification, verify
 
 
@@ -25,18 +26,25 @@ class FaceModel(Model):
 
     path: Path = Path()
 
-    def embed(self, images: np.ndarray | Tensor | Sequence[Picture], *, batch_size: int = 256) -> Tensor:
+    def embed(
+        self,
+        images: np.ndarray | Tensor | Sequence[Picture],
+        *,
+        batch_size: int = 256,
+        faces_in: Detector | None = None,
+    ) -> Tensor:
         """Embeddings, float32 (N, D), not normalised, on the model's device.
 
         Args:
             images: uint8 (N, S, S, 3) RGB with S the model's `image_size`, or files and pixels of aligned crops.
             batch_size: images in one pass.
+            faces_in: the detector for files and pixels that are no aligned crops.
 
         Raises:
-            InputError: an image cannot be read, or is no aligned crop.
+            InputError: an image cannot be read, or is no aligned crop and shows no face or several.
         """
         if not isinstance(images, np.ndarray | Tensor):
-            images = np.stack([crop_of(one, self.config.image_size) for one in images])
+            images = np.stack([crop_of(one, self.config.image_size, faces_in) for one in images])
         return embed(self, images, batch_size=batch_size)
 
     @property

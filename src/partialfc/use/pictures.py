@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_file, output_errors
-from partialfc.data.align import TEMPLATE_SIZE, align_faces
+from partialfc.data.align import TEMPLATE_SIZE
 from partialfc.data.images import UnreadableImage, decode_image, encode_jpeg, encode_png
+from partialfc.data.photographs.crop import align_face
+from partialfc.data.photographs.face import Detector, Pixels
+from partialfc.data.photographs.files import read_photograph
 from partialfc.data.sources.base import read_file
 
-Pixels = NDArray[np.uint8]
 Picture = str | Path | Pixels
 _WRITERS = {".png": encode_png, ".jpg": encode_jpeg, ".jpeg": encode_jpeg}
-
-
-class Face(NamedTuple):
-    """A detected face: its box (4,) as left, top, right and bottom, and five points (5, 2), in pixels; its score."""
-
-    box: NDArray[np.float64]
-    points: NDArray[np.float64]
-    score: float
-
-
-Detector = Callable[[Pixels], Sequence[Face]]  # the faces in an image, uint8 (H, W, 3) RGB
 
 
 def crop_of(picture: Picture, size: int, faces_in: Detector | None = None) -> Pixels:
@@ -43,14 +31,14 @@ def crop_of(picture: Picture, size: int, faces_in: Detector | None = None) -> Pi
     Args:
         picture: a file, or pixels, uint8 (H, W, 3) RGB.
         size: side of the model's input.
-        faces_in: the detector.
+        faces_in: the detector; files are turned upright for it, as their EXIF orientation says.
 
     Raises:
         InputError: the picture cannot be read, is no aligned crop and there is no detector, or shows no face or
             several.
     """
     name = "The picture" if isinstance(picture, np.ndarray) else str(picture)
-    pixels = picture if isinstance(picture, np.ndarray) else _read(Path(picture), name)
+    pixels = picture if isinstance(picture, np.ndarray) else _read(Path(picture), name, is_raw=faces_in is not None)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise InputError(f"{name} is {pixels.dtype} {pixels.shape}: give uint8 (H, W, 3), red first.")
     if pixels.shape[:2] == (size, size):
@@ -60,24 +48,23 @@ def crop_of(picture: Picture, size: int, faces_in: Detector | None = None) -> Pi
     width, height = pixels.shape[1::-1]
     if faces_in is None:
         raise InputError(
-            f"{name} is {width} × {height} pixels, which is no aligned crop: align the face to {TEMPLATE_SIZE} × "
-            f"{TEMPLATE_SIZE} pixels by its five landmarks first."
+            f"{name} is {width} × {height} pixels, which is no aligned crop: align it first, or give a detector "
+            "(--detector mtcnn)."
         )
     faces = faces_in(pixels)
     if len(faces) != 1:
         found = f"{len(faces)} faces were" if faces else "No face was"
         raise InputError(f"{found} found in {name}: give a picture that shows the face of one person.")
-    points = torch.from_numpy(np.asarray(faces[0].points, np.float64))[None]
-    return align_faces(torch.from_numpy(np.array(pixels))[None], points, size)[0].numpy()
+    return align_face(pixels, faces[0].points, size)
 
 
-def _read(path: Path, name: str) -> Pixels:
+def _read(path: Path, name: str, *, is_raw: bool) -> Pixels:
     if re.match(r"\w+:/", name):
         raise InputError(f"{name} is an address, and nothing is fetched from the network: download the file first.")
     if not path.exists():
         raise InputError(f"There is no {name}: give an image file.")
     try:
-        return decode_image(read_file(str(path)))
+        return read_photograph(str(path)) if is_raw else decode_image(read_file(str(path)))
     except UnreadableImage as error:
         reason = str(error).removeprefix(f"{path}: ").rstrip(".")
         raise InputError(f"{name} cannot be used: {reason}; give a JPEG, PNG or WebP file.") from error

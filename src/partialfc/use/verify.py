@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from partialfc.core.errors import InputError
+from partialfc.data.photographs.face import Detector, Pixels
 from partialfc.data.sources.base import is_procedural_folder
 from partialfc.evaluation.statistics.figures import rate_name
 from partialfc.evaluation.statistics.thresholds import Threshold, Thresholds
 from partialfc.model.contract import contract_of, same_source
 from partialfc.model.embed import embed
 from partialfc.model.files import Model
-from partialfc.use.pictures import Detector, Picture, Pixels, crop_of
+from partialfc.use.pictures import Picture, crop_of
 
 
 @dataclass(frozen=True)

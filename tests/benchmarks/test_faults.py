@@ -12,7 +12,7 @@ import faults
 from fault_rows.bench import Injection, Outcome, Row
 
 PROGRAM = Path(faults.__file__)
-LONG_FORM_ONLY = ("interrupted-3", "disk-model", "disk-never")
+LONG_FORM_ONLY = ("interrupted-3", "killed-replacing", "sigterm-random", "disk-model", "disk-never")
 ROWS = [row.key for row in faults.ROWS if row.key not in LONG_FORM_ONLY]
 
 

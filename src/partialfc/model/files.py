@@ -18,12 +18,13 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from partialfc.backbones import create_backbone
+from partialfc.checkpoint.blocks import safetensors_pieces
 from partialfc.core.errors import InputError
-from partialfc.core.files import atomic_folder, previous_name, recover_folder, write_file
+from partialfc.core.files import atomic_file, atomic_folder, previous_name, recover_folder
 from partialfc.model.config import CONFIG_NAME, ModelConfig, config_text, parse_config, read_config
 from partialfc.model.onnx_file import METADATA_KEY, OnnxNetwork
 from partialfc.model.onnx_file import NAME as ONNX
@@ -91,9 +92,10 @@ def write_weights(path: Path, backbone: nn.Module, config: ModelConfig) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     metadata = {"format": "pt", METADATA_KEY: config_text(config)}
-    write_file(path, save(weights, metadata=metadata))  # `save_file` has mode 0600
+    # The library's own writer puts metadata in another order in each process.
+    with atomic_file(path) as file:
+        file.writelines(safetensors_pieces(backbone.state_dict(), metadata))
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:

@@ -25,13 +25,13 @@ help:  ## list the targets
 
 install: .venv/dev  ## make .venv with everything that development needs
 
-demo: .venv/core  ## train on procedural faces and see how good the model is (about 6 minutes on 2 cores)
+demo: .venv/core  ## train on procedural faces and see how good the model is (minutes on 2 cores)
 	$(BIN)/partialfc demo --out runs/demo
 
 check: lint types  ## lint, types, import contract and the quick tests (under 3 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) $(ARGS)
 
-test: .venv/dev  ## run all tests (about 10 minutes on 2 cores)
+test: .venv/dev  ## run all tests (about 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 coverage: .venv/dev  ## run all tests and print the branches that none reaches; takes half as long again

@@ -22,12 +22,12 @@ STUDIES = (rates.STUDY, conflicts.STUDY, flips.STUDY, tails.STUDY)
 HEAD = """
 # Studies: the claims of the paper, tested
 
-Each study says before its first run what is varied and what would count as confirmed; the programs,
-the results and the pages are in the repository, and anyone can repeat them on two cores. The data
-are characters in fonts (`examples/characters`), real images with a real tail, and [procedural
-faces](../procedural-faces.md), where everything is under control. Verdicts follow one rule: the 95
-% interval of the difference, paired by seed, lies wholly on the claimed side, wholly on the other,
-or across.
+Each study says before its first run what is varied and what would count as confirmed; programs,
+results and pages are in the repository as far as they have run, and anyone can repeat them on two
+cores. The data are characters in fonts (`examples/characters`), real images with a real tail, and
+[procedural faces](../procedural-faces.md), where everything is under control. Verdicts follow one
+rule: the 95 % interval of the difference, paired by seed, lies wholly on the claimed side, wholly
+on the other, or across.
 """
 
 

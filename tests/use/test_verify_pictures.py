@@ -53,6 +53,17 @@ def test_a_decision_and_its_exit_status(capsys: pytest.CaptureFixture[str], mode
     assert answer["threshold"]["fmr"] == {"value": 0.0009, "low": 0.0005, "high": 0.0014}
 
 
+def test_a_crash_is_no_decision(
+    capsys: pytest.CaptureFixture[str], model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("partialfc.cli.verify.load_model", crash)
+    assert run("verify", model, pictures / "0.png", pictures / "1.png") == 2  # Python's own 1 would say "different"
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_the_score_is_that_of_python(model: Path, pictures: Path) -> None:
     loaded = load_model(model)
     left, right = loaded.embed([pictures / "0.png", noise(1)]).double()

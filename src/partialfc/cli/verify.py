@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def run(options: Namespace) -> int:
         if options.picture is not None:
             write_side_by_side(options.picture, list(answer.crops))
         show(options, {**answer.to_dict(), "model": model.origin}, answer.text())
+    except InputError:
+        raise
     except (JobError, OSError) as error:  # their status would read as "different"
         raise InputError(str(error)) from error
+    except Exception:  # so would Python's own
+        traceback.print_exc()
+        return 2
     return 0 if answer.is_same else 1

@@ -59,8 +59,9 @@ def train_on_cores(
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": str(threads // count),
-        "GLOO_SOCKET_IFNAME": next(name for _, name in socket.if_nameindex() if name.startswith("lo")),
     }
+    if loopback := [name for _, name in socket.if_nameindex() if name.startswith("lo")]:
+        launch["GLOO_SOCKET_IFNAME"] = loopback[0]  # whatever the name of this machine resolves to
     with tempfile.TemporaryDirectory(prefix="partialfc-") as temporary:
         file = Path(temporary) / "config.yaml"
         file.write_text(config.to_yaml(), encoding="utf-8")

@@ -10,15 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import trained
 from sets import Prepared
 from study import Arm, Claim, Study, main
-
-from partialfc.checkpoint.read import steps_in
-from partialfc.data.images import decode_image
-from partialfc.data.sources import open_source
-from partialfc.head.files import load_head
-from partialfc.model.embed import embed
-from partialfc.model.files import load_model
 
 PLAN = """
 Every identity is cut into three labels, in the manner of the paper's WebFace12M-Conflict, and the
@@ -30,31 +24,25 @@ share of negatives that the threshold drops at the end of the training, and "rig
 these that are the same identity.
 """
 CUT = {"kind": "conflict", "fraction": 1.0, "parts": 3}
-_SHOWN = 2048  # training images that tell what the threshold leaves out
 
 
 def measure(run: Path, prepared: Prepared, arm: Arm) -> dict[str, float]:
     """How close the centers are, what a threshold of the arm leaves out, and how much of that is right."""
-    checkpoints = run / "checkpoints"
-    head = load_head(checkpoints / f"step-{steps_in(checkpoints)[-1]:08d}")
-    centers = torch.nn.functional.normalize(head.centers.detach().float(), dim=1)
-    nearest = [(centers[rows] @ centers.T).topk(2).values[:, 1] for rows in torch.arange(len(centers)).split(2048)]
+    found = trained.read(run, prepared, arm.damage, shown=2048)
+    nearest = [
+        (found.centers[rows] @ found.centers.T).topk(2).values[:, 1]
+        for rows in torch.arange(len(found.centers)).split(2048)
+    ]
     figures = {"center cosine": torch.cat(nearest).mean().item()}
     threshold = arm.values.get("head.conflict_threshold")
     if threshold is None:
         return figures
-    cut = prepared.damaged(CUT)
-    source = open_source(prepared.config.data.path, overlay=cut / "data.overlay")
-    with np.load(cut / "truth.npz", allow_pickle=False) as truth:
-        identity = np.arange(len(centers))
+    identity = np.arange(len(found.centers))
+    with np.load(prepared.damaged(CUT) / "truth.npz", allow_pickle=False) as truth:
         identity[truth["classes"]] = truth["classes"][:, :1]
-    samples = [source.read(index) for index in range(0, len(source), max(1, len(source) // _SHOWN))]
-    images = np.stack([decode_image(sample.encoded) for sample in samples])
-    labels = np.array([sample.label for sample in samples])
-    rows = torch.nn.functional.normalize(embed(load_model(run), images, flip=False), dim=1)
-    left_out = (rows @ centers.T > threshold).numpy()
-    left_out[np.arange(len(labels)), labels] = False
-    rightly = left_out & (identity[labels][:, None] == identity[None])
+    left_out = (found.embeddings @ found.centers.T > threshold).numpy()
+    left_out[np.arange(len(found.labels)), found.labels] = False
+    rightly = left_out & (identity[found.labels][:, None] == identity[None])
     figures["left out"] = float(left_out.mean())
     if left_out.any():
         figures["rightly left out"] = float(rightly.sum() / left_out.sum())

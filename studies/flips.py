@@ -35,6 +35,7 @@ STUDY = Study(
         for head, values in HEADS.items()
     },
     figures={"test rank-1": "rank-1", "pairs accuracy": "accuracy of pairs"},
+    epochs=5,
     claims=[
         Claim(
             f"{one} suffers less than {other} from {share:.0%}", _name(one, share), _name(other, share), "test rank-1"

@@ -24,6 +24,7 @@ STUDY = Study(
         "positives only": Arm({"head.sampler": "positives"}),
     },
     figures={"test rank-1": "rank-1", "pairs accuracy": "accuracy of pairs"},
+    epochs=5,
     claims=[
         *(
             Claim(f"PFC {rate} loses less than one point", f"PFC {rate}", "all classes", "test rank-1", by=-0.01)

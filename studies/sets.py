@@ -14,6 +14,8 @@ from typing import Any
 from partialfc.config.options import TrainConfig
 from partialfc.config.recipes import RECIPES
 from partialfc.data.corrupt import corrupt
+from partialfc.data.sources import open_source
+from partialfc.data.sources.base import Source
 from partialfc.faces.sets import write_pair_set, write_training_set
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "characters"))
@@ -47,8 +49,14 @@ class Prepared:
             corrupt(self.config.data.path, folder, **damage)
         return folder
 
+    def source(self, damage: Values | None) -> Source:
+        """The training set, damaged or not."""
+        return open_source(
+            self.config.data.path, overlay=None if damage is None else self.damaged(damage) / "data.overlay"
+        )
 
-def small_network(epochs: float, *, data: Path, **values: Any) -> TrainConfig:
+
+def small_network(data: Path, **values: Any) -> TrainConfig:
     """The network and the optimizer of the demo in float32, without the evaluations and checkpoints on the way."""
     recipe = RECIPES["demo"]
     config = replace(
@@ -57,7 +65,6 @@ def small_network(epochs: float, *, data: Path, **values: Any) -> TrainConfig:
         device="cpu",
         data=replace(recipe.data, path=str(data), workers=0),
         head=replace(recipe.head, scale=24.0, margin_value=0.2),
-        schedule=replace(recipe.schedule, epochs=epochs, warmup_epochs=epochs / 15),
         output=replace(recipe.output, evaluate_every=0, checkpoint_minutes=5, log_every=20),
     )
     return config.with_values(values)
@@ -78,15 +85,15 @@ def characters(folder: Path, small: bool) -> Prepared:
         f"{found['classes']:,} characters with {found['images']:,} drawings in {len(found['fonts'])} fonts; the test "
         f"has {found['test_characters']:,} other characters, each probe in a font that no training image shows."
     )
-    config = small_network(0.5 if small else 10, data=data / "train", **{"data.flip": False})
+    config = small_network(data / "train", **{"data.flip": False})
     benchmarks = {"test": data / "test", "pairs": data / "pairs" / "nearest_same_font.bin"}
     return Prepared(data, config, benchmarks, facts)
 
 
 def faces(folder: Path, small: bool) -> Prepared:
     """Procedural faces with nine images an identity."""
-    data, shots, size = folder / "set", 9, 48
-    identities, tested = (200, 40) if small else (4000, 1000)
+    data, shots, size = folder / "set", 9, 32
+    identities, tested = (200, 40) if small else (3000, 1000)
     if not data.exists():
         work = folder / "unfinished"
         shutil.rmtree(work, ignore_errors=True)
@@ -106,5 +113,5 @@ def faces(folder: Path, small: bool) -> Prepared:
         f"{identities:,} procedural identities with {shots} images of {size} pixels each; the test has {tested:,} "
         "other identities, one image of each in the gallery and three probes."
     )
-    config = small_network(0.5 if small else 10, data=data / "train")
+    config = small_network(data / "train")
     return Prepared(data, config, {"test": data / "test", "pairs": data / "pairs.bin"}, facts)

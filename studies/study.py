@@ -7,6 +7,7 @@ goes on where it was interrupted; `page` writes docs/studies from the results al
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -23,6 +24,7 @@ from typing import Any
 from sets import Prepared, Values, characters, faces
 
 from partialfc.bench.machine import describe
+from partialfc.config.options import TrainConfig
 from partialfc.core.console import duration_words, say
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
@@ -34,7 +36,7 @@ from partialfc.training.loop import train
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGES = ROOT / "studies" / "results", ROOT / "docs" / "studies"
 RULE = """
-Figures are mean ± standard deviation over the seeds, in per cent. A difference is paired by seed and
+Figures are mean ± standard deviation over the seeds, in per cent unless counted. A difference is paired by seed and
 has its 95 % interval (Student's t). A claim counts as confirmed if the whole interval lies on its
 side, as not confirmed if it lies on the other, and as not resolvable otherwise.
 """
@@ -76,6 +78,8 @@ class Study:
         figures: the columns of the table: the name of a figure, and its heading.
         claims: for every data set; the figure of the first is plotted.
         seeds: of each arm.
+        counts: the figures that are numbers, not shares.
+        epochs: of a run; 0.5 of a toy.
         measure: figures beside those of the benchmarks, from the folder of a run.
     """
 
@@ -85,7 +89,9 @@ class Study:
     arms: Mapping[str, Arm]
     figures: Mapping[str, str]
     claims: Sequence[Claim]
+    counts: frozenset[str] = frozenset()
     seeds: int = 3
+    epochs: float = 10
     measure: Callable[[Path, Prepared, Arm], dict[str, float]] = lambda run, prepared, arm: {}
 
 
@@ -94,11 +100,17 @@ Row = dict[str, Any]
 
 
 def run(study: Study, work: Path, results: Path, *, small: bool, minutes: float, only: Sequence[str]) -> int:
-    """Train and measure what is missing; all arms of a seed come before the next seed. Returns an exit status."""
+    """Train and measure what is missing. Returns an exit status.
+
+    Arms that a claim needs come first, and all of a seed before the next seed, so that a verdict comes early. Runs of
+    two studies that are alike are trained once.
+    """
     rows: list[Row] = json.loads(results.read_text())["runs"] if results.exists() else []
     done = {(row["data"], row["arm"], row["seed"]) for row in rows}
     seeds = range(1 if small else study.seeds)
-    todo = [key for seed in seeds for data in only for arm in study.arms if (key := (data, arm, seed)) not in done]
+    claimed = {arm for claim in study.claims for arm in (claim.better, claim.than)}
+    todo = [key for data in only for seed in seeds for arm in study.arms if (key := (data, arm, seed)) not in done]
+    todo.sort(key=lambda key: key[1] not in claimed)
     prepared: dict[str, Prepared] = {}
     started, durations = time.monotonic(), []
     for number, (data, name, seed) in enumerate(todo):
@@ -107,9 +119,7 @@ def run(study: Study, work: Path, results: Path, *, small: bool, minutes: float,
         if data not in prepared:
             prepared[data] = DATA[data](work / data, small)
         began = time.monotonic()
-        row = _row(
-            study, prepared[data], name, seed, work / "runs" / f"{study.name}-{data}-{name}-{seed}".replace(" ", "-")
-        )
+        row = _row(study, prepared[data], name, seed, work / "runs", 0.5 if small else study.epochs)
         durations.append(time.monotonic() - began)
         rows.append({"data": data, "arm": name, "seed": seed, **row})
         content = {"schema_version": 1, "study": study.name, "facts": {}, "runs": rows}
@@ -126,11 +136,22 @@ def _facts(results: Path) -> dict[str, str]:
     return facts
 
 
-def _row(study: Study, prepared: Prepared, name: str, seed: int, folder: Path) -> Row:
-    """Train one run, or go on with it, and measure it."""
+def _row(study: Study, prepared: Prepared, name: str, seed: int, runs: Path, epochs: float) -> Row:
+    """The figures of one run, in a folder that is named after all that decides it."""
     arm = study.arms[name]
     overlay = {} if arm.damage is None else {"data.overlay": str(prepared.damaged(arm.damage) / "data.overlay")}
-    config = prepared.config.with_values({**overlay, **arm.values, "seed": seed})
+    schedule = {"schedule.epochs": epochs, "schedule.warmup_epochs": epochs / 15}
+    config = prepared.config.with_values({**schedule, **overlay, **arm.values, "seed": seed})
+    folder = runs / hashlib.blake2b(repr(config).encode(), digest_size=8).hexdigest()
+    path = folder / "row.json"
+    if not path.exists():
+        write_file(path, json.dumps(_train(config, prepared, folder)))
+    row: Row = json.loads(path.read_text())
+    return row | {"figures": row["figures"] | study.measure(folder, prepared, arm)}
+
+
+def _train(config: TrainConfig, prepared: Prepared, folder: Path) -> Row:
+    """Train one run, or go on with it, and evaluate it."""
     result = train(config, folder, resume=True, quiet=True)
     model = load_model(folder)
     benchmarks = open_benchmarks(prepared.benchmarks, model.config.image_size)
@@ -143,12 +164,8 @@ def _row(study: Study, prepared: Prepared, name: str, seed: int, folder: Path) -
         if figure in ("accuracy", "rank-1") and value.value is not None
     }
     hardware = describe("cpu")
-    return {
-        "figures": figures | study.measure(folder, prepared, arm),
-        "steps": result.steps,
-        "seconds": result.seconds,
-        "machine": f"{hardware['cpu']}, torch {hardware['torch']}",
-    }
+    machine = f"{hardware['cpu']}, torch {hardware['torch']}"
+    return {"figures": figures, "steps": result.steps, "seconds": result.seconds, "machine": machine}
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -200,17 +217,20 @@ def _table(study: Study, rows: Sequence[Row]) -> list[str]:
     for arm in study.arms:
         own = [row["figures"] for row in rows if row["arm"] == arm]
         if own:
-            cells = [_mean([figures[name] for figures in own if name in figures]) for name in study.figures]
+            cells = [
+                _mean([figures[name] for figures in own if name in figures], 1 if name in study.counts else 100)
+                for name in study.figures
+            ]
             lines.append(f"| {arm} | {len(own)} | {' | '.join(cells)} |")
     return lines
 
 
-def _mean(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, in per cent."""
+def _mean(values: Sequence[float], scale: int) -> str:
+    """Mean ± standard deviation."""
     if not values:
         return "–"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
+    spread = f" ± {scale * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.1f}{spread}"
 
 
 def _verdicts(study: Study, rows: Sequence[Row], data: str) -> list[str]:

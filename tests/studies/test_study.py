@@ -56,7 +56,7 @@ def test_the_page_shows_every_arm_and_the_verdict(tmp_path: Path) -> None:
 def test_what_is_done_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
 
-    def row(study: Study, prepared: Prepared, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    def row(study: Study, prepared: Prepared, name: str, seed: int, runs: Path, epochs: float) -> dict[str, Any]:
         calls.append((name, seed))
         return {"figures": {"test rank-1": 0.5}, "seconds": 1.0, "machine": "CPU"}
 

@@ -1,0 +1,53 @@
+"""What a finished run holds: its checkpoint, its centers, and how its training images stand to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from sets import Prepared, Values
+from torch import Tensor
+
+from partialfc.checkpoint.read import Checkpoint, steps_in
+from partialfc.data.images import decode_image
+from partialfc.model.embed import embed
+from partialfc.model.files import load_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    Attributes:
+        centers: (C, D), of length 1.
+        images: (C,), training images of each class.
+        passive: (C,), the steps that changed a center without an image of its class.
+        labels: (n,), of training images spread evenly over the set.
+        embeddings: (n, D), theirs, of length 1.
+    """
+
+    centers: Tensor
+    images: np.ndarray
+    passive: np.ndarray
+    labels: np.ndarray
+    embeddings: Tensor
+
+
+def read(run: Path, prepared: Prepared, damage: Values | None, shown: int) -> Trained:
+    """The last state of a run, and the embeddings of about `shown` of its training images."""
+    root = run / "checkpoints"
+    checkpoint = Checkpoint(root / f"step-{steps_in(root)[-1]:08d}")
+    classes = checkpoint.row_shapes["centers"][0]
+    centers = torch.nn.functional.normalize(checkpoint.rows("centers", 0, classes).float(), dim=1)
+    source = prepared.source(damage)
+    every = source.labels()
+    chosen = np.flatnonzero(every >= 0)
+    chosen = chosen[:: max(1, len(chosen) // shown)]
+    images = np.stack([decode_image(source.read(int(index)).encoded) for index in chosen])
+    embeddings = torch.nn.functional.normalize(embed(load_model(run), images, flip=False), dim=1)
+    images_of = np.bincount(every[every >= 0], minlength=classes)
+    epochs = yaml.safe_load((run / "config.yaml").read_text())["schedule"]["epochs"]
+    passive = checkpoint.rows("step", 0, classes).numpy() - epochs * images_of
+    return Trained(centers, images_of, passive, every[chosen], embeddings)

@@ -105,6 +105,7 @@ def run(study: Study, work: Path, results: Path, *, small: bool, minutes: float,
     Arms that a claim needs come first, and all of a seed before the next seed, so that a verdict comes early. Runs of
     two studies that are alike are trained once.
     """
+    results.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = json.loads(results.read_text())["runs"] if results.exists() else []
     done = {(row["data"], row["arm"], row["seed"]) for row in rows}
     seeds = range(1 if small else study.seeds)

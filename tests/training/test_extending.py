@@ -66,10 +66,21 @@ def test_old_centers_stay_bit_by_bit_and_new_ones_are_class_means(folder: Path) 
     assert float(centers[-1].norm()) == pytest.approx(float(old["rows/centers"][kept].norm(dim=1).mean()), rel=1e-5)
 
 
+def test_the_centers_of_a_model_without_a_head_are_class_means_too(folder: Path) -> None:
+    config = tiny_config(folder / "new", backbone=BackboneConfig("mini", 16, init=str(folder / "run")), device="cpu")
+    state, model = state_at_start(config), load_model(folder / "run")
+    shots = [decode_image(path.read_bytes()) for path in sorted((folder / "new" / "anna").iterdir())]
+    mean = F.normalize(embed(model, np.stack(shots)), dim=1).mean(dim=0)
+    centers = state.head.centers.detach()
+    assert float(F.cosine_similarity(mean, centers[1], dim=0)) == pytest.approx(1.0, abs=1e-5)
+    fresh = build_state(config, open_loader(config), torch.device("cpu")).head.centers.detach()
+    assert float(centers[1].norm()) == pytest.approx(float(fresh.norm(dim=1).mean()), rel=1e-5)
+
+
 def test_new_centers_at_random_are_those_of_the_seed(folder: Path) -> None:
     config = extending(folder, new_centers="random")
-    fresh = build_state(config, open_loader(config), torch.device("cpu")).head.centers
-    centers = state_at_start(config).head.centers
+    fresh = build_state(config, open_loader(config), torch.device("cpu")).head.centers.detach()
+    centers = state_at_start(config).head.centers.detach()
     assert torch.equal(centers[[0, -1]], fresh[[0, -1]])
     assert not torch.equal(centers[1], fresh[1])
 

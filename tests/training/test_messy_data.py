@@ -47,7 +47,8 @@ def test_what_is_said_before_a_training(tmp_path: Path) -> None:
     shutil.rmtree(images / "007")
     [_, few_identities] = remarks(open_loader(config_of(images)))
     assert "only 49 identities" in few_identities
-    assert "--backbone.init MODEL" in few_identities
+    assert f"partialfc finetune MODEL {images}" in few_identities
+    assert remarks(open_loader(config_of(images)), is_pretrained=True) == [passed_over]
 
 
 def test_gaps_in_the_labels_are_counted(tmp_path: Path) -> None:

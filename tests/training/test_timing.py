@@ -27,7 +27,7 @@ def test_guessing_is_beaten_by_more_than_three_standard_errors(pairs: int, accur
 def test_it_says_whether_the_model_beats_guessing_on_what_and_what_is_next() -> None:
     text = result(lfw=of_pairs(300, 0.55)).text(["lfw=lfw.bin"])
     assert "lfw: accuracy 55.00% ± 1.00% of 300 pairs, no better than guessing (50%)" in text
-    assert "--backbone.init MODEL" in text
+    assert "partialfc finetune MODEL DATA" in text
     assert text.endswith("next: partialfc report runs/mine --benchmark lfw=lfw.bin")
     better = result(lfw=of_pairs(6000, 0.99)).text(["lfw.bin"])
     assert "of 6,000 pairs, above guessing (50%)" in better

@@ -17,6 +17,7 @@ from partialfc.cli import (
     embed,
     evaluate,
     export,
+    finetune,
     migrate,
     plan,
     recipes,
@@ -81,7 +82,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=version, help="show the version and exit")
     commands = add_commands(parser)
     parser.set_defaults(run=lambda _: parser.print_help())
-    first = (demo, train, recipes, plan, evaluate, align, embed, verify, export)
+    first = (demo, train, finetune, recipes, plan, evaluate, align, embed, verify, export)
     for command in (*first, report, runs, data, migrate, bench):
         command.add_parser(commands)
     return parser

@@ -131,7 +131,7 @@ class HeadConfig:
     from_run: str | None = None
     """Run folder whose centers of known identities to keep, and whose backbone unless backbone.init is set."""
     new_centers: Literal["mean", "random"] = "mean"
-    """With from_run: start new identities from the mean of their embeddings, or at random."""
+    """With from_run or backbone.init: start new identities from the mean of their embeddings, or at random."""
 
 
 @dataclass(frozen=True)

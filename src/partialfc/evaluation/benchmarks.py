@@ -34,6 +34,7 @@ from partialfc.data.ijb_files import (
     read_template_pairs,
 )
 from partialfc.data.pair_files import PairSet, read_pairs
+from partialfc.data.sources.base import Source
 from partialfc.data.sources.folder import FolderSource, open_folder
 from partialfc.evaluation.all_pairs import ImageList, evaluate_all_pairs, group_names, read_list
 from partialfc.evaluation.identification import evaluate_gallery, identify_templates
@@ -259,9 +260,9 @@ class PairList:
 
 
 class People:
-    """All pairs of one's own people, a folder of identity folders."""
+    """All pairs of one's own people, such as a folder of identity folders."""
 
-    def __init__(self, source: FolderSource) -> None:
+    def __init__(self, source: Source) -> None:
         self.images, self._identities = SourceImages(source), source.labels()
         self.what = f"{source.num_classes:,} people with {len(source):,} images, all pairs"
 

@@ -90,14 +90,14 @@ def data_facts(loader: Loader) -> dict[str, Any]:
     return {**data_signature(loader), "samples": found}
 
 
-def remarks(loader: Loader) -> list[str]:
+def remarks(loader: Loader, *, is_pretrained: bool = False) -> list[str]:
     """What the user should know of the data before a training, a sentence each."""
     source, classes = loader.source, loader.num_classes
     sentences = reading_notes(source)
-    if classes < _FEW_IDENTITIES:
+    if classes < _FEW_IDENTITIES and not is_pretrained:
         sentences.append(
             f"{source.path} has only {classes} identities, from which a network learns little about other people: "
-            "fine-tune a trained one with --backbone.init MODEL"
+            f"train a model further with partialfc finetune MODEL {source.path}"
         )
     if empty := classes - _classes_with_images(source):
         sentences.append(

@@ -55,7 +55,7 @@ def initialize(state: TrainState, config: TrainConfig, loader: Loader) -> Tensor
 
     Returns:
         int64 (C,), for each class its number in the run whose head is continued, -1 for a new one, which has its random
-        center still; None without such a run.
+        center still; None for random weights.
 
     Raises:
         InputError: there is no such model or run, or it does not fit the configuration; the message says in what.
@@ -69,6 +69,8 @@ def initialize(state: TrainState, config: TrainConfig, loader: Loader) -> Tensor
             centers[known.to(centers.device)] = old_centers.to(centers)
     if config.backbone.init is not None:
         weights = _read_model(config.backbone.init, config, loader)
+        if old_classes is None:
+            old_classes = torch.full((loader.num_classes,), -1)
     for network in (state.backbone, state.average):
         if weights is not None and network is not None:
             load_weights(network, weights)
@@ -175,7 +177,7 @@ def write_identities(folder: Path, identities: list[str] | None) -> None:
 
 @torch.no_grad()
 def fill_with_class_means(state: TrainState, old_classes: Tensor, config: TrainConfig, loader: Loader) -> None:
-    """Give each new class the mean of its unit embeddings, at the mean length of the old centers.
+    """Give each new class the mean of its unit embeddings, at the mean length of the old centers, or of random ones.
 
     At most the first 10 images of an identity are read. One without readable images keeps its random center. The ranks
     share the images: one collective for every 16,384 new classes, and one for the length.
@@ -187,9 +189,10 @@ def fill_with_class_means(state: TrainState, old_classes: Tensor, config: TrainC
     new = (old_classes < 0).nonzero()[:, 0]
     if not len(new):
         return
-    own_old = (old_classes[shard.start : shard.stop] >= 0).to(centers.device)
-    lengths = centers[own_old].double().norm(dim=1)
-    total = all_reduce(torch.stack([lengths.sum(), own_old.sum().double()]), group=shard.group)
+    measured = old_classes >= 0 if len(new) < len(old_classes) else old_classes < 0
+    measured = measured[shard.start : shard.stop].to(centers.device)
+    lengths = centers[measured].double().norm(dim=1)
+    total = all_reduce(torch.stack([lengths.sum(), measured.sum().double()]), group=shard.group)
     backbone = whole_network(state.backbone, state.skeleton)
     model = Model(backbone, model_config_of(config, loader))
     labels = loader.source.labels()

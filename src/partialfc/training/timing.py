@@ -56,7 +56,7 @@ class TrainResult:
             lines.append(f"{name}: accuracy {accuracy} of {counted(result['pairs'], 'pair')}, {versus}")
         if self.benchmarks and not any(map(beats_guessing, self.benchmarks.values())):
             lines.append("It has learned nothing that shows: train longer (--epochs), on more people, or")
-            lines.append("start from a trained model (--backbone.init MODEL).")
+            lines.append("train a trained model further (partialfc finetune MODEL DATA).")
         if self.best_step is not None:
             best = f"best model (step {self.best_step:,})" if self.benchmarks else "model"
             lines.append(f"{best}: {self.folder / 'model' / 'best'}")

@@ -21,6 +21,7 @@ from partialfc.evaluation.statistics.intervals import (
     fnmr_figure,
     interval_facts,
     resampled_rates,
+    tar_change,
     tar_figure,
     wilson,
 )
@@ -117,6 +118,29 @@ def test_tar_is_spread_as_under_brute_force_resampling_of_pairs() -> None:
         tars.append(roc(*drawn).tar_at(0.02))
     figure = tar_figure(scores, 0.02)
     assert (figure.low, figure.high) == pytest.approx(tuple(np.percentile(tars, [2.5, 97.5])), abs=0.025)
+
+
+def test_a_change_is_paired_by_identity_as_under_brute_force_resampling() -> None:
+    before = complete(60, effect=1.0)
+    generator = np.random.default_rng(7)
+    after = replace(before, genuine=before.genuine + 0.5 + generator.normal(size=len(before.genuine)) / 3)
+    change, people = tar_change(before, after, 0.02), before.identities
+    assert people is not None
+    assert change.value == pytest.approx(
+        sum(sign * roc(scores.genuine, scores.impostor).tar_at(0.02) for sign, scores in ((1, after), (-1, before)))
+    )
+    order, changes = np.argsort(-before.impostor), []
+    for _ in range(600):
+        weights = np.bincount(generator.integers(60, size=60), minlength=60).astype(float)
+        pairs = (weights[people.impostor[:, 0]] * weights[people.impostor[:, 1]])[order].cumsum()
+        threshold = before.impostor[order][np.searchsorted(pairs, 0.02 * pairs[-1])]
+        accepted = (after.genuine >= threshold) * 1.0 - (before.genuine >= threshold)
+        changes.append(weights[people.genuine] @ accepted / weights[people.genuine].sum())
+    assert deviation(change) == pytest.approx(np.std(changes), rel=0.2)
+    assert deviation(change) < 0.3 * deviation(tar_figure(before, 0.02))
+    nothing = tar_change(before, before, 0.02)
+    assert (nothing.value, nothing.low, nothing.high) == (0.0, 0.0, 0.0)
+    assert tar_change(before, after, 1e-6).value is None
 
 
 def test_auc_is_that_of_scikit_learn_and_spread_as_under_resampling() -> None:

@@ -74,8 +74,32 @@ def tar_figure(scores: Scores, far: float) -> Figure:
     """
     if (unresolvable := why_unresolvable(scores, far)) is not None:
         return Figure(None, reason=unresolvable)
-    allowed = allowed_false_accepts(far, scores.impostors)
     value = scores.tar(threshold_at_far(scores, far))
+    low, high, reason = _resampled_tars(scores, far)
+    return _rate_figure(value, _percentile(low, 2.5), _percentile(high, 97.5), _genuine_units(scores), reason)
+
+
+def tar_change(before: Scores, after: Scores, far: float) -> Figure:
+    """How much higher the TAR at a FAR is in `after`, with its percentile interval.
+
+    Both are scores of the same images, whose identities are drawn alike in both, so that what makes some of them hard
+    for both cancels out.
+
+    Raises:
+        InputError: `far` lies outside [0, 1].
+    """
+    for scores in (before, after):
+        if (unresolvable := why_unresolvable(scores, far)) is not None:
+            return Figure(None, reason=unresolvable)
+    old, new = (scores.tar(threshold_at_far(scores, far)) for scores in (before, after))
+    (old_low, old_high, _), (new_low, new_high, reason) = (_resampled_tars(scores, far) for scores in (before, after))
+    low, high = _percentile(new_low - old_high, 2.5), _percentile(new_high - old_low, 97.5)
+    return Figure(new - old, min(low, new - old), max(high, new - old), reason)
+
+
+def _resampled_tars(scores: Scores, far: float) -> tuple[Floats, Floats, str | None]:
+    """The TAR of every resample at a FAR, at least and at most, (RESAMPLES,) each; and why these differ, if they do."""
+    allowed = allowed_false_accepts(far, scores.impostors)
     deviation = math.sqrt(_false_accept_variance(scores, _above_rank(scores, np.array([allowed])))[0])
     reach = math.ceil(_REACH * max(deviation, 1.0))
     last = scores.impostors if scores.complete else len(scores.impostor) - 1
@@ -84,16 +108,16 @@ def tar_figure(scores: Scores, far: float) -> Figure:
     fars, tars = resampled_rates(scores, grid)
     exceeded: NDArray[np.bool_] = fars > far
     chosen = np.where(exceeded.any(axis=1), exceeded.argmax(axis=1), len(grid)) - 1
-    low = high = tars[np.arange(len(tars)), np.maximum(chosen, 0)]
-    reason = None
+    low = tars[np.arange(len(tars)), np.maximum(chosen, 0)]
     beyond = ~exceeded.any(axis=1)
-    if not scores.complete and allowed + reach > last and beyond.any():
-        high = np.where(beyond, 1.0, high)
-        reason = (
-            f"{np.count_nonzero(beyond):,} of {RESAMPLES:,} resamples need more than the {len(scores.impostor):,} kept "
-            "impostor scores: the interval is widened to what they can be at most."
-        )
-    return _rate_figure(value, _percentile(low, 2.5), _percentile(high, 97.5), _genuine_units(scores), reason)
+    if scores.complete or allowed + reach <= last or not beyond.any():
+        return low, low, None
+    return (
+        low,
+        np.where(beyond, 1.0, low),
+        f"{np.count_nonzero(beyond):,} of {RESAMPLES:,} resamples need more than the {len(scores.impostor):,} kept "
+        "impostor scores: the interval is widened to what they can be at most.",
+    )
 
 
 def fnmr_figure(scores: Scores, fmr: float) -> Figure:

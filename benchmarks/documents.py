@@ -1,4 +1,7 @@
-"""Puts what a benchmark measured between its markers of a document. As a program it writes docs/commands.md."""
+"""Puts what a benchmark measured between its markers of a document.
+
+As a program it writes docs/commands.md and the table of docs/reproduce.md.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 
 from partialfc.cli import build_parser
 from partialfc.cli.parser import Parser
+from partialfc.config.recipes import GPU_HOURS, RECIPES, SCORES, data_set
 
 DOCS = Path(__file__).parent.parent / "docs"
 _COLUMNS = 100  # of prose; tables are as wide as they are
@@ -53,5 +57,17 @@ def command_pages() -> str:
     return "\n".join(parts)
 
 
+def recipe_table() -> list[str]:
+    """The table of docs/reproduce.md: every recipe for a public data set, with what it takes and what to expect."""
+    lines = ["| recipe | data | GPUs | GPU-hours | MFR-ALL | IJB-C 1e-4 | 1e-5 |", "|---|---|---|---|---|---|---|"]
+    for name, config in RECIPES.items():
+        if (data := data_set(name)) is not None:
+            scores = [f"{score:.2f}" for score in SCORES.get(name, ())] or ["–"] * 3
+            cells = [f"`{name}`", data[0], str(config.data.fewest_processes), f"{GPU_HOURS[name]:,.0f}", *scores]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 if __name__ == "__main__":
+    write_between("reproduce.md", "benchmarks/documents.py", recipe_table())
     (DOCS / "commands.md").write_text(command_pages(), encoding="utf-8")

@@ -79,3 +79,9 @@ def test_the_page_of_commands_is_current(monkeypatch: pytest.MonkeyPatch) -> Non
     page = (documents.DOCS / "commands.md").read_text(encoding="utf-8")
     assert page == documents.command_pages(), "run: python benchmarks/documents.py"
     assert max(map(len, page.splitlines())) < 80
+
+
+def test_the_table_of_trainings_is_current() -> None:
+    import documents
+
+    assert between("reproduce.md", "benchmarks/documents.py").splitlines() == documents.recipe_table()

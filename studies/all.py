@@ -13,11 +13,13 @@ from pathlib import Path
 
 import conflicts
 import flips
+import natural
 import rates
 import tails
-from study import DATA, PAGES, RESULTS, Row, Study, compare, page, run
+from sets import DATA
+from study import PAGES, RESULTS, Row, Study, compare, page, run
 
-STUDIES = (rates.STUDY, conflicts.STUDY, flips.STUDY, tails.STUDY)
+STUDIES = (rates.STUDY, conflicts.STUDY, natural.STUDY, flips.STUDY, tails.STUDY)
 
 HEAD = """
 # Studies: the claims of the paper, tested
@@ -42,8 +44,8 @@ def index(studies: Sequence[Study], results: Path) -> str:
         for claim in study.claims:
             cells = []
             for data in DATA:
-                difference, verdict = compare(rows, data, claim)
-                cells.append(verdict if verdict == "not run in full" else f"{verdict} ({difference})")
+                difference, verdict = compare(rows, data, claim) if data in study.data else ("", "–")
+                cells.append(verdict if verdict in ("–", "not run in full") else f"{verdict} ({difference})")
             lines.append(f"| {claim.text} | {' | '.join(cells)} |")
         lines.append("")
         done = [data for data in DATA if any(row["data"] == data for row in rows)]

@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,18 +72,28 @@ def small_network(data: Path, **values: Any) -> TrainConfig:
 
 def characters(folder: Path, small: bool) -> Prepared:
     """Characters with at least six drawings, and 30 % of those that can be tested for the test."""
+    return _characters(folder, most=1500 if small else 14_000, fewest=6, test_share=0.3, equals_first=False)
+
+
+def equal_characters(folder: Path, small: bool) -> Prepared:
+    """All characters that stand under several labels, and some that do not."""
+    folder = folder.with_name(f"{folder.name}-equal")
+    return _characters(folder, most=2500 if small else 9000, fewest=2, test_share=0.2, equals_first=True)
+
+
+def _characters(folder: Path, **choices: Any) -> Prepared:
     data = folder / "set"
     if not data.exists():
         folder.mkdir(parents=True, exist_ok=True)
         fonts = [path for path in example.FONT_FOLDERS if path.is_dir()]
         names = [name for name in FONTS if any(name in file.name.lower() for path in fonts for file in path.rglob("*"))]
-        options = {"out": data, "fonts": fonts, "ranges": list(example.IDEOGRAPHS), "size": 32, "seed": 0}
-        options |= {"most": 1500 if small else 14_000, "fewest": 6, "test_share": 0.3}
+        options = {"out": data, "fonts": fonts, "ranges": list(example.IDEOGRAPHS), "size": 32, "seed": 0, **choices}
         example.make(argparse.Namespace(**options, test_fonts=names, quiet=False))
     found = json.loads((data / "characters.json").read_text())
     facts = (
-        f"{found['classes']:,} characters with {found['images']:,} drawings in {len(found['fonts'])} fonts; the test "
-        f"has {found['test_characters']:,} other characters, each probe in a font that no training image shows."
+        f"{found['classes']:,} characters with {found['images']:,} drawings in {len(found['fonts'])} fonts, "
+        f"{found['labels_with_an_equal']:,} of them the same as another under Unicode's normal form; the test has "
+        f"{found['test_characters']:,} other characters, each probe in a font that no training image shows."
     )
     config = small_network(data / "train", **{"data.flip": False})
     benchmarks = {"test": data / "test", "pairs": data / "pairs" / "nearest_same_font.bin"}
@@ -113,5 +123,8 @@ def faces(folder: Path, small: bool) -> Prepared:
         f"{identities:,} procedural identities with {shots} images of {size} pixels each; the test has {tested:,} "
         "other identities, one image of each in the gallery and three probes."
     )
-    config = small_network(data / "train")
-    return Prepared(data, config, {"test": data / "test", "pairs": data / "pairs.bin"}, facts)
+    benchmarks = {"test": data / "test", "pairs": data / "pairs.bin"}
+    return Prepared(data, small_network(data / "train"), benchmarks, facts)
+
+
+DATA: Mapping[str, Callable[[Path, bool], Prepared]] = {"characters": characters, "faces": faces}

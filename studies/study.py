@@ -16,12 +16,12 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from sets import Prepared, Values, characters, faces
+from sets import DATA, Prepared, Values
 
 from partialfc.bench.machine import describe
 from partialfc.config.options import TrainConfig
@@ -81,6 +81,8 @@ class Study:
         counts: the figures that are numbers, not shares.
         epochs: of a run; 0.5 of a toy.
         measure: figures beside those of the benchmarks, from the folder of a run.
+        data: the sets, as `sets.DATA`.
+        reading: paragraphs of Markdown on what the figures mean, written after them.
     """
 
     name: str
@@ -93,9 +95,10 @@ class Study:
     seeds: int = 3
     epochs: float = 10
     measure: Callable[[Path, Prepared, Arm], dict[str, float]] = lambda run, prepared, arm: {}
+    data: Mapping[str, Callable[[Path, bool], Prepared]] = field(default_factory=lambda: DATA)
+    reading: str = ""
 
 
-DATA = {"characters": characters, "faces": faces}
 Row = dict[str, Any]
 
 
@@ -110,7 +113,14 @@ def run(study: Study, work: Path, results: Path, *, small: bool, minutes: float,
     done = {(row["data"], row["arm"], row["seed"]) for row in rows}
     seeds = range(1 if small else study.seeds)
     claimed = {arm for claim in study.claims for arm in (claim.better, claim.than)}
-    todo = [key for data in only for seed in seeds for arm in study.arms if (key := (data, arm, seed)) not in done]
+    todo = [
+        key
+        for data in study.data
+        if data in only
+        for seed in seeds
+        for arm in study.arms
+        if (key := (data, arm, seed)) not in done
+    ]
     todo.sort(key=lambda key: key[1] not in claimed)
     prepared: dict[str, Prepared] = {}
     started, durations = time.monotonic(), []
@@ -118,7 +128,7 @@ def run(study: Study, work: Path, results: Path, *, small: bool, minutes: float,
         if time.monotonic() - started > 60 * minutes:
             return NOT_DONE
         if data not in prepared:
-            prepared[data] = DATA[data](work / data, small)
+            prepared[data] = study.data[data](work / data, small)
         began = time.monotonic()
         row = _row(study, prepared[data], name, seed, work / "runs", 0.5 if small else study.epochs)
         durations.append(time.monotonic() - began)
@@ -195,8 +205,9 @@ def page(study: Study, results: Path, folder: Path) -> None:
     rows: list[Row] = content["runs"]
     lines = [f"# {study.title}", "", f"Written by `python studies/{study.name}.py page` from the results.", ""]
     lines += ["## Plan", "", study.plan.strip(), "", RULE.strip(), ""]
+    lines += ["## Reading", "", study.reading.strip(), ""] * bool(study.reading)
     folder.mkdir(parents=True, exist_ok=True)
-    for data in DATA:
+    for data in study.data:
         own = [row for row in rows if row["data"] == data]
         if not own:
             lines += [f"## {data.capitalize()}", "", "Not run.", ""]

@@ -303,6 +303,8 @@ def main() -> None:
     parser.add_argument("--test-fonts", nargs="+", default=[], metavar="NAME", help="parts of file names")
     parser.add_argument("--test-share", type=float, default=0.05, help="of the characters that can be tested")
     parser.add_argument("--most", type=int, help="characters to try, chosen at random; all by default")
+    help_ = "with --most, choose first those that are the same as another under Unicode's normal form"
+    parser.add_argument("--equals-first", action="store_true", help=help_)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true")
     options = parser.parse_args()
@@ -320,8 +322,11 @@ def make(options: argparse.Namespace) -> None:
     files = sorted({file for folder in options.fonts for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES})
     codes = code_points(options.ranges)
     if options.most is not None and options.most < len(codes):
-        order = keyed_random.uniform(keyed_random.derive_key(options.seed, "characters"), torch.tensor(codes))
-        codes = sorted(np.array(codes)[order.argsort().numpy()[: options.most]].tolist())
+        draws = keyed_random.uniform(keyed_random.derive_key(options.seed, "characters"), torch.tensor(codes)).numpy()
+        labels = Counter(map(canonical, codes))
+        comes_first = [options.equals_first and labels[canonical(code)] > 1 for code in codes]
+        order = np.lexsort((draws, np.logical_not(comes_first)))
+        codes = sorted(np.array(codes)[order[: options.most]].tolist())
     fonts = draw_all(files, codes, options.size, options.quiet)
     hold_out(fonts, options.test_fonts)
     characters = Characters.of(fonts)

@@ -34,7 +34,16 @@ def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(out: Path, fonts: Path, **changes: Any) -> argparse.Namespace:
-    values = {"out": out, "fonts": [fonts], "ranges": ["0400-045F"], "size": 16, "fewest": 2, "most": None, "seed": 0}
+    values = {
+        "out": out,
+        "fonts": [fonts],
+        "ranges": ["0400-045F"],
+        "size": 16,
+        "fewest": 2,
+        "most": None,
+        "equals_first": False,
+        "seed": 0,
+    }
     return argparse.Namespace(**values | {"test_fonts": ["Bold"], "test_share": 0.5, "quiet": True} | changes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,11 @@ def test_what_is_done_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monkey
         return {"figures": {"test rank-1": 0.5}, "seconds": 1.0, "machine": "CPU"}
 
     monkeypatch.setattr(module, "_row", row)
-    monkeypatch.setattr(module, "DATA", {"faces": lambda folder, small: Prepared(folder, small_config(), {}, "Faces.")})
+    study = replace(STUDY, data={"faces": lambda folder, small: Prepared(folder, small_config(), {}, "Faces.")})
     results = tmp_path / "toy.json"
-    assert run(STUDY, tmp_path, results, small=True, minutes=1, only=["faces"]) == 0
-    assert run(STUDY, tmp_path, results, small=False, minutes=0, only=["faces"]) == module.NOT_DONE
-    assert run(STUDY, tmp_path, results, small=False, minutes=1, only=["faces"]) == 0
+    assert run(study, tmp_path, results, small=True, minutes=1, only=["faces"]) == 0
+    assert run(study, tmp_path, results, small=False, minutes=0, only=["faces"]) == module.NOT_DONE
+    assert run(study, tmp_path, results, small=False, minutes=1, only=["faces"]) == 0
     assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     content = json.loads(results.read_text())
     assert (len(content["runs"]), content["facts"]) == (6, {"faces": "Faces."})

@@ -1,0 +1,79 @@
+"""Conflicts as they come: one shape under several labels. Which head keeps its centers together?
+
+python studies/natural.py run --work runs/studies
+python studies/natural.py page
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+
+import characters as example
+import torch
+import trained
+from sets import Prepared, equal_characters
+from study import Arm, Claim, Study, main
+
+PLAN = """
+Unicode has characters twice: a compatibility ideograph is drawn as its unified one is. The training
+set has all of them, each under its own label, as it comes, and nothing is cut. "Equals" is the mean
+cosine of the centers of two labels that Unicode's normal form (NFKC) takes for one; "closest pairs"
+is the share of such pairs among as many pairs of centers as there are, the closest ones. The paper
+argues that a head which sees both as negatives of each other in every step pulls them apart, a
+sampled one does so more seldom, and PFC* stops once they are close.
+"""
+
+
+def measure(run: Path, prepared: Prepared, arm: Arm) -> dict[str, float]:
+    """How close the centers of equal characters are, and whether closeness finds them."""
+    centers = trained.read(run, prepared, arm.damage, shown=1).centers
+    names = prepared.source(arm.damage).identities
+    assert names is not None
+    labels = defaultdict(list)
+    for label, name in enumerate(names):
+        labels[example.canonical(int(name.removeprefix("U+"), 16))].append(label)
+    pairs = torch.tensor([pair for group in labels.values() for pair in combinations(group, 2)])
+    cosines = (centers @ centers.T).triu(1)
+    is_equal = torch.zeros_like(cosines, dtype=torch.bool)
+    is_equal[pairs[:, 0], pairs[:, 1]] = True
+    closest = cosines.flatten().topk(len(pairs)).indices
+    return {
+        "equals": cosines[is_equal].mean().item(),
+        "closest pairs": is_equal.flatten()[closest].double().mean().item(),
+    }
+
+
+STUDY = Study(
+    name="natural",
+    title="One character under several labels",
+    plan=PLAN,
+    arms={
+        "all classes": Arm({"head.sample_rate": 1.0}),
+        "PFC 0.1": Arm({}),
+        "PFC* 0.1": Arm({"head.conflict_threshold": 0.4}),
+    },
+    figures={
+        "equals": "equals",
+        "closest pairs": "closest pairs",
+        "test rank-1": "rank-1",
+        "pairs accuracy": "accuracy of pairs",
+    },
+    claims=[
+        Claim("PFC keeps equals closer than all classes do", "PFC 0.1", "all classes", "equals"),
+        Claim("PFC* keeps equals closer than PFC", "PFC* 0.1", "PFC 0.1", "equals"),
+        Claim(
+            "The closest pairs of PFC* are rather equals than those of all classes",
+            "PFC* 0.1",
+            "all classes",
+            "closest pairs",
+        ),
+    ],
+    epochs=3,
+    measure=measure,
+    data={"characters": equal_characters},
+)
+
+if __name__ == "__main__":
+    main(STUDY)

@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import conflicts
+import cost
 import flips
 import natural
+import networks
 import rates
 import tails
 from sets import DATA
 from study import PAGES, RESULTS, Row, Study, compare, page, run
 
-STUDIES = (rates.STUDY, conflicts.STUDY, natural.STUDY, flips.STUDY, tails.STUDY)
+STUDIES = (rates.STUDY, conflicts.STUDY, natural.STUDY, flips.STUDY, tails.STUDY, networks.STUDY)
 
 HEAD = """
 # Studies: the claims of the paper, tested
@@ -48,8 +50,12 @@ def index(studies: Sequence[Study], results: Path) -> str:
                 cells.append(verdict if verdict in ("–", "not run in full") else f"{verdict} ({difference})")
             lines.append(f"| {claim.text} | {' | '.join(cells)} |")
         lines.append("")
-        done = [data for data in DATA if any(row["data"] == data for row in rows)]
+        done = [data for data in study.data if any(row["data"] == data for row in rows)]
         lines += [f"![{study.title}, {data}]({study.name}-{data}.svg)" for data in done] + [""] * bool(done)
+    measured = json.loads((results / "cost.json").read_text())["rows"] if (results / "cost.json").exists() else []
+    lines += [f"## [{cost.TITLE}](cost.md)" if measured else f"## {cost.TITLE}", ""]
+    lines += [f"Time and memory of a step fall in proportion to the sample rate: {cost.verdict(measured)}.", ""]
+    lines += ["![Images a second against identities](cost.svg)", ""] * bool(measured)
     return "\n".join(lines)
 
 
@@ -71,6 +77,8 @@ def main() -> None:
         if (results / f"{study.name}.json").exists():
             page(study, results / f"{study.name}.json", pages)
     pages.mkdir(parents=True, exist_ok=True)
+    if (results / "cost.json").exists():
+        cost.page(results / "cost.json", pages)
     (pages / "index.md").write_text(index(STUDIES, results), encoding="utf-8")
 
 

@@ -7,11 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cost
 import pytest
 import study as module
+import torch
 from sets import Prepared
 from small_runs import small_config
 from study import Arm, Claim, Study, compare, page, run
+
+from partialfc import CosFace, PartialFC
 
 CLAIM = Claim("a is better", "a", "b", "test rank-1")
 STUDY = Study("toy", "A toy", "It is a plan.", {"a": Arm({}), "b": Arm({})}, {"test rank-1": "rank-1"}, [CLAIM])
@@ -70,3 +74,27 @@ def test_what_is_done_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monkey
     assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     content = json.loads(results.read_text())
     assert (len(content["runs"]), content["facts"]) == (6, {"faces": "Faces."})
+
+
+def test_the_verdict_on_cost_needs_every_step_of_the_rule() -> None:
+    def rows(**seconds: float) -> list[dict[str, Any]]:
+        return [
+            {"way": way, "classes": count, "seconds": seconds[way[:4].strip()], "peak_bytes": memory}
+            for count in cost.CLASSES[1:3]
+            for way, memory in zip(cost.WAYS, (3, 2, 1), strict=True)
+        ]
+
+    assert cost.verdict([]) == "not run in full"
+    assert cost.verdict(rows(data=5.0, mode=4.0, Part=1.0)) == "confirmed"
+    assert cost.verdict(rows(data=5.0, mode=4.0, Part=2.0)) == "not confirmed"
+    assert cost.verdict(rows(data=3.0, mode=4.0, Part=1.0)) == "not confirmed"
+
+
+def test_the_data_parallel_head_is_cosface() -> None:
+    torch.manual_seed(0)
+    plain = cost.DataParallelHead(30)
+    head = PartialFC(30, cost.WIDTH, sample_rate=1.0, margin=CosFace(0.4), scale=64.0)
+    with torch.no_grad():
+        head.centers.copy_(plain.centers)
+    embeddings, labels = torch.randn(8, cost.WIDTH), torch.arange(8)
+    torch.testing.assert_close(plain(embeddings, labels), head(embeddings, labels), rtol=1e-5, atol=1e-5)

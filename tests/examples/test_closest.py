@@ -35,7 +35,8 @@ def test_equal_characters_are_marked(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(lines) == 3
     assert [set(line.split()[1:3]) for line in lines if "one character" in line] == [{"U+8C48", "U+F900"}]
     assert "1 of the 3 closest pairs" in captured.err
-    assert Image.open(tmp_path / "closest.png").size == (12 * 36, 52)
+    with Image.open(tmp_path / "closest.png") as sheet:
+        assert sheet.size == (12 * 36, 52)
     with pytest.raises(InputError, match="give its training set"):
         closest.draw(tmp_path / "run", write_images(tmp_path / "other", ["U+4E00", "U+4E01"]), 3, tmp_path / "no.png")
     with pytest.raises(InputError, match="no checkpoint"):

@@ -17,9 +17,10 @@ from trained_models import noise, write_model
 
 from partialfc import InputError, load_model
 from partialfc.data.images import encode_png
+from partialfc.data.photographs.align import align_photographs
 from partialfc.model.contract import contract_of
 from partialfc.model.feature_table import read_table, write_table
-from partialfc.model.features import describe, read_features
+from partialfc.model.features import FeatureWriter, describe, read_features
 from partialfc.use.embed import embed_into
 
 pq = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
@@ -149,3 +150,35 @@ def test_photographs_without_one_face_are_failures_to_enrol(model: Path, tmp_pat
         (tmp_path / "in" / f"{name}.png").write_bytes(encode_png(photograph(300, 200, *faces)))
     features = embed_into(load_model(model), tmp_path / "in", tmp_path / "x.npy", workers=0, faces_in=DiscDetector())
     assert features.failed.tolist() == [True, False, True]
+
+
+def test_the_scores_of_aligned_crops_are_those_of_the_detector(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "ann").mkdir(parents=True)
+    for number, scale in enumerate((1.0, 1.5)):
+        image = photograph(300, 300, placed(scale, 5, (100, 140)))
+        (tmp_path / "in" / "ann" / f"{number}.png").write_bytes(encode_png(image))
+    crops = tmp_path / "crops"
+    align_photographs(tmp_path / "in", crops, DiscDetector(), quiet=True)
+    embed_into(load_model(model), crops, tmp_path / "x.parquet", workers=0, quiet=True)
+    assert pq.read_table(tmp_path / "x.parquet").column("score").to_pylist() == pytest.approx([0.99, 0.99])
+
+
+def test_rows_of_another_detector_are_not_continued(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.png").write_bytes(encode_png(photograph(300, 300, placed(1, 5, (100, 140)))))
+    first, other = DiscDetector(), DiscDetector()
+    other.facts = {**first.facts, "min_score": 0.5}
+    options: dict[str, Any] = {"workers": 0, "batch_size": 1, "quiet": True}
+
+    def embed_with(detector: DiscDetector) -> None:
+        embed_into(load_model(model), tmp_path / "in", tmp_path / "x.npy", faces_in=detector, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(FeatureWriter, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            embed_with(first)
+    embed_with(other)
+    assert other.calls == 3

@@ -2,7 +2,7 @@
 
 Columns: `name` (text), `label` (int64) and `identity` (text), null where the images have none; `embedding`
 (fixed_size_list of float32, not normalised); `quality` (float32), the norm of the embedding; `score` (float32) of the
-detector, null for crops that were aligned before; `failed` (bool), an image that could not be read, with zeros.
+detector, of crops that `align` has made, else null; `failed` (bool), an image that could not be read, with zeros.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def write_table(
     names: Sequence[str],
     labels: NDArray[np.int64] | None = None,
     identities: Sequence[str] | None = None,
+    scores: Sequence[float | None] | None = None,
 ) -> None:
     """Write a table of features, replacing that at `path`.
 
@@ -43,6 +44,7 @@ def write_table(
         names: of the images.
         labels: int64 (N,), the class of each image, -1 if unknown.
         identities: the name of each class.
+        scores: the detector's, None where it is not known.
 
     Raises:
         OSError: it cannot be written.
@@ -73,7 +75,7 @@ def write_table(
                 people,
                 pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), width),
                 np.linalg.norm(part.astype(np.float64), axis=1).astype(np.float32),
-                [None] * len(part),
+                [None] * len(part) if scores is None else scores[rows],
                 failed[rows],
             ]
             arrays = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from partialfc.core.errors import InputError
 from partialfc.core.files import output_errors
 from partialfc.data.images import UnreadableImage
+from partialfc.data.photographs.align import crop_scores
 from partialfc.data.photographs.face import Detector
 from partialfc.data.photographs.files import read_photograph, upright
 from partialfc.data.sources import open_source
@@ -83,16 +86,23 @@ def embed_into(
     if out.suffix not in (SUFFIX, ".npy"):
         raise InputError(f"{out} has the suffix {out.suffix!r}: features are written as {SUFFIX} or .npy.")
     images, labels, identities = _open(Path(data))
+    # Part of the description, so that rows of another detector are not continued.
+    source = str(data)
+    if faces_in is not None:
+        facts = json.dumps(getattr(faces_in, "facts", {}), sort_keys=True)
+        source += f", faces found by detector {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     names = [images.name(index) for index in range(len(images))]
     part = out if out.suffix == ".npy" else out.with_name(f".{out.name}.npy")
     options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "workers": workers, "quiet": quiet}
     with output_errors(out):
         crops = Crops(images, model.config.image_size, faces_in)
-        features = embed_source(model, crops, part, source=str(data), names=names, **options)
+        features = embed_source(model, crops, part, source=source, names=names, **options)
         if out.suffix == SUFFIX and rank_of() == 0:
             contract, mirrored = features.contract or "", bool(features.mirrored)
-            facts = describe(features.embeddings.shape, contract, mirrored=mirrored, source=str(data))
+            facts = describe(features.embeddings.shape, contract, mirrored=mirrored, source=source)
+            scores = crop_scores(Path(data))
             columns: dict[str, Any] = {"names": names, "labels": labels, "identities": identities}
+            columns["scores"] = [scores.get(name) for name in names]
             write_table(out, features.embeddings, features.failed, facts, **columns)
             for leftover in (part, sidecar_path(part)):
                 leftover.unlink()

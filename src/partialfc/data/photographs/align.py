@@ -203,3 +203,12 @@ def _summarise(work: Path) -> Record:
             writer.writerow([record["photograph"], record["left_out"]])
     write_file(work / LEFT_OUT, table.getvalue())
     return {**count, "reasons": dict(reasons.most_common())}
+
+
+def crop_scores(folder: Path) -> dict[str, float]:
+    """The detector's score of each crop in a folder that `align_photographs` has made, by path; of others empty."""
+    if not (folder / LANDMARKS).is_file():
+        return {}
+    return {
+        str(folder / face["crop"]): face["score"] for record in _records(folder) for face in record.get("faces", ())
+    }

@@ -89,8 +89,8 @@ def embed_into(
     # Part of the description, so that rows of another detector are not continued.
     source = str(data)
     if faces_in is not None:
-        facts = json.dumps(getattr(faces_in, "facts", {}), sort_keys=True)
-        source += f", faces found by detector {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+        about = json.dumps(getattr(faces_in, "facts", {}), sort_keys=True)
+        source += f", faces found by detector {hashlib.sha256(about.encode()).hexdigest()[:12]}"
     names = [images.name(index) for index in range(len(images))]
     part = out if out.suffix == ".npy" else out.with_name(f".{out.name}.npy")
     options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "workers": workers, "quiet": quiet}

@@ -125,9 +125,12 @@ def test_wrong_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Captu
         ((model, folder / "new", "--old", folder / "old", "--old-share", "1"), "between 0 and 1"),
         ((large, folder / "new"), "32"),
         ((model, folder / "new", "--freeze", "layer9"), "layer9"),
+        ((model, folder / "new", "--epochs", "-1"), "schedule.epochs is -1"),
     ):
         assert sentence in complaint(capsys, "finetune", *arguments, *out)
         assert not (tmp_path / "out" / "run").exists()
+    write_images(tmp_path / "demo" / "data", ["a", "b"])
+    assert "holds something else" in complaint(capsys, "finetune", model, folder / "new", "--out", tmp_path / "demo")
 
 
 def test_a_benchmark_without_pairs_is_refused_before_the_training(folder: Path, tmp_path: Path) -> None:

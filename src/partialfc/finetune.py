@@ -27,7 +27,7 @@ from partialfc.config.options import (
 from partialfc.core import keyed_random
 from partialfc.core.console import say
 from partialfc.core.errors import InputError
-from partialfc.core.files import output_errors, write_file
+from partialfc.core.files import atomic_folder, output_errors, write_file
 from partialfc.core.keyed_random import derive_key
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import Source
@@ -38,6 +38,7 @@ from partialfc.evaluation.statistics.figures import Figure
 from partialfc.evaluation.statistics.intervals import tar_change, tar_figure
 from partialfc.evaluation.statistics.metrics import Scores
 from partialfc.model.files import Model, load_model
+from partialfc.training.build import check_config
 from partialfc.training.cores import train_on_cores
 from partialfc.training.timing import TrainResult
 
@@ -46,6 +47,7 @@ NEW, OLD = "new people", "old people"
 _HELD_OUT = 0.2  # of the new people
 _FEWEST_TESTED, _MOST_OLD_TESTED = 10, 200  # identities
 _USUAL = range(50, 5001)
+_MIXTURE = "train.yaml"
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,10 @@ def finetune(
     before, folder = load_model(model), out / "data"
     if not any(True for _ in before.backbone.parameters()):
         raise InputError(f"{model} cannot be trained further: give a model folder, a run folder or a file of weights.")
-    config = preset(before, model, folder / "train.yaml").with_values(values or {})
+    config = preset(before, model, folder / _MIXTURE).with_values(values or {})
     if "schedule.warmup_epochs" not in (values or {}):
-        config = config.with_values({"schedule.warmup_epochs": config.schedule.epochs / 10})
+        config = config.with_values({"schedule.warmup_epochs": max(0.0, config.schedule.epochs / 10)})
+    check_config(config)
     trained, tests = _split(people, old, old_share, folder)
     opened: dict[str, Benchmark] = {name: People(test) for name, test in tests.items()}
     opened |= open_benchmarks(benchmarks or {}, before.config.image_size)
@@ -227,7 +230,7 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
         The number of new people in the training, and the test sets.
     """
     source = open_source(people)
-    identities = _identities(source)
+    identities, labels = _identities(source), source.labels()
     count = len(identities)
     if count < _FEWEST_TESTED + 2:
         raise InputError(
@@ -237,26 +240,31 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
     if count not in _USUAL:
         say(f"note: the preset is for 50 to 5,000 people, and {people} has {count:,}")
     tested = max(_FEWEST_TESTED, round(_HELD_OUT * count))
-    chosen = {"new-people": (people, np.setdiff1d(source.labels(), [*identities[:tested], -1]), identities[:tested])}
+    chosen = {"new-people": (people, np.setdiff1d(labels, [*identities[:tested], -1]), identities[:tested])}
     if old is not None:
         old_source = open_source(old)
         others = _identities(old_source)
         kept = min(_MOST_OLD_TESTED, len(others) // 2)
-        images = np.bincount(source.labels().clip(0))[chosen["new-people"][1]].sum() * old_share / (1 - old_share)
-        counts = np.bincount(old_source.labels().clip(0))[others[kept:]]
+        images = np.isin(labels, chosen["new-people"][1]).sum() * old_share / (1 - old_share)
+        counts = np.bincount(old_source.labels() + 1)[others[kept:] + 1]  # unreadable labels are -1
         enough = int(np.searchsorted(counts.cumsum(), images)) + 1
         chosen["old-people"] = (old, others[kept:][:enough], others[:kept])
-    entries, tests = [], {}
-    with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, (path, trained, held_out) in chosen.items():
-        overlays = [folder / f"{name}-{part}.overlay" for part in ("train", "test")]
-        for overlay, classes in zip(overlays, (trained, held_out), strict=True):
-            _keep_only(open_source(path), classes, overlay)
-        entries.append({"path": str(Path(path).resolve()), "overlay": overlays[0].name})
-        tests[name.replace("-", " ")] = open_source(path, overlay=overlays[1])
-    with output_errors(folder):
-        write_file(folder / "train.yaml", yaml.safe_dump({"sources": entries}, allow_unicode=True))
+    sources = [
+        {"path": str(Path(path).resolve()), "overlay": f"{name}-train.overlay"} for name, (path, _, _) in chosen.items()
+    ]
+    mixture = f"# share of old images {old_share:g}\n{yaml.safe_dump({'sources': sources}, allow_unicode=True)}"
+    if not folder.exists():
+        with output_errors(folder), atomic_folder(folder) as partial:
+            for name, (path, trained, held_out) in chosen.items():
+                for part, classes in (("train", trained), ("test", held_out)):
+                    _keep_only(open_source(path), classes, partial / f"{name}-{part}.overlay")
+            (partial / _MIXTURE).write_text(mixture, encoding="utf-8")
+    elif not (folder / _MIXTURE).is_file() or (folder / _MIXTURE).read_text(encoding="utf-8") != mixture:
+        raise InputError(f"{folder.parent} holds something else, or a fine-tuning on other data: give another --out.")
+    tests = {
+        name.replace("-", " "): open_source(path, overlay=folder / f"{name}-test.overlay")
+        for name, (path, _, _) in chosen.items()
+    }
     return len(chosen["new-people"][1]), tests
 
 
@@ -269,10 +277,9 @@ def _identities(source: Source) -> NDArray[np.int64]:
 
 
 def _keep_only(source: Source, classes: NDArray[np.int64], path: Path) -> None:
-    """Write an overlay that drops all other classes, unless an interrupted call has written it."""
+    """Write an overlay that drops all other classes."""
     records = np.flatnonzero(~np.isin(source.labels(), classes))
-    if not path.exists():
-        write_overlay(path, decide(source, records, np.full(len(records), DROPPED)))
+    write_overlay(path, decide(source, records, np.full(len(records), DROPPED)))
 
 
 def _scores(model: Model, benchmarks: Mapping[str, Benchmark], quiet: bool) -> dict[str, Scores]:

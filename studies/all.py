@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,12 @@ import networks
 import rates
 import tails
 from sets import DATA
-from study import PAGES, RESULTS, Row, Study, compare, page, run
+from study import PAGES, RESULTS, ROOT, Row, Study, compare, page, run
 
 STUDIES = (rates.STUDY, conflicts.STUDY, natural.STUDY, flips.STUDY, tails.STUDY, networks.STUDY)
 
+README = ROOT / "README.md"
+BEGIN, END = "<!-- studies/all.py begin -->", "<!-- studies/all.py end -->"
 HEAD = """
 # Studies: the claims of the paper, tested
 
@@ -35,12 +38,29 @@ on the other, or across.
 """
 
 
+def _rows(study: Study, results: Path) -> list[Row]:
+    path = results / f"{study.name}.json"
+    rows: list[Row] = json.loads(path.read_text())["runs"] if path.exists() else []
+    return rows
+
+
+def summary(studies: Sequence[Study], results: Path) -> list[str]:
+    """A table for the README: of each study, how many claims have which verdict."""
+    lines = [f"| study | {' | '.join(DATA)} |", "|---" * (1 + len(DATA)) + "|"]
+    for study in studies:
+        rows, cells = _rows(study, results), []
+        for data in DATA:
+            verdicts = Counter(compare(rows, data, claim)[1] for claim in study.claims if data in study.data)
+            cells.append(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "–")
+        lines.append(f"| {study.title} | {' | '.join(cells)} |")
+    return lines
+
+
 def index(studies: Sequence[Study], results: Path) -> str:
     """The page with all claims and verdicts."""
     lines = [*HEAD.strip().splitlines(), ""]
     for study in studies:
-        path = results / f"{study.name}.json"
-        rows: list[Row] = json.loads(path.read_text())["runs"] if path.exists() else []
+        rows = _rows(study, results)
         lines += [f"## [{study.title}]({study.name}.md)" if rows else f"## {study.title}", ""]
         lines += [f"| claim | {' | '.join(DATA)} |", "|---" * (1 + len(DATA)) + "|"]
         for claim in study.claims:
@@ -69,6 +89,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "pages":
         results, pages = RESULTS, PAGES
+        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+        lines = [before + BEGIN, *summary(STUDIES, results), END + rest.split(END)[1]]
+        README.write_text("\n".join(lines), encoding="utf-8")
     else:
         results = pages = options.work
         for study in STUDIES:

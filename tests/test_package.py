@@ -15,7 +15,7 @@ CORE_ONLY = """
 import importlib, importlib.abc, pkgutil, sys
 
 EXTRAS = {"tensorboard", "wandb", "timm", "sklearn", "scipy", "pytest", "hypothesis", "onnx"}
-EXTRAS |= {"pyarrow", "lmdb", "msgpack", "simplejpeg"}
+EXTRAS |= {"pyarrow", "lmdb", "msgpack", "simplejpeg", "cv2"}
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):

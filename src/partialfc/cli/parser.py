@@ -224,7 +224,7 @@ def add_device(parser: Parser) -> None:
 
 def add_detector(parser: Parser) -> None:
     """Add --detector, which `open_detector` reads."""
-    help_ = "what finds the faces in photographs: mtcnn, with the weights in facenet-pytorch, or mtcnn=FOLDER with them"
+    help_ = "what finds faces in photographs: mtcnn (weights in facenet-pytorch), mtcnn=FOLDER with them, or yunet=FILE"
     parser.add_argument("--detector", metavar="NAME[=PATH]", help=help_)
 
 

@@ -14,15 +14,18 @@ import trained
 from sets import Prepared
 from study import Arm, Claim, Study, main
 
+from partialfc.training.run.log import read_metrics
+
 PLAN = """
 Every identity is cut into three labels, in the manner of the paper's WebFace12M-Conflict, and the
 small network trains on the cut set with all classes, with a tenth of them (PFC), and with a tenth and
 a threshold above which a negative is left out (PFC*). The last arm trains on the set before it was
 cut. "Highest cosine of a center" is the mean over all centers of the cosine to the nearest other: two
 labels of one identity pull their centers together where nothing keeps them apart. "Left out" is the
-share of negatives that the threshold drops at the end of the training, and "rightly" the share of
-these that are the same identity.
+share of negatives that the threshold drops, along the training and at its end, and "rightly" the
+share of the latter that are the same identity.
 """
+QUARTERS = (0.25, 0.5, 0.75)
 CUT = {"kind": "conflict", "fraction": 1.0, "parts": 3}
 
 
@@ -43,6 +46,10 @@ def measure(run: Path, prepared: Prepared, arm: Arm) -> dict[str, float]:
     left_out = (found.embeddings @ found.centers.T > threshold).numpy()
     left_out[np.arange(len(found.labels)), found.labels] = False
     rightly = left_out & (identity[found.labels][:, None] == identity[None])
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
+    for quarter in QUARTERS:
+        place = min(len(lines) - 1, round(quarter * len(lines)))
+        figures[f"left out, {quarter:.0%}"] = float(lines[place]["conflict_share"])
     figures["left out"] = float(left_out.mean())
     if left_out.any():
         figures["rightly left out"] = float(rightly.sum() / left_out.sum())
@@ -66,7 +73,8 @@ STUDY = Study(
         "test rank-1": "rank-1",
         "pairs accuracy": "accuracy of pairs",
         "center cosine": "highest cosine of a center",
-        "left out": "left out",
+        **{f"left out, {quarter:.0%}": f"left out after {quarter:.0%}" for quarter in QUARTERS},
+        "left out": "left out at the end",
         "rightly left out": "rightly",
     },
     claims=[

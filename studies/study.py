@@ -204,8 +204,8 @@ def page(study: Study, results: Path, folder: Path) -> None:
     content = json.loads(results.read_text())
     rows: list[Row] = content["runs"]
     lines = [f"# {study.title}", "", f"Written by `python studies/{study.name}.py page` from the results.", ""]
-    lines += ["## Plan", "", study.plan.strip(), "", RULE.strip(), ""]
-    lines += ["## Reading", "", study.reading.strip(), ""] * bool(study.reading)
+    lines += ["## Plan", "", *_paragraphs(study.plan), *_paragraphs(RULE)]
+    lines += ["## Reading", "", *_paragraphs(study.reading)] * bool(study.reading)
     folder.mkdir(parents=True, exist_ok=True)
     for data in study.data:
         own = [row for row in rows if row["data"] == data]
@@ -222,6 +222,11 @@ def page(study: Study, results: Path, folder: Path) -> None:
         plot.write_text(_plot(study, own, figure), encoding="utf-8")
         lines += [f"![{study.figures[figure]} of each arm, {data}]({plot.name})", ""]
     (folder / f"{study.name}.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Paragraphs in lines that fit the documents, with a blank line behind each."""
+    return [line for part in text.strip().split("\n\n") for line in (*textwrap.wrap(" ".join(part.split()), 100), "")]
 
 
 def _table(study: Study, rows: Sequence[Row]) -> list[str]:

@@ -10,10 +10,9 @@ from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
 
-import characters as example
 import torch
 import trained
-from sets import Prepared, equal_characters
+from sets import Prepared, equal_characters, example
 from study import Arm, Claim, Study, main
 
 PLAN = """

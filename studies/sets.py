@@ -78,7 +78,7 @@ def characters(folder: Path, small: bool) -> Prepared:
 def equal_characters(folder: Path, small: bool) -> Prepared:
     """All characters that stand under several labels, and some that do not."""
     folder = folder.with_name(f"{folder.name}-equal")
-    return _characters(folder, most=2500 if small else 9000, fewest=2, test_share=0.2, equals_first=True)
+    return _characters(folder, most=4000 if small else 9000, fewest=2, test_share=0.2, equals_first=True)
 
 
 def _characters(folder: Path, **choices: Any) -> Prepared:

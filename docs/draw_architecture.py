@@ -18,6 +18,7 @@ PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 ROOMS = {
     "cli": "one file a command: options in, results out, no logic of its own",
     "demo": "the whole job on procedural faces",
+    "finetune": "the whole job on one's own people",
     "report": "runs and results as HTML pages; needs no trainer",
     "use": "what one does with a trained model",
     "audit": "what is wrong with a data set",

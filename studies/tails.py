@@ -24,7 +24,7 @@ READING = """
 The mechanism is there: passive updates fall with the sample rate. Its harm is not. In every arm
 nearly all training images of rare identities find their own center, so there is nothing left to
 protect, and what remains is the price of fewer negatives: a tenth of these classes is a few hundred,
-a tenth of the paper's is a hundred thousand and more. This set is too small for the claim, in
+a tenth of the paper's is 60,000 and more. This set is too small for the claim, in
 classes and in what its tail costs; the verdict is about this set.
 """
 TAIL = {"kind": "long-tail", "fraction": 0.1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,9 @@ def test_wrong_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Captu
     few = write_images(tmp_path / "few", map(str, range(11)))
     model, out = folder / "run", ["--out", tmp_path / "out"]
     large = write_model(tmp_path / "model", size=32)
-    (tmp_path / "people" / "gallery").mkdir(parents=True)
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "config.yaml").write_text("head: 3")
     for arguments, sentence in (
         ((model, few), "has 11 people with two images or more"),
         ((model, tmp_path / "none"), "does not exist"),
@@ -126,6 +129,9 @@ def test_wrong_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Captu
         ((large, folder / "new"), "32"),
         ((model, folder / "new", "--freeze", "layer9"), "layer9"),
         ((model, folder / "new", "--epochs", "-1"), "schedule.epochs is -1"),
+        ((model, folder / "new", "--old", few), "an old set needs 20"),
+        ((model, folder / "new", "--benchmark", f"new people={folder / 'new'}"), "give it another"),
+        ((broken, folder / "new"), "is not the configuration of a run: give the model itself"),
     ):
         assert sentence in complaint(capsys, "finetune", *arguments, *out)
         assert not (tmp_path / "out" / "run").exists()

@@ -170,6 +170,8 @@ def finetune(
     """
     if not 0 < old_share < 1:
         raise InputError(f"old_share is {old_share:g}: give a number between 0 and 1, or leave out the old set.")
+    if taken := {NEW, OLD} & set(benchmarks or {}):
+        raise InputError(f"benchmark {taken.pop()!r} has a name that the people held out bear: give it another.")
     before, folder = load_model(model), out / "data"
     if not any(True for _ in before.backbone.parameters()):
         raise InputError(f"{model} cannot be trained further: give a model folder, a run folder or a file of weights.")
@@ -199,8 +201,13 @@ def preset(model: Model, path: str | Path, data: Path) -> TrainConfig:
     """
     head, run = HeadConfig(sample_rate=1.0), Path(path) / "config.yaml"
     if run.is_file():
-        trained = yaml.safe_load(run.read_text(encoding="utf-8"))["head"]
-        head = replace(head, **{key: trained[key] for key in ("margin", "margin_value", "margin_options", "scale")})
+        try:
+            trained = yaml.safe_load(run.read_bytes())["head"]
+            keys = [key for key in ("margin", "margin_value", "margin_options", "scale") if key in trained]
+            head = replace(head, **{key: trained[key] for key in keys})
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+            remedy = f"give the model itself, {Path(path) / 'model' / 'best'}"
+            raise InputError(f"{run} is not the configuration of a run: {remedy}.") from error
     network = model.config
     frozen = first_layers(model.backbone)
     return TrainConfig(
@@ -244,6 +251,9 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
     if old is not None:
         old_source = open_source(old)
         others = _identities(old_source)
+        if len(others) < 2 * _FEWEST_TESTED:
+            many = f"{old} has {len(others)} people with two images or more"
+            raise InputError(f"{many}: an old set needs {2 * _FEWEST_TESTED}, half of them for the test.")
         kept = min(_MOST_OLD_TESTED, len(others) // 2)
         images = np.isin(labels, chosen["new-people"][1]).sum() * old_share / (1 - old_share)
         counts = np.bincount(old_source.labels() + 1)[others[kept:] + 1]  # unreadable labels are -1

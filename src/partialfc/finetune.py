@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from partialfc.config.options import (
 )
 from partialfc.core import keyed_random
 from partialfc.core.console import say
+from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_folder, output_errors, write_file
 from partialfc.core.keyed_random import derive_key
@@ -132,7 +134,8 @@ class FineTuning:
         ]
         worse = [name for name, change in self.changes.items() if change.verdict == "worse" and name != NEW]
         if worse:
-            lines.append(f"It is worse on {', '.join(worse)}: raise --old-share, or lower --lr.")
+            remedy = "raise --old-share, or lower --lr" if OLD in self.changes else "give --old"
+            lines.append(f"It is worse on {', '.join(worse)}: {remedy}.")
         if len(self.changes) == 1:
             lines.append("What it has forgotten of others is unknown: give --old or --benchmark.")
         return lines
@@ -172,7 +175,8 @@ def finetune(
         raise InputError(f"old_share is {old_share:g}: give a number between 0 and 1, or leave out the old set.")
     if taken := {NEW, OLD} & set(benchmarks or {}):
         raise InputError(f"benchmark {taken.pop()!r} has a name that the people held out bear: give it another.")
-    before, folder = load_model(model), out / "data"
+    device = choose_device((values or {}).get("device", "auto"))
+    before, folder = load_model(model, device), out / "data"
     if not any(True for _ in before.backbone.parameters()):
         raise InputError(f"{model} cannot be trained further: give a model folder, a run folder or a file of weights.")
     config = preset(before, model, folder / _MIXTURE).with_values(values or {})
@@ -184,7 +188,7 @@ def finetune(
     opened |= open_benchmarks(benchmarks or {}, before.config.image_size)
     old_scores = _scores(before, opened, quiet)
     training = train_on_cores(config, out / "run", resume=True, quiet=quiet)
-    new_scores = _scores(load_model(out / "run" / "model" / "last"), opened, quiet)
+    new_scores = _scores(load_model(out / "run" / "model" / "last", device), opened, quiet)
     changes = {
         name: Change(tar_figure(one, FMR), tar_figure(new_scores[name], FMR), tar_change(one, new_scores[name], FMR))
         for name, one in old_scores.items()
@@ -260,7 +264,7 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
         enough = int(np.searchsorted(counts.cumsum(), images)) + 1
         chosen["old-people"] = (old, others[kept:][:enough], others[:kept])
     sources = [
-        {"path": str(Path(path).resolve()), "overlay": f"{name}-train.overlay"} for name, (path, _, _) in chosen.items()
+        {"path": os.path.abspath(path), "overlay": f"{name}-train.overlay"} for name, (path, _, _) in chosen.items()
     ]
     mixture = f"# share of old images {old_share:g}\n{yaml.safe_dump({'sources': sources}, allow_unicode=True)}"
     if not folder.exists():

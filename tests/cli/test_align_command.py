@@ -46,7 +46,7 @@ def test_it_prints_what_became_of_the_files(place: Path, capsys: pytest.CaptureF
     [
         ("in --out out", "Give either --detector, such as mtcnn, or --landmarks FILE."),
         ("in --out out --detector mtcnn --landmarks points.txt", "Give either --detector"),
-        ("in --out out --detector yunet=x", "There is no detector 'yunet': give mtcnn, or mtcnn=FOLDER."),
+        ("in --out out --detector retina=x", "There is no detector 'retina': give mtcnn, mtcnn=FOLDER or yunet=FILE."),
         ("in --out out --detector mtcnn=nowhere", "There is no file nowhere/pnet.pt: MTCNN needs"),
         ("in --out out --detector mtcnn --min-face 2", "--min-face is 2: give at least 12 pixels."),
         ("in --out out --detector mtcnn --min-score 7", "--min-score is 7: give a number from 0 to 1."),

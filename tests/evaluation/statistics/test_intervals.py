@@ -143,6 +143,18 @@ def test_a_change_is_paired_by_identity_as_under_brute_force_resampling() -> Non
     assert tar_change(before, after, 1e-6).value is None
 
 
+def test_a_change_is_paired_by_pair_where_nobody_is_known() -> None:
+    before, generator = without_ids(complete(60)), np.random.default_rng(7)
+    noise = [generator.normal(size=len(part)) / 3 for part in (before.genuine, before.impostor)]
+    after = replace(before, genuine=before.genuine + noise[0], impostor=before.impostor + noise[1])
+    changes = []
+    for _ in range(600):
+        drawn = [generator.integers(len(part), size=len(part)) for part in (before.genuine, before.impostor)]
+        tars = [roc(one.genuine[drawn[0]], one.impostor[drawn[1]]).tar_at(0.02) for one in (before, after)]
+        changes.append(tars[1] - tars[0])
+    assert deviation(tar_change(before, after, 0.02)) == pytest.approx(np.std(changes), rel=0.15)
+
+
 def test_auc_is_that_of_scikit_learn_and_spread_as_under_resampling() -> None:
     scores = without_ids(complete(40))
     truth = np.repeat([1, 0], [len(scores.genuine), len(scores.impostor)])

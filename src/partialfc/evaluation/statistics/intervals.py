@@ -13,6 +13,7 @@ it. This needs no pair beyond the threshold's neighbourhood, and products of sma
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -82,8 +83,8 @@ def tar_figure(scores: Scores, far: float) -> Figure:
 def tar_change(before: Scores, after: Scores, far: float) -> Figure:
     """How much higher the TAR at a FAR is in `after`, with its percentile interval.
 
-    Both are scores of the same images, whose identities are drawn alike in both, so that what makes some of them hard
-    for both cancels out.
+    Both are scores of the same pairs in the same order. Their identities are drawn alike in both, or the pairs where no
+    identities are known, so that what makes some of them hard for both cancels out.
 
     Raises:
         InputError: `far` lies outside [0, 1].
@@ -91,10 +92,25 @@ def tar_change(before: Scores, after: Scores, far: float) -> Figure:
     for scores in (before, after):
         if (unresolvable := why_unresolvable(scores, far)) is not None:
             return Figure(None, reason=unresolvable)
+    before, after = _with_pairs_as_identities(before), _with_pairs_as_identities(after)
     old, new = (scores.tar(threshold_at_far(scores, far)) for scores in (before, after))
-    (old_low, old_high, _), (new_low, new_high, reason) = (_resampled_tars(scores, far) for scores in (before, after))
+    (old_low, old_high, old_reason), (new_low, new_high, reason) = (
+        _resampled_tars(scores, far) for scores in (before, after)
+    )
     low, high = _percentile(new_low - old_high, 2.5), _percentile(new_high - old_low, 97.5)
-    return Figure(new - old, min(low, new - old), max(high, new - old), reason)
+    return Figure(new - old, min(low, new - old), max(high, new - old), old_reason or reason)
+
+
+def _with_pairs_as_identities(scores: Scores) -> Scores:
+    """Scores without identities as if nobody was in two pairs, so that a resample draws whole pairs."""
+    if scores.identities is not None or not scores.complete or scores.failures:
+        return scores
+    genuine, impostor = len(scores.genuine), len(scores.impostor)
+    return replace(
+        scores,
+        genuine_ids=np.arange(genuine),
+        impostor_ids=genuine + np.arange(2 * impostor).reshape(impostor, 2),
+    )
 
 
 def _resampled_tars(scores: Scores, far: float) -> tuple[Floats, Floats, str | None]:

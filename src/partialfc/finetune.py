@@ -173,6 +173,8 @@ def finetune(
     """
     if not 0 < old_share < 1:
         raise InputError(f"old_share is {old_share:g}: give a number between 0 and 1, or leave out the old set.")
+    if old is not None and os.path.realpath(old) == os.path.realpath(people):
+        raise InputError(f"{old} is the set of the new people too, who would be trained on and tested: give another.")
     if taken := {NEW, OLD} & set(benchmarks or {}):
         raise InputError(f"benchmark {taken.pop()!r} has a name that the people held out bear: give it another.")
     device = choose_device((values or {}).get("device", "auto"))

@@ -168,7 +168,11 @@ def page(results: Path, folder: Path) -> None:
     by_case = {(row["way"], row["classes"]): row for row in rows}
     for count in CLASSES:
         for way in WAYS:
-            row, cells = by_case.get((way, count)), "– | – | does not fit (estimated)"
+            is_too_large = ROWS[way] * count * WIDTH * 4 > MOST_BYTES
+            row, cells = (
+                by_case.get((way, count)),
+                f"– | – | {'does not fit (estimated)' if is_too_large else 'not run'}",
+            )
             if row is not None:
                 speed, memory = RANKS * BATCH / row["seconds"], row["peak_bytes"] / 2**30
                 cells = f"{speed:,.0f} | {1000 * row['seconds']:,.0f} ms | {memory:.1f} GiB"

@@ -130,9 +130,10 @@ def test_wrong_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Captu
         ((model, folder / "new", "--freeze", "layer9"), "layer9"),
         ((model, folder / "new", "--epochs", "-1"), "schedule.epochs is -1"),
         ((model, folder / "new", "--old", few), "an old set needs 20"),
+        ((model, tmp_path / "all.yaml"), "is a mixture"),
         ((model, folder / "new", "--old", folder / "new"), "would be trained on and tested"),
         ((model, folder / "new", "--benchmark", f"new people={folder / 'new'}"), "give it another"),
-        ((broken, folder / "new"), "is not the configuration of a run: give the model itself"),
+        ((broken, folder / "new"), "is not the configuration of a run"),
     ):
         assert sentence in complaint(capsys, "finetune", *arguments, *out)
         assert not (tmp_path / "out" / "run").exists()

@@ -33,11 +33,12 @@ from partialfc.core.files import atomic_folder, output_errors, write_file
 from partialfc.core.keyed_random import derive_key
 from partialfc.data.sources import open_source
 from partialfc.data.sources.base import Source
+from partialfc.data.sources.mixture import SUFFIXES
 from partialfc.data.sources.overlay import DROPPED, decide, write_overlay
 from partialfc.evaluation.benchmarks import Benchmark, People
 from partialfc.evaluation.run import embed_benchmarks, evaluate_features, open_benchmarks
 from partialfc.evaluation.statistics.figures import Figure
-from partialfc.evaluation.statistics.intervals import tar_change, tar_figure
+from partialfc.evaluation.statistics.intervals import tar_change, tar_figure, why_unresolvable
 from partialfc.evaluation.statistics.metrics import Scores
 from partialfc.model.files import Model, load_model
 from partialfc.training.build import check_config
@@ -109,7 +110,7 @@ class FineTuning:
         (trained, tested), folder = self.people, self.training.folder
         width = max(map(len, self.changes))
         lines = [
-            f"Fine-tuned on {trained:,} people in {self.training.seconds:,.0f} s; {tested:,} others were held out.",
+            f"Fine-tuned on {trained:,} people; {tested:,} others were held out.",
             "",
             f"Genuine pairs accepted where 1 impostor pair in {1 / FMR:,.0f} is; change in points:",
             "",
@@ -189,6 +190,11 @@ def finetune(
     opened: dict[str, Benchmark] = {name: People(test) for name, test in tests.items()}
     opened |= open_benchmarks(benchmarks or {}, before.config.image_size)
     old_scores = _scores(before, opened, quiet)
+    for name, reason in [(name, why_unresolvable(one, FMR)) for name, one in old_scores.items()]:
+        if reason is not None and name in tests:
+            say(f"note: {name}: {reason} The verdict on them will be unknown.")
+        elif reason is not None:
+            raise InputError(f"benchmark {name}: {reason} Give one with more pairs, or leave it out.")
     training = train_on_cores(config, out / "run", resume=True, quiet=quiet)
     new_scores = _scores(load_model(out / "run" / "model" / "last", device), opened, quiet)
     changes = {
@@ -203,17 +209,18 @@ def finetune(
 def preset(model: Model, path: str | Path, data: Path) -> TrainConfig:
     """The configuration for 50 to 5,000 people: low rates, the first third of the layers frozen, all centers in use.
 
-    Margin and scale are those of the run that trained the model, if `path` is a run folder.
+    Margin and scale are those of the run that trained the model, if `path` is its folder or a model in it.
     """
-    head, run = HeadConfig(sample_rate=1.0), Path(path) / "config.yaml"
+    path = Path(os.path.abspath(path))  # so that the same command goes on from elsewhere
+    root = path.parent.parent if path.parent.name == "model" else path
+    head, run = HeadConfig(sample_rate=1.0), root / "config.yaml"
     if run.is_file():
         try:
             trained = yaml.safe_load(run.read_bytes())["head"]
             keys = [key for key in ("margin", "margin_value", "margin_options", "scale") if key in trained]
             head = replace(head, **{key: trained[key] for key in keys})
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-            remedy = f"give the model itself, {Path(path) / 'model' / 'best'}"
-            raise InputError(f"{run} is not the configuration of a run: {remedy}.") from error
+            raise InputError(f"{run} is not the configuration of a run: give a copy of the model alone.") from error
     network = model.config
     frozen = first_layers(model.backbone)
     return TrainConfig(
@@ -242,6 +249,9 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
     Returns:
         The number of new people in the training, and the test sets.
     """
+    for path in (people, old):
+        if path is not None and Path(path).suffix in SUFFIXES:
+            raise InputError(f"{path} is a mixture, which cannot be part of another: give one of its sets.")
     source = open_source(people)
     identities, labels = _identities(source), source.labels()
     count = len(identities)
@@ -264,6 +274,8 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
         images = np.isin(labels, chosen["new-people"][1]).sum() * old_share / (1 - old_share)
         counts = np.bincount(old_source.labels() + 1)[others[kept:] + 1]  # unreadable labels are -1
         enough = int(np.searchsorted(counts.cumsum(), images)) + 1
+        if counts.sum() < images:
+            say(f"note: {old} has {counts.sum():,} images beside those of the test; {images:,.0f} were asked for")
         chosen["old-people"] = (old, others[kept:][:enough], others[:kept])
     sources = [
         {"path": os.path.abspath(path), "overlay": f"{name}-train.overlay"} for name, (path, _, _) in chosen.items()

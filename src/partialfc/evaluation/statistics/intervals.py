@@ -92,6 +92,10 @@ def tar_change(before: Scores, after: Scores, far: float) -> Figure:
     for scores in (before, after):
         if (unresolvable := why_unresolvable(scores, far)) is not None:
             return Figure(None, reason=unresolvable)
+        if scores.identities is None and not scores.complete:
+            return Figure(
+                None, reason="Pairs of people without names cannot be matched if impostor scores are left out."
+            )
     before, after = _with_pairs_as_identities(before), _with_pairs_as_identities(after)
     old, new = (scores.tar(threshold_at_far(scores, far)) for scores in (before, after))
     (old_low, old_high, old_reason), (new_low, new_high, reason) = (
@@ -103,12 +107,13 @@ def tar_change(before: Scores, after: Scores, far: float) -> Figure:
 
 def _with_pairs_as_identities(scores: Scores) -> Scores:
     """Scores without identities as if nobody was in two pairs, so that a resample draws whole pairs."""
-    if scores.identities is not None or not scores.complete or scores.failures:
+    if scores.identities is not None:
         return scores
-    genuine, impostor = len(scores.genuine), len(scores.impostor)
+    genuine, impostor = scores.genuine_pairs, len(scores.impostor)
     return replace(
         scores,
-        genuine_ids=np.arange(genuine),
+        genuine_ids=np.arange(len(scores.genuine)),
+        failure_ids=np.arange(len(scores.genuine), genuine),
         impostor_ids=genuine + np.arange(2 * impostor).reshape(impostor, 2),
     )
 

@@ -69,12 +69,18 @@ def test_the_margin_is_that_of_the_run(folder: Path, tmp_path: Path) -> None:
     assert "sample_rate: 1.0" in text
 
 
-def test_a_share_of_old_images_is_taken(folder: Path, tmp_path: Path) -> None:
+def test_a_share_of_old_images_is_taken(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options: dict[str, Any] = {"old": folder / "old", "old_share": 0.2, "values": QUICK, "quiet": True}
     finetune(folder / "run", folder / "new", tmp_path, **options)
     sets = {folder / name: tmp_path / "data" / f"{name}-people-train.overlay" for name in ("new", "old")}
     counts = [len(open_source(path, overlay=overlay)) for path, overlay in sets.items()]
     assert counts == [193, 52]  # a fifth of the images, rounded up to whole people
+    assert "in common" not in capsys.readouterr().err
+    both = write_images(tmp_path / "both", [*(f"old-{number}" for number in range(22)), "new-7"])
+    finetune(folder / "run", folder / "new", tmp_path / "out", **{**options, "old": both})
+    said = capsys.readouterr().err
+    assert "have 1 name in common" in said
+    assert "such as new-7" in said
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from partialfc.config.options import (
     TrainConfig,
 )
 from partialfc.core import keyed_random
-from partialfc.core.console import say
+from partialfc.core.console import counted, say
 from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.core.files import atomic_folder, output_errors, write_file
@@ -267,6 +267,9 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
     if old is not None:
         old_source = open_source(old)
         others = _identities(old_source)
+        if shared := sorted(set(source.identities or ()) & set(old_source.identities or ())):
+            many = f"{people} and {old} have {counted(len(shared), 'name')} in common, such as {shared[0]}"
+            say(f"note: {many}: whoever is in both would be trained on and tested")
         if len(others) < 2 * _FEWEST_TESTED:
             many = f"{old} has {len(others)} people with two images or more"
             raise InputError(f"{many}: an old set needs {2 * _FEWEST_TESTED}, half of them for the test.")

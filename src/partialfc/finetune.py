@@ -269,7 +269,7 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
         others = _identities(old_source)
         if shared := sorted(set(source.identities or ()) & set(old_source.identities or ())):
             many = f"{people} and {old} have {counted(len(shared), 'name')} in common, such as {shared[0]}"
-            say(f"note: {many}: whoever is in both would be trained on and tested")
+            say(f"note: {many}: people in both would be trained on and tested")
         if len(others) < 2 * _FEWEST_TESTED:
             many = f"{old} has {len(others)} people with two images or more"
             raise InputError(f"{many}: an old set needs {2 * _FEWEST_TESTED}, half of them for the test.")

@@ -42,10 +42,12 @@ STEPS, STOP = 4, 3
 DDP, FSDP = ProcessesConfig(), ProcessesConfig(backbone="fsdp")
 
 
-@pytest.fixture(autouse=True)
-def short_vit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of the twelve blocks of ViT-T, so that checkpoints stay small."""
-    monkeypatch.setitem(BACKBONES, "vit_short", partial(ViT, (256, 3)))
+@pytest.fixture(scope="module", autouse=True)
+def short_vit() -> Iterator[None]:
+    """Three of the twelve blocks of ViT-T, so that checkpoints stay small; gone after this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, "vit_short", partial(ViT, (256, 3)))
+        yield
 
 
 def exact_config(images: Path, processes: ProcessesConfig = DDP) -> TrainConfig:
@@ -130,7 +132,6 @@ def on_two(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    BACKBONES["vit_short"] = partial(ViT, (256, 3))
     folder = tmp_path_factory.mktemp("replicas")
     images = write_images(folder / "images", [f"person {number}" for number in range(8)], size=20)
     with interrupt_at(STOP):

@@ -57,11 +57,11 @@ class Prepared:
 
 
 def small_network(data: Path, **values: Any) -> TrainConfig:
-    """The network and the optimizer of the demo in float32, without the evaluations and checkpoints on the way."""
+    """The network and the optimizer of the demo, without the evaluations and checkpoints on the way."""
     recipe = RECIPES["demo"]
     config = replace(
         recipe,
-        precision="float32",
+        precision="bfloat16",  # half as fast again as float32, where the processor has it
         device="cpu",
         data=replace(recipe.data, path=str(data), workers=0),
         head=replace(recipe.head, scale=24.0, margin_value=0.2),

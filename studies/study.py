@@ -175,7 +175,7 @@ def _train(config: TrainConfig, prepared: Prepared, folder: Path) -> Row:
         if figure in ("accuracy", "rank-1") and value.value is not None
     }
     hardware = describe("cpu")
-    machine = f"{hardware['cpu']}, torch {hardware['torch']}"
+    machine = f"{hardware['cpu']}, torch {hardware['torch']}, {config.precision}"
     return {"figures": figures, "steps": result.steps, "seconds": result.seconds, "machine": machine}
 
 

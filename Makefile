@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Each of several hundred processes would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 # Tests of one file run in one process, so that what a file prepares is prepared once.
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo check test coverage lint types docs faults bench-check studies-small clean
 .DEFAULT_GOAL := help

@@ -124,6 +124,7 @@ def test_wrong_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Captu
     few = write_images(tmp_path / "few", map(str, range(11)))
     model, out = folder / "run", ["--out", tmp_path / "out"]
     large = write_model(tmp_path / "model", size=32)
+    blue_first = write_model(tmp_path / "bgr", color_order="bgr")
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "config.yaml").write_text("head: 3")
@@ -133,6 +134,7 @@ def test_wrong_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.Captu
         ((tmp_path / "none", folder / "new"), "none"),
         ((model, folder / "new", "--old", folder / "old", "--old-share", "1"), "between 0 and 1"),
         ((large, folder / "new"), "32"),
+        ((blue_first, folder / "new"), "has color_order bgr"),
         ((model, folder / "new", "--freeze", "layer9"), "layer9"),
         ((model, folder / "new", "--epochs", "-1"), "schedule.epochs is -1"),
         ((model, folder / "new", "--old", few), "an old set needs 20"),

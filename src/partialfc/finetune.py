@@ -43,6 +43,7 @@ from partialfc.evaluation.statistics.metrics import Scores
 from partialfc.model.files import Model, load_model
 from partialfc.training.build import check_config
 from partialfc.training.cores import train_on_cores
+from partialfc.training.initialize import check_trains_on_its_images
 from partialfc.training.timing import TrainResult
 
 FMR = 1e-3
@@ -178,13 +179,15 @@ def finetune(
         raise InputError(f"{old} is the set of the new people too, who would be trained on and tested: give another.")
     if taken := {NEW, OLD} & set(benchmarks or {}):
         raise InputError(f"benchmark {taken.pop()!r} has a name that the people held out bear: give it another.")
-    device = choose_device((values or {}).get("device", "auto"))
+    values = dict(values or {})
+    device = choose_device(values.get("device", "auto"))
     before, folder = load_model(model, device), out / "data"
     if not any(True for _ in before.backbone.parameters()):
         raise InputError(f"{model} cannot be trained further: give a model folder, a run folder or a file of weights.")
-    config = preset(before, model, folder / _MIXTURE).with_values(values or {})
-    if "schedule.warmup_epochs" not in (values or {}):
-        config = config.with_values({"schedule.warmup_epochs": max(0.0, config.schedule.epochs / 10)})
+    check_trains_on_its_images(model, before.config)
+    config = preset(before, model, folder / _MIXTURE)
+    warmup = max(0.0, values.get("schedule.epochs", config.schedule.epochs) / 10)
+    config = config.with_values({"schedule.warmup_epochs": warmup} | values)
     check_config(config)
     trained, tests = _split(people, old, old_share, folder)
     opened: dict[str, Benchmark] = {name: People(test) for name, test in tests.items()}
@@ -263,7 +266,7 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
     if count not in _USUAL:
         say(f"note: the preset is for 50 to 5,000 people, and {people} has {count:,}")
     tested = max(_FEWEST_TESTED, round(_HELD_OUT * count))
-    chosen = {"new-people": (people, np.setdiff1d(labels, [*identities[:tested], -1]), identities[:tested])}
+    chosen = {NEW: (people, np.setdiff1d(labels, [*identities[:tested], -1]), identities[:tested])}
     if old is not None:
         old_source = open_source(old)
         others = _identities(old_source)
@@ -274,29 +277,30 @@ def _split(people: str | Path, old: str | Path | None, old_share: float, folder:
             many = f"{old} has {len(others)} people with two images or more"
             raise InputError(f"{many}: an old set needs {2 * _FEWEST_TESTED}, half of them for the test.")
         kept = min(_MOST_OLD_TESTED, len(others) // 2)
-        images = np.isin(labels, chosen["new-people"][1]).sum() * old_share / (1 - old_share)
+        images = np.isin(labels, chosen[NEW][1]).sum() * old_share / (1 - old_share)
         counts = np.bincount(old_source.labels() + 1)[others[kept:] + 1]  # unreadable labels are -1
         enough = int(np.searchsorted(counts.cumsum(), images)) + 1
         if counts.sum() < images:
             say(f"note: {old} has {counts.sum():,} images beside those of the test; {images:,.0f} were asked for")
-        chosen["old-people"] = (old, others[kept:][:enough], others[:kept])
+        chosen[OLD] = (old, others[kept:][:enough], others[:kept])
     sources = [
-        {"path": os.path.abspath(path), "overlay": f"{name}-train.overlay"} for name, (path, _, _) in chosen.items()
+        {"path": os.path.abspath(path), "overlay": _overlay(name, "train")} for name, (path, _, _) in chosen.items()
     ]
     mixture = f"# share of old images {old_share:g}\n{yaml.safe_dump({'sources': sources}, allow_unicode=True)}"
     if not folder.exists():
         with output_errors(folder), atomic_folder(folder) as partial:
             for name, (path, trained, held_out) in chosen.items():
                 for part, classes in (("train", trained), ("test", held_out)):
-                    _keep_only(open_source(path), classes, partial / f"{name}-{part}.overlay")
+                    _keep_only(open_source(path), classes, partial / _overlay(name, part))
             (partial / _MIXTURE).write_text(mixture, encoding="utf-8")
     elif not (folder / _MIXTURE).is_file() or (folder / _MIXTURE).read_text(encoding="utf-8") != mixture:
         raise InputError(f"{folder.parent} holds something else, or a fine-tuning on other data: give another --out.")
-    tests = {
-        name.replace("-", " "): open_source(path, overlay=folder / f"{name}-test.overlay")
-        for name, (path, _, _) in chosen.items()
-    }
-    return len(chosen["new-people"][1]), tests
+    tests = {name: open_source(path, overlay=folder / _overlay(name, "test")) for name, (path, _, _) in chosen.items()}
+    return len(chosen[NEW][1]), tests
+
+
+def _overlay(name: str, part: str) -> str:
+    return f"{name.replace(' ', '-')}-{part}.overlay"
 
 
 def _identities(source: Source) -> NDArray[np.int64]:

@@ -22,6 +22,7 @@ from partialfc.data.images import UnreadableImage
 from partialfc.data.loader import Loader
 from partialfc.data.sources.base import Source, read_image
 from partialfc.distributed.collectives import Shard, all_reduce, rank_of, world_size_of
+from partialfc.model.config import ModelConfig
 from partialfc.model.embed import embed
 from partialfc.model.files import Model, load_model
 from partialfc.training.build import data_facts, model_config_of
@@ -84,11 +85,14 @@ def _read_model(path: str, config: TrainConfig, loader: Loader) -> Mapping[str, 
         ("backbone", model.config.backbone, config.backbone.name),
         ("embedding_dim", model.config.embedding_dim, config.backbone.embedding_dim),
         ("image_size", model.config.image_size, loader.image_size),
-        ("color_order", model.config.color_order, "rgb"),
-        ("mean", model.config.mean, 0.5),
-        ("std", model.config.std, 0.5),
     )
+    check_trains_on_its_images(path, model.config)
     return model.backbone.state_dict()
+
+
+def check_trains_on_its_images(path: str | Path, model: ModelConfig) -> None:
+    """InputError if the model at `path` expects channels or values other than those that training gives."""
+    _check_fit(path, ("color_order", model.color_order, "rgb"), ("mean", model.mean, 0.5), ("std", model.std, 0.5))
 
 
 def _check_fit(path: str | Path, *properties: tuple[str, object, object]) -> None:

@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -49,7 +50,8 @@ def test_lines_at_the_start_every_ten_seconds_and_at_the_end(clock: Clock, plain
             clock.now += 1.0
             shown.update(step, epoch=step / 100, loss=10.0 - step / 100, images_per_second=1234.5, data_wait=0.034)
     assert lines(plain) == [
-        "training: step 10/1,000 (1%), epoch 0.10, loss 9.90, 1,234 images/s, data wait 3%, estimating time left",
+        "training: step 10/1,000 (1%), epoch 0.10, loss 9.90, 1,234 images/s, data wait 3%, "
+        "estimating time left, 0:01 so far",
         "training: step 110/1,000 (11%), epoch 1.10, loss 8.90, 1,234 images/s, data wait 3%, 1:29 left",
         "training: step 210/1,000 (21%), epoch 2.10, loss 7.90, 1,234 images/s, data wait 3%, 1:19 left",
         "training: step 250/1,000 (25%), epoch 2.50, loss 7.50, 1,234 images/s, data wait 3%, stopped after 0:25",
@@ -116,6 +118,12 @@ def test_a_terminal_gets_a_bar_with_figures_below(clock: Clock, terminal: Consol
     assert seen[-1] == "epoch 2.50  loss 11.50  1,052 images/s"
     assert any(line.endswith("12:30 left") for line in seen)
     assert all(len(line) <= 80 for line in seen)
+
+
+def test_a_first_step_that_takes_long_is_seen_to_go_on(terminal: Console) -> None:
+    with Progress("training", 5000, unit=None, console=terminal):
+        time.sleep(2.5)
+    assert any("0/5,000 (0%)" in line and "estimating time left, 0:01 so far" in line for line in lines(terminal))
 
 
 def test_a_failure_leaves_the_terminal_with_its_cursor(clock: Clock, terminal: Console) -> None:

@@ -44,8 +44,8 @@ def say(text: str, console: Console | None = None) -> None:
 class Progress:
     """The progress of one job, as a context manager: amount done, figures, rate and time left.
 
-    On a terminal it is a bar with the figures below it; otherwise a line at the start, about every ten seconds, and at
-    the end. `update` draws it, so that no other thread competes with the job.
+    On a terminal it is a bar with the figures below it, drawn by `update` and, in case that a step takes long, once a
+    second by another thread; otherwise it is a line at the start, about every ten seconds, and at the end.
 
     Args:
         description: a word or two in front of the bar, such as "reading".
@@ -84,7 +84,7 @@ class Progress:
         if self._shown and self._console.is_terminal and not self._console.is_dumb_terminal:
             # Standard output stays as it is: it may be a file that waits for results.
             self._live = Live(
-                get_renderable=self._draw, console=self._console, auto_refresh=False, redirect_stdout=False
+                get_renderable=self._draw, console=self._console, refresh_per_second=1, redirect_stdout=False
             )
             self._live.start(refresh=True)
         return self
@@ -168,7 +168,8 @@ class Progress:
         if not self.total:
             return ""
         if rate is None:
-            return "estimating time left"
+            seen = self._clock() - self._started >= 1
+            return f"estimating time left, {elapsed} so far" if seen else "estimating time left"
         return f"{_duration((self.total - (self._done or 0)) / rate)} left"
 
 

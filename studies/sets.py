@@ -102,8 +102,19 @@ def _characters(folder: Path, **choices: Any) -> Prepared:
 
 def faces(folder: Path, small: bool) -> Prepared:
     """Procedural faces with nine images an identity."""
-    data, shots, size = folder / "set", 9, 32
-    identities, tested = (200, 40) if small else (3000, 1000)
+    return _faces(folder, *((200, 40) if small else (3000, 1000)), shots=9, size=32)
+
+
+def many_faces(folder: Path, small: bool) -> Prepared:
+    """For a GPU: 100,000 identities and an IResNet-50."""
+    prepared = _faces(folder, *((200, 40) if small else (100_000, 10_000)), shots=5, size=64)
+    network = {"backbone.name": "r50", "backbone.embedding_dim": 512, "device": "cuda"}
+    loading = {"data.global_batch_size": 1024, "data.micro_batch_size": 1024, "data.workers": 8}
+    return replace(prepared, config=prepared.config.with_values(network | loading))
+
+
+def _faces(folder: Path, identities: int, tested: int, *, shots: int, size: int) -> Prepared:
+    data = folder / "set"
     if not data.exists():
         work = folder / "unfinished"
         shutil.rmtree(work, ignore_errors=True)
@@ -127,4 +138,10 @@ def faces(folder: Path, small: bool) -> Prepared:
     return Prepared(data, small_network(data / "train"), benchmarks, facts)
 
 
-DATA: Mapping[str, Callable[[Path, bool], Prepared]] = {"characters": characters, "faces": faces}
+ON_A_GPU = "faces-100k"
+DATA: Mapping[str, Callable[[Path, bool], Prepared]] = {
+    "characters": characters,
+    "faces": faces,
+    ON_A_GPU: many_faces,
+}
+ON_A_CPU = [name for name in DATA if name != ON_A_GPU]

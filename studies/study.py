@@ -21,7 +21,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sets import DATA, Prepared, Values
+from sets import DATA, ON_A_CPU, ON_A_GPU, Prepared, Values
 
 from partialfc.bench.machine import describe
 from partialfc.config.options import TrainConfig
@@ -210,7 +210,8 @@ def page(study: Study, results: Path, folder: Path) -> None:
     for data in study.data:
         own = [row for row in rows if row["data"] == data]
         if not own:
-            lines += [f"## {data.capitalize()}", "", "Not run.", ""]
+            why = "Not run: it needs a GPU." if data == ON_A_GPU else "Not run."
+            lines += [f"## {data.capitalize()}", "", why, ""]
             continue
         hours = sum(row["seconds"] for row in own) / 3600
         machines = "; ".join(sorted({row["machine"] for row in own}))
@@ -296,7 +297,7 @@ def main(study: Study) -> None:
     command = commands.add_parser("run", help="train and measure what is missing; exit status 75 if time ran out")
     command.add_argument("--work", type=Path, required=True, help="folder of data and runs")
     command.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
-    command.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    command.add_argument("--data", nargs="+", choices=DATA, default=ON_A_CPU)
     command.add_argument("--small", action="store_true", help="one seed of a toy; results stay in the folder")
     commands.add_parser("page", help="write docs/studies from the results")
     options = parser.parse_args()

@@ -12,11 +12,13 @@ import pytest
 import torch
 import yaml
 from command_line import complaint, run
-from trained_models import DRAWINGS, noise, write_model
+from trained_models import DRAWINGS, PHOTOGRAPHS, noise, write_model
 
-from partialfc import load_model
+from partialfc import create_backbone, load_model
+from partialfc.model.config import ModelConfig
 from partialfc.model.contract import contract_of
 from partialfc.model.features import read_features
+from partialfc.model.files import save_model
 from partialfc.use import insightface
 from partialfc.use.graph import compare
 
@@ -122,6 +124,24 @@ def test_a_failed_check_leaves_nothing(
 
 
 # -- insightface -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_immich_and_deepface_get_what_they_demand(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = tmp_path / "wide"
+    save_model(wide, create_backbone("mini", embedding_dim=512), ModelConfig("mini", 512, trained_on=PHOTOGRAPHS))
+    for target, to, place in (
+        ("immich", tmp_path / "immich", tmp_path / "immich" / "recognition" / "model.onnx"),
+        ("deepface", tmp_path / "webface_r50.onnx", tmp_path / "webface_r50.onnx"),
+    ):
+        assert target in complaint(capsys, "export", model, "--to", to, "--for", target)  # of 8 numbers
+        assert run("export", wide, "--to", to, "--for", target) == 0
+        network = load_model(place)
+        assert (network.config.image_size, network.config.embedding_dim) == (112, 512)
+        notes = " ".join(capsys.readouterr().out.split())
+        assert "takes the place of" in notes or "does not carry over" in notes
 
 
 def normalising(graph: Path, path: Path, names: tuple[str, str], *, divide: bool = False) -> Path:

@@ -32,7 +32,9 @@ from partialfc.use.graph import (
 from partialfc.use.model import FaceModel
 from partialfc.use.pictures import check_new
 
-Target = Literal["onnx", "insightface", "insightface-server", "safetensors", "hub"]
+Target = Literal["onnx", "insightface", "insightface-server", "immich", "deepface", "safetensors", "hub"]
+_WITHOUT_GRAPH = ("safetensors", "hub")
+_OF_112_AND_512 = ("immich", "deepface")  # pixels and numbers: the former has a column for them in its database
 _MFR_BYTES, _MFR_WIDTH, _MFR_WIDEST = 1 << 30, 512, 1024
 
 
@@ -41,7 +43,8 @@ class ExportOptions:
     """What to write.
 
     Args:
-        target: the program. For "insightface" a path that ends with .onnx is the plain file, any other the package.
+        target: the program. For "insightface" a path that ends with .onnx is the plain file, any other the package; for
+            "immich" it is a folder, for "deepface" a file.
         weights: of ONNX, how they are stored.
         mirror: of ONNX, add the embeddings of mirrored images in the graph.
         name: of the model in manifests and card; by default that of the path.
@@ -93,7 +96,7 @@ def export(model: FaceModel, to: Path, options: ExportOptions) -> Exported:
         JobError: what was written does not compute what the model does.
     """
     check_new(to, "--to")
-    is_plain = options.target == "onnx" or (options.target == "insightface" and to.suffix == ".onnx")
+    is_plain = options.target in ("onnx", "deepface") or (options.target == "insightface" and to.suffix == ".onnx")
     _check_options(model, options, is_plain)
     work = temporary_name(to)
     with output_errors(to):
@@ -108,6 +111,9 @@ def export(model: FaceModel, to: Path, options: ExportOptions) -> Exported:
                 contract, parity = _write_hub(place, model, options)
             elif is_plain:
                 contract, parity = _write_onnx(place, model, options)
+            elif options.target == "immich":
+                (place / "recognition").mkdir(parents=True)
+                contract, parity = _write_onnx(place / "recognition" / "model.onnx", model, options)
             else:
                 place.mkdir()
                 contract, parity = _write_package(place, model, options)
@@ -124,7 +130,7 @@ def export(model: FaceModel, to: Path, options: ExportOptions) -> Exported:
 
 def _check_options(model: FaceModel, options: ExportOptions, is_plain: bool) -> None:
     """Refuse options that do not fit the target, with an InputError."""
-    target, is_onnx = options.target, options.target not in ("safetensors", "hub")
+    target, is_onnx = options.target, options.target not in _WITHOUT_GRAPH
     for wrong, option, remedy in (
         (options.weights != "float32" and not is_onnx, "--weights", "the weights are stored as the model has them"),
         (options.mirror and not is_onnx, "--mirror", "the configuration says whether images are mirrored"),
@@ -141,13 +147,18 @@ def _check_options(model: FaceModel, options: ExportOptions, is_plain: bool) -> 
             f"A submission to MFR takes images of 112 pixels and gives {_MFR_WIDEST} numbers at most, and {model.path} "
             f"has {config.image_size} and {config.embedding_dim}: choose another model."
         )
+    if target in _OF_112_AND_512 and (config.image_size, config.embedding_dim) != (112, 512):
+        raise InputError(
+            f"{target} takes images of 112 pixels and embeddings of 512 numbers, and {model.path} has "
+            f"{config.image_size} and {config.embedding_dim}: export a model that was trained with these."
+        )
     if target.startswith("insightface"):
         insightface.check_size(config.image_size, str(model.path))
     if target == "insightface-server" and options.detector is None:
         raise InputError("--for insightface-server needs the detector that is to stand beside the model: --detector.")
     if isinstance(model.backbone, OnnxNetwork):
-        if target not in ("insightface", "insightface-server"):
-            raise InputError(f"{model.path} is an ONNX file already: it can be exported --for insightface alone.")
+        if target == "onnx" or not is_onnx:
+            raise InputError(f"{model.path} is an ONNX file already: it can be exported --for insightface and others.")
         if options.weights != "float32" or options.mirror:
             raise InputError(f"{model.path} is an ONNX file and is copied as it is: leave out --weights and --mirror.")
 
@@ -177,7 +188,7 @@ def _write_onnx(path: Path, model: FaceModel, options: ExportOptions) -> tuple[s
         insightface.check_recognizer(network, name)
     if options.mfr and (size := path.stat().st_size) > _MFR_BYTES:
         raise InputError(f"A submission to MFR has 1 GiB at most, and {name} {size:,} bytes: choose another model.")
-    if options.mfr or (options.target == "insightface" and path.name != insightface.MODEL_NAME):
+    if options.mfr or (options.target != "onnx" and path.name != insightface.MODEL_NAME):
         insightface.check_plain(path, name)
     return contract, _compared(model, source, network, name, LEAST_COSINE[options.weights])
 
@@ -226,13 +237,17 @@ def _compared(model: FaceModel, source: nn.Module, export: nn.Module, name: str,
 def _notes(model: FaceModel, options: ExportOptions, is_plain: bool) -> list[str]:
     """What the user should know of an export."""
     notes = []
-    is_onnx = options.target not in ("safetensors", "hub")
+    is_onnx = options.target not in _WITHOUT_GRAPH
     if is_onnx and model.config.flip and not options.mirror:
         notes.append(
             "the graph computes f(x) and the thresholds are those of f(x) + f(mirrored x): measure them for a program "
             "that does not mirror with evaluate --no-flip, or export with --mirror"
         )
-    if is_onnx and not is_plain:
+    if options.target == "immich":
+        notes.append("it takes the place of recognition in the folder of a model; immich must detect all faces anew")
+    if options.target == "deepface":
+        notes.append("deepface aligns faces by a rule of its own: accuracy measured here does not carry over")
+    if options.target.startswith("insightface") and not is_plain:
         notes.append(f"it has no {insightface.LICENSE}, which InsightFace issues, and counts as non-commercial there")
     if options.mfr and model.config.embedding_dim > _MFR_WIDTH:
         notes.append(f"more than {_MFR_WIDTH} numbers are for the unconstrained track of MFR alone")

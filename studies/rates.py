@@ -15,8 +15,6 @@ point, and a loss without negatives beyond the batch. Added after the first resu
 classes gives each center a tenth of the updates, so two arms train three times as long.
 """
 RATES = (0.3, 0.1, 0.05)
-EPOCHS = 5
-LONG = {"schedule.epochs": 3 * EPOCHS, "schedule.warmup_epochs": EPOCHS / 5}
 STUDY = Study(
     name="rates",
     title="The sample rate on clean data",
@@ -25,11 +23,11 @@ STUDY = Study(
         "all classes": Arm({"head.sample_rate": 1.0}),
         **{f"PFC {rate}": Arm({"head.sample_rate": rate}) for rate in RATES},
         "positives only": Arm({"head.sampler": "positives"}),
-        "all classes, 3 × as long": Arm({"head.sample_rate": 1.0, **LONG}),
-        "PFC 0.1, 3 × as long": Arm({"head.sample_rate": 0.1, **LONG}),
+        "all classes, 3 × as long": Arm({"head.sample_rate": 1.0}, length=3),
+        "PFC 0.1, 3 × as long": Arm({"head.sample_rate": 0.1}, length=3),
     },
     figures={"test rank-1": "rank-1", "pairs accuracy": "accuracy of pairs"},
-    epochs=EPOCHS,
+    epochs=5,
     claims=[
         *(
             Claim(f"PFC {rate} loses less than one point", f"PFC {rate}", "all classes", "test rank-1", by=-0.01)

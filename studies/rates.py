@@ -22,7 +22,7 @@ STUDY = Study(
     arms={
         "all classes": Arm({"head.sample_rate": 1.0}),
         **{f"PFC {rate}": Arm({"head.sample_rate": rate}) for rate in RATES},
-        "positives only": Arm({"head.sampler": "positives"}),
+        "positives only": Arm({"head.sample_rate": 0.0}),
         "all classes, 3 × as long": Arm({"head.sample_rate": 1.0}, length=3),
         "PFC 0.1, 3 × as long": Arm({"head.sample_rate": 0.1}, length=3),
     },

@@ -18,7 +18,7 @@ HEADS = {
     "PFC 0.1": {},
     "PFC* 0.1": {"head.conflict_threshold": 0.4},
 }
-SHARES = (0.0, 0.1, 0.2, 0.4)
+SHARES = (0.0, 0.2, 0.4)
 
 
 def _name(head: str, share: float) -> str:

@@ -26,6 +26,11 @@ def config_of(data: Path, **changes: object) -> TrainConfig:
     return replace(config, data=replace(config.data, **changes), output=output)  # type: ignore[arg-type]
 
 
+def said(data: Path, values: dict[str, object] | None = None, **changes: object) -> list[str]:
+    config = config_of(data, **changes).with_values({"head.sample_rate": 1.0, **(values or {})})
+    return remarks(open_loader(config), config)
+
+
 def test_a_single_identity_is_refused(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", ["anna"])
     (images / "empty").mkdir()
@@ -37,25 +42,26 @@ def test_a_single_identity_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_said_before_a_training(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", [f"{number:03d}" for number in range(50)])
-    assert remarks(open_loader(config_of(images))) == []
+    assert said(images) == []
+    [rate] = said(images, {"head.sample_rate": 0.1})
+    assert rate == "a step uses 0.1 of only 50 classes, which learns less: --sample-rate 1 takes hardly longer"
     (images / "000" / "x.heic").touch()
-    few = open_loader(config_of(images, num_classes=300))
-    [passed_over, gaps] = remarks(few)
+    [passed_over, gaps] = said(images, num_classes=300)
     assert "1 .heic (such as 000/x.heic)" in passed_over
     assert gaps.startswith("250 of the 300 classes")
     assert "--data.min-images 1" in gaps
     shutil.rmtree(images / "007")
-    [_, few_identities] = remarks(open_loader(config_of(images)))
+    [_, few_identities] = said(images)
     assert "only 49 identities" in few_identities
     assert f"partialfc finetune MODEL {images}" in few_identities
-    assert remarks(open_loader(config_of(images)), is_pretrained=True) == [passed_over]
+    assert said(images, {"backbone.init": "model"}) == [passed_over]
 
 
 def test_gaps_in_the_labels_are_counted(tmp_path: Path) -> None:
     write_images(tmp_path / "images", ["a", "b"])
     lines = [f"0\t{label}\timages/{name}/{n}.png\n" for name, label in (("a", 5), ("b", 3_000_000)) for n in range(4)]
     (tmp_path / "all.lst").write_text("".join(lines))
-    [gaps] = remarks(open_loader(config_of(tmp_path / "all.lst")))
+    [gaps] = said(tmp_path / "all.lst")
     assert gaps.startswith("2,999,999 of the 3,000,001 classes")
     assert open_loader(config_of(tmp_path / "all.lst", min_images=1)).num_classes == 2
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from partialfc.config.build import build_backbone, build_head, build_optimizers
 from partialfc.config.options import TrainConfig
+from partialfc.config.sample_rate import rate_phases
 from partialfc.core.device import compute_dtype
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
@@ -32,6 +33,7 @@ from partialfc.training.weights import freeze, set_frozen_layers_eval
 
 _SAMPLES = 256
 _FEW_IDENTITIES = 50
+_FEW_CLASSES = 5_000  # docs/studies/rates.md: of 3,000 faces a tenth learns less
 _COUNTED = 100_000
 
 
@@ -90,14 +92,18 @@ def data_facts(loader: Loader) -> dict[str, Any]:
     return {**data_signature(loader), "samples": found}
 
 
-def remarks(loader: Loader, *, is_pretrained: bool = False) -> list[str]:
+def remarks(loader: Loader, config: TrainConfig) -> list[str]:
     """What the user should know of the data before a training, a sentence each."""
     source, classes = loader.source, loader.num_classes
     sentences = reading_notes(source)
-    if classes < _FEW_IDENTITIES and not is_pretrained:
+    if classes < _FEW_IDENTITIES and not (config.backbone.init or config.head.from_run):
         sentences.append(
             f"{source.path} has only {classes} identities, from which a network learns little about other people: "
             f"train a model further with partialfc finetune MODEL {source.path}"
+        )
+    elif classes < _FEW_CLASSES and (rate := rate_phases(config.head.sample_rate)[-1][1]) < 1:
+        sentences.append(
+            f"a step uses {rate:g} of only {classes:,} classes, which learns less: --sample-rate 1 takes hardly longer"
         )
     if empty := classes - _classes_with_images(source):
         sentences.append(

@@ -143,8 +143,7 @@ class _Trainer:
         self.stepper = Stepper(config, self.state, self.loader, device)
         self.total_steps = self.stepper.total_steps
         self._open_log(stack, quiet)
-        is_pretrained = bool(config.backbone.init or config.head.from_run)
-        for note in [*remarks(self.loader, is_pretrained=is_pretrained), *notes, self.stepper.describe()]:
+        for note in [*remarks(self.loader, config), *notes, self.stepper.describe()]:
             self.progress.message(note)
 
     def _restore(self, verify: bool) -> list[str]:

@@ -75,6 +75,12 @@ def characters(folder: Path, small: bool) -> Prepared:
     return _characters(folder, most=1500 if small else 14_000, fewest=6, test_share=0.3, equals_first=False)
 
 
+def many_characters(folder: Path, small: bool) -> Prepared:
+    """Four times as many characters."""
+    folder = folder.with_name(f"{folder.name}-many")
+    return _characters(folder, most=4000 if small else 50_000, fewest=6, test_share=0.1, equals_first=False)
+
+
 def equal_characters(folder: Path, small: bool) -> Prepared:
     """All characters that stand under several labels, and some that do not."""
     folder = folder.with_name(f"{folder.name}-equal")

@@ -15,6 +15,7 @@ from pathlib import Path
 import conflicts
 import cost
 import flips
+import longer
 import natural
 import networks
 import rates
@@ -22,7 +23,7 @@ import tails
 from sets import DATA, ON_A_CPU, ON_A_GPU
 from study import PAGES, RESULTS, ROOT, Row, Study, compare, page, run
 
-STUDIES = (rates.STUDY, conflicts.STUDY, natural.STUDY, flips.STUDY, tails.STUDY, networks.STUDY)
+STUDIES = (rates.STUDY, longer.STUDY, conflicts.STUDY, natural.STUDY, flips.STUDY, tails.STUDY, networks.STUDY)
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- studies/all.py begin -->", "<!-- studies/all.py end -->"

@@ -47,17 +47,10 @@ _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting.
-
-    Attributes:
-        values: of the configuration that it changes.
-        damage: arguments of `corrupt` for the training set.
-        length: how many times as long as the others it trains.
-    """
+    """One setting: the values of the configuration that it changes, and arguments of `corrupt` for the training set."""
 
     values: Values
     damage: Values | None = None
-    length: float = 1
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,6 @@ def _row(study: Study, prepared: Prepared, name: str, seed: int, runs: Path, epo
     """The figures of one run, in a folder that is named after all that decides it."""
     arm = study.arms[name]
     overlay = {} if arm.damage is None else {"data.overlay": str(prepared.damaged(arm.damage) / "data.overlay")}
-    epochs *= arm.length
     schedule = {"schedule.epochs": epochs, "schedule.warmup_epochs": epochs / 15}
     config = prepared.config.with_values({**schedule, **overlay, **arm.values, "seed": seed})
     folder = runs / hashlib.blake2b(repr(config).encode(), digest_size=8).hexdigest()

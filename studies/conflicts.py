@@ -19,8 +19,8 @@ from partialfc.training.run.log import read_metrics
 PLAN = """
 Every identity is cut into three labels, in the manner of the paper's WebFace12M-Conflict, and the
 small network trains on the cut set with all classes, with a tenth of them (PFC), and with a tenth and
-a threshold above which a negative is left out (PFC*). The last arm trains on the set before it was
-cut. "Highest cosine of a center" is the mean over all centers of the cosine to the nearest other: two
+a threshold above which a negative is left out (PFC*). The last two arms train on the set before it
+was cut. "Highest cosine of a center" is the mean over all centers of the cosine to the nearest other: two
 labels of one identity pull their centers together where nothing keeps them apart. "Left out" is the
 share of negatives that the threshold drops, along the training and at its end, and "rightly" the
 share of the latter that are the same identity.
@@ -68,6 +68,7 @@ STUDY = Study(
             for cosine in (0.2, 0.3, 0.4, 0.5)
         },
         "PFC 0.1, not cut": Arm({}),
+        "all classes, not cut": Arm({"head.sample_rate": 1.0}),
     },
     figures={
         "test rank-1": "rank-1",

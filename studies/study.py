@@ -227,7 +227,8 @@ def page(study: Study, results: Path, folder: Path) -> None:
 
 def _paragraphs(text: str) -> list[str]:
     """Paragraphs in lines that fit the documents, with a blank line behind each."""
-    return [line for part in text.strip().split("\n\n") for line in (*textwrap.wrap(" ".join(part.split()), 100), "")]
+    parts = [" ".join(part.split()) for part in text.strip().split("\n\n")]
+    return [line for part in parts for line in (*textwrap.wrap(part, 100, break_on_hyphens=False), "")]
 
 
 def _table(study: Study, rows: Sequence[Row]) -> list[str]:

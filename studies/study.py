@@ -25,7 +25,7 @@ from sets import DATA, ON_A_CPU, ON_A_GPU, Prepared, Values
 
 from partialfc.bench.machine import describe
 from partialfc.config.options import TrainConfig
-from partialfc.core.console import duration_words, say
+from partialfc.core.console import counted, duration_words, say
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
 from partialfc.evaluation.run import embed_benchmarks, evaluate_features, open_benchmarks
@@ -190,7 +190,7 @@ def compare(rows: Sequence[Row], data: str, claim: Claim) -> tuple[str, str]:
     ]
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if len(seeds) < 3:
-        return f"{len(seeds)} seeds", "not run in full"
+        return counted(len(seeds), "seed"), "not run in full"
     differences = [100 * (sides[0][seed] - sides[1][seed]) for seed in seeds]
     mean = statistics.mean(differences)
     half = _T95[len(seeds) - 1] * statistics.stdev(differences) / math.sqrt(len(seeds))

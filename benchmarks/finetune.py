@@ -49,14 +49,15 @@ def main() -> None:
             command = [demo / "run", people, *old, "--benchmark", f"pairs={demo / 'data' / 'pairs.bin'}", "--out", out]
             started = time.monotonic()
             subprocess.run([sys.executable, "-m", "partialfc", "finetune", *map(str, command)], check=True)
-            took.write_text(json.dumps(time.monotonic() - started))
+            took.write_text(json.dumps({"seconds": time.monotonic() - started, "hardware": describe("cpu")}))
+        measured = json.loads(took.read_text())
         result = json.loads((out / "finetune.json").read_text())
         for benchmark, change in result["changes"].items():
             before, after = (f"{change[side]['value']:.1%}" for side in ("before", "after"))
             low, value, high = (f"{100 * change['change'][end]:+.1f}" for end in ("low", "value", "high"))
-            seconds = f"{float(took.read_text()):.0f} s"
+            seconds = f"{measured['seconds']:.0f} s"
             lines.append(f"| {name} | {benchmark} | {before} | {after} | {value} ({low} to {high}) | {seconds} |")
-    hardware = describe("cpu")
+    hardware = measured["hardware"]  # not that of a call which only writes the table again
     table = [
         *paragraph(
             f"{hardware['cpu']}, {hardware['threads']} threads, torch {hardware['torch']}; one run each. TAR at an FMR "

@@ -169,11 +169,8 @@ def page(results: Path, folder: Path) -> None:
     for count in CLASSES:
         for way in WAYS:
             is_too_large = ROWS[way] * count * WIDTH * 4 > MOST_BYTES
-            row, cells = (
-                by_case.get((way, count)),
-                f"– | – | {'does not fit (estimated)' if is_too_large else 'not run'}",
-            )
-            if row is not None:
+            cells = f"– | – | {'does not fit (estimated)' if is_too_large else 'not run'}"
+            if (row := by_case.get((way, count))) is not None:
                 speed, memory = RANKS * BATCH / row["seconds"], row["peak_bytes"] / 2**30
                 cells = f"{speed:,.0f} | {1000 * row['seconds']:,.0f} ms | {memory:.1f} GiB"
             lines.append(f"| {count:,} | {way} | {cells} |")

@@ -18,8 +18,8 @@ other studies.
 READING = """
 With 3,000 identities every rate below 1 costs, in the order of the classes that a step uses: 3,000,
 900, 300, 150 and the 128 of the batch. A tenth of the paper's 600,000 to 2,000,000 identities is
-60,000 and more. At this size sampling gains nothing either, since the network takes nearly all of the
-time ([what an identity costs](cost.md)); `train` says so where a set is as small as this one.
+60,000 and more. `train` points to the rate 1 where a set is as small as this one; where a lower rate
+pays is a matter of [what an identity costs](cost.md).
 """
 RATES = (0.3, 0.1, 0.05)
 STUDY = Study(

@@ -44,7 +44,7 @@ def test_what_is_said_before_a_training(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", [f"{number:03d}" for number in range(50)])
     assert said(images) == []
     [rate] = said(images, {"head.sample_rate": 0.1})
-    assert rate == "a step uses 0.1 of only 50 classes, which learns less: --sample-rate 1 takes hardly longer"
+    assert rate == "a step uses 0.1 of only 50 classes: with so few, --sample-rate 1 learns more"
     (images / "000" / "x.heic").touch()
     [passed_over, gaps] = said(images, num_classes=300)
     assert "1 .heic (such as 000/x.heic)" in passed_over

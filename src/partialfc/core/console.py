@@ -44,8 +44,8 @@ def say(text: str, console: Console | None = None) -> None:
 class Progress:
     """The progress of one job, as a context manager: amount done, figures, rate and time left.
 
-    On a terminal it is a bar with the figures below it, drawn by `update` and, in case that a step takes long, once a
-    second by another thread; otherwise it is a line at the start, about every ten seconds, and at the end.
+    On a terminal it is a bar with the figures below it, drawn by `update` and once a second by another thread, so that
+    a long step is seen to go on; otherwise it is a line at the start, about every ten seconds, and at the end.
 
     Args:
         description: a word or two in front of the bar, such as "reading".

@@ -102,9 +102,7 @@ def remarks(loader: Loader, config: TrainConfig) -> list[str]:
             f"train a model further with partialfc finetune MODEL {source.path}"
         )
     elif classes < _FEW_CLASSES and (rate := rate_phases(config.head.sample_rate)[-1][1]) < 1:
-        sentences.append(
-            f"a step uses {rate:g} of only {classes:,} classes, which learns less: --sample-rate 1 takes hardly longer"
-        )
+        sentences.append(f"a step uses {rate:g} of only {classes:,} classes: with so few, --sample-rate 1 learns more")
     if empty := classes - _classes_with_images(source):
         sentences.append(
             f"{empty:,} of the {classes:,} classes of {source.path} {'has' if empty == 1 else 'have'} no image but "

@@ -110,10 +110,10 @@ def export(model: FaceModel, to: Path, options: ExportOptions) -> Exported:
             elif options.target == "hub":
                 contract, parity = _write_hub(place, model, options)
             elif is_plain:
-                contract, parity = _write_onnx(place, model, options)
+                contract, parity = _write_onnx(place, model, options, is_plain=True)
             elif options.target == "immich":
                 (place / "recognition").mkdir(parents=True)
-                contract, parity = _write_onnx(place / "recognition" / "model.onnx", model, options)
+                contract, parity = _write_onnx(place / "recognition" / "model.onnx", model, options, is_plain=True)
             else:
                 place.mkdir()
                 contract, parity = _write_package(place, model, options)
@@ -158,7 +158,9 @@ def _check_options(model: FaceModel, options: ExportOptions, is_plain: bool) -> 
         raise InputError("--for insightface-server needs the detector that is to stand beside the model: --detector.")
     if isinstance(model.backbone, OnnxNetwork):
         if target == "onnx" or not is_onnx:
-            raise InputError(f"{model.path} is an ONNX file already: it can be exported --for insightface and others.")
+            raise InputError(
+                f"{model.path} is an ONNX file already: it can be exported --for insightface, immich or deepface alone."
+            )
         if options.weights != "float32" or options.mirror:
             raise InputError(f"{model.path} is an ONNX file and is copied as it is: leave out --weights and --mirror.")
 
@@ -174,8 +176,12 @@ def _thresholds(model: FaceModel) -> Thresholds | None:
     return thresholds
 
 
-def _write_onnx(path: Path, model: FaceModel, options: ExportOptions) -> tuple[str, Parity]:
-    """Write or copy the graph and check it: the contract of its embeddings, and the comparison."""
+def _write_onnx(path: Path, model: FaceModel, options: ExportOptions, *, is_plain: bool) -> tuple[str, Parity]:
+    """Write or copy the graph and check it: the contract of its embeddings, and the comparison.
+
+    Args:
+        is_plain: no manifest beside it says how images are normalised.
+    """
     source: nn.Module
     if isinstance(model.backbone, OnnxNetwork):
         name, source, contract = str(model.path), model.backbone, contract_of(model)
@@ -188,7 +194,7 @@ def _write_onnx(path: Path, model: FaceModel, options: ExportOptions) -> tuple[s
         insightface.check_recognizer(network, name)
     if options.mfr and (size := path.stat().st_size) > _MFR_BYTES:
         raise InputError(f"A submission to MFR has 1 GiB at most, and {name} {size:,} bytes: choose another model.")
-    if options.mfr or (options.target != "onnx" and path.name != insightface.MODEL_NAME):
+    if options.mfr or (is_plain and options.target != "onnx"):
         insightface.check_plain(path, name)
     return contract, _compared(model, source, network, name, LEAST_COSINE[options.weights])
 
@@ -196,7 +202,7 @@ def _write_onnx(path: Path, model: FaceModel, options: ExportOptions) -> tuple[s
 def _write_package(folder: Path, model: FaceModel, options: ExportOptions) -> tuple[str, Parity]:
     """Write the model and the manifest of an insightface package."""
     path = folder / insightface.MODEL_NAME
-    contract, parity = _write_onnx(path, model, options)
+    contract, parity = _write_onnx(path, model, options, is_plain=False)
     name, width, inside = options.name or folder.name, model.config.embedding_dim, insightface.normalises(path)
     if options.detector is None:
         insightface.write_package(folder, name, size=model.config.image_size, width=width, embedded=inside)

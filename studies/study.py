@@ -38,7 +38,7 @@ RESULTS, PAGES = ROOT / "studies" / "results", ROOT / "docs" / "studies"
 RULE = """
 Figures are mean ± standard deviation over the seeds, in per cent unless counted. A difference is paired by seed and
 has its 95 % interval (Student's t). A claim counts as confirmed if the whole interval lies on its
-side, as not confirmed if it lies on the other, and as not resolvable otherwise.
+side, as not confirmed if it lies on the other, and as not resolvable otherwise; its arms then get five seeds.
 """
 NOT_DONE = 75
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -102,23 +102,37 @@ class Study:
 Row = dict[str, Any]
 
 
-def run(study: Study, work: Path, results: Path, *, small: bool, minutes: float, only: Sequence[str]) -> int:
+def run(
+    study: Study,
+    work: Path,
+    results: Path,
+    *,
+    small: bool,
+    minutes: float,
+    only: Sequence[str],
+    arms: Sequence[str] = (),
+    seeds: int | None = None,
+) -> int:
     """Train and measure what is missing. Returns an exit status.
 
     Arms that a claim needs come first, and all of a seed before the next seed, so that a verdict comes early. Runs of
     two studies that are alike are trained once.
+
+    Args:
+        only, arms: the data sets, and the arms; all arms if none is named.
+        seeds: how many; those of the study by default.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = json.loads(results.read_text())["runs"] if results.exists() else []
     done = {(row["data"], row["arm"], row["seed"]) for row in rows}
-    seeds = range(1 if small else study.seeds)
+    numbers = range(1 if small else seeds or study.seeds)
     claimed = {arm for claim in study.claims for arm in (claim.better, claim.than)}
     todo = [
         key
         for data in study.data
         if data in only
-        for seed in seeds
-        for arm in study.arms
+        for seed in numbers
+        for arm in arms or study.arms
         if (key := (data, arm, seed)) not in done
     ]
     todo.sort(key=lambda key: key[1] not in claimed)
@@ -299,6 +313,8 @@ def main(study: Study) -> None:
     command.add_argument("--work", type=Path, required=True, help="folder of data and runs")
     command.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
     command.add_argument("--data", nargs="+", choices=DATA, default=ON_A_CPU)
+    command.add_argument("--arms", nargs="+", choices=study.arms, default=[], metavar="NAME", help="all by default")
+    command.add_argument("--seeds", type=int, help=f"of each arm; {study.seeds} by default")
     command.add_argument("--small", action="store_true", help="one seed of a toy; results stay in the folder")
     commands.add_parser("page", help="write docs/studies from the results")
     options = parser.parse_args()
@@ -310,7 +326,8 @@ def main(study: Study) -> None:
         if options.small:
             results = options.work / f"{study.name}.json"
         options.work.mkdir(parents=True, exist_ok=True)
-        status = run(study, options.work, results, small=options.small, minutes=options.minutes, only=options.data)
+        limits = {"minutes": options.minutes, "only": options.data, "arms": options.arms, "seeds": options.seeds}
+        status = run(study, options.work, results, small=options.small, **limits)
         if options.small:
             page(study, results, options.work)
         sys.exit(status)

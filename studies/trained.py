@@ -1,4 +1,4 @@
-"""What a finished run holds: its checkpoint, its centers, and how its training images stand to them."""
+"""What a finished run holds: its checkpoints, its centers, and how its training images stand to them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Trained:
     Attributes:
         centers: (C, D), of length 1.
         images: (C,), training images of each class.
-        passive: (C,), the steps that changed a center without an image of its class.
+        passive: (C,), the steps so far that changed a center without an image of its class.
         labels: (n,), of training images spread evenly over the set.
         embeddings: (n, D), theirs, of length 1.
     """
@@ -35,10 +35,15 @@ class Trained:
     embeddings: Tensor
 
 
-def read(run: Path, prepared: Prepared, damage: Values | None, shown: int) -> Trained:
-    """The last state of a run, and the embeddings of about `shown` of its training images."""
+def read(run: Path, prepared: Prepared, damage: Values | None, shown: int, part: float = 1.0) -> Trained:
+    """The state of a run after a part of it, and the embeddings of about `shown` of its training images.
+
+    Of the checkpoints that the run has kept, the one closest to that part is taken.
+    """
     root = run / "checkpoints"
-    checkpoint = Checkpoint(root / f"step-{steps_in(root)[-1]:08d}")
+    steps = steps_in(root)
+    step = min(steps, key=lambda step: abs(step - part * steps[-1]))
+    checkpoint = Checkpoint(root / f"step-{step:08d}")
     classes = checkpoint.row_shapes["centers"][0]
     centers = torch.nn.functional.normalize(checkpoint.rows("centers", 0, classes).float(), dim=1)
     source = prepared.source(damage)
@@ -46,8 +51,10 @@ def read(run: Path, prepared: Prepared, damage: Values | None, shown: int) -> Tr
     chosen = np.flatnonzero(every >= 0)
     chosen = chosen[:: max(1, len(chosen) // shown)]
     images = np.stack([decode_image(source.read(int(index)).encoded) for index in chosen])
-    embeddings = torch.nn.functional.normalize(embed(load_model(run), images, flip=False), dim=1)
+    model = load_model(run)
+    model.backbone.load_state_dict(checkpoint.tensors("backbone"))
+    embeddings = torch.nn.functional.normalize(embed(model, images, flip=False), dim=1)
     images_of = np.bincount(every[every >= 0], minlength=classes)
-    epochs = yaml.safe_load((run / "config.yaml").read_text())["schedule"]["epochs"]
+    epochs = yaml.safe_load((run / "config.yaml").read_text())["schedule"]["epochs"] * step / steps[-1]
     passive = checkpoint.rows("step", 0, classes).numpy() - epochs * images_of
     return Trained(centers, images_of, passive, every[chosen], embeddings)

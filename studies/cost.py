@@ -38,15 +38,22 @@ PLAN = """
 A step of the head alone (forward, backward, optimizer) on two processes with 64 images each, width
 512, from 10,000 identities to 4 million, in three ways: *data parallel*, every process holds all
 centers and their gradients are averaged; *model parallel*, every process holds half of the centers
-and all are in use; *Partial FC*, the same with a tenth of the centers in each step. "Cost falls"
-counts as confirmed if from 100,000 identities on a step of Partial FC takes at most a
-third of the time of model parallel and less memory, and model parallel no more than data parallel.
+and all are in use; *Partial FC*, the same with a tenth of the centers in each step, and with the
+other parts that the study of the [rate](rates.md) trains. "Cost falls" counts as confirmed if from
+100,000 identities on a step of Partial FC 0.1 takes at most a third of the time of model parallel
+and less memory, and model parallel no more than data parallel.
 """
 BATCH, WIDTH, RANKS, STEPS = 64, 512, 2, 4
 CLASSES = (10_000, 100_000, 1_000_000, 4_000_000)
-# Rows of centers' size that a step holds, for each identity, over all processes.
-ROWS = {"data parallel": 4 * RANKS, "model parallel": 3, "Partial FC 0.1": 2.3}
-WAYS = tuple(ROWS)
+RATES = {
+    "model parallel": 1.0,
+    "Partial FC 0.3": 0.3,
+    "Partial FC 0.1": 0.1,
+    "Partial FC 0.05": 0.05,
+    "positives only": 0.0,
+}
+WAYS = ("data parallel", *RATES)
+CLAIMED = ("data parallel", "model parallel", "Partial FC 0.1")
 MOST_BYTES = 20 << 30
 # Images/s on 8 V100 GPUs of 32 GB (An et al. 2022); None did not fit.
 PUBLISHED_CLASSES = (1_400_000, 5_500_000, 29_000_000)
@@ -56,6 +63,13 @@ PUBLISHED = {
     "Partial FC 0.1": (4738, 3975, 1855),
 }
 COLORS = {"data parallel": "#c2571a", "model parallel": "#7a5bd6", "Partial FC 0.1": "#3b7dd8"}
+
+
+def rows_held(way: str) -> float:
+    """Rows of the size of the centers that a step holds for each identity, over all processes."""
+    if way == "data parallel":
+        return 4 * RANKS
+    return 3 if way == "model parallel" else 2 + 3 * RATES[way]
 
 
 class DataParallelHead(torch.nn.Module):
@@ -83,8 +97,7 @@ def measure(rank: int, store: str, way: str, classes: int, out: Any) -> None:
         head = DataParallelHead(classes)
         optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     else:
-        rate = 1.0 if way == "model parallel" else 0.1
-        head = PartialFC(classes, WIDTH, sample_rate=rate, margin=CosFace(0.4), scale=64.0)
+        head = PartialFC(classes, WIDTH, sample_rate=RATES[way], margin=CosFace(0.4), scale=64.0)
         optimizer = RowwiseSGD(head.parameters(), lr=0.1, momentum=0.9)
     seconds = []
     for step in range(STEPS):
@@ -115,7 +128,7 @@ def run(results: Path, classes: Sequence[int]) -> None:
     context = multiprocessing.get_context("spawn")
     for count in classes:
         for way in WAYS:
-            if (way, count) in done or ROWS[way] * count * WIDTH * 4 > MOST_BYTES:
+            if (way, count) in done or rows_held(way) * count * WIDTH * 4 > MOST_BYTES:
                 continue
             queue = context.Queue()
             with tempfile.TemporaryDirectory() as folder:
@@ -149,12 +162,20 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     by_case = {(row["way"], row["classes"]): row for row in rows}
     holds = []
     for count in CLASSES[1:]:
-        data, model, partial = (by_case.get((way, count)) for way in WAYS)
+        data, model, partial = (by_case.get((way, count)) for way in CLAIMED)
         if partial and model:
             holds.append(3 * partial["seconds"] <= model["seconds"] and partial["peak_bytes"] < model["peak_bytes"])
         if model and data:
             holds.append(model["seconds"] <= data["seconds"])
     return "not run in full" if len(holds) < 4 else "confirmed" if all(holds) else "not confirmed"
+
+
+def cells(way: str, classes: int) -> dict[str, str]:
+    """What a step of the head takes, as a cell for the table of another study, by its heading."""
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    found = [row for row in rows if (row["way"], row["classes"]) == (way, classes)]
+    words = [f"{row['seconds']:,.1f} s, {row['peak_bytes'] / 2**30:.1f} GiB" for row in found] or ["–"]
+    return {f"head at {classes:,} identities": words[0]}
 
 
 def page(results: Path, folder: Path) -> None:
@@ -168,7 +189,7 @@ def page(results: Path, folder: Path) -> None:
     by_case = {(row["way"], row["classes"]): row for row in rows}
     for count in CLASSES:
         for way in WAYS:
-            is_too_large = ROWS[way] * count * WIDTH * 4 > MOST_BYTES
+            is_too_large = rows_held(way) * count * WIDTH * 4 > MOST_BYTES
             cells = f"– | – | {'does not fit (estimated)' if is_too_large else 'not run'}"
             if (row := by_case.get((way, count))) is not None:
                 speed, memory = RANKS * BATCH / row["seconds"], row["peak_bytes"] / 2**30

@@ -81,6 +81,7 @@ class Study:
         counts: the figures that are numbers, not shares.
         epochs: of a run; 0.5 of a toy.
         measure: figures beside those of the benchmarks, from the folder of a run.
+        beside: cells of further columns for an arm, by heading, from other results.
         data: the sets, as `sets.DATA`.
         reading: paragraphs of Markdown on what the figures mean, written after them.
     """
@@ -95,6 +96,7 @@ class Study:
     seeds: int = 3
     epochs: float = 10
     measure: Callable[[Path, Prepared, Arm], dict[str, float]] = lambda run, prepared, arm: {}
+    beside: Callable[[str], Mapping[str, str]] = lambda arm: {}
     data: Mapping[str, Callable[[Path, bool], Prepared]] = field(default_factory=lambda: DATA)
     reading: str = ""
 
@@ -246,7 +248,8 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _table(study: Study, rows: Sequence[Row]) -> list[str]:
-    lines = [f"| arm | seeds | {' | '.join(study.figures.values())} |", "|---|---|" + "---|" * len(study.figures)]
+    headings = [*study.figures.values(), *study.beside(next(iter(study.arms)))]
+    lines = [f"| arm | seeds | {' | '.join(headings)} |", "|---|---|" + "---|" * len(headings)]
     for arm in study.arms:
         own = [row["figures"] for row in rows if row["arm"] == arm]
         if own:
@@ -254,7 +257,7 @@ def _table(study: Study, rows: Sequence[Row]) -> list[str]:
                 _mean([figures[name] for figures in own if name in figures], 1 if name in study.counts else 100)
                 for name in study.figures
             ]
-            lines.append(f"| {arm} | {len(own)} | {' | '.join(cells)} |")
+            lines.append(f"| {arm} | {len(own)} | {' | '.join([*cells, *study.beside(arm).values()])} |")
     return lines
 
 

@@ -58,6 +58,13 @@ def test_the_page_shows_every_arm_and_the_verdict(tmp_path: Path) -> None:
     assert plot.count("<circle") == 8  # three seeds and a mean of each arm
 
 
+def test_a_table_has_cells_from_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps({"facts": {"faces": "Some faces."}, "runs": rows(a=[0.6, 0.6])}))
+    page(replace(STUDY, beside=lambda arm: {"memory": f"{arm} GiB"}), tmp_path / "toy.json", tmp_path)
+    text = (tmp_path / "toy.md").read_text()
+    assert "| arm | seeds | rank-1 | memory |\n|---|---|---|---|\n| a | 2 | 60.0 ± 0.0 | a GiB |" in text
+
+
 def test_what_is_done_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
 
@@ -74,6 +81,9 @@ def test_what_is_done_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monkey
     assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     content = json.loads(results.read_text())
     assert (len(content["runs"]), content["facts"]) == (6, {"faces": "Faces."})
+    del calls[:]
+    assert run(study, tmp_path, results, small=False, minutes=1, only=["faces"], arms=["b"], seeds=5) == 0
+    assert calls == [("b", 3), ("b", 4)]
 
 
 def test_the_verdict_on_cost_needs_every_step_of_the_rule() -> None:
@@ -81,7 +91,7 @@ def test_the_verdict_on_cost_needs_every_step_of_the_rule() -> None:
         return [
             {"way": way, "classes": count, "seconds": seconds[way[:4].strip()], "peak_bytes": memory}
             for count in cost.CLASSES[1:3]
-            for way, memory in zip(cost.WAYS, (3, 2, 1), strict=True)
+            for way, memory in zip(cost.CLAIMED, (3, 2, 1), strict=True)
         ]
 
     assert cost.verdict([]) == "not run in full"

@@ -21,11 +21,11 @@ of the whole training that changed the center of a rare identity without an imag
 the share of training images whose nearest center is their own, for rare identities and for whole ones.
 """
 READING = """
-The mechanism is there: passive updates fall with the sample rate. Its harm is not. In every arm
-nearly all training images of rare identities find their own center, so there is nothing left to
-protect, and what remains is the price of fewer negatives: a tenth of these classes is a few hundred,
-a tenth of the paper's is 60,000 and more. This set is too small for the claim, in
-classes and in what its tail costs; the verdict is about this set.
+The mechanism is there: passive updates fall with the sample rate. Its harm is not. With all classes
+nearly every training image of a rare identity finds its own center, so there is nothing left to
+protect, and what remains is the price of fewer negatives, which on faces rare identities pay above all: a
+tenth of these classes is a few hundred, a tenth of the paper's is 60,000 and more. These sets are too
+small for the claim, in classes and in what their tails cost; the verdicts are about these sets.
 """
 TAIL = {"kind": "long-tail", "fraction": 0.1}
 _RARE = 4  # images at most

@@ -34,12 +34,14 @@ class Prepared:
         config: of every run on it; an arm changes values of it.
         benchmarks: paths by name, as `partialfc evaluate` takes them.
         facts: what the page says about the data.
+        length: of a run on it, as a part of the epochs of the study.
     """
 
     folder: Path
     config: TrainConfig
     benchmarks: Mapping[str, Path]
     facts: str
+    length: float = 1.0
 
     def damaged(self, damage: Values) -> Path:
         """The folder of the training set after `corrupt` with these arguments, made if it is not there."""
@@ -76,9 +78,10 @@ def characters(folder: Path, small: bool) -> Prepared:
 
 
 def many_characters(folder: Path, small: bool) -> Prepared:
-    """Four times as many characters."""
+    """Four times as many characters, of which a run shows as many images each as it does of faces."""
     folder = folder.with_name(f"{folder.name}-many")
-    return _characters(folder, most=4000 if small else 50_000, fewest=6, test_share=0.1, equals_first=False)
+    prepared = _characters(folder, most=4000 if small else 50_000, fewest=6, test_share=0.1, equals_first=False)
+    return replace(prepared, length=0.6)
 
 
 def equal_characters(folder: Path, small: bool) -> Prepared:

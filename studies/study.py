@@ -165,6 +165,7 @@ def _facts(results: Path) -> dict[str, str]:
 
 def _row(study: Study, prepared: Prepared, name: str, seed: int, runs: Path, epochs: float) -> Row:
     """The figures of one run, in a folder that is named after all that decides it."""
+    epochs *= prepared.length
     arm = study.arms[name]
     overlay = {} if arm.damage is None else {"data.overlay": str(prepared.damaged(arm.damage) / "data.overlay")}
     schedule = {"schedule.epochs": epochs, "schedule.warmup_epochs": epochs / 15}

@@ -81,9 +81,9 @@ STUDY = Study(
         **{f"{figure}, {part}": f"{figure}, {part}" for part in PARTS for figure in ("left out", "rightly")},
     },
     claims=[
-        Claim("PFC suffers less than all classes", "PFC 0.1", "all classes", "test rank-1"),
-        Claim("PFC* suffers less than PFC", "PFC* 0.1, above 0.4", "PFC 0.1", "test rank-1"),
-        Claim("PFC* suffers less than all classes", "PFC* 0.1, above 0.4", "all classes", "test rank-1"),
+        Claim("PFC is better than all classes", "PFC 0.1", "all classes", "test rank-1"),
+        Claim("PFC* is better than PFC", "PFC* 0.1, above 0.4", "PFC 0.1", "test rank-1"),
+        Claim("PFC* is better than all classes", "PFC* 0.1, above 0.4", "all classes", "test rank-1"),
         Claim(
             "PFC* loses less than 2 points to a set without conflicts",
             "PFC* 0.1, above 0.4",

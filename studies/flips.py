@@ -11,7 +11,7 @@ from study import Arm, Claim, Study, main
 PLAN = """
 A share of the labels is replaced by those of other classes, drawn uniformly, and the small network
 trains with all classes, with a tenth of them (PFC), and with a tenth and the threshold 0.4 (PFC*). The
-paper finds that the sampled head suffers less, the more labels are wrong, and PFC* least.
+paper finds that the sampled head is better, the more so the more labels are wrong, and PFC* best.
 """
 HEADS = {
     "all classes": {"head.sample_rate": 1.0},
@@ -37,9 +37,7 @@ STUDY = Study(
     figures={"test rank-1": "rank-1", "pairs accuracy": "accuracy of pairs"},
     epochs=5,
     claims=[
-        Claim(
-            f"{one} suffers less than {other} from {share:.0%}", _name(one, share), _name(other, share), "test rank-1"
-        )
+        Claim(f"{one} is better than {other} at {share:.0%}", _name(one, share), _name(other, share), "test rank-1")
         for share in SHARES[1:]
         for one, other in (("PFC 0.1", "all classes"), ("PFC* 0.1", "PFC 0.1"))
     ],

@@ -38,8 +38,8 @@ STUDY = Study(
     claims=[
         Claim("PFC 0.3 loses less than one point", "PFC 0.3", "all classes", "test rank-1", by=-0.01),
         Claim("PFC 0.1 loses less than one point", "PFC 0.1", "all classes", "test rank-1", by=-0.01),
-        Claim("PFC suffers less from conflicts", "cut, PFC 0.1", "cut, all classes", "test rank-1"),
-        Claim("PFC* suffers less than PFC", "cut, PFC* 0.1", "cut, PFC 0.1", "test rank-1"),
+        Claim("PFC is better than all classes on cut identities", "cut, PFC 0.1", "cut, all classes", "test rank-1"),
+        Claim("PFC* is better than PFC on cut identities", "cut, PFC* 0.1", "cut, PFC 0.1", "test rank-1"),
     ],
 )
 

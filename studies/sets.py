@@ -80,7 +80,8 @@ def characters(folder: Path, small: bool) -> Prepared:
 def many_characters(folder: Path, small: bool) -> Prepared:
     """Four times as many characters, of which a run shows as many images each as it does of faces."""
     folder = folder.with_name(f"{folder.name}-many")
-    prepared = _characters(folder, most=4000 if small else 50_000, fewest=6, test_share=0.1, equals_first=False)
+    most = 4000 if small else 50_000
+    prepared = _characters(folder, most=most, fewest=6, test_share=0.1, equals_first=False, pair_drawings=10)
     return replace(prepared, length=0.6)
 
 
@@ -96,8 +97,15 @@ def _characters(folder: Path, **choices: Any) -> Prepared:
         folder.mkdir(parents=True, exist_ok=True)
         fonts = [path for path in example.FONT_FOLDERS if path.is_dir()]
         names = [name for name in FONTS if any(name in file.name.lower() for path in fonts for file in path.rglob("*"))]
-        options = {"out": data, "fonts": fonts, "ranges": list(example.IDEOGRAPHS), "size": 32, "seed": 0, **choices}
-        example.make(argparse.Namespace(**options, test_fonts=names, quiet=False))
+        options = {
+            "out": data,
+            "fonts": fonts,
+            "ranges": list(example.IDEOGRAPHS),
+            "size": 32,
+            "seed": 0,
+            "pair_drawings": 1,
+        }
+        example.make(argparse.Namespace(**(options | choices), test_fonts=names, quiet=False))
     found = json.loads((data / "characters.json").read_text())
     facts = (
         f"{found['classes']:,} characters with {found['images']:,} drawings in {len(found['fonts'])} fonts, "

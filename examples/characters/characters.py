@@ -222,34 +222,53 @@ def write_test(folder: Path, characters: Characters, codes: Sequence[int], fonts
                 (place / f"{number}-{fonts[font].file.stem}.png").write_bytes(image)
 
 
-def write_pair_sets(folder: Path, characters: Characters, codes: Sequence[int], seed: int) -> None:
-    """Genuine pairs: a training font against a test font. Impostors of four kinds, from any to look-alikes."""
+def write_pair_sets(folder: Path, characters: Characters, codes: Sequence[int], drawings: int, seed: int) -> None:
+    """Genuine pairs: a training font against a test font. Impostors of four kinds, from any to look-alikes.
+
+    Args:
+        drawings: in training fonts, of each character that has as many: each is in one genuine pair and one other.
+    """
     folder.mkdir(parents=True)
-    gallery = [characters.train[code][0] for code in codes]
+    gallery = [
+        (place, font, image) for place, code in enumerate(codes) for font, image in characters.train[code][:drawings]
+    ]
+    owner = np.array([place for place, _, _ in gallery])
     probes = [characters.test[code][0][1] for code in codes]
-    count = len(codes) // _FOLDS * _FOLDS
-    order = np.arange(len(codes))
-    shift = 1 + int(keyed_random.uniform(keyed_random.derive_key(seed, "impostors"), torch.tensor([0])) * (count - 1))
-    pixels = np.stack([255.0 - np.asarray(Image.open(io.BytesIO(image)), np.float32).ravel() for _, image in gallery])
-    units = pixels / np.linalg.norm(pixels, axis=1, keepdims=True)
-    similar = units @ units.T
-    np.fill_diagonal(similar, -1.0)
-    same_font = np.array([font for font, _ in gallery])
-    in_font = np.where(same_font[:, None] == same_font, similar, -1.0)
+    shift_key = keyed_random.derive_key(seed, "impostors")
+    shift = 1 + int(keyed_random.uniform(shift_key, torch.tensor([0])) * (len(codes) // _FOLDS * _FOLDS - 1))
+    nearest, in_font = _most_similar(gallery)
     impostors = {
-        "random": [probes[other] for other in (order + shift) % len(codes)],
-        "neighbours": [probes[other] for other in (order + 1) % len(codes)],
-        "nearest": [probes[other] for other in similar.argmax(1)],
-        "nearest_same_font": [gallery[other][1] for other in in_font.argmax(1)],
+        "random": [probes[place] for place in (owner + shift) % len(codes)],
+        "neighbours": [probes[place] for place in (owner + 1) % len(codes)],
+        "nearest": [probes[place] for place in owner[nearest]],
+        "nearest_same_font": [gallery[row][2] for row in in_font],
     }
+    half = len(gallery) // _FOLDS
     for name, others in impostors.items():
         images: list[bytes] = []
-        half = count // _FOLDS
         for fold in range(_FOLDS):
             rows = range(fold * half, (fold + 1) * half)
-            images += [image for row in rows for image in (gallery[row][1], probes[row])]
-            images += [image for row in rows for image in (gallery[row][1], others[row])]
-        write_pairs(folder / f"{name}.bin", images, [position % (2 * half) < half for position in range(2 * count)])
+            images += [image for row in rows for image in (gallery[row][2], probes[owner[row]])]
+            images += [image for row in rows for image in (gallery[row][2], others[row])]
+        is_same = [position % (2 * half) < half for position in range(2 * half * _FOLDS)]
+        write_pairs(folder / f"{name}.bin", images, is_same)
+
+
+def _most_similar(gallery: Sequence[tuple[int, int, bytes]]) -> tuple[np.ndarray, np.ndarray]:
+    """For each drawing (of a character, in a font), the row of the most similar one of another character.
+
+    Once among all drawings, and once among those of its font; by the cosine of their pixels.
+    """
+    owner, font = np.array([entry[0] for entry in gallery]), np.array([entry[1] for entry in gallery])
+    pixels = np.stack([255.0 - np.asarray(Image.open(io.BytesIO(entry[2])), np.float32).ravel() for entry in gallery])
+    units = pixels / np.linalg.norm(pixels, axis=1, keepdims=True)
+    nearest, in_font = [], []
+    for rows in np.array_split(np.arange(len(gallery)), 1 + len(gallery) // 1024):
+        similar = units[rows] @ units.T
+        similar[owner[rows, None] == owner] = -1.0
+        nearest.append(similar.argmax(1))
+        in_font.append(np.where(font[rows, None] == font, similar, -1.0).argmax(1))
+    return np.concatenate(nearest), np.concatenate(in_font)
 
 
 def write_sheet(path: Path, fonts: Sequence[Font], size: int, columns: int = 24) -> None:
@@ -302,6 +321,8 @@ def main() -> None:
     parser.add_argument("--fewest", type=int, default=2, help="drawings that a class has at least")
     parser.add_argument("--test-fonts", nargs="+", default=[], metavar="NAME", help="parts of file names")
     parser.add_argument("--test-share", type=float, default=0.05, help="of the characters that can be tested")
+    help_ = "training drawings of each test character that stand in pairs"
+    parser.add_argument("--pair-drawings", type=int, default=1, help=help_)
     parser.add_argument("--most", type=int, help="characters to try, chosen at random; all by default")
     help_ = "with --most, choose first those that are the same as another under Unicode's normal form"
     parser.add_argument("--equals-first", action="store_true", help=help_)
@@ -343,7 +364,7 @@ def make(options: argparse.Namespace) -> None:
     shutil.rmtree(work, ignore_errors=True)
     write_train(work / "train", characters, classes)
     write_test(work / "test", characters, tested, fonts)
-    write_pair_sets(work / "pairs", characters, tested, options.seed)
+    write_pair_sets(work / "pairs", characters, tested, options.pair_drawings, options.seed)
     found = summary(fonts, characters, classes, tested)
     write_file(work / "characters.json", json.dumps(found, indent=1) + "\n")
     write_sheet(work / "characters.png", fonts, options.size)

@@ -40,6 +40,7 @@ def options(out: Path, fonts: Path, **changes: Any) -> argparse.Namespace:
         "ranges": ["0400-045F"],
         "size": 16,
         "fewest": 2,
+        "pair_drawings": 1,
         "most": None,
         "equals_first": False,
         "seed": 0,
@@ -78,6 +79,16 @@ def test_the_test_has_other_characters_in_other_fonts(made: Path) -> None:
         pairs = read_pairs(made / "pairs" / f"{name}.bin")
         assert pairs.is_same.mean() == 0.5
         left, right = pairs.images[0::2], pairs.images[1::2]
+        assert not any(np.array_equal(*both) for both in zip(left, right, strict=True))
+
+
+def test_several_drawings_of_a_character_make_more_pairs(made: Path, fonts: Path, tmp_path: Path) -> None:
+    example.make(options(tmp_path / "more", fonts, pair_drawings=3))
+    for name in ("random", "nearest_same_font"):
+        few, many = (read_pairs(folder / "pairs" / f"{name}.bin") for folder in (made, tmp_path / "more"))
+        assert 2 * len(few.is_same) < len(many.is_same) <= 3 * len(few.is_same)
+        assert many.is_same.mean() == 0.5
+        left, right = many.images[0::2], many.images[1::2]
         assert not any(np.array_equal(*both) for both in zip(left, right, strict=True))
 
 

@@ -15,8 +15,9 @@ The small network trains on a clean set with all classes in each step, with a pa
 the positives of the batch alone. The paper finds no loss at rates of 0.1 to 0.3, here within one
 point, and a loss without negatives beyond the batch. The characters are four times as many as in the
 other studies and have a third more images each than the faces, so three epochs of them stand beside
-five of faces. The pairs are 30,000 each. These sets are too small for the rate to matter in time or memory, so the last column
-says what a step of the head takes with a million identities, from the study of the [cost](cost.md).
+five of faces; either has about 30,000 pairs. These sets are too small for the rate to matter in time
+or memory, so the last column says what a step of the head takes with a million identities, from the
+study of the [cost](cost.md).
 """
 READING = """
 With 3,000 identities every rate below 1 costs, in the order of the classes that a step uses: 3,000,

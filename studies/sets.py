@@ -34,7 +34,7 @@ class Prepared:
         config: of every run on it; an arm changes values of it.
         benchmarks: paths by name, as `partialfc evaluate` takes them.
         facts: what the page says about the data.
-        length: of a run on it, as a part of the epochs of the study.
+        length: of a run on it, as a multiple of the epochs of the study.
     """
 
     folder: Path

@@ -47,10 +47,17 @@ _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting: the values of the configuration that it changes, and arguments of `corrupt` for the training set."""
+    """One setting.
+
+    Attributes:
+        values: of the configuration that it changes.
+        damage: arguments of `corrupt` for the training set.
+        length: of a run of it, as a multiple of the epochs of the study.
+    """
 
     values: Values
     damage: Values | None = None
+    length: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -165,8 +172,8 @@ def _facts(results: Path) -> dict[str, str]:
 
 def _row(study: Study, prepared: Prepared, name: str, seed: int, runs: Path, epochs: float) -> Row:
     """The figures of one run, in a folder that is named after all that decides it."""
-    epochs *= prepared.length
     arm = study.arms[name]
+    epochs *= prepared.length * arm.length
     overlay = {} if arm.damage is None else {"data.overlay": str(prepared.damaged(arm.damage) / "data.overlay")}
     schedule = {"schedule.epochs": epochs, "schedule.warmup_epochs": epochs / 15}
     config = prepared.config.with_values({**schedule, **overlay, **arm.values, "seed": seed})
@@ -325,6 +332,8 @@ def main(study: Study) -> None:
     results = RESULTS / f"{study.name}.json"
     try:
         if options.command == "page":
+            if not results.exists():
+                raise InputError(f"{results} is not there: `run` the study first.")
             page(study, results, PAGES)
             return
         if options.small:

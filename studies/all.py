@@ -36,6 +36,18 @@ cores. The data are characters in fonts (`examples/characters`), real images wit
 [procedural faces](../procedural-faces.md), where everything is under control. Verdicts follow one
 rule: the 95 % interval of the difference, paired by seed, lies wholly on the claimed side, wholly
 on the other, or across.
+
+In short:
+
+- **Cost** falls with the rate as the paper says, in time and in memory.
+- **Conflicts**: on characters a sampled head is better than all classes and PFC* far better, and
+  centers of one shape stay close, whether the conflict was made or Unicode has it. On faces, with
+  three images a label, all classes are better.
+- **Rates**: with 15,000 characters a rate of 0.3 loses nothing; with 3,000 faces every rate below 1
+  does. What counts is how many classes a step sees, and the paper's sets have a hundred times as
+  many.
+- **Wrong labels and long tails**: no gain at this scale, and nothing is lost in the tail that a
+  head could protect.
 """
 NO_GPU = f"""
 The same programs run with 100,000 procedural identities and an IResNet-50 on a GPU

@@ -38,11 +38,13 @@ RESULTS, PAGES = ROOT / "studies" / "results", ROOT / "docs" / "studies"
 RULE = """
 Figures are mean ± standard deviation over the seeds, in per cent unless counted. A difference is paired by seed and
 has its 95 % interval (Student's t). A claim counts as confirmed if the whole interval lies on its
-side, as not confirmed if it lies on the other, and as not resolvable otherwise; its arms then get five seeds.
+side, as not confirmed if it lies on the other, and as not resolvable otherwise; its arms are then due
+five seeds, which not all have had yet.
 """
 NOT_DONE = 75
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+MOST_SEEDS = 1 + max(_T95)
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,8 @@ def main(study: Study) -> None:
         if options.small:
             results = options.work / f"{study.name}.json"
         options.work.mkdir(parents=True, exist_ok=True)
+        if options.seeds is not None and not 1 <= options.seeds <= MOST_SEEDS:
+            raise InputError(f"--seeds {options.seeds}: give a number from 1 to {MOST_SEEDS}.")
         limits = {"minutes": options.minutes, "only": options.data, "arms": options.arms, "seeds": options.seeds}
         status = run(study, options.work, results, small=options.small, **limits)
         if options.small:

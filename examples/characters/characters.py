@@ -340,6 +340,8 @@ def make(options: argparse.Namespace) -> None:
     """Draw, choose and write; the folder appears complete or not at all."""
     if options.out.exists():
         raise InputError(f"{options.out} exists already: give another folder with --out.")
+    if options.pair_drawings < 1:
+        raise InputError(f"--pair-drawings {options.pair_drawings}: give 1 or more.")
     files = sorted({file for folder in options.fonts for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES})
     codes = code_points(options.ranges)
     if options.most is not None and options.most < len(codes):

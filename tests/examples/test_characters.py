@@ -103,6 +103,7 @@ def test_a_character_that_no_font_draws_is_not_drawn(fonts: Path) -> None:
         ({"out": Path()}, "exists already"),
         ({"ranges": ["x-y"]}, "x-y is no range of code points"),
         ({"test_fonts": ["no such font"]}, "training and test need one each"),
+        ({"pair_drawings": 0}, "give 1 or more"),
         ({"test_share": 0.0}, "Only 0 characters are left"),
     ],
 )

@@ -28,6 +28,7 @@ from partialfc.config.options import TrainConfig
 from partialfc.core.console import counted, duration_words, say
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
+from partialfc.data.sources.derived import locked
 from partialfc.evaluation.run import embed_benchmarks, evaluate_features, open_benchmarks
 from partialfc.model.files import load_model
 from partialfc.pages.axes import Axis, linear_axis, number_format
@@ -127,15 +128,14 @@ def run(
     """Train and measure what is missing. Returns an exit status.
 
     Arms that a claim needs come first, and all of a seed before the next seed, so that a verdict comes early. Runs of
-    two studies that are alike are trained once.
+    two studies that are alike are trained once. Another process may run another data set of the study at the same time.
 
     Args:
         only, arms: the data sets, and the arms; all arms if none is named.
         seeds: how many; those of the study by default.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = json.loads(results.read_text())["runs"] if results.exists() else []
-    done = {(row["data"], row["arm"], row["seed"]) for row in rows}
+    done = {(row["data"], row["arm"], row["seed"]) for row in _content(study, results)["runs"]}
     numbers = range(1 if small else seeds or study.seeds)
     claimed = {arm for claim in study.claims for arm in (claim.better, claim.than)}
     todo = [
@@ -157,19 +157,23 @@ def run(
         began = time.monotonic()
         row = _row(study, prepared[data], name, seed, work / "runs", 0.5 if small else study.epochs)
         durations.append(time.monotonic() - began)
-        rows.append({"data": data, "arm": name, "seed": seed, **row})
-        content = {"schema_version": 1, "study": study.name, "facts": {}, "runs": rows}
-        content["facts"] = {key: value.facts for key, value in prepared.items()} | _facts(results)
-        write_file(results, json.dumps(content, indent=1) + "\n")
+        with locked(results.parent):  # another data set may run beside this one
+            content = _content(study, results)
+            content["facts"].setdefault(data, prepared[data].facts)
+            content["runs"].append({"data": data, "arm": name, "seed": seed, **row})
+            write_file(results, json.dumps(content, indent=1) + "\n")
         left = statistics.mean(durations) * (len(todo) - number - 1)
         shown = ", ".join(f"{key} {row['figures'][key]:.3f}" for key in study.figures if key in row["figures"])
         say(f"{data}, {name}, seed {seed}: {shown}; {len(todo) - number - 1} runs and {duration_words(left)} left")
     return 0
 
 
-def _facts(results: Path) -> dict[str, str]:
-    facts: dict[str, str] = json.loads(results.read_text())["facts"] if results.exists() else {}
-    return facts
+def _content(study: Study, results: Path) -> dict[str, Any]:
+    """Of the file of results, or of an empty one."""
+    if not results.exists():
+        return {"schema_version": 1, "study": study.name, "facts": {}, "runs": []}
+    content: dict[str, Any] = json.loads(results.read_text())
+    return content
 
 
 def _row(study: Study, prepared: Prepared, name: str, seed: int, runs: Path, epochs: float) -> Row:

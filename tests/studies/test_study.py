@@ -86,6 +86,31 @@ def test_what_is_done_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monkey
     assert calls == [("b", 3), ("b", 4)]
 
 
+def test_two_data_sets_run_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that another process adds during a run stays."""
+    results = tmp_path / "toy.json"
+    made = {
+        data: lambda folder, small: Prepared(folder, small_config(), {}, folder.name) for data in ("faces", "others")
+    }
+    study = replace(STUDY, data=made)
+
+    def row(study: Study, prepared: Prepared, name: str, seed: int, runs: Path, epochs: float) -> dict[str, Any]:
+        if prepared.facts == "faces":
+            assert run(study, tmp_path, results, small=True, minutes=1, only=["others"], arms=[name]) == 0
+        return {"figures": {"test rank-1": 0.5}, "seconds": 1.0, "machine": "CPU"}
+
+    monkeypatch.setattr(module, "_row", row)
+    assert run(study, tmp_path, results, small=True, minutes=1, only=["faces"]) == 0
+    content = json.loads(results.read_text())
+    assert [(row["data"], row["arm"]) for row in content["runs"]] == [
+        ("others", "a"),
+        ("faces", "a"),
+        ("others", "b"),
+        ("faces", "b"),
+    ]
+    assert content["facts"] == {"faces": "faces", "others": "others"}
+
+
 def test_the_verdict_on_cost_needs_every_step_of_the_rule() -> None:
     def rows(**seconds: float) -> list[dict[str, Any]]:
         return [

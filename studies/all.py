@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ import rates
 import tails
 from sets import DATA, ON_A_CPU, ON_A_GPU
 from study import PAGES, RESULTS, ROOT, Row, Study, compare, page, run
+
+from partialfc.core.console import say
+from partialfc.core.errors import InputError
 
 STUDIES = (rates.STUDY, longer.STUDY, conflicts.STUDY, natural.STUDY, flips.STUDY, tails.STUDY, networks.STUDY)
 
@@ -74,7 +78,7 @@ def summary(studies: Sequence[Study], results: Path) -> list[str]:
     for study in studies:
         rows, cells = _rows(study, results), []
         for data in shown:
-            verdicts = Counter(compare(rows, data, claim)[1] for claim in study.claims if data in study.data)
+            verdicts = Counter(compare(rows, data, claim).verdict for claim in study.claims if data in study.data)
             cells.append(", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items())) or "–")
         lines.append(f"| {study.title} | {' | '.join(cells)} |")
     return lines
@@ -91,8 +95,9 @@ def index(studies: Sequence[Study], results: Path) -> str:
         for claim in study.claims:
             cells = []
             for data in shown:
-                difference, verdict = compare(rows, data, claim) if data in study.data else ("", "–")
-                cells.append(verdict if verdict in ("–", "not run in full") else f"{verdict} ({difference})")
+                found = compare(rows, data, claim)
+                shown_verdict = found.verdict if found.difference == "–" else f"{found.verdict} ({found.difference})"
+                cells.append(shown_verdict if data in study.data else "–")
             lines.append(f"| {claim.text} | {' | '.join(cells)} |")
         lines.append("")
         done = [data for data in study.data if any(row["data"] == data for row in rows)]
@@ -107,7 +112,7 @@ def index(studies: Sequence[Study], results: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     small = commands.add_parser("small", help="one seed of each study as a toy")
@@ -115,6 +120,7 @@ def main() -> None:
     small.add_argument("--data", nargs="+", choices=DATA, default=ON_A_CPU)
     commands.add_parser("pages", help="write docs/studies from the results")
     options = parser.parse_args()
+    status = 0
     if options.command == "pages":
         results, pages = RESULTS, PAGES
         before, rest = README.read_text(encoding="utf-8").split(BEGIN)
@@ -123,7 +129,8 @@ def main() -> None:
     else:
         results = pages = options.work
         for study in STUDIES:
-            run(study, options.work, results / f"{study.name}.json", small=True, minutes=15, only=options.data)
+            path = results / f"{study.name}.json"
+            status = max(status, run(study, options.work, path, small=True, minutes=15, only=options.data))
     for study in STUDIES:
         if (results / f"{study.name}.json").exists():
             page(study, results / f"{study.name}.json", pages)
@@ -131,7 +138,12 @@ def main() -> None:
     if (results / "cost.json").exists():
         cost.page(results / "cost.json", pages)
     (pages / "index.md").write_text(index(STUDIES, results), encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except InputError as error:
+        say(f"error: {error}")
+        sys.exit(2)

@@ -1,6 +1,6 @@
 """What an identity costs: time and memory of a step of the head, for three ways to share it among processes.
 
-python studies/cost.py run --work runs/studies
+python studies/cost.py run
 python studies/cost.py page
 """
 

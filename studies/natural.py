@@ -18,10 +18,13 @@ from study import Arm, Claim, Study, main
 PLAN = """
 Unicode has characters twice: a compatibility ideograph is drawn as its unified one is. The training
 set has all of them, each under its own label, as it comes, and nothing is cut. "Equals" is the mean
-cosine of the centers of two labels that Unicode's normal form (NFKC) takes for one; "closest pairs"
-is the share of such pairs among as many pairs of centers as there are, the closest ones. The paper
+cosine of the centers of two labels that Unicode's normal form (NFKC) takes for one; "stranger" is the
+mean over all centers of the cosine to the nearest center that is none of its equals; "closest pairs" is
+the share of equals among as many pairs of centers as there are equals, the closest ones. The paper
 argues that a head which sees both as negatives of each other in every step pulls them apart, a
 sampled one does so more seldom, and PFC* stops once they are close.
+
+"Stranger" was added after the first runs, to tell sparing equals from sparing all that is close.
 """
 
 READING = """
@@ -34,19 +37,21 @@ and they fill its list. The test shows no difference: the characters in it have 
 
 def measure(run: Path, prepared: Prepared, arm: Arm) -> dict[str, float]:
     """How close the centers of equal characters are, and whether closeness finds them."""
-    centers = trained.read(run, prepared, arm.damage, shown=1).centers
+    centers = trained.centers(run)
     names = prepared.source(arm.damage).identities
     assert names is not None
     labels = defaultdict(list)
     for label, name in enumerate(names):
         labels[example.canonical(int(name.removeprefix("U+"), 16))].append(label)
     pairs = torch.tensor([pair for group in labels.values() for pair in combinations(group, 2)])
-    cosines = (centers @ centers.T).triu(1)
+    cosines = centers @ centers.T
     is_equal = torch.zeros_like(cosines, dtype=torch.bool)
     is_equal[pairs[:, 0], pairs[:, 1]] = True
-    closest = cosines.flatten().topk(len(pairs)).indices
+    is_stranger = ~(is_equal | is_equal.T).fill_diagonal_(True)
+    closest = cosines.triu(1).flatten().topk(len(pairs)).indices
     return {
         "equals": cosines[is_equal].mean().item(),
+        "stranger": cosines.masked_fill(~is_stranger, -1.0).amax(1).mean().item(),
         "closest pairs": is_equal.flatten()[closest].double().mean().item(),
     }
 
@@ -62,6 +67,7 @@ STUDY = Study(
     },
     figures={
         "equals": "equals",
+        "stranger": "stranger",
         "closest pairs": "closest pairs",
         "test rank-1": "rank-1",
         "pairs accuracy": "accuracy of pairs",

@@ -35,17 +35,18 @@ class Trained:
     embeddings: Tensor
 
 
+def centers(run: Path) -> Tensor:
+    """The centers of a finished run, (C, D), of length 1."""
+    return _centers(_checkpoint(run, 1.0))
+
+
 def read(run: Path, prepared: Prepared, damage: Values | None, shown: int, part: float = 1.0) -> Trained:
     """The state of a run after a part of it, and the embeddings of about `shown` of its training images.
 
     Of the checkpoints that the run has kept, the one closest to that part is taken.
     """
-    root = run / "checkpoints"
-    steps = steps_in(root)
-    step = min(steps, key=lambda step: abs(step - part * steps[-1]))
-    checkpoint = Checkpoint(root / f"step-{step:08d}")
-    classes = checkpoint.row_shapes["centers"][0]
-    centers = torch.nn.functional.normalize(checkpoint.rows("centers", 0, classes).float(), dim=1)
+    checkpoint = _checkpoint(run, part)
+    found = _centers(checkpoint)
     source = prepared.source(damage)
     every = source.labels()
     chosen = np.flatnonzero(every >= 0)
@@ -54,7 +55,19 @@ def read(run: Path, prepared: Prepared, damage: Values | None, shown: int, part:
     model = load_model(run)
     model.backbone.load_state_dict(checkpoint.tensors("backbone"))
     embeddings = torch.nn.functional.normalize(embed(model, images, flip=False), dim=1)
-    images_of = np.bincount(every[every >= 0], minlength=classes)
-    epochs = yaml.safe_load((run / "config.yaml").read_text())["schedule"]["epochs"] * step / steps[-1]
-    passive = checkpoint.rows("step", 0, classes).numpy() - epochs * images_of
-    return Trained(centers, images_of, passive, every[chosen], embeddings)
+    images_of = np.bincount(every[every >= 0], minlength=len(found))
+    epochs = part * yaml.safe_load((run / "config.yaml").read_text())["schedule"]["epochs"]
+    passive = checkpoint.rows("step", 0, len(found)).numpy() - epochs * images_of
+    return Trained(found, images_of, passive, every[chosen], embeddings)
+
+
+def _checkpoint(run: Path, part: float) -> Checkpoint:
+    root = run / "checkpoints"
+    steps = steps_in(root)
+    step = min(steps, key=lambda step: abs(step - part * steps[-1]))
+    return Checkpoint(root / f"step-{step:08d}")
+
+
+def _centers(checkpoint: Checkpoint) -> Tensor:
+    classes = checkpoint.row_shapes["centers"][0]
+    return torch.nn.functional.normalize(checkpoint.rows("centers", 0, classes).float(), dim=1)

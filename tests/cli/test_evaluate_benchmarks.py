@@ -16,8 +16,11 @@ from command_line import LFW, complaint, run
 
 from partialfc.backbones import create_backbone
 from partialfc.data.images import encode_jpeg
+from partialfc.data.pair_files import read_pairs
 from partialfc.model.config import ModelConfig
-from partialfc.model.files import save_model
+from partialfc.model.contract import contract_of
+from partialfc.model.features import write_features
+from partialfc.model.files import load_model, save_model
 
 PEOPLE = {"ann": 3, "bob": 2, "cem": 4, "dora": 1}
 
@@ -120,6 +123,82 @@ def test_rank_1_among_distractors_is_a_figure_of_its_own(
     assert among["figures"].pop("distractors/rank-1")["value"] == 0.0
     assert among["figures"] == alone["figures"]
     assert alone["figures"]["rank-1"]["value"] > 0
+
+
+def test_the_person_in_a_gallery_is_the_folder_below_it(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    for part, people in {"gallery": {"ann": 2, "bob": 1}, "probe": {"ann": 1, "bob": 2}, "unknown": {"ann": 1}}.items():
+        write_people(tmp_path / "set" / part, people)
+    flat = evaluated(capsys, model, "--benchmark", tmp_path / "set")["benchmarks"]["set"]
+    assert (flat["gallery"]["identities"], flat["mated"], flat["non_mated"]) == (2, 3, 1)
+    for number, person in enumerate(sorted((tmp_path / "set").glob("*/*"))):
+        person.rename(tmp_path / "inner")
+        (person / f"day {number % 2}").parent.mkdir()
+        (tmp_path / "inner").rename(person / f"day {number % 2}")
+    deep = evaluated(capsys, model, "--benchmark", tmp_path / "set")["benchmarks"]["set"]
+    assert deep["figures"] == flat["figures"]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_stored_features_are_found_by_their_names(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, suffix: str
+) -> None:
+    """Whatever their order, and if the set has moved."""
+    for part, names in {
+        "gallery": ("ann", "ann-lena", "bob"),
+        "probe": ("ann", "ann-lena"),
+        "distractors": ("z",),
+    }.items():
+        write_people(tmp_path / "set" / part, dict.fromkeys(names, 2))
+    wanted = evaluated(capsys, model, "--benchmark", tmp_path / "set")["benchmarks"]["set"]
+    features = tmp_path / f"features{suffix}"
+    assert run("embed", model, tmp_path / "set", "--out", features, "--workers", 0) == 0
+    capsys.readouterr()
+    (tmp_path / "set").rename(tmp_path / "moved")
+    found = evaluated(capsys, "--embeddings", features, "--benchmark", f"set={tmp_path / 'moved'}")["benchmarks"]["set"]
+    assert found == wanted
+    images = sorted(tmp_path.glob("moved/*/*/*.jpg"), reverse=True)
+    rows = [[image.relative_to(tmp_path), image.parent.name, "", 0] for image in images]
+    listed = write_csv(tmp_path / "list.csv", [["path", "identity", "group", "mask"], *rows])
+    direct = evaluated(capsys, model, "--benchmark", listed)["benchmarks"]["list"]
+    assert evaluated(capsys, "--embeddings", features, "--benchmark", listed)["benchmarks"]["list"] == direct
+    write_people(tmp_path / "moved" / "probe", {"late": 1})
+    said = complaint(capsys, "evaluate", "--embeddings", features, "--benchmark", tmp_path / "moved", "--json")
+    assert "has no row for 1 of 13 images, first" in said
+    assert "probe/late/0.jpg" in said
+
+
+def test_pairs_of_a_file_whose_images_failed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A genuine pair is a non-match; an impostor pair was not compared."""
+    people = write_people(tmp_path / "people", {f"p{number}": 2 for number in range(20)})
+    pairs = tmp_path / "pairs.bin"
+    assert run("data", "pairs", people, "--out", pairs, "--pairs", 40) == 0
+    is_same = read_pairs(pairs).is_same
+    features = np.tile(np.eye(2, dtype=np.float32)[0], (80, 1))
+    features[1::2][~is_same] = [0.0, 1.0]
+    capsys.readouterr()
+    for kind, count, figures in (
+        (True, 4, {"accuracy": 0.9, "tar@far=0.1": 0.8, "fte": 0.05}),
+        (False, 4, {"accuracy": 1.0, "tar@far=0.1": 1.0, "fte": 0.05}),
+    ):
+        lost = 2 * np.flatnonzero(is_same == kind)[:count]
+        rows = features.copy()
+        rows[lost] = 0
+        write_features(tmp_path / "features.npy", rows, "c" * 64, mirrored=False, failed=lost.tolist())
+        result = evaluated(capsys, "--embeddings", tmp_path / "features.npy", "--benchmark", pairs)["benchmarks"][
+            "pairs"
+        ]
+        assert {name: round(result["figures"][name]["value"], 3) for name in figures} == figures
+        assert (result["genuine_pairs"], result["impostor_pairs"]) == (20, 20 if kind else 16)
+
+
+def test_models_of_one_name_keep_their_scores_apart(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    models = [shutil.copytree(model, tmp_path / name / "best") for name in ("a", "b")]
+    evaluated(capsys, *models, "--benchmark", f"lfw={LFW}", "--out", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*best-lfw-scores.npz"))) == 2
 
 
 def test_a_folder_of_verification_files_compares_groups(
@@ -285,8 +364,28 @@ def test_ijb_on_stored_features(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     wanted = (np.array(scores)[np.array(same)] > limit).mean()
     assert result["figures"]["tar@far=0.1"]["value"] == pytest.approx(wanted, abs=1e-12)
     assert result["figures"]["tar@far=1e-6"]["value"] is None
+    assert result["curves"]["kept"] == 32  # a tenth of the impostor pairs and a fifth more
     compat = evaluated_stored(capsys, tmp_path / "features.npy", folder, "--compat", "insightface")
     assert "insightface" in compat["reading"]
+
+
+def test_ijb_has_thresholds_and_failures(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    folder = write_ijb(tmp_path / "ijbc")
+    rows = np.random.default_rng(0).normal(size=(12, 16)).repeat(2, axis=0).astype(np.float32)
+    rows[3] = 0
+    contract = contract_of(load_model(model))
+    write_features(tmp_path / "features.npy", rows, contract, mirrored=True, failed=[3])
+    stored = [model, "--embeddings", tmp_path / "features.npy", "--benchmark", f"ijbc={folder}"]
+    result = evaluated(capsys, *stored, "--write-thresholds", "--out", tmp_path / "out")["benchmarks"]["ijbc"]
+    assert result["failures"] == 1
+    assert result["figures"]["fte"]["value"] == pytest.approx(1 / 24)
+    assert (tmp_path / "out" / "ijbc-scores.npz").is_file()
+    thresholds = model / "thresholds.json"
+    assert json.loads(thresholds.read_text())["measured_on"]["name"] == "ijbc"
+    result = evaluated(capsys, *stored, "--thresholds", thresholds)["benchmarks"]["ijbc"]
+    assert [row["target"] for row in result["thresholds"]] == [0.01]
+    assert run("evaluate", *stored, "--thresholds", thresholds, "--compat", "insightface") == 0
+    assert "ijbc: there are no 1:1 scores for the thresholds" in capsys.readouterr().out
 
 
 def evaluated_stored(capsys: pytest.CaptureFixture[str], features: Path, folder: Path, *more: object) -> Any:
@@ -312,6 +411,9 @@ def evaluated_stored(capsys: pytest.CaptureFixture[str], features: Path, folder:
         (["MODEL", "--embeddings", "OTHERS", "--benchmark", "LFW"], "another model"),
         (["MODEL", "--benchmark", "LISTLESS"], "no column"),
         (["MODEL", "--benchmark", "SMALL"], "112 × 112"),
+        (["MODEL", "--benchmark", "LATIN"], "cannot be read as a CSV file in UTF-8"),
+        (["MODEL", "--benchmark", "NUL"], "cannot be read: embedded null byte"),
+        (["MODEL", "--embeddings", "PLAIN", "--benchmark", "LFW", "--write-thresholds"], "does not say whose features"),
         (["MODEL", "--benchmark", "LFW", "--thresholds", "missing.json"], "missing.json"),
     ],
 )
@@ -323,6 +425,8 @@ def test_mistakes_are_one_sentence(
     np.save(tmp_path / "others.npy", np.ones((80, 16), np.float32))
     sidecar = {"schema_version": 1, "contract": "0" * 64, "count": 80, "width": 16, "mirrored": True, "source": "x"}
     (tmp_path / "others.npy.json").write_text(json.dumps({**sidecar, "failed": []}))
+    np.save(tmp_path / "plain.npy", np.ones((80, 16), np.float32))
+    (tmp_path / "latin.csv").write_bytes("left,right,is_same\njörg/1.png,jörg/2.png,1\n".encode("latin-1"))
     (tmp_path / "empty").mkdir()
     write_people(tmp_path / "people", PEOPLE)
     places = {
@@ -332,6 +436,9 @@ def test_mistakes_are_one_sentence(
         "FEATURES": tmp_path / "features.npy",
         "NAN": tmp_path / "nan.npy",
         "OTHERS": tmp_path / "others.npy",
+        "PLAIN": tmp_path / "plain.npy",
+        "LATIN": tmp_path / "latin.csv",
+        "NUL": write_csv(tmp_path / "nul.csv", [["left", "right", "is_same"], ["a\0.png", "b.png", 1]]),
         "LISTLESS": write_csv(tmp_path / "list.csv", [["file", "who"], ["a.jpg", "ann"]]),
         "ALONE": write_csv(
             tmp_path / "alone.csv",

@@ -130,6 +130,16 @@ def test_what_cannot_be_resolved_is_null_with_a_reason() -> None:
         identify(rows[:0], np.arange(0), rows, np.arange(40))
 
 
+def test_a_list_without_a_header_keeps_its_first_line(tmp_path: Path) -> None:
+    data = random_set(3, templates=30, people=5)
+    write_set(tmp_path, data)
+    write_identification(tmp_path, data)
+    wanted = read_probes(tmp_path), read_galleries(tmp_path)
+    for path in tmp_path.rglob("*_1N_*.csv"):
+        path.write_text(path.read_text().partition("\n")[2])
+    assert (read_probes(tmp_path), read_galleries(tmp_path)) == wanted
+
+
 def test_the_figures_of_ijb_are_averages_of_the_galleries(tmp_path: Path) -> None:
     data = random_set(3, templates=300, people=20)
     write_set(tmp_path, data)

@@ -95,6 +95,24 @@ def test_results_alone_with_a_run_and_of_several_models(capsys: pytest.CaptureFi
     assert len(example.images) == result.facts["images"]
 
 
+def test_results_of_one_name_are_told_apart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = ExampleBenchmark().result()
+    places = [results_at(tmp_path / name / "eval", {"pairs": result}) for name in "ab"]
+    assert run("report", *places) == 0
+    shown = str(capsys.readouterr().out)
+    page = places[0] / "report.html"
+    assert f"report: {page}" in shown
+    assert tables(check_page(page.read_text()))["Figures of pairs"][0][1:] == [str(place) for place in places]
+
+
+def test_results_in_the_folder_of_their_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mine", LINES)
+    results_at(folder, {"pairs": ExampleBenchmark().result()}, model=str(folder))
+    [subject] = read_subjects([folder])
+    assert (subject.name, subject.path, list(subject.results)) == ("mine", folder, ["pairs"])
+    assert subject.run is not None
+
+
 def test_published_figures_stand_beside_a_benchmark_of_their_name(tmp_path: Path) -> None:
     result = ExampleBenchmark().result()
     [subject] = read_subjects([results_at(tmp_path / "own", {"IJB-C": result, "agedb_30": result})])

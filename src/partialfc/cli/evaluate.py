@@ -15,7 +15,7 @@ from partialfc.core.console import say
 from partialfc.core.device import choose_device
 from partialfc.core.errors import InputError
 from partialfc.distributed.collectives import gather_json, launched_rank, process_group
-from partialfc.evaluation.run import embed_benchmarks, evaluate_features, open_benchmarks, write_results
+from partialfc.evaluation.run import embed_benchmarks, evaluate_features, in_order, open_benchmarks, write_results
 from partialfc.evaluation.statistics.figures import Figure, Result, rate_name, results_table
 from partialfc.evaluation.statistics.thresholds import (
     Realised,
@@ -95,8 +95,8 @@ def run(options: Namespace) -> None:
     if options.out is not None:
         several = len(models) > 1
         results = {
-            f"{Path(path).name}-{name}" if several else name: result
-            for path, one in models.items()
+            f"{short.replace('/', '-')}-{name}" if several else name: result
+            for short, one in zip(_short_names(models), models.values(), strict=True)
             for name, result in one["results"].items()
         }
         write_results(options.out, shown, results)
@@ -119,12 +119,16 @@ def _evaluate_model(
         features = embed_benchmarks(model, benchmarks, stored, quiet=options.json, **embedding)
     results = {name: evaluate_features(name, benchmark, features[name]) for name, benchmark in benchmarks.items()}
     if options.write_thresholds:
-        ((name, result),) = results.items()
-        if "" not in result.scores:
-            raise InputError(f"{name} measures no 1:1 scores: thresholds need pairs.")
-        written = measure_thresholds(result.scores[""], name=name, contract=contract)
-        say(f"thresholds: {write_thresholds_file(written, path.parent if path.is_file() else find_model(path))}")
+        _write_thresholds(results, contract, path)
     return _content(results, thresholds, {"model": str(path), "origin": model.origin, "contract": contract})
+
+
+def _write_thresholds(results: Mapping[str, Result], contract: str, model: Path) -> None:
+    ((name, result),) = results.items()
+    if "" not in result.scores:
+        raise InputError(f"{name} measures no 1:1 scores: thresholds need pairs.")
+    written = measure_thresholds(result.scores[""], name=name, contract=contract)
+    say(f"thresholds: {write_thresholds_file(written, model.parent if model.is_file() else find_model(model))}")
 
 
 def _evaluate_stored(options: Namespace, paths: Mapping[str, Path], thresholds: Thresholds | None) -> dict[str, Any]:
@@ -134,8 +138,16 @@ def _evaluate_stored(options: Namespace, paths: Mapping[str, Path], thresholds: 
     say(f"benchmark {name}: {benchmark.what}")
     if features.contract is None:
         say(f"features: {options.embeddings} has no sidecar, so whose they are is unverified")
+    features, is_named = in_order(features, benchmark.images, options.embeddings)
+    if not is_named:
+        say(f"features: no name of a row is that of an image, so row i of {options.embeddings} is taken for image i")
     facts = {"embeddings": str(options.embeddings), "contract": features.contract, "verified": expected is not None}
-    return _content({name: evaluate_features(name, benchmark, features)}, thresholds, facts)
+    results = {name: evaluate_features(name, benchmark, features)}
+    if options.write_thresholds:
+        if features.contract is None:
+            raise InputError(f"{options.embeddings} does not say whose features it has: thresholds need that.")
+        _write_thresholds(results, features.contract, options.model[0])
+    return _content(results, thresholds, facts)
 
 
 def _content(results: dict[str, Result], thresholds: Thresholds | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +157,10 @@ def _content(results: dict[str, Result], thresholds: Thresholds | None, facts: d
     for name, result in results.items():
         # Names of folders do not tell who is in them.
         content[name] = {**result.to_dict(), "identity_overlap": "unknown"}
-        if thresholds is None or "" not in result.scores:
+        if thresholds is None:
+            continue
+        if "" not in result.scores:
+            lines.append(f"{name}: there are no 1:1 scores for the thresholds")
             continue
         if facts["contract"] is not None and not same_source(thresholds.contract, facts["contract"]):
             raise InputError(
@@ -175,9 +190,15 @@ def _rates(fmr: Figure, fnmr: Figure) -> str:
     return f"FMR {texts[0]}, FNMR {texts[1]}"
 
 
-def _text(models: Mapping[str, dict[str, Any]]) -> str:
+def _short_names(models: Mapping[str, Any]) -> list[str]:
+    """The last part of each path, or the whole paths if these are alike."""
     names = [Path(name).name for name in models]
-    short = names if len(set(names)) == len(names) else list(models)
-    table = results_table({name: one["results"] for name, one in zip(short, models.values(), strict=True)})
+    return names if len(set(names)) == len(names) else list(models)
+
+
+def _text(models: Mapping[str, dict[str, Any]]) -> str:
+    table = results_table(
+        {name: one["results"] for name, one in zip(_short_names(models), models.values(), strict=True)}
+    )
     lines = [line for one in models.values() for line in one["lines"]]
     return "\n".join([table, *lines, "Whether people of the training set are among these is unknown."])

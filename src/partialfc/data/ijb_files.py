@@ -240,9 +240,10 @@ def _read_subjects(path: Path) -> dict[int, int]:
     subjects: dict[int, int] = {}
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for number, fields in enumerate(csv.reader(file), 1):
-            if number == 1 or not fields:
+            are_numbers = len(fields) >= 2 and all(field.strip().isdecimal() for field in fields[:2])
+            if not fields or (number == 1 and not are_numbers):  # a header
                 continue
-            if len(fields) < 2 or not all(field.strip().isdecimal() for field in fields[:2]):
+            if not are_numbers:
                 raise _bad_line(path, number, ",".join(fields).encode(), "template,subject")
             template, subject = int(fields[0]), int(fields[1])
             if subjects.setdefault(template, subject) != subject:

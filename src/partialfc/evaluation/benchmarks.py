@@ -13,6 +13,7 @@ FOLDER with folders of identities     all pairs of one's own people
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,16 +36,18 @@ from partialfc.data.ijb_files import (
 )
 from partialfc.data.pair_files import PairSet, read_pairs
 from partialfc.data.sources.base import Source
-from partialfc.data.sources.folder import FolderSource, open_folder
+from partialfc.data.sources.folder import open_folder
 from partialfc.evaluation.all_pairs import ImageList, evaluate_all_pairs, group_names, read_list
 from partialfc.evaluation.identification import evaluate_gallery, identify_templates
 from partialfc.evaluation.images import Files, JoinedImages, LooseCrops
 from partialfc.evaluation.pairs import evaluate_pairs
 from partialfc.evaluation.statistics.figures import Result
+from partialfc.evaluation.statistics.intervals import accuracy_figure
 from partialfc.evaluation.statistics.metrics import Scores
 from partialfc.evaluation.templates import template_features, verify_templates
 from partialfc.evaluation.verification import (
     FARS,
+    failure_to_enrol,
     verification_facts,
     verification_figures,
     verify_listed_pairs,
@@ -56,7 +59,9 @@ from partialfc.model.features import Features
 
 PAIR_COLUMNS = ["left", "right", "is_same"]
 GALLERY, PROBE, UNKNOWN, DISTRACTORS = "gallery", "probe", "unknown", "distractors"
+_PARTS = (GALLERY, PROBE, UNKNOWN, DISTRACTORS)
 _KINDS = ("genuine", "impostor")
+_BEYOND = 5.0  # squared distance of a pair that was not compared: unit vectors are at most 4 apart
 
 
 class Benchmark(Protocol):
@@ -107,7 +112,7 @@ def open_benchmark(path: Path, image_size: int, *, compat: bool = False) -> Benc
     if find_files(path, FACES) or find_files(path, "*_face_tid_mid.txt"):
         return Templates(path, image_size, compat=compat)
     if (path / GALLERY).is_dir() or (path / PROBE).is_dir():
-        return Gallery.read(path)
+        return Gallery(path)
     source = open_folder(path, None)
     if source is None:
         raise InputError(
@@ -143,8 +148,16 @@ class PairFile:
         return image
 
     def evaluate(self, features: Features) -> Result:
-        """As `Benchmark.evaluate`."""
-        return with_quality(evaluate_pairs(features.embeddings, self._pairs.is_same).result(), features)
+        """As `Benchmark.evaluate`; pairs with an image that could not be used count as in a list of pairs."""
+        is_same, failed = self._pairs.is_same, features.failed.reshape(-1, 2).any(axis=1)
+        if not failed.any():
+            return with_quality(evaluate_pairs(features.embeddings, is_same).result(), features)
+        result = verify_listed_pairs(features, np.arange(2 * len(is_same)).reshape(-1, 2), is_same)
+        units = features.units().astype(np.float64)
+        distances = np.where(failed, _BEYOND, np.square(units[0::2] - units[1::2]).sum(axis=1))
+        counted = is_same | ~failed
+        accuracy = accuracy_figure(distances[counted], is_same[counted])
+        return replace(result, figures={"accuracy": accuracy} | result.figures)
 
 
 class PairFiles:
@@ -164,8 +177,9 @@ class PairFiles:
             np.concatenate([self.images.rows[name][getattr(of, f"{kind}_rows")] for name, of in scores.items()])
             for kind in _KINDS
         ]
-        whole = Scores(genuine, impostor, len(impostor), genuine_rows=rows[0], impostor_rows=rows[1])
-        figures |= verification_figures(whole)
+        lost = sum(of.failures for of in scores.values())
+        whole = Scores(genuine, impostor, len(impostor), failures=lost, genuine_rows=rows[0], impostor_rows=rows[1])
+        figures |= verification_figures(whole) | failure_to_enrol(features.failed)
         facts = verification_facts(whole) | {"parts": {name: one.facts for name, one in results.items()}}
         return with_groups(Result("pairs", figures, facts, {"": whole} | scores), scores)
 
@@ -188,15 +202,12 @@ class Templates:
         """As `Benchmark.evaluate`."""
         templates, units = template_features(features.embeddings, self.faces, self.members)
         result = verify_templates(templates, units, self.pairs, compat=self.compat)
+        failures, fte = {"failures": int(features.failed.sum())}, failure_to_enrol(features.failed)
         if self.probes is None:
-            return result
+            return replace(result, figures=result.figures | fte, facts=result.facts | failures)
         found = identify_templates(templates, units, self.galleries, self.probes)
-        return Result(
-            "ijb",
-            result.figures | found.figures,
-            {"1:1": result.facts, "1:n": found.facts, "failures": int(features.failed.sum())},
-            result.scores,
-        )
+        facts = {"1:1": result.facts, "1:n": found.facts, **failures}
+        return Result("ijb", result.figures | found.figures | fte, facts, result.scores)
 
 
 class ListedImages:
@@ -242,14 +253,18 @@ class PairList:
         """Of a `.csv` file with the columns left, right and is_same; paths are relative to its folder."""
         rows: dict[str, int] = {}
         pairs, answers = [], []
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, fields in enumerate(csv.reader(file), 1):
-                if number == 1 or not fields:
-                    continue
-                if len(fields) != 3 or fields[2] not in ("0", "1") or not (fields[0] and fields[1]):
-                    raise InputError(f"Line {number} of {path} is {fields}, but must be two paths and 0 or 1.")
-                pairs.append([rows.setdefault(name, len(rows)) for name in fields[:2]])
-                answers.append(fields[2] == "1")
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                lines = list(csv.reader(file))[1:]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path} cannot be read as a CSV file in UTF-8: {error}.") from error
+        for number, fields in enumerate(lines, 2):
+            if not fields:
+                continue
+            if len(fields) != 3 or fields[2] not in ("0", "1") or not (fields[0] and fields[1]):
+                raise InputError(f"Line {number} of {path} is {fields}, but must be two paths and 0 or 1.")
+            pairs.append([rows.setdefault(name, len(rows)) for name in fields[:2]])
+            answers.append(fields[2] == "1")
         if not pairs:
             raise InputError(f"{path} lists no pairs: write a line for each below {','.join(PAIR_COLUMNS)}.")
         return cls([path.parent / name for name in rows], np.array(pairs), np.array(answers))
@@ -277,31 +292,24 @@ class Gallery:
     """1:N on one's own people.
 
     Args:
-        parts: for GALLERY, PROBE and perhaps UNKNOWN and DISTRACTORS, the images of each with their identities.
+        folder: with gallery/, probe/ and perhaps unknown/ and distractors/, each with folders of identities, whose
+            images may stand in folders of their own. The order is that of the whole folder as an image folder.
     """
 
-    def __init__(self, parts: Mapping[str, FolderSource]) -> None:
-        self._part = np.repeat(list(parts), [len(source) for source in parts.values()])
-        paths = [Path(source.name(index)) for source in parts.values() for index in range(len(source))]
-        self.images = Files(paths)
-        # A stranger or a distractor has the name of nobody in the gallery, even if the folder is called alike.
-        own = np.isin(self._part, [GALLERY, PROBE])
-        names = [path.parent.name if named else str(path.parent) for path, named in zip(paths, own, strict=True)]
-        self._identities = np.unique(names, return_inverse=True)[1].astype(np.int64)
-        counts = [f"{len(source):,} images of {name}" for name, source in parts.items()]
-        self.what = f"1:N, {', '.join(counts)}"
-
-    @classmethod
-    def read(cls, folder: Path) -> Gallery:
-        """Of a folder with gallery/, probe/ and perhaps unknown/ and distractors/, each with folders of identities."""
-        parts = {}
-        for part in (GALLERY, PROBE, UNKNOWN, DISTRACTORS):
-            source = open_folder(folder / part, None) if (folder / part).is_dir() else None
-            if source is not None:
-                parts[part] = source
-            elif part in (GALLERY, PROBE) or (folder / part).is_dir():
+    def __init__(self, folder: Path) -> None:
+        source = open_folder(folder, None)
+        files = [] if source is None else [source.file_name(row).split("/") for row in range(len(source))]
+        places = [place for place in files if place[0] in _PARTS and len(place) > 2]
+        sizes = Counter(part for part, *_ in places)
+        for part in _PARTS:
+            if part not in sizes and (part in (GALLERY, PROBE) or (folder / part).is_dir()):
                 raise InputError(f"{folder / part} holds no folders of identities with images: 1:N needs them.")
-        return cls(parts)
+        self._part = np.array([part for part, *_ in places])
+        self.images = Files([folder.joinpath(*place) for place in places])
+        # A stranger or a distractor has the name of nobody in the gallery, even if the folder is called alike.
+        people = [person if part in (GALLERY, PROBE) else f"{part}/{person}" for part, person, *_ in places]
+        self._identities = np.unique(people, return_inverse=True)[1].astype(np.int64)
+        self.what = f"1:N, {', '.join(f'{sizes[part]:,} images of {part}' for part in _PARTS if part in sizes)}"
 
     def evaluate(self, features: Features) -> Result:
         """As `Benchmark.evaluate`; among distractors only rank-1, as in MegaFace."""

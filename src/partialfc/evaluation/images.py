@@ -36,8 +36,8 @@ class Files:
         [path] = check_regular([self.paths[index]])
         try:
             content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        except (OSError, ValueError) as error:  # the latter of a path with a NUL byte
+            raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
         return decode_image(content)
 
 

@@ -20,7 +20,7 @@ from partialfc.evaluation.images import JoinedImages
 from partialfc.evaluation.statistics.curves import curve_facts, hardest_pairs
 from partialfc.evaluation.statistics.figures import Result, result_from
 from partialfc.model.config import ModelConfig
-from partialfc.model.embed import check_images, embed_source
+from partialfc.model.embed import Images, check_images, embed_source
 from partialfc.model.features import Features
 from partialfc.model.files import Model
 
@@ -60,6 +60,36 @@ def embed_benchmarks(
     joined = JoinedImages({name: benchmark.images for name, benchmark in benchmarks.items()})
     features = embed_source(model, joined, path, source=", ".join(benchmarks), quiet=quiet, **options)
     return {name: features.take(rows) for name, rows in joined.rows.items()}
+
+
+def in_order(features: Features, images: Images, source: Path) -> tuple[Features, bool]:
+    """Features whose rows have names, in the order of the images of a benchmark; and whether their names say so.
+
+    A name is compared by the end of its path that tells all images apart, since sets move. Features without names, or
+    with other names for all images, stay as they are.
+
+    Args:
+        source: the file of the features, for messages.
+
+    Raises:
+        InputError: some of the images have no row.
+    """
+    wanted = [images.name(index).split("/") for index in range(len(images))]
+    names = [name.split("/") for name in features.names or ()]
+    for depth in range(1, max(map(len, [*wanted, *names]), default=0) + 1):
+        rows = {tuple(name[-depth:]): row for row, name in enumerate(names)}
+        ends = [tuple(name[-depth:]) for name in wanted]
+        if len(rows) == len(set(map(tuple, names))) and len(set(ends)) == len(set(map(tuple, wanted))):
+            break
+    missing = [index for index, end in enumerate(ends) if end not in rows]
+    if len(missing) == len(ends):
+        return features, False
+    if missing:
+        raise InputError(
+            f"{source} has no row for {len(missing):,} of {len(ends):,} images, first {images.name(missing[0])}: "
+            "embed them too."
+        )
+    return features.take(np.array([rows[end] for end in ends])), True
 
 
 def evaluate_features(name: str, benchmark: Benchmark, features: Features) -> Result:

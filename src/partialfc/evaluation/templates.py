@@ -165,7 +165,7 @@ def verify_templates(
     measured = _scores(scores, left, right, same)
     figures = {f"tar@far={rate_name(far)}": tar_figure(measured, far) for far in FARS}
     facts["reading"] = "highest TAR whose FAR does not exceed the target"
-    return Result("ijb-1:1", figures, facts | interval_facts(measured))
+    return Result("ijb-1:1", figures, facts | interval_facts(measured), {"": measured})
 
 
 def _scores(scores: NDArray[np.float32], left: Integers, right: Integers, is_same: NDArray[np.bool_]) -> Scores:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -167,7 +168,7 @@ def _details(subjects: Sequence[Subject]) -> str:
             parts.append(folded(f"All evaluations{of}", _evaluations(run, f"Evaluations{of}")))
         if run.skipped:
             rows = [
-                [f"{line['step']:,}", str(line.get("where", "")), ", ".join(map(str, line.get("samples") or ()))]
+                [f"{line['step']:,}", str(line.get("where", "")), _listed(line.get("samples"))]
                 for line in run.skipped[:_MOST_SKIPPED]
             ]
             more = len(run.skipped) - len(rows)
@@ -177,6 +178,10 @@ def _details(subjects: Sequence[Subject]) -> str:
         if run.settings_text:
             parts.append(folded(f"Configuration{of}", f"<pre>{escape(run.settings_text)}</pre>"))
     return f"<h2>Details</h2>{''.join(parts)}" if parts else ""
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values)) if isinstance(values, list) else ""
 
 
 def _evaluations(run: RunData, caption: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from partialfc.core.console import duration_words
 from partialfc.core.errors import InputError
 from partialfc.evaluation.run import RESULTS, read_results
 from partialfc.evaluation.statistics.figures import Result
-from partialfc.training.run.read import RunData, read_run
+from partialfc.training.run.read import RunData, has_run, read_run
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Subject:
 
     Attributes:
         name: on the page.
-        path: the folder of the run, or what the results were read from.
+        path: the folder of the run, or of the results.
         run: None for results alone.
         results: by the name of the benchmark.
         made: how the results were made: date, command, versions, machine and seconds; {} where that is not known.
@@ -46,11 +48,14 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
     Raises:
         InputError: a path holds neither, is given twice, or what is there is damaged or of a newer version.
     """
-    if len({path.resolve() for path in paths}) < len(paths):
+    folders = [path.resolve().parent if path.is_file() else path.resolve() for path in paths]
+    if len(set(folders)) < len(folders):
         raise InputError("A path is given twice: give each run and each file of results once.")
-    subjects = [Subject("", path, read_run(path)) for path in paths if not _has_results(path)]
+    subjects = [Subject(str(path), path, read_run(path)) for path in paths if not _has_results(path) or has_run(path)]
     for path in filter(_has_results, paths):
-        for name, (facts, results) in read_results(path).items():
+        folder = path.parent if path.is_file() else path
+        found = read_results(path)
+        for name, (facts, results) in found.items():
             model = Path(str(facts.get("model", path))).resolve()
             places = [
                 place for place, one in enumerate(subjects) if one.run and model.is_relative_to(one.path.resolve())
@@ -58,11 +63,17 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
             if places:
                 subjects[places[0]] = subjects[places[0]].with_results(results, facts["made"])
             else:
-                subjects.append(Subject("", Path(name), None, results, facts["made"]))
-    names = [one.path.resolve().name if one.run else one.path.name for one in subjects]
+                subjects.append(Subject(name if len(found) > 1 else str(folder), folder, None, results, facts["made"]))
+    return _named(subjects)
+
+
+def _named(subjects: Sequence[Subject]) -> list[Subject]:
+    """With the shortest names that tell them apart: the last part of a path, the path, or the path and its place."""
+    choices = [(Path(one.name).resolve().name, one.name, f"{one.name} in {one.path}") for one in subjects]
+    counts = Counter(itertools.chain(*map(set, choices)))
     return [
-        replace(one, name=name if names.count(name) == 1 else str(one.path))
-        for one, name in zip(subjects, names, strict=True)
+        replace(one, name=next((name for name in names if counts[name] == 1), names[-1]))
+        for one, names in zip(subjects, choices, strict=True)
     ]
 
 

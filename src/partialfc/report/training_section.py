@@ -114,7 +114,7 @@ def _rate(sample_rate: Any) -> str:
 def _margin(run: RunData) -> str:
     """The margin by name and size; one that is not set has the size that the head gives it."""
     name, value = run.setting("head.margin"), run.setting("head.margin_value")
-    if value is None and name in MARGINS:
+    if value is None and isinstance(name, str) and name in MARGINS:
         value = getattr(MARGINS[name](), "m", None)
     return " ".join(str(part) for part in (name, value) if part is not None)
 

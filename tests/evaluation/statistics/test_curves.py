@@ -48,6 +48,14 @@ def test_scores_that_are_all_equal_have_curves() -> None:
     assert sum(facts["histogram"]["genuine"]) == 3
 
 
+def test_curves_of_hardly_any_scores() -> None:
+    """Of one kept impostor of several there is no point, and a genuine pair that failed leaves no score."""
+    assert curve_facts(example(kept=1))["roc"]["far"] == []
+    facts = curve_facts(Scores(np.array([]), np.array([0.2]), 1, failures=1))
+    assert facts["roc"]["tar"] == [0.0]
+    assert facts["histogram"]["genuine"] == [0] * len(facts["histogram"]["genuine"])
+
+
 def test_the_hardest_pairs_have_the_most_misleading_scores() -> None:
     scores = example()
     found = hardest_pairs(scores)

@@ -184,6 +184,17 @@ def test_identities_widen_what_their_effects_correlate() -> None:
         assert deviation(figure(scores)) > 1.5 * deviation(figure(without_ids(scores)))
 
 
+def test_without_a_false_accept_each_pair_of_people_counts_once() -> None:
+    """Of three people with twenty images each, 1,200 pairs say what three independent ones do."""
+    people = np.repeat(np.arange(3), 20)
+    left, right = np.triu_indices(60, 1)
+    other = people[left] != people[right]
+    ids = np.stack([people[left[other]], people[right[other]]], axis=1)
+    scores = Scores(np.ones(3), np.zeros(1200), 1200, np.arange(3), ids)
+    assert fmr_at(scores, 0.5) == wilson(0.0, 3)
+    assert fmr_at(without_ids(scores), 0.5) == wilson(0.0, 1200)
+
+
 def test_a_rate_that_cannot_be_resolved_is_null_with_its_reason() -> None:
     scores = complete(10)
     assert tar_figure(scores, 1e-3) == Figure(None, reason="45 impostor pairs cannot resolve a rate of 1e-3.")

@@ -28,7 +28,7 @@ def curve_facts(scores: Scores) -> dict[str, Any]:
         of impostors are missing.
     """
     genuine, impostor = scores.sorted_genuine, scores.sorted_impostor
-    ends = min(impostor[0], *genuine[:1]), max(impostor[-1], *genuine[-1:])
+    ends = min([impostor[0], *genuine[:1]]), max([impostor[-1], *genuine[-1:]])
     edges = np.linspace(*(ends if ends[0] < ends[1] else (ends[0] - 0.01, ends[1] + 0.01)), _BINS + 1)
     counts = {name: np.histogram(kind, edges)[0] for name, kind in (("genuine", genuine), ("impostor", impostor))}
     is_calibrated = scores.complete and len(genuine) > 0
@@ -45,7 +45,7 @@ def _roc_points(scores: Scores) -> dict[str, NDArray[np.float64]]:
     impostor = scores.sorted_impostor
     last = len(impostor) if scores.complete else len(impostor) - 1
     accepts = np.unique(np.geomspace(1, max(last, 1), _POINTS).round().astype(np.int64))
-    accepts = np.concatenate([[0], accepts])
+    accepts = np.concatenate([[0], accepts[accepts <= last]])
     below = len(impostor) - 1 - accepts  # the largest impostor score that is rejected
     thresholds = np.where(below < 0, -np.inf, np.nextafter(impostor[np.maximum(below, 0)], np.inf))
     thresholds = np.unique(thresholds)[::-1]  # equal scores are accepted together

@@ -63,6 +63,11 @@ class Result:
 def result_from(values: Mapping[str, Any]) -> Result:
     """The result of which `to_dict` gave these values, without its scores; KeyError or TypeError for others."""
     figures = {str(name): Figure(**figure) for name, figure in values["figures"].items()}
+    for figure in figures.values():
+        if not all(
+            value is None or isinstance(value, int | float) for value in (figure.value, figure.low, figure.high)
+        ):
+            raise TypeError(f"{figure} is no number")
     return Result(str(values["kind"]), figures, {key: values[key] for key in values if key not in ("kind", "figures")})
 
 

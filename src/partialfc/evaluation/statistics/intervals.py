@@ -217,7 +217,8 @@ def fmr_at(scores: Scores, threshold: float) -> Figure:
     """FMR at a given threshold, with the interval of Wilson (1927) for the effective number of pairs.
 
     The effective number is that of independent pairs with the same variance (Korn and Graubard 1998); the variance is
-    the limit of the bootstrap over identities. Unlike the bootstrap's, this interval also holds for no false accepts.
+    the limit of the bootstrap over identities. Unlike the bootstrap's, this interval also holds for no false accepts:
+    as nothing tells then how alike the images of two people are, each pair of people counts once.
     The figure is null if the threshold lies below the kept tail.
     """
     if not scores.complete and threshold <= scores.sorted_impostor[0]:
@@ -225,7 +226,9 @@ def fmr_at(scores: Scores, threshold: float) -> Figure:
     count = scores.false_accepts(threshold)
     variance = float(_false_accept_variance(scores, np.array([threshold]))[0])
     effective = scores.impostors * min(1.0, count * (1.0 - count / scores.impostors) / variance) if variance else 0.0
-    return wilson(count / scores.impostors, effective or scores.impostors)
+    people = scores.identities
+    alike = scores.impostors if people is None else min(scores.impostors, people.count * (people.count - 1) // 2)
+    return wilson(count / scores.impostors, effective or max(alike, 1))
 
 
 def fnmr_at(scores: Scores, threshold: float) -> Figure:

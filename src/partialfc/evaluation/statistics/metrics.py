@@ -180,7 +180,7 @@ def threshold_at_far(scores: Scores, far: float) -> float:
     allowed = allowed_false_accepts(far, scores.impostors)
     genuine, impostor = scores.sorted_genuine, scores.sorted_impostor
     if scores.complete and allowed >= len(impostor):
-        return float(min(impostor[0], *genuine[:1]))
+        return float(min([impostor[0], *genuine[:1]]))
     if allowed >= len(impostor):
         raise InputError(
             f"A false accept rate of {far:g} allows {allowed} false accepts, but only the {len(impostor)} largest of "

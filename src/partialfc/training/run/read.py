@@ -170,6 +170,12 @@ class RunData:
         return max(scores, key=lambda step: sum(scores[step]) / len(scores[step])) if scores else None
 
 
+def has_run(root: Path) -> bool:
+    """Whether a folder is that of a run."""
+    folder = RunFolder(root)
+    return folder.config.is_file() or folder.metrics.is_file()
+
+
 def read_run(root: Path) -> RunData:
     """Read the folder of a run.
 
@@ -177,7 +183,7 @@ def read_run(root: Path) -> RunData:
         InputError: there is no run, or its configuration or its metrics are damaged.
     """
     folder = RunFolder(root)
-    if not folder.config.is_file() and not folder.metrics.is_file():
+    if not has_run(root):
         inner = root / "run"
         hint = f"did you mean {inner}?" if (inner / "config.yaml").is_file() else "give the folder of a training run."
         raise InputError(f"{root} holds no run, neither config.yaml nor metrics.jsonl: {hint}")

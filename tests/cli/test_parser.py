@@ -78,6 +78,8 @@ def test_a_mistake_is_one_sentence_and_status_2(
         ("head: {sample_rate: many}", ["head.sample_rate", "many", "number"]),
         ("head: {margin: arc}", ["head.margin", "arc", "cosface"]),
         ("- seed", ["holds no options"]),
+        ("config: other.yaml", ["there is no option config"]),
+        ("help: true", ["there is no option help"]),
         ("seed: [", ["YAML"]),
         ("? [1]\n: 2\n", ["YAML"]),
         ("seed: 1\nhead: {}\nseed: 2\n", ["'seed' stands twice", "line 3"]),
@@ -125,8 +127,21 @@ def test_values_of_every_type_read_alike_in_a_file_and_on_the_line(
 
 
 def test_a_file_may_hold_the_other_options_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("data: {path: /nowhere}\nbenchmark: [lfw]\n")
-    assert "NAME=PATH" in complaint(capsys, "train", "--config", tmp_path / "config.yaml")
+    for benchmark in ("[lfw]", "lfw"):
+        (tmp_path / "config.yaml").write_text(f"data: {{path: /nowhere}}\nbenchmark: {benchmark}\n")
+        sentence = complaint(capsys, "train", "--config", tmp_path / "config.yaml")
+        assert "'lfw'" in sentence
+        assert "NAME=PATH" in sentence
+
+
+def test_a_file_may_name_its_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Its own values come after it, and the recipe of the command line in its place."""
+    (tmp_path / "config.yaml").write_text("recipe: wf12m-r100-pfc0.3\nseed: 3\nhead: {scale: 30.0}\n")
+    for words, rate in (([], 0.3), (["--recipe", "wf12m-r100-pfc0.2"], 0.2)):
+        assert run("train", "--config", tmp_path / "config.yaml", *words, "--print-config") == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert (config["backbone"]["name"], config["head"]["sample_rate"]) == ("r100", rate)
+        assert (config["seed"], config["head"]["scale"]) == (3, 30.0)
 
 
 def test_help_fits_80_columns_and_has_a_sentence_for_every_option(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from partialfc.core.errors import InputError
 from partialfc.head.backends import select
 from partialfc.head.inputs import NonFiniteEmbeddings
-from partialfc.head.margins import ArcFace, CosFace, CurricularFace, ElasticFace, Margin
+from partialfc.head.margins import AdaFace, ArcFace, CosFace, CurricularFace, ElasticFace, Margin
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
 
@@ -252,6 +252,34 @@ def test_it_can_be_moved_to_another_dtype() -> None:
     head(embeddings(torch.float64), LABELS).backward()
     RowwiseSGD(head.parameters()).step()
     assert head.step == 2
+
+
+def test_running_figures_stay_float64_when_the_head_changes_its_dtype() -> None:
+    losses = []
+    for change in (lambda head: head, lambda head: head.float(), lambda head: head.to(torch.float32)):
+        head = PartialFC(50, 8, margin=AdaFace(), sample_rate=1.0)
+        losses.append(float(change(head)(embeddings(), LABELS).detach()))
+        assert {value.dtype for value in head.margin_state().values()} == {torch.float64}
+    assert losses == losses[:1] * 3
+    head = PartialFC(50, 8, margin=AdaFace()).bfloat16()
+    assert math.isfinite(float(head(embeddings(), LABELS).detach()))
+
+
+def test_negatives_that_underflow_beside_a_close_target_cost_nothing() -> None:
+    """Two identities that a margin with raised negatives has parted: the embedding is opposite of the other center."""
+    head = PartialFC(2, 8, margin=CurricularFace(), sample_rate=1.0)
+    with torch.no_grad():
+        head.centers.copy_(torch.stack([torch.ones(8), -torch.ones(8)]))
+    rows = torch.ones(1, 8).requires_grad_()
+    loss = head(rows, torch.tensor([0]))
+    loss.backward()
+    assert float(loss.detach()) < 1e-30  # the true loss is about exp(-64 * (cos 0.5 + 1))
+    assert rows.grad is not None
+    assert not rows.grad.any()
+    with torch.no_grad():
+        head.centers.copy_(-torch.ones(2, 8))
+    with pytest.raises(InputError, match="the scale"):  # both opposite: what is lost would decide the gradient
+        head(rows, torch.tensor([0]))
 
 
 def test_extra_repr_names_what_matters() -> None:

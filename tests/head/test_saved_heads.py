@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import saving_scenarios as scenarios
@@ -49,6 +50,27 @@ def saved(tmp_path: Path) -> Path:
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    options = {"num_classes": np.int64(20), "embedding_dim": np.int32(8), "sample_rate": np.float32(0.5)}
+    more = {"scale": np.float64(16.0), "seed": np.int64(3), "conflict_threshold": np.float32(0.5)}
+    head = make(**options, **more, margin=CosFace(np.float64(0.25)))
+    save_head(head, None, tmp_path / "head")
+    loaded = load_head(tmp_path / "head")
+    assert repr(loaded) == repr(head) == repr(make(scale=16.0, seed=3, conflict_threshold=0.5, margin=CosFace(0.25)))
+    assert torch.equal(loaded.state_dict()["centers"], head.state_dict()["centers"])
+
+
+def test_a_folder_behind_a_link_and_none_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    save_head(make(), None, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_head(tmp_path / "large").num_classes == 20
+    monkeypatch.chdir(tmp_path / "large")
+    with pytest.raises(InputError, match="would be replaced as a whole: give a folder by its name"):
+        save_head(make(), None, ".")
 
 
 @pytest.mark.parametrize("update", ["sparse", "deferred"])

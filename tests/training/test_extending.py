@@ -66,6 +66,16 @@ def test_old_centers_stay_bit_by_bit_and_new_ones_are_class_means(folder: Path) 
     assert float(centers[-1].norm()) == pytest.approx(float(old["rows/centers"][kept].norm(dim=1).mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_centers_of_another_dtype_are_converted(folder: Path, tmp_path: Path, dtype: str) -> None:
+    values = {"head.dtype": "bfloat16"} if dtype == "bfloat16" else {"precision": "float64"}
+    train(tiny_config(folder / "old", device="cpu").with_values(values), tmp_path / "run", quiet=True)
+    config = extending(folder).with_values({"head.from_run": str(tmp_path / "run")})
+    centers, old = state_at_start(config).head.centers.detach(), final_tensors(tmp_path / "run")["rows/centers"]
+    assert (centers.dtype, str(old.dtype)) == (torch.float32, f"torch.{dtype}")
+    assert torch.equal(centers[NEW.index("anna")], old[OLD.index("anna")].float())
+
+
 def test_the_centers_of_a_model_without_a_head_are_class_means_too(folder: Path) -> None:
     config = tiny_config(folder / "new", backbone=BackboneConfig("mini", 16, init=str(folder / "run")), device="cpu")
     state, model = state_at_start(config), load_model(folder / "run")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_runs import PAIRS, final_tensors, interrupt_at, poison_images_at, small_config, timeless
 
 from partialfc.checkpoint.read import steps_in
-from partialfc.config.options import HeadConfig, ScheduleConfig
+from partialfc.config.options import HeadConfig, OutputConfig, ScheduleConfig
 from partialfc.core.errors import InputError, JobError
 from partialfc.data.images import encode_png
+from partialfc.evaluation.pairs import PairResult, evaluate_pairs
 from partialfc.model.files import load_model
 from partialfc.training import loop
 from partialfc.training.run.log import read_metrics
@@ -69,6 +72,44 @@ def test_resuming_a_finished_run_evaluates_only(straight: Path) -> None:
     assert result.steps == 10
     assert result.benchmarks["lfw"]["pairs"] == 40
     assert all(torch.equal(tensor, before[name]) for name, tensor in final_tensors(straight).items())
+
+
+def test_the_best_model_stays_without_the_benchmarks_that_chose_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    config = small_config(output=OutputConfig(log_every=1, checkpoint_every=3, evaluate_every=2))
+    worse = iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+
+    def at_the_first_evaluation(embeddings: torch.Tensor, is_same: np.ndarray) -> PairResult:
+        return replace(evaluate_pairs(embeddings, is_same), accuracy=next(worse))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate_pairs", at_the_first_evaluation)
+        loop.train(config, root, benchmarks=PAIRS, quiet=True)
+    best = (root / "model" / "best" / "model.safetensors").read_bytes()
+    assert best != (root / "model" / "last" / "model.safetensors").read_bytes()
+    for benchmarks in ({}, {"other": PAIRS["lfw"]}):
+        result = loop.train(config, root, benchmarks=benchmarks, resume=True)
+        assert "lfw chose the best model, that of step 2; it stays without them" in capsys.readouterr().err
+        assert (result.best_score, result.best_step) == (0.9, 2)
+        assert (root / "model" / "best" / "model.safetensors").read_bytes() == best
+
+
+def test_what_a_new_run_would_replace_is_refused(straight: Path, tmp_path: Path) -> None:
+    """A configuration of one's own, and a model whose checkpoints were removed."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("model: resnet\n")
+    with pytest.raises(InputError, match=r"was not written by a run .it lacks .* and would be replaced"):
+        loop.train(small_config(), tmp_path / "mine", quiet=True)
+    assert (tmp_path / "mine" / "config.yaml").read_text() == "model: resnet\n"
+    small = tmp_path / "small"
+    shutil.copytree(straight, small)
+    shutil.rmtree(small / "checkpoints")
+    for resume in (True, False):
+        with pytest.raises(InputError, match="holds a model but no checkpoint, and a new run would replace it"):
+            loop.train(small_config(), small, resume=resume, quiet=True)
+    assert (small / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
 def test_a_folder_with_another_run_is_refused(straight: Path, tmp_path: Path) -> None:

@@ -129,10 +129,10 @@ class Parser(argparse.ArgumentParser):
         words = [self._kebab_case(word) for word in (sys.argv[1:] if arguments is None else arguments)]
         options, unknown = super().parse_known_args(words, namespace)
         if "--config" in self._option_string_actions:
-            if options.recipe is not None:
-                self.set_defaults(**flatten(recipe_config(options.recipe).to_dict()))
-            for path in options.config:
-                self.set_defaults(**self._read_config(path))
+            files = [self._read_config(path) for path in options.config]
+            recipe = options.recipe or next((one["recipe"] for one in reversed(files) if one.get("recipe")), None)
+            for values in (flatten(recipe_config(recipe).to_dict()) if recipe else {}, *files):
+                self.set_defaults(**values)
             options, unknown = super().parse_known_args(words, namespace)
         if unknown:
             self.error(self._describe_unknown(unknown, words, options))
@@ -168,7 +168,8 @@ class Parser(argparse.ArgumentParser):
     def _read_config(self, path: Path) -> dict[str, Any]:
         """The values of a YAML file of options, by their dotted names."""
         content = read_yaml(path)
-        actions = {action.dest: action for action in self._actions if action.option_strings}
+        of_the_command_line = ("help", "help_all", "config")
+        actions = {one.dest: one for one in self._actions if one.option_strings and one.dest not in of_the_command_line}
         values = flatten(content)
         for name, value in values.items():
             if any(action.startswith(f"{name}.") for action in actions):
@@ -180,6 +181,8 @@ class Parser(argparse.ArgumentParser):
                     values[name] = convert(value if isinstance(value, str) else json.dumps(value, default=str))
                 except ArgumentTypeError as error:
                     raise InputError(f"{path}: {name}: {error}.") from error
+            if actions[name].nargs == "+" and not isinstance(values[name], list):
+                values[name] = [values[name]]
         return values
 
 

@@ -318,11 +318,14 @@ class TrainConfig:
     def with_values(self, values: Mapping[str, Any]) -> TrainConfig:
         """This configuration with other values for some dotted keys, such as {"head.scale": 30.0}."""
         config = self
-        for key, value in values.items():
-            section, _, name = key.rpartition(".")
-            change = {name: value}
-            config = replace(config, **{section: replace(getattr(config, section), **change)} if section else change)
+        for (section, _, name), value in ((key.rpartition("."), value) for key, value in values.items()):
+            part: Any = replace(getattr(config, section) if section else config, **{name: value})
+            config = replace(config, **{section: part}) if section else part
         return config
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps of a training on a set of so many images."""
+        return max(1, round(self.schedule.epochs * images / self.data.global_batch_size))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""

@@ -50,7 +50,7 @@ def convolutional(name: str, sample_rate: float = 0.1, conflict_threshold: float
     """CosFace 0.4 and SGD on 8 GPUs with 128 images each; with a conflict threshold it is PFC*.
 
     wf12m-r100-pfc0.1: torchrun --nproc-per-node 8 -m partialfc train DATA --recipe wf12m-r100-pfc0.1.
-    Cost: 248,438 steps on 8 GPUs. Score: 94.49, 97.56, 95.92.
+    Cost: 248,439 steps on 8 GPUs. Score: 94.49, 97.56, 95.92.
     wf42m-r200 costs 829,581 steps on 8 GPUs. Score: 97.70, 97.97, 96.93.
     """
     return TrainConfig(
@@ -89,7 +89,7 @@ def noisy(sample_rate: float, conflict_threshold: float | None = None) -> TrainC
     """The Conflict and Flip sets: an IResNet-50, two epochs of warm-up.
 
     wf12m-conflict-r50-pfcstar0.3: torchrun --nproc-per-node 8 -m partialfc train DATA
-    --recipe wf12m-conflict-r50-pfcstar0.3. Cost: 248,438 steps on 8 GPUs. Score: 91.68, 97.28, 95.75.
+    --recipe wf12m-conflict-r50-pfcstar0.3. Cost: 248,439 steps on 8 GPUs. Score: 91.68, 97.28, 95.75.
     """
     return convolutional("r50", sample_rate, conflict_threshold).with_values({"schedule.warmup_epochs": 2})
 
@@ -98,7 +98,7 @@ def large_batch(name: str, row: tuple[int, float, float]) -> TrainConfig:
     """WebFace42M by another row of `BATCH_ROWS`, on 8 GPUs up to 2048 images and with 256 images a GPU beyond.
 
     wf42m-r100-batch8192: torchrun --nproc-per-node 8 --nnodes 4 -m partialfc train DATA
-    --recipe wf42m-r100-batch8192. Cost: 103,697 steps on 32 GPUs. No published score in our records.
+    --recipe wf42m-r100-batch8192. Cost: 103,698 steps on 32 GPUs. No published score in our records.
     """
     batch, lr, warmup_epochs = row
     return convolutional(name, 0.3).with_values(
@@ -115,7 +115,7 @@ def vit(name: str) -> TrainConfig:
     """WebFace42M with a ViT on 64 GPUs: AdamW, 40 epochs, token mask 0.10 for B and L; H has a row of its own.
 
     wf42m-vit_l: torchrun --nproc-per-node 8 --nnodes 8 -m partialfc train DATA --recipe wf42m-vit_l.
-    Cost: 69,131 steps on 64 GPUs. Score: 97.85, 98.00, 97.23.
+    Cost: 69,132 steps on 64 GPUs. Score: 97.85, 98.00, 97.23.
     """
     huge = name == "vit_h"
     micro_batch = 768 if huge else 384
@@ -240,7 +240,7 @@ def describe(name: str) -> dict[str, Any]:
     return facts | {
         "command": f"{torchrun}-m {facts['command']}",
         "data": f"{data[0]}: {data[1]:,} identities, {data[2]:,} images",
-        "cost": f"{gpus} GPUs, {int(config.schedule.epochs * data[2] / config.data.global_batch_size):,} steps",
+        "cost": f"{gpus} GPUs, {config.total_steps(data[2]):,} steps",
         "hours": f"{gpu_hours / gpus:.2g} on H100 GPUs, {gpu_hours:.3g} GPU-hours (predicted, not measured)",
         "other_batches": other_batches(config),
         "our_choice": ", ".join(open_values(name)) or "nothing",

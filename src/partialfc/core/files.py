@@ -47,6 +47,14 @@ def write_file(path: str | Path, content: bytes | str) -> None:
         file.write(content.encode("utf-8", NO_UTF8) if isinstance(content, str) else content)
 
 
+def replaceable(folder: str | Path) -> Path:
+    """A folder that is to be replaced as a whole, or where a link to one leads; an InputError for one like “.”."""
+    folder = Path(folder)
+    if folder.name in ("", ".."):
+        raise InputError(f"{folder} would be replaced as a whole: give a folder by its name.")
+    return folder.resolve() if folder.is_symlink() else folder
+
+
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A new empty folder that replaces `folder` at a clean end of the block; after an exception `folder` is as it was.
@@ -55,9 +63,10 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     `previous_name(folder)`. If the process dies there, `recover_folder` brings it back.
 
     Raises:
+        InputError: the folder is the current one or another without a name of its own.
         OSError: the folder or a file in it cannot be written, for lack of space or permission.
     """
-    folder = Path(folder)
+    folder = replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
     temporary = temporary_name(folder)

@@ -21,6 +21,7 @@ from partialfc.checkpoint.read import Checkpoint, leftovers
 from partialfc.checkpoint.write import Snapshot, save_folder
 from partialfc.core.device import DTYPES, dtype_name
 from partialfc.core.errors import InputError
+from partialfc.core.files import replaceable
 from partialfc.distributed.collectives import Group, Shard, gather_json
 from partialfc.head.margins import MARGINS
 from partialfc.head.optim import RowwiseAdamW, RowwiseSGD
@@ -45,7 +46,7 @@ def save_head(head: PartialFC, optimizer: Optimizer | None, folder: str | Path) 
         InputError: the optimizer is another one, or the folder holds other files; on all ranks alike.
         CheckpointNotWritten: it could not be written (a full disk, say), on all ranks alike; an earlier folder stays.
     """
-    path = Path(folder)
+    path = replaceable(folder)
 
     def prepare() -> RowwiseOptimizer | None:
         files = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else []

@@ -7,10 +7,11 @@ first bad batch and suppresses updates, and the host raises later.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -151,6 +152,18 @@ def check_head(
             f"this process is no member of the head's group ({group!r}): give a torch.distributed.ProcessGroup, and "
             "build the head on its members only."
         )
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy as one of Python; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def plain_margin(margin: Margin) -> Margin:
+    """The margin without numbers of NumPy."""
+    options = {field.name: getattr(margin, field.name) for field in fields(margin)}
+    changed = {name: plain(value) for name, value in options.items() if isinstance(value, np.generic)}
+    return replace(margin, **changed) if changed else margin
 
 
 def check_shard(shard: Shard) -> None:

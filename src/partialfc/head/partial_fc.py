@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,11 @@ class PartialFC(Prediction, ShardStateDict):
         inputs.check_head(
             num_classes, embedding_dim, sample_rate, margin, update, sampler, seed, scratch_bytes, dtype, group
         )
+        # Numbers of NumPy become those of Python, which a checkpoint can hold.
+        num_classes, embedding_dim, sample_rate, scale, conflict_threshold, seed = map(
+            inputs.plain, (num_classes, embedding_dim, sample_rate, scale, conflict_threshold, seed)
+        )
+        margin = inputs.plain_margin(margin)
         self.loss_config = LossConfig(
             num_classes, margin, scale, conflict_threshold, conflict_as_zero_logit, operand_dtype, scratch_bytes
         )
@@ -111,6 +117,15 @@ class PartialFC(Prediction, ShardStateDict):
     @step.setter
     def step(self, value: int) -> None:
         self.center_state.step = value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
+        """As for any module, but the margin's running figures stay float64."""
+        figures = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != figures[name].dtype:
+                setattr(self, name, figures[name].to(buffer.device))
+        return self
 
     def margin_state(self) -> dict[str, Tensor]:
         """The margin's running figures by name, the same on every rank."""

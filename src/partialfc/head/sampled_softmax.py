@@ -306,7 +306,8 @@ def _reduce_sums(head: PartialFC, negatives: NegativeSums, batch: ShardBatch, ta
     all_reduce(reduced, group=head.shard.group)
     sums, conflicts, all_sampled = reduced[:-2], reduced[-2], reduced[-1]
     if batch.hard_negatives is not None and batch.config.conflict_threshold is None:
-        sums = sums.masked_fill((sums == 0) & (all_sampled > 1), torch.nan)  # the negatives' exponentials underflow
+        # The exponentials of all negatives underflow. Beside the target's that is nothing, unless it is as small.
+        sums = sums.masked_fill((sums == 0) & (all_sampled > 1) & (target_cosine < 0), torch.nan)
     head.figures = HeadFigures(
         target_cosine=target_cosine.mean(),
         conflict_share=conflicts / ((all_sampled - 1) * len(sums)).clamp_min(1),

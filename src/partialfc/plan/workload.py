@@ -89,7 +89,7 @@ class Workload:
         """Optimizer steps of the whole training; None if the number of images is unknown."""
         if self.images is None:
             return None
-        return max(1, int(self.config.schedule.epochs * self.images / self.config.data.global_batch_size))
+        return self.config.total_steps(self.images)
 
     @property
     def on_this_machine(self) -> bool:

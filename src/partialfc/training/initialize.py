@@ -131,7 +131,8 @@ def _read_run(root: Path, config: TrainConfig, loader: Loader) -> tuple[Mapping[
 def _read_centers(checkpoint: Checkpoint, old_classes: Tensor) -> Tensor:
     """The centers of those of `old_classes` that are not new, in their order, read in runs of adjacent rows."""
     known = old_classes[old_classes >= 0]
-    centers = torch.empty(len(known), checkpoint.row_shapes["centers"][1])
+    dtype = checkpoint.row_dtypes["centers"]
+    centers = torch.empty(len(known), checkpoint.row_shapes["centers"][1], dtype=dtype)
     bounds = [0, *((known.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(known)] if len(known) else []
     for first, last in itertools.pairwise(bounds):
         checkpoint.read_rows("centers", int(known[first]), centers[first:last])

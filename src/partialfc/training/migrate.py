@@ -329,7 +329,7 @@ def migrate_run(folder: Path, conversion: Conversion, out: Path, *, quiet: bool 
         save_checkpoint(run.checkpoints, snapshot)
         write_file(run.config, config.to_yaml())
     count = sum(len(group) for group in snapshot.tensors.values()) + len(snapshot.rows)
-    total = round(config.schedule.epochs * loader.steps_per_epoch)
+    total = config.total_steps(len(loader))
     return MigratedRun(done, total, num_classes, count, config, [*conversion.notes, *notes])
 
 

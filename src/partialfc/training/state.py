@@ -21,7 +21,7 @@ from partialfc.training.nonfinite import LossScale
 from partialfc.training.replicas import load_weights, whole_network
 
 _SCHEMA_VERSION = 1  # of the state in the manifest
-_SAVED_COUNTERS = ("skipped", "best_score", "best_step", "pending_evaluation")
+_SAVED_COUNTERS = ("skipped", "best_score", "best_step", "best_by", "pending_evaluation")
 
 
 @dataclass
@@ -37,6 +37,7 @@ class TrainState:
         done: optimizer steps done; with the seed it is also the position in the data and in the sampling.
         skipped: steps left out because a gradient was not finite.
         best_score, best_step: the best mean accuracy over the benchmarks, and after which step.
+        best_by: the names of these benchmarks, in alphabetical order; None if an earlier version did not save them.
         pending_evaluation: the run was stopped where an evaluation was due; on resume it comes first.
     """
 
@@ -53,6 +54,7 @@ class TrainState:
     skipped: int = 0
     best_score: float | None = None
     best_step: int | None = None
+    best_by: list[str] | None = None
     pending_evaluation: bool = False
 
     def evaluated(self) -> nn.Module:
@@ -102,7 +104,7 @@ class TrainState:
             self.loss_scale = LossScale(**checkpoint.state["loss_scale"])
         self.done = checkpoint.step
         for name in _SAVED_COUNTERS:
-            setattr(self, name, checkpoint.state[name])
+            setattr(self, name, checkpoint.state[name] if name != "best_by" else checkpoint.state.get(name))
 
 
 def check_data_matches(checkpoint: Checkpoint, data: dict[str, Any], identities: list[str] | None) -> None:

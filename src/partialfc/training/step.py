@@ -49,7 +49,7 @@ class Stepper:
     def __init__(self, config: TrainConfig, state: TrainState, loader: Loader, device: torch.device) -> None:
         self.config, self.state, self.loader, self.device = config, state, loader, device
         self.compute_dtype = compute_dtype(config.precision, device)
-        self.total_steps = max(1, round(config.schedule.epochs * loader.steps_per_epoch))
+        self.total_steps = config.total_steps(len(loader))
         self.lr = self.lr_head = 0.0
         self.skip: tuple[Where, list[int]] | None = None
         self._skipped_in_a_row = 0

@@ -121,13 +121,27 @@ def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
         if folder.checkpoints.exists():
             raise InputError(f"{folder.config} is missing: restore it from a copy, or give another folder with --out.")
         raise InputError(f"{root} is not empty and holds no run: give another folder with --out.")
+    settings = read_settings(folder.config)[1]
+    if missing := flatten(TrainConfig().to_dict()).keys() - flatten(settings).keys():
+        is_of_a_run = folder.metrics.is_file() or folder.checkpoints.exists()  # perhaps of an earlier version
+        if not is_of_a_run:
+            raise InputError(
+                f"{folder.config} was not written by a run (it lacks {min(missing)}) and would be replaced: give "
+                "another folder with --out."
+            )
     has_metrics = folder.metrics.is_file() and folder.metrics.stat().st_size > 0
-    if not folder.checkpoints.exists() and not has_metrics:
-        return  # a run that failed before its first step
+    if not folder.checkpoints.exists():
+        if (root / "model").exists():
+            raise InputError(
+                f"{root} holds a model but no checkpoint, and a new run would replace it: give another folder with "
+                "--out."
+            )
+        if not has_metrics:
+            return  # a run that failed before its first step
     if not resume:
         raise InputError(f"{root} holds another run: continue it with --resume, or give another folder with --out.")
     # Options that did not exist when the configuration was written have their defaults.
-    stored = flatten(TrainConfig().to_dict()) | flatten(read_settings(folder.config)[1])
+    stored = flatten(TrainConfig().to_dict()) | flatten(settings)
     key = differing_key(stored, flatten(config.to_dict()), FREE_KEYS)
     if key is not None:
         raise InputError(

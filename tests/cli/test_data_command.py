@@ -40,6 +40,28 @@ def test_data_faces_writes_real_formats(capsys: pytest.CaptureFixture[str], tmp_
     assert run("train", "--data.path", out / "train", *QUICK, "--out", tmp_path / "run", "--json") == 0
 
 
+def test_pairs_replace_nothing_and_hold_images_that_can_be_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs.bin"
+    arguments = ("data", "pairs", IM2REC, "--pairs", 20, "--out", out)
+    assert run(*arguments, "--seed", -1) == 0
+    capsys.readouterr()
+    assert "exists already" in complaint(capsys, *arguments)
+    for number in range(4):
+        (tmp_path / "set" / str(number // 2)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / str(number // 2) / f"{number}.png").write_bytes(b"\x89PNG but no more")
+    said = complaint(capsys, "data", "pairs", tmp_path / "set", "--pairs", 2, "--out", tmp_path / "broken.bin")
+    assert "repair the image, or remove it" in said
+
+
+def test_numbers_of_persons_are_no_labels(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "a.lst").write_text("0\t20210901123456\ta.png\n")
+    said = complaint(capsys, "data", "inspect", tmp_path / "a.lst")
+    assert "has 1 images, but labels up to 20,210,901,123,456: number the identities without gaps" in said
+
+
 def test_convert(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("data", "convert", IM2REC, "--out", tmp_path / "shards", "--to", "webdataset", "--json") == 0
     captured = capsys.readouterr()
@@ -63,7 +85,12 @@ def test_corrupt_and_inspect_through_the_overlay(capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     with Image.open(sheet) as image:
         assert image.size == (10 * 112, 10 * 112)
-    assert "Cannot write" in complaint(capsys, "data", "inspect", IM2REC, "--augmented", tmp_path / "x", "--json")
+    for option, place, words in (
+        ("--augmented", "x", "ends in .jpg or .png"),
+        ("--augmented", "none/x.png", "There is no folder"),
+        ("--page", "none/x.html", "There is no folder"),
+    ):
+        assert words in complaint(capsys, "data", "inspect", IM2REC, option, tmp_path / place, "--json")
     assert run("data", "inspect", IM2REC, "--overlay", overlay, "--page", page, "--no-pictures", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["images"], facts["classes"], facts["min_per_class"]) == (48, 14, 2)

@@ -187,6 +187,21 @@ class TestCompressed:
         assert inspect(tmp_path / "out")["sha256_of_decoded"] == HASH
         assert sorted(os.listdir(tmp_path / "out"))[-2:] == ["partialfc-classes.json", "train-000000.tar"]
 
+    def test_an_archive_beside_a_set_is_left_alone(self, named: Path, tmp_path: Path, real_webdataset: Path) -> None:
+        shard = next(real_webdataset.iterdir())
+        (named / "old.tar.gz").write_bytes(gzip.compress(shard.read_bytes(), 1))
+        facts = convert(named, tmp_path / "out", "recordio")
+        assert facts["images"] == 6
+        assert "old.tar.gz" in " ".join(facts["notes"])
+
+    def test_two_archives_of_one_name(self, tmp_path: Path, real_webdataset: Path) -> None:
+        for name in ("a.tgz", "a.tar.gz"):
+            packed = gzip.compress(next(real_webdataset.iterdir()).read_bytes(), 1)
+            (tmp_path / "in").mkdir(exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(packed)
+        with pytest.raises(InputError, match=r"Two files in .* would unpack to a\.tar"):
+            convert(tmp_path / "in", tmp_path / "out", "folder")
+
     @pytest.mark.parametrize(
         "damage", [lambda data: data[:2000], lambda data: b"oops", lambda data: data[:50] + b"\0" * 50]
     )
@@ -267,6 +282,42 @@ class TestInterruption:
             convert_in_parts(data, out, target)
         assert content(open_source(out)) == content(open_source(data))
 
+    def test_other_images_under_the_same_names_are_refused(
+        self, tmp_path: Path, named: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_sum_of_written", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                convert(named, tmp_path / "out", "recordio")
+        for path in named.rglob("*.png"):
+            path.write_bytes(png(99))
+        with pytest.raises(InputError, match=r"\.out\.writing is what another conversion, or one of other data"):
+            convert(named, tmp_path / "out", "recordio")
+
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("step", ["rmtree", "rename"])
+    def test_it_goes_on_where_it_was_tidying_up(
+        self, parts: Path, tmp_path: Path, target: Any, step: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Stopped when the first folder of what is left over is gone, and when all of it is."""
+        real = shutil.rmtree
+
+        def stop(path: Path, *others: Any, **options: Any) -> None:
+            real(tmp_path / ".out.writing" / convert_targets.PARTS, ignore_errors=True)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            if step == "rmtree":
+                patch.setattr(module.shutil, "rmtree", stop)
+            else:
+                patch.setattr(module, "describe_copy", lambda *_: patch.setattr(Path, "rename", stop))
+            with pytest.raises(KeyboardInterrupt):
+                convert(parts, tmp_path / "out", target)
+        assert convert(parts, tmp_path / "out", target)["images"] == 30
+        assert content(open_source(tmp_path / "out")) == content(open_source(parts))
+        left = {module._JOURNAL, module._UNPACKED, module._VERIFIED, convert_targets.PARTS}
+        assert not left & {path.name for path in (tmp_path / "out").iterdir()}
+
     def test_other_data_are_refused(self, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(module, "written_images", lambda *_: iter([(b"", 0)]))
@@ -320,6 +371,12 @@ def test_parts_hold_whole_identities(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = module._part_starts(labels)
     assert starts == [0, 4, 6, 12, 15]
     assert module._part_starts(np.array([5])) == [0, 1]
+
+
+def test_a_set_is_not_written_into_an_image_folder(named: Path) -> None:
+    with pytest.raises(InputError, match="would be an identity of"):
+        convert(named, named / "out", "webdataset")
+    assert not (named / "out").exists()
 
 
 def test_what_is_there_already_is_left_alone(tmp_path: Path, copy_of: Copy, im2rec: Path) -> None:

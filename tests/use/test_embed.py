@@ -133,6 +133,33 @@ def test_what_cannot_be_embedded(capsys: pytest.CaptureFixture[str], model: Path
     assert "cannot be read" in complaint(capsys, "embed", broken, people, "--out", out)
 
 
+def test_what_is_passed_over_is_said(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    """Images beside identity folders are not those of the set, and a hidden folder is no identity."""
+    for name in ("0.png", "1.png", "ann/2.png", ".thumbs/3.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(encode_png(noise(0)))
+    assert embed(model, tmp_path / "set", "--out", tmp_path / "set.npy") == 0
+    assert "2 without an identity folder (such as 0.png)" in capsys.readouterr().err
+    assert [Path(name).name for name in read_features(tmp_path / "set.npy").names or ()] == ["2.png"]
+    shutil.rmtree(tmp_path / "set" / "ann")
+    assert embed(model, tmp_path / "set", "--out", tmp_path / "loose.npy") == 0
+    assert [Path(name).name for name in read_features(tmp_path / "loose.npy").names or ()] == ["0.png", "1.png"]
+
+
+def test_names_that_are_no_utf_8_and_records_that_are_damaged(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    folder = Path(os.fsdecode(bytes(tmp_path / "set") + b"/ren\xe9"))
+    folder.mkdir(parents=True)
+    (folder / "0.png").write_bytes(encode_png(noise(0)))
+    out = tmp_path / "out.parquet"
+    (tmp_path / "set" / "landmarks.jsonl").write_text('{"schema_version": 1}\n{"faces": [{}]}\n')
+    assert "landmarks.jsonl is damaged" in complaint(capsys, "embed", model, tmp_path / "set", "--out", out)
+    (tmp_path / "set" / "landmarks.jsonl").write_text("")
+    assert embed(model, tmp_path / "set", "--out", out) == 0
+    assert pq.read_table(out).column("identity").to_pylist() == ["ren\\udce9"]
+
+
 def test_an_interrupted_table_goes_on(model: Path, people: Path, tmp_path: Path, monkeypatch: Any) -> None:
     out = tmp_path / "a.parquet"
     with monkeypatch.context() as patch:

@@ -83,6 +83,7 @@ def test_the_aligned_pair_as_a_picture(
     assert "pair.png exists already" in complaint(capsys, *arguments, tmp_path / "pair.png")
     assert "written as .png or .jpg" in complaint(capsys, *arguments, tmp_path / "pair.gif")
     assert "There is no folder" in complaint(capsys, *arguments, tmp_path / "none" / "pair.png")
+    assert "too long" in complaint(capsys, *arguments, tmp_path / f"{'a' * 300}.png")
 
 
 def test_pictures_that_cannot_be_used(

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from partialfc.cli.parser import Parser, add_command, add_commands, facts_text, show
-from partialfc.core.console import Progress
+from partialfc.core.console import Progress, say
 from partialfc.core.errors import InputError
 from partialfc.data.convert import TargetName, convert
 from partialfc.data.corrupt import FRACTIONS, Kind, corrupt
 from partialfc.data.inspect import inspect
-from partialfc.data.inspect_page import write_augmented, write_page
+from partialfc.data.inspect_page import check_outputs, write_augmented, write_page
 from partialfc.data.make_pairs import write_chosen_pairs
 from partialfc.data.sources import open_source
+from partialfc.data.sources.base import reading_notes
 from partialfc.faces.protocols import PROTOCOLS, write_protocol
 from partialfc.faces.sets import FaceWorld, Layout
+from partialfc.use.pictures import check_new
 
 _WHAT = "Look at data sets, and write new ones."
 
@@ -82,6 +84,7 @@ def _add_faces(parser: Parser) -> None:
 
 def run_inspect(options: Namespace) -> None:
     """Count, check and hash the images of a training set, and find duplicates."""
+    check_outputs(options.page, options.augmented)
     with Progress("inspecting", quiet=options.json) as progress:
         facts = inspect(options.path, overlay=options.overlay, progress=progress.update)
     if options.page is not None or options.augmented is not None:
@@ -123,7 +126,11 @@ def run_convert(options: Namespace) -> None:
 
 def run_pairs(options: Namespace) -> None:
     """Write genuine and impostor pairs of one's own images as a verification file."""
-    facts = write_chosen_pairs(open_source(options.path), options.out, options.pairs, options.seed)
+    check_new(options.out, "--out")
+    source = open_source(options.path)
+    for note in reading_notes(source):
+        say(note)
+    facts = write_chosen_pairs(source, options.out, options.pairs, options.seed)
     show(options, facts, facts_text(facts))
 
 

@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: Namespace) -> int:
     """Say whether two pictures show the same person: exit status 0 if so, 1 if not, 2 if that cannot be decided."""
-    check_new(options.picture, "--picture")
     try:
+        check_new(options.picture, "--picture")
         model = load_model(options.model, choose_device(options.device))
         faces_in = open_detector(options.detector) if options.detector else None
         choices = {name: getattr(options, name) for name in ("fmr", "thresholds", "force")}

@@ -26,11 +26,12 @@ from partialfc.core.files import atomic_file, fsync, output_errors, temporary_na
 from partialfc.data.convert_targets import PARTS, TARGETS, Item, Target, TargetName, written_images
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, check_label, check_labels, describe_copy, file_name
+from partialfc.data.sources.base import Source, check_label, check_labels, describe_copy, file_name, reading_notes
+from partialfc.data.sources.overlay import fingerprint
 from partialfc.data.sources.webdataset import COMPRESSED, tar_files
 
 _PART = 8192  # images of a part, and so of a .tar or .parquet file; a larger identity is a part of its own
-_JOURNAL, _UNPACKED = ".journal", ".unpacked"
+_JOURNAL, _UNPACKED, _VERIFIED = ".journal", ".unpacked", ".verified"
 _NAMED = 20  # unreadable records in the result
 _DIGEST_BITS = 128
 
@@ -72,16 +73,36 @@ def convert(path: str | Path, out: str | Path, target: TargetName, *, quiet: boo
         raise InputError(f"{out} exists already: remove it, or write somewhere else.")
     work = temporary_name(out)
     with output_errors(out):
-        compressed = tar_files(path, COMPRESSED)
-        source = open_source(_unpack(compressed, work / _UNPACKED, quiet) if compressed else path)
+        source, notes = _open(path, work / _UNPACKED, quiet)
+        if source.format == "folder" and out.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{out} would be an identity of {path}, in which it lies: write somewhere else.")
         facts = _convert(source, path, work, target, quiet)
         describe_copy(source, work)
         for leftover in (work / _UNPACKED, work / PARTS):
             shutil.rmtree(leftover, ignore_errors=True)
-        (work / _JOURNAL).unlink()
+        for record in (work / _JOURNAL, work / _VERIFIED):
+            record.unlink(missing_ok=True)
         work.rename(out)
         fsync(out.absolute().parent)
-    return {"out": str(out), "format": target, **facts}
+    return {"out": str(out), "format": target, **facts, "notes": notes}
+
+
+def _open(path: Path, unpacked: Path, quiet: bool) -> tuple[Source, list[str]]:
+    """The training set, and what the user should know of how it was read.
+
+    `.tar.gz` files are unpacked where the path is one, or a folder that holds nothing else that is a set.
+    """
+    compressed = tar_files(path, COMPRESSED)
+    if not compressed or path.is_dir():
+        try:
+            source = open_source(path)
+            beside = [f"{file} is not read, but a set beside it" for file in compressed]
+            return source, [*reading_notes(source), *beside]
+        except InputError:
+            if not compressed:
+                raise
+    source = open_source(_unpack(compressed, unpacked, quiet))
+    return source, reading_notes(source)
 
 
 def _convert(source: Source, path: Path, work: Path, target_name: TargetName, quiet: bool) -> dict[str, Any]:
@@ -97,9 +118,15 @@ def _convert(source: Source, path: Path, work: Path, target_name: TargetName, qu
         "path": str(path.absolute()),
         "target": target_name,
         "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
+        "images": fingerprint(source),
         "classes": source.num_classes,
         "parts": len(starts) - 1,
     }
+    if (work / _VERIFIED).is_file():  # it was interrupted while it tidied up
+        verified: dict[str, Any] = json.loads((work / _VERIFIED).read_text())
+        if verified.pop("plan") != plan:
+            raise _of_another(work)
+        return verified
     done = _read_journal(work / _JOURNAL, plan)
     _write_parts(source, target, np.split(order, starts[1:-1]), done, work / _JOURNAL, quiet)
     images, digest = sum(part.images for part in done), sum(part.digest for part in done) % (1 << _DIGEST_BITS)
@@ -109,12 +136,14 @@ def _convert(source: Source, path: Path, work: Path, target_name: TargetName, qu
     if _sum_of_written(work, target_name, images, quiet) != (images, digest):
         raise JobError(f"What was written to {work} is not what {path} holds: is the storage sound?")
     unreadable = [reason for part in done for reason in part.unreadable]
-    return {
+    facts = {
         "images": images,
         "classes": source.num_classes,
         "unreadable": len(unreadable),
         "unreadable_records": unreadable[:_NAMED],
     }
+    write_file(work / _VERIFIED, json.dumps({"plan": plan, **facts}))
+    return facts
 
 
 def _part_starts(labels: np.ndarray) -> list[int]:
@@ -193,19 +222,26 @@ def _read_journal(journal: Path, plan: dict[str, Any]) -> list[_Done]:
         write_file(journal, json.dumps(plan) + "\n")
         return []
     if json.loads(lines[0]) != plan:
-        raise InputError(
-            f"{journal.parent} is what another conversion, or one of other data, has left: remove it and convert again."
-        )
+        raise _of_another(journal.parent)
     write_file(journal, "\n".join(lines) + "\n")
     return [_Done(*json.loads(line)) for line in lines[1:]]
+
+
+def _of_another(work: Path) -> InputError:
+    return InputError(
+        f"{work} is what another conversion, or one of other data, has left: remove it and convert again."
+    )
 
 
 def _unpack(files: list[Path], folder: Path, quiet: bool) -> Path:
     """The `.tar.gz` files, unpacked to `.tar` files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    names = [re.sub(r"\.(tar\.gz|tgz)$", ".tar", file.name, flags=re.IGNORECASE) for file in files]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"Two files in {files[0].parent} would unpack to {twice}: move one of them away.")
     with Progress("unpacking", len(files), unit="file", quiet=quiet) as progress:
         for number, file in enumerate(files):
-            unpacked = folder / re.sub(r"\.(tar\.gz|tgz)$", ".tar", file.name, flags=re.IGNORECASE)
+            unpacked = folder / names[number]
             try:
                 if not unpacked.exists():
                     with gzip.open(file) as packed, atomic_file(unpacked) as plain:

@@ -24,6 +24,17 @@ _COLUMNS = 10  # of a picture of augmentations
 _PER_GROUP = 6  # pictures of a group of duplicates
 
 
+def check_outputs(page: Path | None, picture: Path | None) -> None:
+    """Refuse, with an InputError, a page or a picture of augmentation that could not be written."""
+    for out in (page, picture):
+        if out is not None and not out.absolute().parent.is_dir():
+            raise InputError(f"There is no folder {out.absolute().parent} to write {out.name} into: make it first.")
+    if page is not None and page.exists() and not is_page(page):
+        raise InputError(f"{page} exists and is no page of partialfc: give another file.")
+    if picture is not None and picture.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise InputError(f"{picture} is no name of a picture: give one that ends in .jpg or .png.")
+
+
 def write_page(out: str | Path, facts: dict[str, Any], source: Source, *, pictures: bool = True) -> None:
     """Write one HTML page about a training set, complete in itself.
 
@@ -37,8 +48,7 @@ def write_page(out: str | Path, facts: dict[str, Any], source: Source, *, pictur
         InputError: `out` is a file that is no such page, or cannot be written.
     """
     out = Path(out)
-    if out.exists() and not is_page(out):
-        raise InputError(f"{out} exists and is no page of partialfc: give another file.")
+    check_outputs(out, None)
     names = ("images", "classes", "unreadable", "grey", "not_upright")
     figures = [(name.replace("_", " "), f"{facts[name]:,}") for name in names]
     figures += [("format", facts["format"]), ("SHA-256 of labels and pixels", facts["sha256_of_decoded"])]

@@ -14,7 +14,7 @@ from partialfc.core.errors import InputError
 from partialfc.core.files import output_errors, write_file
 from partialfc.data.images import UnreadableImage
 from partialfc.data.pair_files import write_pairs
-from partialfc.data.sources.base import Source
+from partialfc.data.sources.base import Source, read_image
 
 
 def choose_pairs(labels: NDArray[np.integer], count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -33,7 +33,7 @@ def choose_pairs(labels: NDArray[np.integer], count: int, seed: int) -> tuple[ND
     Raises:
         InputError: there are not as many pairs of either kind.
     """
-    half, generator = count // 2, np.random.default_rng(seed)
+    half, generator = count // 2, np.random.default_rng(seed % 2**64)
     if count < 2 or count % 2:
         raise InputError(f"{count} pairs cannot be half genuine: give an even number.")
     if len(labels) and labels.min() < 0:
@@ -86,7 +86,7 @@ def _impostors(
 
 def _encoded(source: Source, index: int) -> bytes:
     try:
-        return source.read(index).encoded
+        return read_image(source, index)[0].encoded  # decoded to see whether it can be
     except UnreadableImage as error:
         raise InputError(f"{error}: repair the image, or remove it.") from error
 

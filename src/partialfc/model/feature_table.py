@@ -68,9 +68,9 @@ def write_table(
             part = np.ascontiguousarray(embeddings[rows])
             known = np.full(len(part), -1) if labels is None else labels[rows]
             own = [None if label < 0 else int(label) for label in known]
-            people = [None if label is None or identities is None else identities[label] for label in own]
+            people = [None if label is None or identities is None else _utf8(identities[label]) for label in own]
             values = [
-                [name.encode("utf-8", "backslashreplace").decode() for name in names[rows]],
+                [_utf8(name) for name in names[rows]],
                 own,
                 people,
                 pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), width),
@@ -83,6 +83,10 @@ def write_table(
                 for value, kind in zip(values, columns.values(), strict=True)
             ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def _utf8(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.core.console import say
 from partialfc.core.errors import InputError
 from partialfc.core.files import output_errors
 from partialfc.data.images import UnreadableImage
@@ -18,8 +19,9 @@ from partialfc.data.photographs.align import crop_scores
 from partialfc.data.photographs.face import Detector
 from partialfc.data.photographs.files import read_photograph, upright
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, read_image
+from partialfc.data.sources.base import Source, read_image, reading_notes
 from partialfc.data.sources.folder import IMAGE_SUFFIXES
+from partialfc.data.sources.parquet import import_pyarrow
 from partialfc.distributed.collectives import rank_of
 from partialfc.evaluation.images import Files
 from partialfc.model.embed import Precision, embed_source
@@ -85,7 +87,12 @@ def embed_into(
     check_new(out, "--out")
     if out.suffix not in (SUFFIX, ".npy"):
         raise InputError(f"{out} has the suffix {out.suffix!r}: features are written as {SUFFIX} or .npy.")
+    if out.suffix == SUFFIX:
+        import_pyarrow()  # before hours of work
     images, labels, identities = _open(Path(data))
+    scores = crop_scores(Path(data))
+    for note in reading_notes(images) if not isinstance(images, Files) and rank_of() == 0 else ():
+        say(note)
     # Part of the description, so that rows of another detector are not continued.
     source = str(data)
     if faces_in is not None:
@@ -100,7 +107,6 @@ def embed_into(
         if out.suffix == SUFFIX and rank_of() == 0:
             contract, mirrored = features.contract or "", bool(features.mirrored)
             facts = describe(features.embeddings.shape, contract, mirrored=mirrored, source=source)
-            scores = crop_scores(Path(data))
             columns: dict[str, Any] = {"names": names, "labels": labels, "identities": identities}
             columns["scores"] = [scores.get(name) for name in names]
             write_table(out, features.embeddings, features.failed, facts, **columns)
@@ -113,9 +119,12 @@ def _open(data: Path) -> tuple[Files | Source, NDArray[np.int64] | None, list[st
     """The images of a path, their labels and the names of the labels, as far as it has them."""
     if data.is_file() and data.suffix.lower() in IMAGE_SUFFIXES:
         return Files([data]), None, None
-    if data.is_dir() and not any(entry.is_dir() for entry in data.iterdir()):
-        files = sorted(file for file in data.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if files:
-            return Files(files), None, None
-    source = open_source(data)
+    try:
+        source = open_source(data)
+    except InputError:
+        entries = sorted(data.iterdir()) if data.is_dir() else []
+        files = [file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        if not files:
+            raise
+        return Files(files), None, None
     return source, source.labels(), source.identities

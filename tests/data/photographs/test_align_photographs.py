@@ -150,6 +150,46 @@ def test_landmarks_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
     assert [path.name for path in sorted((tmp_path / "out").glob("*.jpg"))] == ["1.jpg", "2.jpg"]
 
 
+def test_points_that_show_no_face_are_left_out_with_their_reason(tmp_path: Path) -> None:
+    points = placed(1.5, 5, (200, 150))
+    long = f"{'n' * 249}.png"
+    lines = [f"{long} {' '.join(map(str, points.reshape(-1)))}"]
+    for number, own in enumerate((points, np.zeros((5, 2)), points + 1000)):
+        lines.append(f"{number}.png {' '.join(map(str, own.reshape(-1)))}")
+    for line in lines:
+        save(photograph(400, 300, points), tmp_path / "in" / line.split()[0])
+    (tmp_path / "points.txt").write_text("\n".join(lines))
+    facts = align_photographs(tmp_path / "in", tmp_path / "out", read_landmarks(tmp_path / "points.txt"))
+    assert facts["crops"] == 1
+    reasons = {"a name that is too long", "landmarks that coincide", "landmarks outside the photograph"}
+    assert facts["reasons"] == dict.fromkeys(reasons, 1)
+    (tmp_path / "points.txt").write_text(f"0.png {' '.join(map(str, (points / 400).reshape(-1)))}")
+    with pytest.raises(InputError, match=r"All numbers of .*points\.txt are fractions"):
+        read_landmarks(tmp_path / "points.txt")
+
+
+def test_points_that_were_corrected_are_not_mixed_with_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = placed(1.5, 5, (200, 150))
+    for number in range(20):
+        save(photograph(400, 300, points), tmp_path / f"in/{number:02}.png")
+    file = tmp_path / "points.txt"
+
+    def landmarks(shift: float) -> Any:
+        lines = [f"{number:02}.png {' '.join(map(str, (points + shift).reshape(-1)))}" for number in range(20)]
+        file.write_text("\n".join(lines))
+        return read_landmarks(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("partialfc.data.photographs.align._summarise", lambda work: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            align_photographs(tmp_path / "in", tmp_path / "out", landmarks(0))
+    with pytest.raises(InputError, match="is what another call, or one for other photographs, has left"):
+        align_photographs(tmp_path / "in", tmp_path / "out", landmarks(3))
+    assert align_photographs(tmp_path / "in", tmp_path / "out", landmarks(0))["crops"] == 20
+
+
 @pytest.mark.parametrize("width", [96, 112])
 def test_landmarks_of_crops_belong_to_crops(tmp_path: Path, width: int) -> None:
     points = TEMPLATE.numpy() - ((112 - width) / 2, 0)

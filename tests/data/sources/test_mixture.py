@@ -101,5 +101,7 @@ def test_sources_without_names_cannot_be_merged(two: Path, im2rec: Path) -> None
     source = open_source(mixture(two, f"sources: [{{path: one}}, {{path: {im2rec}}}]"))
     assert source.identities is not None
     assert source.identities[2:4] == [f"{im2rec}/0", f"{im2rec}/1"]
+    with pytest.raises(InputError, match="weight 100000000000: write a whole number from 1 to 1000"):
+        open_source(mixture(two, "sources: [{path: one, weight: 100000000000}]"))
     with pytest.raises(InputError, match="leave num_classes out"):
         open_source(two / "mixture.yaml", num_classes=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from partialfc.core.console import Progress
@@ -111,6 +113,10 @@ def _align(
             record["faces"] = [_write(work, crop, image, face) for crop, face in zip(crops, faces, strict=False)]
         except UnreadableImage as error:
             record["left_out"] = str(error)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            record["left_out"] = "a name that is too long"
         return record
 
     step = _AT_ONCE * torch.get_num_threads()
@@ -154,6 +160,10 @@ def _faces(name: str, image: Pixels, finder: Detector | Landmarks) -> Sequence[F
         raise UnreadableImage(f"no landmarks in {finder.path.name}")
     if finder.crop not in (None, size):
         raise UnreadableImage(f"landmarks of an aligned crop of {finder.crop} pixels: the file has {size}")
+    if not (known := [face for face in known if np.ptp(face.points.round(_DIGITS), axis=0).any()]):
+        raise UnreadableImage("landmarks that coincide")
+    if not (known := [face for face in known if ((face.points >= 0) & (face.points < size)).any()]):
+        raise UnreadableImage("landmarks outside the photograph")
     if not (sound := [face for face in known if not is_mirrored(face.points)]):
         raise UnreadableImage("landmarks whose left and right are exchanged")
     return sound
@@ -184,7 +194,7 @@ def _done(path: Path, header: Record) -> int:
 
 def _records(work: Path) -> Iterator[Record]:
     with (work / LANDMARKS).open(encoding="utf-8") as lines:
-        next(lines)
+        next(lines, None)
         yield from map(json.loads, lines)
 
 
@@ -206,9 +216,15 @@ def _summarise(work: Path) -> Record:
 
 
 def crop_scores(folder: Path) -> dict[str, float]:
-    """The detector's score of each crop in a folder that `align_photographs` has made, by path; of others empty."""
+    """The detector's score of each crop in a folder that `align_photographs` has made, by path; of others empty.
+
+    Raises:
+        InputError: the record of the folder is damaged.
+    """
     if not (folder / LANDMARKS).is_file():
         return {}
-    return {
-        str(folder / face["crop"]): face["score"] for record in _records(folder) for face in record.get("faces", ())
-    }
+    try:
+        faces = [face for record in _records(folder) for face in record.get("faces", ())]
+        return {str(folder / face["crop"]): float(face["score"]) for face in faces}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / LANDMARKS} is damaged ({error!r}): remove it, or align again.") from error

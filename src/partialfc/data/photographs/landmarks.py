@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -53,7 +54,13 @@ class Landmarks:
     @property
     def facts(self) -> dict[str, Any]:
         """What is recorded of them, as of a detector."""
-        return {"name": "landmarks", "file": str(self.path.absolute()), "order": self.reading}
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return {
+            "name": "landmarks",
+            "file": str(self.path.absolute()),
+            "sha256": {self.path.name: digest},
+            "order": self.reading,
+        }
 
     def of(self, photograph: str) -> list[Face]:
         """The faces of a photograph; their boxes reach from the lowest to the highest of the points."""
@@ -99,6 +106,8 @@ def read_landmarks(path: Path) -> Landmarks:
     if not np.isfinite(numbers).all():
         name = lines[int(np.argmin(np.isfinite(numbers).all(axis=1)))][0]
         raise InputError(f"{path}: the face of {name} has a number that is not finite.")
+    if np.abs(numbers[:, :10]).max() <= 1:
+        raise InputError(f"All numbers of {path} are fractions: give the points in pixels of the upright photograph.")
     order, reading = _order(path, numbers[:: max(1, len(numbers) // _PROBES), :10])
     points = numbers[:, order].reshape(-1, 5, 2)
     return Landmarks(path, rows, points, numbers[:, 10], reading, _crop_of(points))

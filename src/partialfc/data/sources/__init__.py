@@ -29,6 +29,7 @@ from partialfc.data.sources.webdataset import open_webdataset
 
 # The first that recognises a folder opens it. For a file they are tried from the last to the first, because any file of
 # an unknown suffix may be RecordIO.
+_MOST_CLASSES = 1 << 31  # larger labels are numbers of persons, not of classes
 _FORMATS = (open_recordio, open_folder, open_webdataset, open_parquet, open_lmdb, open_list)
 
 
@@ -58,6 +59,11 @@ def open_source(path: str | Path, *, num_classes: int | None = None, overlay: st
             return open_mixture(path, open_source)
         for open_format in _FORMATS if path.is_dir() else _FORMATS[::-1]:
             if (source := open_format(path, num_classes)) is not None:
+                if num_classes is None and source.num_classes > _MOST_CLASSES:
+                    raise InputError(
+                        f"{path} has {len(source):,} images, but labels up to {source.num_classes - 1:,}: number the "
+                        "identities without gaps."
+                    )
                 if num_classes is not None and not isinstance(source, RecordSource):
                     check_labels(source, source.labels())  # those of RecordIO take a pass over the file
                 return source

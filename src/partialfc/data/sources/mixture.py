@@ -23,6 +23,7 @@ from partialfc.core.errors import InputError, did_you_mean
 from partialfc.data.sources.base import Sample, Source, check_label, check_labels, file_name, mapping_of
 
 SUFFIXES = (".yaml", ".yml")
+_MOST_OFTEN = 1000
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ def open_mixture(path: Path, open_source: Callable[..., Source]) -> MixtureSourc
         name, weight, overlay = str(values.get("path", "")), values.get("weight", 1), values.get("overlay")
         if not name or Path(name).suffix in SUFFIXES:
             raise InputError(f"{path} has a source with the path {name!r}: give that of a data set, not of a mixture.")
-        if type(weight) is not int or weight < 1:
-            raise InputError(f"{path} gives {name} the weight {weight!r}: write a whole number from 1.")
+        if type(weight) is not int or not 1 <= weight <= _MOST_OFTEN:
+            raise InputError(
+                f"{path} gives {name} the weight {weight!r}: write a whole number from 1 to {_MOST_OFTEN}."
+            )
         source = open_source(path.parent / name, overlay=None if overlay is None else path.parent / str(overlay))
         parts.append(Part(name, source, weight))
     return MixtureSource(path, parts, identities)

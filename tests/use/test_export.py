@@ -306,6 +306,8 @@ def test_what_is_refused(
         (model, "--to", graph): "exists already",
         (model, "--to", tmp_path / "no" / "a.onnx"): "There is no folder",
         (corrupt, "--to", new): "no ONNX file that onnxruntime runs",
+        (model, "--to", new): "give a name that ends in .onnx",
+        (model, "--to", new, "--for", "safetensors"): "give a name that ends in .safetensors",
         (graph, "--to", new): "is an ONNX file already",
         (graph, "--to", new, "--for", "insightface", "--mirror"): "is copied as it is",
         (half[1], "--to", new, "--for", "insightface"): "takes images of 16 pixels",

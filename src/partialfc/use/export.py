@@ -98,6 +98,9 @@ def export(model: FaceModel, to: Path, options: ExportOptions) -> Exported:
     check_new(to, "--to")
     is_plain = options.target in ("onnx", "deepface") or (options.target == "insightface" and to.suffix == ".onnx")
     _check_options(model, options, is_plain)
+    suffix = ".onnx" if is_plain else ".safetensors" if options.target == "safetensors" else to.suffix
+    if to.suffix != suffix:
+        raise InputError(f"{to} would be a file that programs know by its suffix: give a name that ends in {suffix}.")
     work = temporary_name(to)
     with output_errors(to):
         try:

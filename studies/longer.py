@@ -17,8 +17,9 @@ nothing before centers come close, so the training may only be late. All arms tr
 long as there.
 """
 READING = """
-On clean faces the training is not late: both heads gain much by the longer training, and the distance
-between them stays.
+Three times as long does not close the distance in rank-1, though it becomes smaller beside what the heads
+reach: from 30 % of the rank-1 of all classes to 17 %. In the accuracy of pairs it falls from 2.1 points
+to 1.4. Neither head has converged, so a training many times as long may tell another story.
 """
 STUDY = Study(
     name="longer",
@@ -34,7 +35,7 @@ STUDY = Study(
     figures={"test rank-1": "rank-1", "pairs accuracy": "accuracy of pairs"},
     epochs=15,
     claims=[
-        Claim("PFC 0.1 loses less than one point", "PFC 0.1", "all classes", "test rank-1", by=-0.01),
+        Claim("PFC 0.1 loses less than one point of rank-1", "PFC 0.1", "all classes", "test rank-1", by=-0.01),
         Claim("PFC is better than all classes on cut identities", "cut, PFC 0.1", "cut, all classes", "test rank-1"),
         Claim("PFC* is better than PFC on cut identities", "cut, PFC* 0.1", "cut, PFC 0.1", "test rank-1"),
     ],

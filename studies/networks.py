@@ -42,8 +42,8 @@ def _claims(network: str) -> list[Claim]:
         return Claim(f"{network}: {text}", f"{network}, {better}", f"{network}, {than}", "test rank-1", by=by)
 
     return [
-        claim("PFC 0.3 loses less than one point", "PFC 0.3", "all classes", by=-0.01),
-        claim("PFC 0.1 loses less than one point", "PFC 0.1", "all classes", by=-0.01),
+        claim("PFC 0.3 loses less than one point of rank-1", "PFC 0.3", "all classes", by=-0.01),
+        claim("PFC 0.1 loses less than one point of rank-1", "PFC 0.1", "all classes", by=-0.01),
         claim("PFC is better than all classes on cut identities", "cut, PFC 0.1", "cut, all classes"),
         claim("PFC* is better than PFC on cut identities", "cut, PFC* 0.1", "cut, PFC 0.1"),
     ]

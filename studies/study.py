@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sets import DATA, ON_A_CPU, ON_A_GPU, Prepared, Values
 
@@ -31,7 +31,7 @@ from partialfc.core.files import write_file
 from partialfc.data.sources.derived import locked
 from partialfc.evaluation.run import embed_benchmarks, evaluate_features, open_benchmarks
 from partialfc.model.files import load_model
-from partialfc.pages.axes import Axis, linear_axis, number_format
+from partialfc.pages.axes import linear_axis, number_format
 from partialfc.training.loop import train
 from partialfc.training.run.log import read_metrics
 
@@ -50,6 +50,7 @@ is, in batches of 128 by AdamW, with CosFace at scale 24 and margin 0.2; the pap
 by SGD at scale 64 and margin 0.4.
 """
 NOT_DONE = 75
+COLORS = {"confirmed": "#2a9d5c", "not confirmed": "#d1495b", "not resolvable": "#8a8a8a"}
 # Two-sided 97.5 % quantiles of Student's t by degrees of freedom.
 _T = {1: 25.452, 2: 6.205, 3: 4.177, 4: 3.495, 5: 3.163, 6: 2.969, 7: 2.841, 8: 2.752, 9: 2.685}
 MOST_SEEDS = 1 + max(_T)
@@ -93,7 +94,7 @@ class Study:
         plan: paragraphs of Markdown, written before the first run: what is varied, and what would count.
         arms: by name, in the order of the table.
         figures: the columns of the table: the name of a figure, and its heading.
-        claims: for every data set; the figure of the first is plotted.
+        claims: for every data set.
         seeds: of each arm.
         counts: the figures that are numbers, not shares.
         epochs: of a run; 0.5 of a toy.
@@ -247,28 +248,45 @@ def _train(config: TrainConfig, prepared: Prepared, folder: Path) -> Row:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-class Comparison(NamedTuple):
-    """The arms of a claim, paired by seed: over how many seeds, by how many points they differ, and the verdict."""
+@dataclass(frozen=True)
+class Comparison:
+    """The arms of a claim, paired by seed, in points.
+
+    Attributes:
+        seeds: that both arms have; three at least for a verdict.
+        least: what the claim says that the difference is above.
+        mean, half: the difference, and half of its interval.
+    """
 
     seeds: int
-    difference: str
-    verdict: str
+    least: float
+    mean: float = math.nan
+    half: float = math.nan
+
+    @property
+    def difference(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half:.1f}" if self.seeds >= 3 else "–"
+
+    @property
+    def verdict(self) -> str:
+        if self.seeds < 3:
+            return "not run in full" if self.seeds else "not run"
+        if abs(self.mean - self.least) <= self.half:
+            return "not resolvable"
+        return "confirmed" if self.mean > self.least else "not confirmed"
 
 
 def compare(rows: Sequence[Row], data: str, claim: Claim) -> Comparison:
+    """The difference of the arms of a claim on a data set."""
     sides = [
         {row["seed"]: row["figures"][claim.figure] for row in rows if (row["data"], row["arm"]) == (data, arm)}
         for arm in (claim.better, claim.than)
     ]
-    seeds = sorted(sides[0].keys() & sides[1].keys())
-    if len(seeds) < 3:
-        return Comparison(len(seeds), "–", "not run in full" if seeds else "not run")
-    differences = [100 * (sides[0][seed] - sides[1][seed]) for seed in seeds]
-    mean = statistics.mean(differences)
-    half = _T[len(seeds) - 1] * statistics.stdev(differences) / math.sqrt(len(seeds))
-    least = 100 * claim.by
-    verdict = "confirmed" if mean - half > least else "not confirmed" if mean + half < least else "not resolvable"
-    return Comparison(len(seeds), f"{mean:+.1f} ± {half:.1f}", verdict)
+    differences = [100 * (sides[0][seed] - sides[1][seed]) for seed in sides[0].keys() & sides[1].keys()]
+    if (seeds := len(differences)) < 3:
+        return Comparison(seeds, 100 * claim.by)
+    half = _T[seeds - 1] * statistics.stdev(differences) / math.sqrt(seeds)
+    return Comparison(seeds, 100 * claim.by, statistics.mean(differences), half)
 
 
 def page(study: Study, results: Path, folder: Path) -> None:
@@ -278,6 +296,7 @@ def page(study: Study, results: Path, folder: Path) -> None:
     lines = [f"# {study.title}", "", f"Written by `python studies/{study.name}.py page` from the results.", ""]
     lines += ["## Plan", "", *_paragraphs(study.plan), *_paragraphs(RULE)]
     lines += ["## Reading", "", *_paragraphs(study.reading)] * bool(study.reading)
+    lines += [f"![The claims: differences with intervals]({study.name}.svg)", ""]
     folder.mkdir(parents=True, exist_ok=True)
     for data in study.data:
         own = [row for row in rows if row["data"] == data]
@@ -292,10 +311,7 @@ def page(study: Study, results: Path, folder: Path) -> None:
         about = f"{content['facts'][data]} {len(own)} runs of {steps} steps, {hours:.1f} hours ({machines})."
         lines += [f"## {data.capitalize()}", "", *textwrap.wrap(about, 100)]
         lines += ["", *_table(study, own), "", *_verdicts(study, own, data), ""]
-        figure = study.claims[0].figure
-        plot = folder / f"{study.name}-{data}.svg"
-        plot.write_text(_plot(study, own, figure, data), encoding="utf-8")
-        lines += [f"![{study.figures[figure]} of each arm, {data}]({plot.name})", ""]
+    (folder / f"{study.name}.svg").write_text(_plot(study, rows), encoding="utf-8")
     (folder / f"{study.name}.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -330,40 +346,43 @@ def _mean(values: Sequence[float], scale: int) -> str:
 def _verdicts(study: Study, rows: Sequence[Row], data: str) -> list[str]:
     lines = ["| claim | measured in | seeds | difference, points | verdict |", "|---|---|---|---|---|"]
     for claim in study.claims:
-        seeds, difference, verdict = compare(rows, data, claim)
-        lines.append(f"| {claim.text} | {study.figures[claim.figure]} | {seeds} | {difference} | {verdict} |")
+        found = compare(rows, data, claim)
+        cells = claim.text, study.figures[claim.figure], str(found.seeds), found.difference, found.verdict
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _plot(study: Study, rows: Sequence[Row], figure: str, data: str) -> str:
-    """Mean and range of one figure for each arm, an arm a row."""
-    arms = {arm: [100 * row["figures"][figure] for row in rows if row["arm"] == arm] for arm in study.arms}
-    arms = {arm: values for arm, values in arms.items() if values}
-    every = [value for values in arms.values() for value in values]
-    axis = linear_axis(min(every), max(every), 190, 620)
-    bottom = 20 + 26 * len(arms)
-    parts = [_ticks(axis, bottom)]
-    for number, (arm, values) in enumerate(arms.items()):
-        y = 24 + 26 * number
-        parts.append(f'<text x="180" y="{y + 4}" text-anchor="end">{escape(arm)}</text>')
-        ends = axis.place(min(values)), axis.place(max(values))
-        parts.append(f'<line x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}" stroke-width="2"/>')
-        parts += [f'<circle cx="{axis.place(value):.1f}" cy="{y}" r="2" opacity="0.5"/>' for value in values]
-        parts.append(f'<circle cx="{axis.place(statistics.mean(values)):.1f}" cy="{y}" r="4"/>')
-    label = f"{data}, {study.figures[figure]} in per cent: mean and seeds"
-    parts.append(f'<text x="405" y="{bottom + 34}" text-anchor="middle">{escape(label)}</text>')
-    style = "text{font:12px sans-serif;fill:#808080}line{stroke:#3b7dd8}circle{fill:#3b7dd8}.grid{stroke:#80808055}"
-    size = f'viewBox="0 0 640 {bottom + 42}" width="640" role="img" aria-label="{escape(label)}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{"".join(parts)}</svg>\n'
-
-
-def _ticks(axis: Axis, bottom: int) -> str:
+def _plot(study: Study, rows: Sequence[Row]) -> str:
+    """The claims, with a row for each data set: the difference, its interval, and a tick that it should be above."""
+    found = {(claim.text, data): compare(rows, data, claim) for claim in study.claims for data in study.data}
+    shown = {key: one for key, one in found.items() if one.seeds >= 3}
+    ends = [end for one in shown.values() for end in (one.mean - one.half, one.mean + one.half)]
+    axis = linear_axis(min([0.0, *ends]), max([1.0, *ends]), 130, 620)
+    parts, y, last = [], 0, ""
+    for (text, data), one in shown.items():
+        y += 22 if text == last else 46
+        if text != last:
+            parts.append(f'<text x="10" y="{y - 18}">{escape(text)}</text>')
+        last = text
+        left, middle, right, least = map(axis.place, (one.mean - one.half, one.mean, one.mean + one.half, one.least))
+        color = COLORS[one.verdict]
+        parts.append(f'<text x="118" y="{y + 4}" text-anchor="end">{escape(data)}</text>')
+        parts.append(f'<path d="M{least:.1f} {y - 8}v16" stroke="#808080"/>')
+        parts.append(f'<path d="M{left:.1f} {y}H{right:.1f}" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<circle cx="{middle:.1f}" cy="{y}" r="4" fill="{color}"/>')
+    bottom = y + 16
     words = number_format(axis.ticks[1] - axis.ticks[0])
-    return "".join(
-        f'<line class="grid" x1="{axis.place(tick):.1f}" x2="{axis.place(tick):.1f}" y1="10" y2="{bottom}"/>'
-        f'<text x="{axis.place(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{words(tick)}</text>'
-        for tick in axis.ticks
-    )
+    for tick in axis.ticks:
+        x = axis.place(tick)
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{words(tick)}</text>')
+    parts.append(f'<text x="375" y="{bottom + 34}" text-anchor="middle">difference in points (hundredths)</text>')
+    for number, (verdict, color) in enumerate(COLORS.items()):
+        x = 130 + 150 * number
+        parts.append(f'<circle cx="{x}" cy="{bottom + 50}" r="4" fill="{color}"/>')
+        parts.append(f'<text x="{x + 10}" y="{bottom + 54}">{verdict}</text>')
+    style = "text{font:12px sans-serif;fill:#808080}"
+    size = f'viewBox="0 0 640 {bottom + 62}" width="640" role="img" aria-label="{escape(study.title)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{"".join(parts)}</svg>\n'
 
 
 def main(study: Study) -> None:

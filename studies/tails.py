@@ -14,18 +14,19 @@ from study import Arm, Claim, Study, main
 
 PLAN = """
 A tenth of the identities stay whole, and 2 to 4 images of each other remain, in the manner of the
-paper's WebFace12M-Longtail. The small network trains with all classes and with a tenth of them (PFC)
+paper's long-tailed set. The small network trains with all classes and with a tenth of them (PFC)
 in each step. With all classes the center of a rare identity is pushed away by every image of every
-other one in each epoch; a sampled head pushes it a tenth as often. "Passive updates" are the steps
-of the whole training that changed the center of a rare identity without an image of it. "Found" is
+other one in each epoch; a sampled head pushes it only in the steps that sample it. "Passive updates" are
+the steps of the whole training that changed the center of a rare identity without an image of it. "Found" is
 the share of training images whose nearest center is their own, for rare identities and for whole ones.
 """
 READING = """
-The mechanism is there: passive updates fall with the sample rate. Its harm is not. With all classes
-nearly every training image of a rare identity finds its own center, so there is nothing left to
-protect, and what remains is the price of fewer negatives, which on faces rare identities pay above all: a
-tenth of these classes is a few hundred, a tenth of the paper's is 60,000 and more. These sets are too
-small for the claim, in classes and in what their tails cost; the verdicts are about these sets.
+Passive updates fall with the sample rate by construction, further than the rate itself, since the
+positives of a batch fill a good part of the sample. That they harm is not seen. With all classes nearly
+every training image of a rare identity finds its own center, so there is little left to protect, and
+what remains is the price of fewer negatives, which on faces rare identities pay above all: a tenth of
+these classes is a few hundred, a tenth of the paper's is 60,000 and more. These sets are too small for
+the claim, in classes and in what their tails cost; the verdicts are about these sets.
 """
 TAIL = {"kind": "long-tail", "fraction": 0.1}
 _RARE = 4  # images at most

@@ -175,7 +175,9 @@ def run(
             return NOT_DONE
         began = time.monotonic()
         data, arm, seed = key
-        row = _row(study, prepared[data], arm, configs[key], work / "runs" / settings[key])
+        # What is kept decides no result, but which checkpoints can be measured.
+        folder = work / "runs" / f"{settings[key]}-{configs[key].output.keep}"
+        row = _row(study, prepared[data], arm, configs[key], folder)
         durations.append(time.monotonic() - began)
         with locked(results.parent):
             content = _content(study, results)
@@ -356,7 +358,7 @@ def _plot(study: Study, rows: Sequence[Row]) -> str:
     """The claims, with a row for each data set: the difference, its interval, and a tick that it should be above."""
     found = {(claim.text, data): compare(rows, data, claim) for claim in study.claims for data in study.data}
     shown = {key: one for key, one in found.items() if one.seeds >= 3}
-    ends = [end for one in shown.values() for end in (one.mean - one.half, one.mean + one.half)]
+    ends = [end for one in shown.values() for end in (one.mean - one.half, one.least, one.mean + one.half)]
     axis = linear_axis(min([0.0, *ends]), max([1.0, *ends]), 130, 620)
     parts, y, last = [], 0, ""
     for (text, data), one in shown.items():

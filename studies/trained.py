@@ -56,7 +56,8 @@ def read(run: Path, prepared: Prepared, damage: Values | None, shown: int, part:
     model.backbone.load_state_dict(checkpoint.tensors("backbone"))
     embeddings = torch.nn.functional.normalize(embed(model, images, flip=False), dim=1)
     images_of = np.bincount(every[every >= 0], minlength=len(found))
-    epochs = part * yaml.safe_load((run / "config.yaml").read_text())["schedule"]["epochs"]
+    steps = steps_in(run / "checkpoints")
+    epochs = yaml.safe_load((run / "config.yaml").read_text())["schedule"]["epochs"] * checkpoint.step / steps[-1]
     passive = checkpoint.rows("step", 0, len(found)).numpy() - epochs * images_of
     return Trained(found, images_of, passive, every[chosen], embeddings)
 

@@ -181,7 +181,7 @@ def test_pairs_of_a_file_whose_images_failed(capsys: pytest.CaptureFixture[str],
     for kind, count, figures in (
         (True, 4, {"accuracy": 0.9, "tar@far=0.1": 0.8, "fte": 0.05}),
         (False, 4, {"accuracy": 1.0, "tar@far=0.1": 1.0, "fte": 0.05}),
-    ):
+    ):  # each of 40 pairs, 20 of either kind
         lost = 2 * np.flatnonzero(is_same == kind)[:count]
         rows = features.copy()
         rows[lost] = 0
@@ -191,6 +191,8 @@ def test_pairs_of_a_file_whose_images_failed(capsys: pytest.CaptureFixture[str],
         ]
         assert {name: round(result["figures"][name]["value"], 3) for name in figures} == figures
         assert (result["genuine_pairs"], result["impostor_pairs"]) == (20, 20 if kind else 16)
+        assert (result["interval"], result["failures"]) == ("pairs", 4 if kind else 0)
+        assert result["accuracy_std"] >= 0
 
 
 def test_models_of_one_name_keep_their_scores_apart(
@@ -369,23 +371,24 @@ def test_ijb_on_stored_features(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "insightface" in compat["reading"]
 
 
-def test_ijb_has_thresholds_and_failures(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+def test_ijb_keeps_scores_and_counts_failures(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     folder = write_ijb(tmp_path / "ijbc")
     rows = np.random.default_rng(0).normal(size=(12, 16)).repeat(2, axis=0).astype(np.float32)
     rows[3] = 0
     contract = contract_of(load_model(model))
     write_features(tmp_path / "features.npy", rows, contract, mirrored=True, failed=[3])
     stored = [model, "--embeddings", tmp_path / "features.npy", "--benchmark", f"ijbc={folder}"]
-    result = evaluated(capsys, *stored, "--write-thresholds", "--out", tmp_path / "out")["benchmarks"]["ijbc"]
+    result = evaluated(capsys, *stored, "--out", tmp_path / "out")["benchmarks"]["ijbc"]
     assert result["failures"] == 1
     assert result["figures"]["fte"]["value"] == pytest.approx(1 / 24)
     assert (tmp_path / "out" / "ijbc-scores.npz").is_file()
-    thresholds = model / "thresholds.json"
-    assert json.loads(thresholds.read_text())["measured_on"]["name"] == "ijbc"
-    result = evaluated(capsys, *stored, "--thresholds", thresholds)["benchmarks"]["ijbc"]
-    assert [row["target"] for row in result["thresholds"]] == [0.01]
-    assert run("evaluate", *stored, "--thresholds", thresholds, "--compat", "insightface") == 0
-    assert "ijbc: there are no 1:1 scores for the thresholds" in capsys.readouterr().out
+    # Templates join several pictures, and a threshold is for two.
+    assert "does not compare two pictures" in complaint(capsys, "evaluate", *stored, "--write-thresholds")
+    people = write_people(tmp_path / "people", {f"p{number}": 3 for number in range(12)})
+    assert run("evaluate", model, "--benchmark", people, "--write-thresholds", "--workers", 0) == 0
+    capsys.readouterr()
+    assert run("evaluate", *stored, "--thresholds", model / "thresholds.json") == 0
+    assert "ijbc: the thresholds, which are for two pictures, are not tried on it" in capsys.readouterr().out
 
 
 def evaluated_stored(capsys: pytest.CaptureFixture[str], features: Path, folder: Path, *more: object) -> Any:

@@ -134,6 +134,12 @@ def test_a_file_may_hold_the_other_options_too(capsys: pytest.CaptureFixture[str
         assert "NAME=PATH" in sentence
 
 
+def test_a_recipe_that_is_no_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for value in ("3", "[wf12]"):
+        (tmp_path / "config.yaml").write_text(f"recipe: {value}\n")
+        assert "There is no recipe" in complaint(capsys, "train", "--config", tmp_path / "config.yaml")
+
+
 def test_a_file_may_name_its_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Its own values come after it, and the recipe of the command line in its place."""
     (tmp_path / "config.yaml").write_text("recipe: wf12m-r100-pfc0.3\nseed: 3\nhead: {scale: 30.0}\n")

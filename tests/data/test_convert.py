@@ -194,6 +194,20 @@ class TestCompressed:
         assert facts["images"] == 6
         assert "old.tar.gz" in " ".join(facts["notes"])
 
+    def test_an_archive_beside_shards(self, tmp_path: Path, real_parquet: Path, real_webdataset: Path) -> None:
+        """It is no part of a Parquet set, but it may be one of a WebDataset."""
+        packed = gzip.compress(next(real_webdataset.iterdir()).read_bytes(), 1)
+        for name, kind in (("parquet", real_parquet), ("shards", real_webdataset)):
+            shutil.copytree(kind if kind.is_dir() else kind.parent, tmp_path / name)
+            (tmp_path / name / "old.tar.gz").write_bytes(packed)
+        assert convert(tmp_path / "parquet", tmp_path / "out", "folder")["images"] == 48
+        with pytest.raises(InputError, match=r"has \.tar and \.tar\.gz files: move those of one kind away"):
+            convert(tmp_path / "shards", tmp_path / "out 2", "folder")
+        shard = next((tmp_path / "shards").glob("*.tar"))
+        shard.write_bytes(shard.read_bytes()[:700])
+        with pytest.raises(InputError, match=shard.name):  # a damaged set is no reason to take the archive
+            convert(tmp_path / "shards", tmp_path / "out 2", "folder")
+
     def test_two_archives_of_one_name(self, tmp_path: Path, real_webdataset: Path) -> None:
         for name in ("a.tgz", "a.tar.gz"):
             packed = gzip.compress(next(real_webdataset.iterdir()).read_bytes(), 1)

@@ -282,6 +282,18 @@ def test_negatives_that_underflow_beside_a_close_target_cost_nothing() -> None:
         head(rows, torch.tensor([0]))
 
 
+def test_negatives_that_underflow_beside_a_target_as_small_are_an_error() -> None:
+    """A cosine of 0 and a margin of 0.5 make a target logit of -31, and many negatives at -33 count beside it."""
+    head = PartialFC(100_000, 8, margin=CurricularFace(0.5), sample_rate=0.0)
+    with torch.no_grad():
+        head.centers[0] = torch.tensor([0.0, 1.0, *[0.0] * 6])
+        head.centers[1] = torch.tensor([-0.52, (1 - 0.52**2) ** 0.5, *[0.0] * 6])
+    rows = torch.zeros(2, 8)
+    rows[:, 0] = 1.0
+    with pytest.raises(InputError, match="the scale"):
+        head(rows, torch.tensor([0, 1]))
+
+
 def test_extra_repr_names_what_matters() -> None:
     assert "num_classes=20, embedding_dim=8, sample_rate=0.3" in repr(PartialFC(20, 8, 0.3))
 

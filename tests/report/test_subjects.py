@@ -105,6 +105,14 @@ def test_results_of_one_name_are_told_apart(capsys: pytest.CaptureFixture[str], 
     assert tables(check_page(page.read_text()))["Figures of pairs"][0][1:] == [str(place) for place in places]
 
 
+def test_two_files_of_results_in_one_folder(tmp_path: Path) -> None:
+    folder = results_at(tmp_path, {"pairs": ExampleBenchmark().result()})
+    files = [folder / "a.json", folder / "b.json"]
+    for file in files:
+        file.write_bytes((folder / "results.json").read_bytes())
+    assert len({one.name for one in read_subjects(files)}) == 2
+
+
 def test_results_in_the_folder_of_their_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "mine", LINES)
     results_at(folder, {"pairs": ExampleBenchmark().result()}, model=str(folder))

@@ -96,6 +96,19 @@ def test_the_best_model_stays_without_the_benchmarks_that_chose_it(
         assert (root / "model" / "best" / "model.safetensors").read_bytes() == best
 
 
+def test_a_run_that_ended_between_its_first_model_and_checkpoint_is_resumed(
+    tmp_path: Path,
+) -> None:
+    config = small_config(output=OutputConfig(log_every=1, checkpoint_every=9, evaluate_every=2))
+    with interrupt_at(4):
+        loop.train(config, tmp_path / "run", benchmarks=PAIRS, quiet=True)
+    assert (tmp_path / "run" / "model" / "best").is_dir()
+    assert not steps_in(tmp_path / "run" / "checkpoints")
+    with pytest.raises(InputError, match="holds another run"):
+        loop.train(config, tmp_path / "run", benchmarks=PAIRS, quiet=True)
+    assert loop.train(config, tmp_path / "run", benchmarks=PAIRS, resume=True, quiet=True).steps == 10
+
+
 def test_what_a_new_run_would_replace_is_refused(straight: Path, tmp_path: Path) -> None:
     """A configuration of one's own, and a model whose checkpoints were removed."""
     (tmp_path / "mine").mkdir()

@@ -18,6 +18,8 @@ from trained_models import noise, write_model
 from partialfc import InputError, load_model
 from partialfc.data.images import encode_png
 from partialfc.data.photographs.align import align_photographs
+from partialfc.evaluation.images import Files
+from partialfc.evaluation.run import in_order
 from partialfc.model.contract import contract_of
 from partialfc.model.feature_table import read_table, write_table
 from partialfc.model.features import FeatureWriter, describe, read_features
@@ -146,6 +148,16 @@ def test_what_is_passed_over_is_said(capsys: pytest.CaptureFixture[str], model: 
     assert [Path(name).name for name in read_features(tmp_path / "loose.npy").names or ()] == ["0.png", "1.png"]
 
 
+def test_a_picture_beside_folders_without_images_is_no_set(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "set" / "ann").mkdir(parents=True)
+    (tmp_path / "set" / "ann" / "1.heic").write_bytes(b"")
+    (tmp_path / "set" / "cover.png").write_bytes(encode_png(noise(0)))
+    said = complaint(capsys, "embed", model, tmp_path / "set", "--out", tmp_path / "out.npy")
+    assert "1 .heic (such as ann/1.heic)" in said
+
+
 def test_names_that_are_no_utf_8_and_records_that_are_damaged(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +170,7 @@ def test_names_that_are_no_utf_8_and_records_that_are_damaged(
     (tmp_path / "set" / "landmarks.jsonl").write_text("")
     assert embed(model, tmp_path / "set", "--out", out) == 0
     assert pq.read_table(out).column("identity").to_pylist() == ["ren\\udce9"]
+    assert in_order(read_features(out), Files([folder / "0.png"]), out)[1]
 
 
 def test_an_interrupted_table_goes_on(model: Path, people: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -123,10 +123,15 @@ def _evaluate_model(
     return _content(results, thresholds, {"model": str(path), "origin": model.origin, "contract": contract})
 
 
+def _compares_pictures(result: Result) -> bool:
+    """Whether the scores are of two pictures, as those of `partialfc verify`, and not of templates of several."""
+    return "" in result.scores and not result.kind.startswith("ijb")
+
+
 def _write_thresholds(results: Mapping[str, Result], contract: str, model: Path) -> None:
     ((name, result),) = results.items()
-    if "" not in result.scores:
-        raise InputError(f"{name} measures no 1:1 scores: thresholds need pairs.")
+    if not _compares_pictures(result):
+        raise InputError(f"{name} does not compare two pictures at a time: thresholds need that.")
     written = measure_thresholds(result.scores[""], name=name, contract=contract)
     say(f"thresholds: {write_thresholds_file(written, model.parent if model.is_file() else find_model(model))}")
 
@@ -159,8 +164,8 @@ def _content(results: dict[str, Result], thresholds: Thresholds | None, facts: d
         content[name] = {**result.to_dict(), "identity_overlap": "unknown"}
         if thresholds is None:
             continue
-        if "" not in result.scores:
-            lines.append(f"{name}: there are no 1:1 scores for the thresholds")
+        if not _compares_pictures(result):
+            lines.append(f"{name}: the thresholds, which are for two pictures, are not tried on it")
             continue
         if facts["contract"] is not None and not same_source(thresholds.contract, facts["contract"]):
             raise InputError(

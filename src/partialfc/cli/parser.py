@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         if "--config" in self._option_string_actions:
             files = [self._read_config(path) for path in options.config]
             recipe = options.recipe or next((one["recipe"] for one in reversed(files) if one.get("recipe")), None)
-            for values in (flatten(recipe_config(recipe).to_dict()) if recipe else {}, *files):
+            for values in (flatten(recipe_config(str(recipe)).to_dict()) if recipe else {}, *files):
                 self.set_defaults(**values)
             options, unknown = super().parse_known_args(words, namespace)
         if unknown:

@@ -325,7 +325,7 @@ class TrainConfig:
 
     def total_steps(self, images: int) -> int:
         """Optimizer steps of a training on a set of so many images."""
-        return max(1, round(self.schedule.epochs * images / self.data.global_batch_size))
+        return max(1, round(self.schedule.epochs * (images / self.data.global_batch_size)))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""

@@ -26,7 +26,15 @@ from partialfc.core.files import atomic_file, fsync, output_errors, temporary_na
 from partialfc.data.convert_targets import PARTS, TARGETS, Item, Target, TargetName, written_images
 from partialfc.data.images import UnreadableImage
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, check_label, check_labels, describe_copy, file_name, reading_notes
+from partialfc.data.sources.base import (
+    NoTrainingSet,
+    Source,
+    check_label,
+    check_labels,
+    describe_copy,
+    file_name,
+    reading_notes,
+)
 from partialfc.data.sources.overlay import fingerprint
 from partialfc.data.sources.webdataset import COMPRESSED, tar_files
 
@@ -96,11 +104,14 @@ def _open(path: Path, unpacked: Path, quiet: bool) -> tuple[Source, list[str]]:
     if not compressed or path.is_dir():
         try:
             source = open_source(path)
-            beside = [f"{file} is not read, but a set beside it" for file in compressed]
-            return source, [*reading_notes(source), *beside]
-        except InputError:
+        except NoTrainingSet:
             if not compressed:
                 raise
+        else:
+            if compressed and source.format == "webdataset":
+                raise InputError(f"{path} has .tar and .tar.gz files: move those of one kind away.")
+            beside = [f"{file} is not read, but the set beside it" for file in compressed]
+            return source, [*reading_notes(source), *beside]
     source = open_source(_unpack(compressed, unpacked, quiet))
     return source, reading_notes(source)
 

@@ -42,7 +42,6 @@ from partialfc.evaluation.identification import evaluate_gallery, identify_templ
 from partialfc.evaluation.images import Files, JoinedImages, LooseCrops
 from partialfc.evaluation.pairs import evaluate_pairs
 from partialfc.evaluation.statistics.figures import Result
-from partialfc.evaluation.statistics.intervals import accuracy_figure
 from partialfc.evaluation.statistics.metrics import Scores
 from partialfc.evaluation.templates import template_features, verify_templates
 from partialfc.evaluation.verification import (
@@ -61,7 +60,6 @@ PAIR_COLUMNS = ["left", "right", "is_same"]
 GALLERY, PROBE, UNKNOWN, DISTRACTORS = "gallery", "probe", "unknown", "distractors"
 _PARTS = (GALLERY, PROBE, UNKNOWN, DISTRACTORS)
 _KINDS = ("genuine", "impostor")
-_BEYOND = 5.0  # squared distance of a pair that was not compared: unit vectors are at most 4 apart
 
 
 class Benchmark(Protocol):
@@ -149,15 +147,9 @@ class PairFile:
 
     def evaluate(self, features: Features) -> Result:
         """As `Benchmark.evaluate`; pairs with an image that could not be used count as in a list of pairs."""
-        is_same, failed = self._pairs.is_same, features.failed.reshape(-1, 2).any(axis=1)
-        if not failed.any():
-            return with_quality(evaluate_pairs(features.embeddings, is_same).result(), features)
-        result = verify_listed_pairs(features, np.arange(2 * len(is_same)).reshape(-1, 2), is_same)
-        units = features.units().astype(np.float64)
-        distances = np.where(failed, _BEYOND, np.square(units[0::2] - units[1::2]).sum(axis=1))
-        counted = is_same | ~failed
-        accuracy = accuracy_figure(distances[counted], is_same[counted])
-        return replace(result, figures={"accuracy": accuracy} | result.figures)
+        failed = features.failed[0::2] | features.failed[1::2]
+        result = evaluate_pairs(features.embeddings, self._pairs.is_same, failed).result()
+        return with_quality(replace(result, figures=result.figures | failure_to_enrol(features.failed)), features)
 
 
 class PairFiles:

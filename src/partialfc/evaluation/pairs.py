@@ -22,6 +22,7 @@ from partialfc.model.embed import embed_batches
 from partialfc.model.files import Model
 
 FARS = (1e-3, 1e-2, 1e-1)
+_BEYOND = 5.0  # squared distance of a pair that was not compared: unit vectors are at most 4 apart
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class PairResult:
         scores: float64 (P,), the cosine of each pair.
         squared_distances: float64 (P,), between the unit embeddings of each pair.
         is_same: bool (P,), the truth.
+        failed: bool (P,), genuine pairs that could not be compared; they count as "different" at every threshold.
+        numbers: int64 (P,), the number of each pair among all: impostor pairs that could not be compared are left out.
     """
 
     accuracy: float
@@ -48,6 +51,8 @@ class PairResult:
     scores: NDArray[np.float64]
     squared_distances: NDArray[np.float64]
     is_same: NDArray[np.bool_]
+    failed: NDArray[np.bool_]
+    numbers: NDArray[np.int64]
 
     @property
     def cosine_threshold(self) -> float:
@@ -68,10 +73,16 @@ class PairResult:
 
     def result(self) -> Result:
         """The same as named figures with intervals. Pairs of a `.bin` file name no identities: pairs are resampled."""
-        genuine, impostor = self.scores[self.is_same], self.scores[~self.is_same]
-        rows = np.arange(2 * len(self.is_same)).reshape(-1, 2)
-        of_kind = rows[self.is_same], rows[~self.is_same]
-        scores = Scores(genuine, impostor, len(impostor), genuine_rows=of_kind[0], impostor_rows=of_kind[1])
+        genuine, impostor = self.is_same & ~self.failed, ~self.is_same
+        rows = 2 * self.numbers[:, None] + np.arange(2)
+        scores = Scores(
+            self.scores[genuine],
+            self.scores[impostor],
+            int(impostor.sum()),
+            failures=int(self.failed.sum()),
+            genuine_rows=rows[genuine],
+            impostor_rows=rows[impostor],
+        )
         accuracy = {"accuracy": accuracy_figure(self.squared_distances, self.is_same)}
         facts = {"accuracy_std": self.accuracy_std, "cosine_threshold": self.cosine_threshold}
         return Result(
@@ -79,8 +90,13 @@ class PairResult:
         )
 
 
-def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairResult:
+def evaluate_pairs(
+    embeddings: Tensor | ArrayLike, is_same: ArrayLike, failed: NDArray[np.bool_] | None = None
+) -> PairResult:
     """The protocol on embeddings (2P, D), not normalised; pair i is the rows 2i and 2i + 1, its truth `is_same` (P,).
+
+    Pairs that `failed` (P,) had an image that could not be used: genuine ones count as different, and impostor ones do
+    not count, so that a failure never raises an accuracy or lowers a FAR.
 
     Raises:
         InputError: embeddings that are not finite, not two for each answer, fewer pairs than the 10 folds, or pairs of
@@ -100,10 +116,12 @@ def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairRe
         raise InputError(f"All {len(same)} pairs are of one kind: give pairs of the same person and of two persons.")
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     units = rows / np.where(norms > 0, norms, 1.0)
-    left, right = units[0::2], units[1::2]
-    distances = np.sum((left - right) ** 2, axis=1)
+    failed = np.zeros(len(same), bool) if failed is None else failed
+    numbers = np.flatnonzero(same | ~failed)
+    left, right, same, failed = units[0::2][numbers], units[1::2][numbers], same[numbers], failed[numbers]
+    distances = np.where(failed, _BEYOND, np.sum((left - right) ** 2, axis=1))
     accuracies, thresholds = fold_accuracy(distances, same)
-    scores = np.sum(left * right, axis=1)
+    scores = np.where(failed, -1.0, np.sum(left * right, axis=1))
     curve = roc(scores[same], scores[~same])
     return PairResult(
         accuracy=float(accuracies.mean()),
@@ -115,6 +133,8 @@ def evaluate_pairs(embeddings: Tensor | ArrayLike, is_same: ArrayLike) -> PairRe
         scores=scores,
         squared_distances=distances,
         is_same=same,
+        failed=failed,
+        numbers=numbers,
     )
 
 

@@ -21,6 +21,7 @@ from partialfc.evaluation.statistics.curves import curve_facts, hardest_pairs
 from partialfc.evaluation.statistics.figures import Result, result_from
 from partialfc.model.config import ModelConfig
 from partialfc.model.embed import Images, check_images, embed_source
+from partialfc.model.feature_table import storable
 from partialfc.model.features import Features
 from partialfc.model.files import Model
 
@@ -74,8 +75,8 @@ def in_order(features: Features, images: Images, source: Path) -> tuple[Features
     Raises:
         InputError: some of the images have no row.
     """
-    wanted = [images.name(index).split("/") for index in range(len(images))]
-    names = [name.split("/") for name in features.names or ()]
+    wanted = [storable(images.name(index)).split("/") for index in range(len(images))]
+    names = [storable(name).split("/") for name in features.names or ()]
     for depth in range(1, max(map(len, [*wanted, *names]), default=0) + 1):
         rows = {tuple(name[-depth:]): row for row, name in enumerate(names)}
         ends = [tuple(name[-depth:]) for name in wanted]

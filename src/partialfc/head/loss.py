@@ -29,6 +29,7 @@ NO_THRESHOLD = 2.0  # a conflict threshold that no cosine exceeds
 _LARGEST_EXPONENT = 85.0  # exp(88.7) is the largest float32; the sum over a tile's samples stays below it
 _SMALLEST_EXPONENT = -87.3  # below it e^x is subnormal, which the backends round to 0
 _WIDEST_REWEIGHTED = 200.0
+_DIGITS = 17.0  # e^-17 is below the last digit of float32 beside 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class LossConfig:
         """Subtracted from every scaled logit, so that the sum of C exponentials stays finite in float32."""
         bound = self.scale * self.margin.negatives_bound
         return max(0.0, bound + math.log(self.num_classes) - _LARGEST_EXPONENT)
+
+    @property
+    def smallest_target(self) -> float:
+        """The smallest target logit, not scaled, beside which negatives that underflow are below float32's digits."""
+        return (self.shift + _SMALLEST_EXPONENT + math.log(self.num_classes) + _DIGITS) / self.scale
 
 
 def normalise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,7 @@ class _Step:
         )
         with record_function("head: negatives"):
             self.negatives = backend.sum_negatives(centers, self.batch, keep=keep)
-        sums = _reduce_sums(head, self.negatives, self.batch, target_cosine)
+        sums = _reduce_sums(head, self.negatives, self.batch, target_cosine, self.margin_batch)
         self.bad = _check_sums(head, sums.sum() + target_cosine.sum(), on_device)
         self.terms = loss_terms(sums, target_cosine, self.margin_batch, config)
 
@@ -297,7 +297,9 @@ def _margin_batch(
     return replace(batch, state=state)
 
 
-def _reduce_sums(head: PartialFC, negatives: NegativeSums, batch: ShardBatch, target_cosine: Tensor) -> Tensor:
+def _reduce_sums(
+    head: PartialFC, negatives: NegativeSums, batch: ShardBatch, target_cosine: Tensor, margin_batch: MarginBatch
+) -> Tensor:
     """(G,) float64, Z exp(−shift) over all shards; also sets the head's figures. One collective."""
     sampled = batch.count
     if sampled is None:
@@ -307,7 +309,8 @@ def _reduce_sums(head: PartialFC, negatives: NegativeSums, batch: ShardBatch, ta
     sums, conflicts, all_sampled = reduced[:-2], reduced[-2], reduced[-1]
     if batch.hard_negatives is not None and batch.config.conflict_threshold is None:
         # The exponentials of all negatives underflow. Beside the target's that is nothing, unless it is as small.
-        sums = sums.masked_fill((sums == 0) & (all_sampled > 1) & (target_cosine < 0), torch.nan)
+        is_small = batch.config.margin.target(target_cosine, margin_batch) < batch.config.smallest_target
+        sums = sums.masked_fill((sums == 0) & (all_sampled > 1) & is_small, torch.nan)
     head.figures = HeadFigures(
         target_cosine=target_cosine.mean(),
         conflict_share=conflicts / ((all_sampled - 1) * len(sums)).clamp_min(1),

@@ -68,9 +68,9 @@ def write_table(
             part = np.ascontiguousarray(embeddings[rows])
             known = np.full(len(part), -1) if labels is None else labels[rows]
             own = [None if label < 0 else int(label) for label in known]
-            people = [None if label is None or identities is None else _utf8(identities[label]) for label in own]
+            people = [None if label is None or identities is None else storable(identities[label]) for label in own]
             values = [
-                [_utf8(name) for name in names[rows]],
+                [storable(name) for name in names[rows]],
                 own,
                 people,
                 pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), width),
@@ -85,7 +85,8 @@ def write_table(
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
-def _utf8(name: str) -> str:
+def storable(name: str) -> str:
+    """A name as a table holds it: bytes of a file's name that are no UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

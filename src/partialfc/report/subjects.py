@@ -48,8 +48,8 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
     Raises:
         InputError: a path holds neither, is given twice, or what is there is damaged or of a newer version.
     """
-    folders = [path.resolve().parent if path.is_file() else path.resolve() for path in paths]
-    if len(set(folders)) < len(folders):
+    given = {path.resolve().parent if path.name == RESULTS else path.resolve() for path in paths}
+    if len(given) < len(paths):
         raise InputError("A path is given twice: give each run and each file of results once.")
     subjects = [Subject(str(path), path, read_run(path)) for path in paths if not _has_results(path) or has_run(path)]
     for path in filter(_has_results, paths):
@@ -63,7 +63,8 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
             if places:
                 subjects[places[0]] = subjects[places[0]].with_results(results, facts["made"])
             else:
-                subjects.append(Subject(name if len(found) > 1 else str(folder), folder, None, results, facts["made"]))
+                own = str(folder if path.name == RESULTS else path)
+                subjects.append(Subject(name if len(found) > 1 else own, folder, None, results, facts["made"]))
     return _named(subjects)
 
 

@@ -19,7 +19,7 @@ from partialfc.data.photographs.align import crop_scores
 from partialfc.data.photographs.face import Detector
 from partialfc.data.photographs.files import read_photograph, upright
 from partialfc.data.sources import open_source
-from partialfc.data.sources.base import Source, read_image, reading_notes
+from partialfc.data.sources.base import NoTrainingSet, Source, read_image, reading_notes
 from partialfc.data.sources.folder import IMAGE_SUFFIXES
 from partialfc.data.sources.parquet import import_pyarrow
 from partialfc.distributed.collectives import rank_of
@@ -121,10 +121,10 @@ def _open(data: Path) -> tuple[Files | Source, NDArray[np.int64] | None, list[st
         return Files([data]), None, None
     try:
         source = open_source(data)
-    except InputError:
+    except NoTrainingSet:
         entries = sorted(data.iterdir()) if data.is_dir() else []
         files = [file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-        if not files:
+        if not files or any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
             raise
         return Files(files), None, None
     return source, source.labels(), source.identities

@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from partialfc.core.errors import InputError
-from partialfc.data.sources.base import Source, check_labels, check_regular, describe_passed_over
+from partialfc.data.sources.base import NoTrainingSet, Source, check_labels, check_regular, describe_passed_over
 from partialfc.data.sources.folder import FolderSource, open_folder
 from partialfc.data.sources.list_file import open_list
 from partialfc.data.sources.lmdb import open_lmdb
@@ -25,11 +25,11 @@ from partialfc.data.sources.mixture import SUFFIXES, open_mixture
 from partialfc.data.sources.overlay import Overlay, read_overlay
 from partialfc.data.sources.parquet import open_parquet
 from partialfc.data.sources.record_source import RecordSource, open_recordio
-from partialfc.data.sources.webdataset import open_webdataset
+from partialfc.data.sources.webdataset import open_webdataset, refuse_compressed
 
+_MOST_CLASSES = 1 << 31  # larger labels are numbers of persons, not of classes
 # The first that recognises a folder opens it. For a file they are tried from the last to the first, because any file of
 # an unknown suffix may be RecordIO.
-_MOST_CLASSES = 1 << 31  # larger labels are numbers of persons, not of classes
 _FORMATS = (open_recordio, open_folder, open_webdataset, open_parquet, open_lmdb, open_list)
 
 
@@ -42,7 +42,8 @@ def open_source(path: str | Path, *, num_classes: int | None = None, overlay: st
         overlay: a file of decisions about the set, which are applied on reading.
 
     Raises:
-        InputError: there is no training set at `path`, or the overlay is damaged or was made for another set.
+        NoTrainingSet: there is none at `path`.
+        InputError: the set or the overlay is damaged, or the overlay was made for another set.
     """
     if overlay is not None:
         return Overlay(open_source(path, num_classes=num_classes), read_overlay(overlay), overlay)
@@ -67,10 +68,12 @@ def open_source(path: str | Path, *, num_classes: int | None = None, overlay: st
                 if num_classes is not None and not isinstance(source, RecordSource):
                     check_labels(source, source.labels())  # those of RecordIO take a pass over the file
                 return source
+        if path.is_dir():
+            refuse_compressed(path)
         hint = describe_passed_over(FolderSource(path).passed_over) if path.is_dir() else ""
     except OSError as error:
         raise InputError(f"Cannot read {error.filename or path}: {error.strerror}.") from error
-    raise InputError(
+    raise NoTrainingSet(
         f"{path} is no training set: give a .rec, .tar, .parquet, .arrow, .lmdb or .lst file, a folder with such "
         "files, or a folder of identity folders with images." + (f" Of it, {hint}." if hint else "")
     )

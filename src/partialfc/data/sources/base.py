@@ -183,6 +183,10 @@ def read_file(path: str) -> bytes:
         raise UnreadableImage(f"{path}: {error.strerror}") from error
 
 
+class NoTrainingSet(InputError):
+    """There is no training set of any format at a path, and no damaged one either."""
+
+
 def check_regular(files: Iterable[Path]) -> list[Path]:
     """The paths; an InputError names one at which there is neither a file nor a folder, but a pipe or a dead link."""
     files = list(files)

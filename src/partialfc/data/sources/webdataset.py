@@ -21,7 +21,7 @@ import numpy as np
 from partialfc.core.console import Progress
 from partialfc.core.errors import InputError
 from partialfc.data.images import UnreadableImage
-from partialfc.data.sources.base import Sample, check_regular
+from partialfc.data.sources.base import NoTrainingSet, Sample, check_regular
 from partialfc.data.sources.derived import derived_rows
 from partialfc.data.sources.folder import IMAGE_SUFFIXES
 from partialfc.data.sources.names import read_classes
@@ -41,14 +41,18 @@ def open_webdataset(path: Path, num_classes: int | None) -> WebDatasetSource | N
         OSError: the folder cannot be listed.
     """
     shards = tar_files(path, (".tar",))
-    if not shards:
-        if tar_files(path, COMPRESSED):
-            raise InputError(
-                f"{path} is compressed, so that its images cannot be read in any order: unpack it by "
-                f"`partialfc data convert {path} --out DIR --to webdataset`."
-            )
-        return None
-    return WebDatasetSource(path, shards, num_classes)
+    if not shards and path.is_file():
+        refuse_compressed(path)
+    return WebDatasetSource(path, shards, num_classes) if shards else None
+
+
+def refuse_compressed(path: Path) -> None:
+    """Say how to read `.tar.gz` files, if `path` is one or holds some, in a NoTrainingSet."""
+    if tar_files(path, COMPRESSED):
+        raise NoTrainingSet(
+            f"{path} is compressed, so that its images cannot be read in any order: unpack it by "
+            f"`partialfc data convert {path} --out DIR --to webdataset`."
+        )
 
 
 def tar_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:

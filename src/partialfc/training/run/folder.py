@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
+from partialfc.checkpoint.read import steps_in
 from partialfc.config.options import FREE_KEYS, TrainConfig, flatten
 from partialfc.core.errors import InputError
 from partialfc.core.files import write_file
@@ -65,6 +66,7 @@ def _claim(folder: RunFolder, config: TrainConfig, stack: contextlib.ExitStack) 
     folder.root.mkdir(parents=True, exist_ok=True)
     content = stack.enter_context(lock_folder(folder.root))
     try:
+        folder.checkpoints.mkdir(exist_ok=True)  # if it is gone later, somebody has removed the checkpoints
         write_file(folder.config, config.to_yaml())
     except OSError as error:
         raise InputError(f"{folder.config} cannot be written ({error.strerror}): make room, or give --out.") from error
@@ -122,22 +124,19 @@ def _check(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
             raise InputError(f"{folder.config} is missing: restore it from a copy, or give another folder with --out.")
         raise InputError(f"{root} is not empty and holds no run: give another folder with --out.")
     settings = read_settings(folder.config)[1]
-    if missing := flatten(TrainConfig().to_dict()).keys() - flatten(settings).keys():
-        is_of_a_run = folder.metrics.is_file() or folder.checkpoints.exists()  # perhaps of an earlier version
-        if not is_of_a_run:
-            raise InputError(
-                f"{folder.config} was not written by a run (it lacks {min(missing)}) and would be replaced: give "
-                "another folder with --out."
-            )
+    has_run = folder.metrics.is_file() or folder.checkpoints.exists()
+    if not has_run and (missing := flatten(TrainConfig().to_dict()).keys() - flatten(settings).keys()):
+        raise InputError(
+            f"{folder.config} was not written by a run (it lacks {min(missing)}) and would be replaced: give another "
+            "folder with --out."
+        )
+    if not folder.checkpoints.exists() and any(root.glob("model/*/*")):
+        raise InputError(
+            f"{root} holds a model but no checkpoint, and a new run would replace it: give another folder with --out."
+        )
     has_metrics = folder.metrics.is_file() and folder.metrics.stat().st_size > 0
-    if not folder.checkpoints.exists():
-        if (root / "model").exists():
-            raise InputError(
-                f"{root} holds a model but no checkpoint, and a new run would replace it: give another folder with "
-                "--out."
-            )
-        if not has_metrics:
-            return  # a run that failed before its first step
+    if not steps_in(folder.checkpoints) and not has_metrics:
+        return  # a run that failed before its first step
     if not resume:
         raise InputError(f"{root} holds another run: continue it with --resume, or give another folder with --out.")
     # Options that did not exist when the configuration was written have their defaults.

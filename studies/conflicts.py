@@ -27,8 +27,8 @@ paper cuts 200,000 of its 600,000 identities; here all are cut.
 The claims read "suffers less" at first and were reworded after the runs; what they measure is as planned.
 """
 READING = """
-On characters the paper's claims hold, and by much: a sampled head is better on the cut set, and PFC*
-makes up two thirds of what PFC still lacks to the set that was not cut. The centers show what PFC does:
+On characters the paper's claims hold, and by much. The cut costs all classes 25 points of rank-1 and PFC
+13, and PFC* makes up two thirds of these. The centers show what PFC does:
 those of one shape are 21 points closer than with all classes, strangers 2. What PFC* adds is less
 selective. Siblings come 8 points closer and strangers 10, and of what its threshold leaves out one in 25
 is the same shape; the rest are look-alikes.

@@ -121,7 +121,7 @@ def run_corrupt(options: Namespace) -> None:
 def run_convert(options: Namespace) -> None:
     """Write a training set in another format; after an interruption, the same command goes on."""
     facts = convert(options.path, options.out, options.to, quiet=options.json)
-    show(options, facts, facts_text(facts))
+    show(options, facts, facts_text({name: _in_words(value) for name, value in facts.items()}))
 
 
 def run_pairs(options: Namespace) -> None:

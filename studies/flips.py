@@ -18,9 +18,9 @@ heads at equal damage and not what each loses. What they measure is as planned. 
 all classes was in the plan, but was added to the table after the runs.
 """
 READING = """
-At this scale no head protects from wrong labels. On characters all classes are better than a tenth at a
-fifth of wrong labels, and at two fifths the heads are equal within what three seeds resolve. On faces two
-fifths leave hardly anything to compare.
+At a fifth of wrong labels all classes are better than a tenth on characters. At two fifths the three heads
+lie within two points of each other, PFC* first, which five seeds do not resolve. On faces two fifths
+leave hardly anything to compare.
 """
 HEADS = {
     "all classes": {"head.sample_rate": 1.0},

@@ -143,7 +143,7 @@ class _Trainer:
         self.stepper = Stepper(config, self.state, self.loader, device)
         self.total_steps = self.stepper.total_steps
         self._open_log(stack, quiet)
-        if self._best_is_of_others:
+        if self.state.best_is_of_others(self.benchmarks):
             by = ", ".join(self.state.best_by or ["benchmarks"])
             notes.append(f"{by} chose the best model, that of step {self.state.best_step:,}; it stays without them")
         for note in [*remarks(self.loader, config), *notes, self.stepper.describe()]:
@@ -321,20 +321,13 @@ class _Trainer:
             accuracy = f"{result['accuracy']:.2%} ± {result['accuracy_std']:.2%}"
             self.progress.message(f"step {state.done}: {name} accuracy {accuracy}")
         score = sum(result["accuracy"] for result in results.values()) / max(1, len(results))
-        is_best = not self._best_is_of_others and (state.best_score is None or score > state.best_score)
-        names = ("last", "best") if is_best else ("last",)
-        if (
-            self._write_models(model.backbone, names) and is_best
-        ):  # the best model is the best of those that could be written
+        is_better = state.best_score is None or score > state.best_score
+        is_best = is_better and not state.best_is_of_others(self.benchmarks)
+        written = self._write_models(model.backbone, ("last", "best") if is_best else ("last",))
+        if written and is_best:  # the best model is the best of those that could be written
             state.best_score, state.best_step = score if self.benchmarks else None, state.done
             state.best_by = sorted(self.benchmarks)
         return 0
-
-    @property
-    def _best_is_of_others(self) -> bool:
-        """Whether benchmarks chose the best model with which those of now cannot be compared: it stays then."""
-        state, names = self.state, sorted(self.benchmarks)
-        return state.best_score is not None and (not names or state.best_by not in (None, names))
 
     def _embed(self, model: Model, images: np.ndarray) -> tuple[list[Tensor], int]:
         """This rank's share of the embeddings, and the signal that interrupted it, 0 if it is complete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +64,10 @@ class TrainState:
         All ranks call it. Of a sharded backbone it is a full copy, which takes a collective for each parameter.
         """
         return whole_network(self.backbone if self.average is None else self.average, self.skeleton)
+
+    def best_is_of_others(self, benchmarks: Collection[str]) -> bool:
+        """Whether the best model was chosen by benchmarks with which these cannot be compared: it stays then."""
+        return self.best_score is not None and (not benchmarks or self.best_by not in (None, sorted(benchmarks)))
 
     def snapshot(self, config: dict[str, Any]) -> Snapshot:
         """What a checkpoint of this moment holds; its tensors are those of the run, not copies, and may be sharded."""

@@ -72,15 +72,15 @@ class Item:
     timeout_seconds: float = 540.0
 
 
-def head_item(classes: int, sample_rate: float, batch_size: int, issue: str = "A") -> Item:
-    """The step of the head beside the dense baseline, at one size."""
+def head_item(classes: int, sample_rate: float, batch_size: int, *, baseline: bool = True) -> Item:
+    """The step of the head, beside the dense baseline where that fits, at one size."""
     words = f"--classes {classes} --embedding-dim 512 --batch-size {batch_size} --sample-rate {sample_rate} --steps 20"
     return Item(
         f"head-{classes // 1000}k-rate{sample_rate}-batch{batch_size}",
-        f"Time and peak memory of a step of the head at {classes:,} classes, rate {sample_rate}, batch {batch_size}, "
-        "beside a dense head written the usual way.",
-        ("-m", "partialfc", "bench", "head", *words.split(), "--baseline"),
-        issue,
+        f"Time and peak memory of a step of the head at {classes:,} classes, rate {sample_rate}, batch {batch_size}"
+        + (", beside a dense head written the usual way." if baseline else "."),
+        ("-m", "partialfc", "bench", "head", *words.split(), *["--baseline"] * baseline),
+        "A",
     )
 
 
@@ -110,14 +110,14 @@ ITEMS = [
     Item(
         "gpu-tests",
         "Do the tests that need a CUDA device pass?",
-        ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"),
+        ("-m", "pytest", "-m", "gpu", "-q", "-n", "4", "-p", "no:benchmark", "-p", "no:cacheprovider"),
         "A",
     ),
     head_item(100_000, 0.1, 128),
     head_item(360_000, 0.1, 512),
     head_item(1_000_000, 0.1, 1024),
     head_item(1_000_000, 1.0, 1024),
-    head_item(10_000_000, 0.1, 1024),
+    head_item(10_000_000, 0.1, 1024, baseline=False),  # with it, an H200's memory is too small by 2 GiB
     kernels_item(
         "head-kernels-1m",
         "--classes 1000000 --sample-rate 1.0 --batch 1024",
@@ -265,6 +265,7 @@ def main(argv: Sequence[str] | None = None, items: Sequence[Item] = tuple(ITEMS)
     if options.tables:
         write_between("../README.md", "benchmarks/gpu_backlog.py", short_table(items, results))
         write_between("performance.md", "benchmarks/gpu_backlog.py", table(items, results))
+        write_between("performance.md", "benchmarks/gpu_backlog.py heads", head_table(items, results))
         return 0
     chosen = [item for item in items if not options.names or item.name in options.names]
     if options.list:
@@ -303,6 +304,33 @@ def table(items: Sequence[Item], results: Path) -> list[str]:
     lines = ["| measurement | question |", "|---|---|"]
     lines += [f"| {item.name} | {item.question} |" for item in items if not is_done(item, results)]
     return lines if len(lines) > 2 else ["Everything in the list has been run on a GPU."]
+
+
+def head_table(items: Sequence[Item], results: Path) -> list[str]:
+    """A line a measured item that has a head beside the dense one."""
+    lines = [
+        "| classes | rate | images | float32, ms | bfloat16, ms | dense, ms | bfloat16 to dense "
+        "| memory, GB | dense, GB | on |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for item in items:
+        if not is_done(item, results) or "--baseline" not in item.arguments:
+            continue
+        result = json.loads((results / f"{item.name}.json").read_text())
+        of = {figures["variant"]: figures for figures in result["figures"]}
+        ours, rounded, dense = (
+            of[name] for name in ("partialfc deferred", "partialfc deferred bfloat16", "dense baseline")
+        )
+        case = ours["configuration"]
+        times = [one["step_ms_median"] for one in (ours, rounded, dense)]
+        cells = [f"{case['num_classes']:,}", case["sample_rate"], case["batch_size"], *(f"{ms:.1f}" for ms in times)]
+        cells += [
+            f"{times[2] / times[1]:.1f} × as fast",
+            *(f"{one['peak_bytes'] / 1e9:.1f}" for one in (rounded, dense)),
+        ]
+        cells.append(f"{result['machine']['gpu']}, {result['date'][:10]}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def run_all(items: Sequence[Item], results: Path, machine: dict[str, Any]) -> int:

@@ -61,6 +61,7 @@ def test_what_is_pending_on_a_gpu_is_what_the_documents_say() -> None:
     pending = gpu_backlog.ITEMS, gpu_backlog.RESULTS
     assert between("../README.md", "benchmarks/gpu_backlog.py").splitlines() == gpu_backlog.short_table(*pending)
     assert between("performance.md", "benchmarks/gpu_backlog.py").splitlines() == gpu_backlog.table(*pending)
+    assert between("performance.md", "benchmarks/gpu_backlog.py heads").splitlines() == gpu_backlog.head_table(*pending)
     assert {item.name.split("-")[0] for item in gpu_backlog.ITEMS} == set(gpu_backlog.SUBJECTS)
 
 

@@ -14,6 +14,7 @@ from partialfc.core.errors import InputError
 from partialfc.head.inputs import NonFiniteEmbeddings
 from partialfc.head.optim import RowwiseSGD
 from partialfc.head.partial_fc import PartialFC
+from partialfc.head.sampling import SamplingGraph, sample_classes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,6 +103,18 @@ def test_a_cuda_graph_replays_a_step(rate: float, dtype: torch.dtype) -> None:
     with pytest.raises(InputError, match=f"label {CLASSES} lies outside"):
         head.check()
     assert torch.equal(before, head.centers)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_replayed_sample_is_that_of_a_cpu(rate: float) -> None:
+    """Replays begin with the third batch of a size."""
+    options = {"num_classes": CLASSES, "sample_rate": rate, "seed": 1, "start": 5000, "stop": CLASSES - 7}
+    sample = SamplingGraph()
+    for step, size in enumerate((BATCH, BATCH, BATCH, 2 * BATCH, BATCH, BATCH, BATCH, BATCH)):
+        labels = torch.randint(CLASSES, (size,), generator=torch.Generator().manual_seed(step))
+        classes, count = sample(labels.cuda(), step=torch.tensor(step, device="cuda"), **options)
+        assert torch.equal(classes[: int(count)].cpu(), sample_classes(labels, step=step, **options))
+        assert (classes[int(count) :] == options["stop"]).all()
 
 
 def test_bad_input_is_told_in_the_next_step_at_the_latest_after_it_arrived() -> None:

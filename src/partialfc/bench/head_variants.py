@@ -14,7 +14,8 @@ from torch.nn import functional
 from partialfc.bench.head_step import HeadCase
 from partialfc.config.options import OptimizerConfig
 from partialfc.core.device import timed
-from partialfc.head.sampling import sample_classes, sample_size
+from partialfc.head.sampled_softmax import sample_step
+from partialfc.head.sampling import sample_size
 
 Variant = Literal["sparse", "deferred", "sparse bfloat16", "deferred bfloat16", "dense baseline"]
 OURS: tuple[Variant, ...] = ("sparse", "deferred", "sparse bfloat16", "deferred bfloat16")
@@ -44,15 +45,7 @@ def our_steps(case: HeadCase, unsampled: Literal["freeze", "lazy_dense"] = "free
             optimizer.zero_grad()
         # Sampling is part of the forward pass; it is timed once more by itself.
         with timed(seconds, "sampling", case.device):
-            sample_classes(
-                labels.unique(),
-                num_classes=case.num_classes,
-                sample_rate=case.sample_rate,
-                seed=0,
-                step=head.step,
-                start=0,
-                stop=case.num_classes,
-            )
+            sample_step(head, labels, None, on_device=False)
         seconds["forward"] = max(0.0, seconds["forward"] - seconds["sampling"])
         return seconds
 

@@ -6,6 +6,7 @@ pass, so that negatives never repeat unnoticed and no deferred gradient outlives
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ from partialfc.distributed.collectives import Shard
 from partialfc.head.backends.base import CenterGradient, RowVisitor, for_each_tile
 from partialfc.head.loss import class_rows
 
+# PyTorch 2.11 warns even where check_invariants=False is given.
+warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
 _ROWS_AT_ONCE = 1 << 14
 _REMEDY = "give head.parameters() to RowwiseSGD or RowwiseAdamW"
 
@@ -177,7 +180,8 @@ class CenterState:
         gradient = centers.grad
         assert gradient is not None  # or there would be nothing deferred
         is_touched = gradient is not self._token or gradient._version != self._token_version
-        if is_touched or not gradient.is_sparse or gradient._nnz() > 1:
+        most = len(self.deferred) if gradient.is_cuda else 1  # a sum of sparse tensors keeps the rows of both there
+        if is_touched or not gradient.is_sparse or gradient._nnz() > most:
             raise InputError(
                 "centers.grad was changed, or another loss added to it, but with update='deferred' the gradient exists "
                 "in optimizer.step() only: build the head with update='sparse'."

@@ -19,7 +19,7 @@ from partialfc.head.loss import LossConfig
 from partialfc.head.margins import CosFace, Margin
 from partialfc.head.predict import Prediction
 from partialfc.head.sampled_softmax import HeadFigures, SampledSoftmax
-from partialfc.head.sampling import Sampler, initial_centers
+from partialfc.head.sampling import Sampler, SamplingGraph, initial_centers
 from partialfc.head.state_dict import ShardStateDict
 
 Update = Literal["sparse", "deferred"]
@@ -103,6 +103,7 @@ class PartialFC(Prediction, ShardStateDict):
         self.center_state.attach(self.centers)
         self.figures: HeadFigures | None = None
         self._scratch = ScratchBuffer()
+        self._sampling_graph = SamplingGraph()
         self._flag: InputFlag | None = None
         self._ranks_agree = False
         self.register_state_dict_pre_hook(_flush)

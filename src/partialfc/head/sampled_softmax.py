@@ -161,7 +161,7 @@ class _Step:
         on_device = backend.supports_padding and head.update == "deferred" and state.prepare is None
         self.counts, labels = global_labels.counts, global_labels.labels.contiguous()
         gathered = start_gather_rows(embeddings.contiguous(), self.counts, shard.group)
-        classes, count = _sample(head, labels, step_labels, on_device)  # while the embeddings are gathered
+        classes, count = sample_step(head, labels, step_labels, on_device)  # while the embeddings are gathered
         embeddings = gathered()
         self.bad = _check_values(head, embeddings, labels, on_device)
         self.unit_embeddings, norms = normalise_rows(embeddings.double())
@@ -246,7 +246,7 @@ class _Step:
         return torch.sparse_coo_tensor(rows[None], values, centers.shape, check_invariants=False)
 
 
-def _sample(
+def sample_step(
     head: PartialFC, labels: Tensor, step_labels: Tensor | None, on_device: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The classes of the step on this rank, (S,) int64, and () their count on the device if they are padded."""
@@ -254,9 +254,11 @@ def _sample(
     options: dict[str, Any] = {"num_classes": head.num_classes, "sampler": head.sampler, "seed": head.seed}
     options["sample_rate"] = head.sample_rate if head.training else 1.0
     options |= {"start": head.shard.start, "stop": head.shard.stop}
-    if not on_device:
+    if not (on_device or labels.is_cuda):
         return sample_classes(positives, step=head.step, **options), None
-    return sample_padded(positives, step=head.center_state.counter(labels.device), **options)
+    sample = head._sampling_graph if labels.is_cuda else sample_padded
+    classes, count = sample(positives, step=head.center_state.counter(labels.device), **options)
+    return (classes, count) if on_device else (classes[: int(count)], None)
 
 
 def _check_values(head: PartialFC, embeddings: Tensor, labels: Tensor, on_device: bool) -> Tensor | None:

@@ -180,6 +180,41 @@ def sample_padded(
     return classes.sort().values[: min(stop - start, most + len(positives))], count
 
 
+class SamplingGraph:
+    """`sample_padded` on a GPU as a CUDA graph: hundreds of small kernels take the host milliseconds to launch.
+
+    A graph is recorded when two steps in succession have labels of one size. It is not copied with the head.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __reduce__(self) -> tuple[type[SamplingGraph], tuple[()]]:
+        return SamplingGraph, ()
+
+    def __call__(self, positives: Tensor, *, step: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """As `sample_padded`."""
+        if options["sample_rate"] >= 1 or torch.cuda.is_current_stream_capturing():
+            return sample_padded(positives, step=step, **options)
+        key = positives.shape, positives.device, *options.items()
+        if key != self._key:
+            self._key, self._graph = key, None
+            return sample_padded(positives, step=step, **options)
+        if self._graph is None:
+            self._positives, self._step = positives.clone(), step.clone()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, such as the loader's, go on using the device.
+            with torch.cuda.device(positives.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._sampled = sample_padded(self._positives, step=self._step, **options)
+            self._graph = graph
+        self._positives.copy_(positives)
+        self._step.copy_(step)
+        self._graph.replay()
+        classes, count = self._sampled
+        return classes.clone(), count.clone()
+
+
 def _negatives(positives: Tensor, is_first: Tensor, blocks: range, size: int, order: _Order, key: Tensor) -> Tensor:
     """(n,) int64: the negatives of the blocks, and −1 in between: of each, the first of its order.
 
@@ -203,7 +238,7 @@ def _negatives(positives: Tensor, is_first: Tensor, blocks: range, size: int, or
     inside = is_first & (positives >= edges[0]) & (positives < edges[-1])
     block = torch.where(inside, positives // BLOCK - blocks.start, 0)
     position = torch.where(inside, order.position(positives), width).clamp_max(width)
-    drawn[block, position] = -1
+    drawn.view(-1).index_fill_(0, block * (width + 1) + position, -1)  # assigning would wait for the device
     drawn = torch.where(torch.arange(width + 1, device=device) < counts[:, None], drawn, -1)
 
     missing = torch.zeros_like(counts).index_add_(0, block, (inside & (position < counts[block])).long())

@@ -9,7 +9,7 @@ SCRATCH_BYTES = 256 << 20  # the default limit on tiles of samples × classes
 CHUNKED_CPU_SCRATCH_BYTES = 32 << 20  # fresh pages cost a CPU more than recomputing a tile (docs/performance.md)
 CPU_TILE_BYTES = 3 << 20
 CPU_PARTS = 16  # partial sums of the CPU backend's first pass
-GPU_TILE_BYTES = 64 << 20  # all arrays of a tile; the weights are less than half of it, and a large GPU caches 50 MB
+GPU_TILE_BYTES = 256 << 20  # all arrays of a tile; smaller ones fit in the cache, but take more launches
 
 
 def chunked_tile_classes(samples: int, width: int, class_bytes: int, scratch_bytes: int) -> int:

@@ -63,12 +63,10 @@ class Arm:
     Attributes:
         values: of the configuration that it changes.
         damage: arguments of `corrupt` for the training set.
-        length: of a run of it, as a multiple of the epochs of the study.
     """
 
     values: Values
     damage: Values | None = None
-    length: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def _content(study: Study, results: Path) -> dict[str, Any]:
 
 
 def _config(prepared: Prepared, arm: Arm, seed: int, epochs: float) -> TrainConfig:
-    epochs *= prepared.length * arm.length
+    epochs *= prepared.length
     overlay = {} if arm.damage is None else {"data.overlay": str(prepared.damaged(arm.damage) / "data.overlay")}
     schedule = {"schedule.epochs": epochs, "schedule.warmup_epochs": epochs / 15}
     return prepared.config.with_values({**schedule, **overlay, **arm.values, "seed": seed})
@@ -307,10 +305,8 @@ def page(study: Study, results: Path, folder: Path) -> None:
             lines += [f"## {data.capitalize()}", "", why, ""]
             continue
         hours = sum(row["seconds"] for row in own) / 3600
-        lengths = [row["steps"] for row in own]
         machines = "; ".join(sorted({row["machine"] for row in own}))
-        steps = " to ".join(f"{count:,}" for count in sorted({min(lengths), max(lengths)}))
-        about = f"{content['facts'][data]} {len(own)} runs of {steps} steps, {hours:.1f} hours ({machines})."
+        about = f"{content['facts'][data]} {len(own)} runs of {own[0]['steps']:,} steps, {hours:.1f} hours ({machines})."
         lines += [f"## {data.capitalize()}", "", *textwrap.wrap(about, 100)]
         lines += ["", *_table(study, own), "", *_verdicts(study, own, data), ""]
     (folder / f"{study.name}.svg").write_text(_plot(study, rows), encoding="utf-8")

@@ -306,7 +306,9 @@ def page(study: Study, results: Path, folder: Path) -> None:
             continue
         hours = sum(row["seconds"] for row in own) / 3600
         machines = "; ".join(sorted({row["machine"] for row in own}))
-        about = f"{content['facts'][data]} {len(own)} runs of {own[0]['steps']:,} steps, {hours:.1f} hours ({machines})."
+        about = (
+            f"{content['facts'][data]} {len(own)} runs of {own[0]['steps']:,} steps, {hours:.1f} hours ({machines})."
+        )
         lines += [f"## {data.capitalize()}", "", *textwrap.wrap(about, 100)]
         lines += ["", *_table(study, own), "", *_verdicts(study, own, data), ""]
     (folder / f"{study.name}.svg").write_text(_plot(study, rows), encoding="utf-8")

@@ -58,7 +58,7 @@ bench-check: .venv/core  ## compare the speed of head, sampler and loader with B
 docs: .venv/docs  ## build the site of the documentation in docs/_build/html
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 
-studies-small: .venv/dev  ## run every study at toy size (about 15 minutes on 2 cores)
+studies-small: .venv/dev  ## run every study at toy size (6 minutes on 2 cores; needs fonts, examples/characters)
 	$(BIN)/python studies/all.py small --work runs/studies-small
 
 clean:  ## remove the environment, the runs and the site

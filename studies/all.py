@@ -122,6 +122,7 @@ def main() -> int:
         for study in STUDIES:
             path = results / f"{study.name}.json"
             status = max(status, run(study, options.work, path, small=True, minutes=15, only=options.data))
+        cost.run(results / "cost.json", cost.CLASSES[:1])
     for study in STUDIES:
         if (results / f"{study.name}.json").exists():
             page(study, results / f"{study.name}.json", pages)

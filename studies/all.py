@@ -39,6 +39,10 @@ can repeat them on two cores. The data are characters in fonts (`examples/charac
 with real conflicts, and [procedural faces](../procedural-faces.md), where everything is under
 control. The network is small, and so are the sets.
 
+*All classes* is the usual softmax. *PFC 0.1* is Partial FC with a tenth of the classes in a step,
+and *PFC\** also leaves out negatives whose cosine is above 0.4. *Rank-1* is that of people or
+characters that the training has not seen.
+
 A cell below is a verdict and what it rests on: the difference of two heads in points of rank-1, or
 of what the claim names, over three or five seeds, with an interval. **Confirmed**: the whole
 interval lies on the side of the claim. **Not confirmed**: all of it lies on the other, so that the

@@ -30,7 +30,7 @@ STUDIES = (rates.STUDY, longer.STUDY, conflicts.STUDY, natural.STUDY, flips.STUD
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- studies/all.py begin -->", "<!-- studies/all.py end -->"
-HEAD = """
+HEAD = r"""
 # Studies: the claims of the paper, tested
 
 Each study says what is varied and what would count as confirmed; this is written before its first

@@ -111,7 +111,7 @@ def test_logits_fall_with_the_angle(m: float, m1: float, m2: float) -> None:
     for margin in (ArcFace(m), CombinedMargin(m1, m2, 0.1), MagFace(l_m=m, u_m=2.33), ElasticFace("arc", m, 0)):
         value, slope = value_and_slope(margin, COSINES)
         assert bool((value.diff() > 0).all()), margin
-        assert bool((slope >= 0).all()), margin
+        assert bool((slope > -1e-12).all()), margin  # sin φ is rounded where φ is a multiple of π
     for quality in (-1.0, 0.3, 1.0):  # of AdaFace, whose angle may be negative
         batch = batch_of(401, torch.full_like(COSINES, 20 + 300.1 * quality).clamp(0.001, 100), mean=20, deviation=30)
         assert bool((AdaFace(m).target(COSINES, batch).diff() > -1e-15).all())

@@ -204,8 +204,10 @@ class SamplingGraph:
         if self._graph is None:
             self._positives, self._step = positives.clone(), step.clone()
             graph = torch.cuda.CUDAGraph()
-            # Other threads, such as the loader's, go on using the device.
-            with torch.cuda.device(positives.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # By default the stream would be that of the first capture of the process, perhaps on another device. Other
+            # threads, such as the loader's, may allocate meanwhile.
+            stream = torch.cuda.Stream(positives.device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._sampled = sample_padded(self._positives, step=self._step, **options)
             self._graph = graph
         self._positives.copy_(positives)
